@@ -1,0 +1,213 @@
+"""GenerationEnv: a generation task as a single-step Gymnasium environment, and its batched form."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+from flowrl.errors import ConfigError, RewardError
+from flowrl.models.loading import FlowSource
+from flowrl.types import Contexts, RewardOutput
+
+
+class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
+    """Draw a context, take one sample as the action, give its reward; every episode is one step.
+
+    The observation is the index of a context (`Discrete`; 1 when unconditional), the action is the sample
+    `x_1` in the space that the reward sees (`Box`). Subclasses write `score`.
+
+    Args:
+        flow: Where the flow model that generates samples comes from.
+        contexts: What samples are conditioned on: prompts, labels, or `[None]`.
+        low: Lower bound of a sample's values.
+        high: Upper bound.
+        name: Name in messages and run folders.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own convention)
+
+    def __init__(
+        self,
+        flow: FlowSource,
+        contexts: Sequence[Any],
+        *,
+        low: float,
+        high: float,
+        name: str,
+        render_mode: str | None = None,
+    ) -> None:
+        if len(contexts) == 0:
+            raise ConfigError(f"Environment '{name}' needs at least one context; use [None] for none.")
+        self.flow = flow
+        self.contexts = list(contexts)
+        self.name = name
+        self.render_mode = render_mode
+        self.sample_shape = flow.sample_shape
+        self.observation_space = spaces.Discrete(len(self.contexts))
+        self.action_space = spaces.Box(low, high, self.sample_shape, np.float32)
+        self.oracle: Any = None
+        self.recommended: Mapping[str, Any] = {}  # algorithm settings, set by `make`
+        self.origin: tuple[str, dict[str, Any]] | None = None  # registered name and settings, set by `make`
+        self._context = 0
+
+    @abstractmethod
+    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        """Reward of samples (B, *sample_shape) on any device, with one context per sample."""
+
+    def describe(self) -> list[str]:
+        """Lines for the head of a run: which flow and which reward, and how to choose others."""
+        return [f"flow: {self.flow.description}"]
+
+    def evaluate(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
+        """Score a batch: the environment's core, on torch tensors where they are.
+
+        Args:
+            samples: (B, *sample_shape).
+            contexts: (B,) int64, indices into `self.contexts`.
+
+        Returns:
+            Reward and components as (B,) float32 on the samples' device.
+
+        Raises:
+            RewardError: The reward raised, or is not one finite float per sample; names the reward, the
+                sample and its context.
+        """
+        if tuple(samples.shape[1:]) != self.sample_shape:
+            raise RewardError(
+                f"Environment '{self.name}' scores samples of shape (B, {', '.join(map(str, self.sample_shape))}), "
+                f"not {tuple(samples.shape)}."
+            )
+        asked = [self.contexts[i] for i in contexts.tolist()]
+        try:
+            output = self.score(samples, asked)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"The reward of '{self.name}' raised {type(error).__name__}: {error}. It was called with samples "
+                f"of shape {tuple(samples.shape)} and {len(asked)} contexts, the first {asked[0]!r}."
+            ) from error
+        reward = check_reward(output.reward, samples, asked, self.name)
+        components = {
+            key: check_reward(value, samples, asked, f"{self.name}, component {key}")
+            for key, value in output.components.items()
+        }
+        return RewardOutput(reward, components, output.info)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.int64, dict]:
+        """Draw a context uniformly; `options={"context": i}` asks for one."""
+        super().reset(seed=seed)
+        drawn = (options or {}).get("context")
+        self._context = int(self.np_random.integers(len(self.contexts)) if drawn is None else drawn)
+        return np.int64(self._context), {"context": self.contexts[self._context]}
+
+    def step(self, action: np.ndarray) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
+        """Score the action as a sample of the current context; always terminates."""
+        sample = torch.as_tensor(np.asarray(action, dtype=np.float32))[None]
+        output = self.evaluate(sample, torch.tensor([self._context]))
+        info: dict[str, Any] = {key: value.item() for key, value in output.components.items()}
+        info["context"] = self.contexts[self._context]
+        return np.int64(self._context), output.reward.item(), True, False, info
+
+
+def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: str) -> torch.Tensor:
+    """The reward as a float32 tensor (B,) on the samples' device, or an error: never a made-up number.
+
+    Raises:
+        RewardError: Not convertible, wrong shape, NaN or infinite.
+    """
+    try:
+        values = torch.as_tensor(reward).detach().to(samples.device, torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(
+            f"The reward '{name}' returned a {type(reward).__name__}, not one number per sample: {error}."
+        ) from error
+    if values.shape != (len(samples),):
+        raise RewardError(
+            f"The reward '{name}' returned shape {tuple(values.shape)} for {len(samples)} samples; "
+            f"it must return shape ({len(samples)},), one number per sample."
+        )
+    finite = values.isfinite()
+    if not bool(finite.all()):
+        i = int((~finite).nonzero()[0])
+        raise RewardError(
+            f"The reward '{name}' is {values[i].item()} for sample {i} of {len(samples)} (context {contexts[i]!r}; "
+            f"sample values {samples[i].min().item():.3g} to {samples[i].max().item():.3g}). Rewards must be finite."
+        )
+    return values
+
+
+class GenerationVecEnv(VecEnv):
+    """`num_envs` copies of a `GenerationEnv` as one stable-baselines3 VecEnv, scored in one batch.
+
+    Actions given as a torch tensor are scored where they are and rewards come back as a tensor; actions given
+    as an array give arrays. Observations are arrays of context indices.
+    """
+
+    def __init__(self, env: GenerationEnv, num_envs: int) -> None:
+        self.core = env
+        super().__init__(num_envs, env.observation_space, env.action_space)
+        self._rng = np.random.default_rng()
+        self._contexts = np.zeros(num_envs, dtype=np.int64)
+        self._actions: Any = None
+
+    def reset(self) -> np.ndarray:
+        """Draw a context for every copy."""
+        if self._seeds[0] is not None:
+            self._rng = np.random.default_rng(self._seeds[0])
+        self._reset_seeds()
+        self._reset_options()
+        return self._draw()
+
+    def step_async(self, actions: Any) -> None:
+        """Keep the actions for `step_wait`."""
+        self._actions = actions
+
+    def step_wait(self) -> tuple[np.ndarray, Any, np.ndarray, list[dict[str, Any]]]:
+        """Score the actions; every episode ends, the next contexts are drawn."""
+        actions = self._actions
+        is_tensor = isinstance(actions, torch.Tensor)
+        samples = actions if is_tensor else torch.as_tensor(np.asarray(actions, dtype=np.float32))
+        finished = self._contexts
+        output = self.core.evaluate(samples, torch.from_numpy(finished))
+        contexts = self._draw()
+        infos = [
+            {"context": self.core.contexts[i], "terminal_observation": i, "TimeLimit.truncated": False}
+            for i in finished
+        ]
+        rewards = output.reward if is_tensor else output.reward.numpy()
+        return contexts, rewards, np.ones(self.num_envs, dtype=bool), infos
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.core.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """The environment's attribute, once per index."""
+        return [getattr(self.core, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Set an attribute of the (one) environment."""
+        setattr(self.core, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Call a method of the (one) environment once; the result is repeated per index."""
+        result = getattr(self.core, method_name)(*args, **kwargs)
+        return [result] * len(list(self._get_indices(indices)))
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        """No copy is wrapped."""
+        return [False] * len(list(self._get_indices(indices)))
+
+    def _draw(self) -> np.ndarray:
+        self._contexts = self._rng.integers(len(self.core.contexts), size=self.num_envs)
+        return self._contexts.copy()

@@ -1,0 +1,326 @@
+"""Gaussian mixtures in any dimension, rewards whose tilted answer is known, and the 2-D toy environments.
+
+Everything here is exact: fields, densities and tilts are closed forms (docs/algorithms.md, C5 to C7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from flowrl.envs.base import GenerationEnv
+from flowrl.errors import ConfigError
+from flowrl.registry import EnvSpec
+from flowrl.types import Contexts, RewardOutput
+
+
+class GaussianMixture:
+    """`q = sum_k pi_k N(mu_k, S_k)` in dimension D.
+
+    Args:
+        means: (K, D).
+        covariances: (K, D, D), symmetric positive definite; or (D, D), shared.
+        weights: (K,) positive, normalised here; equal when None.
+
+    Raises:
+        ConfigError: Shapes do not fit or a covariance is not positive definite.
+    """
+
+    def __init__(self, means: Any, covariances: Any, weights: Any = None) -> None:
+        self.means = torch.as_tensor(means, dtype=torch.float32)
+        if self.means.dim() != 2:
+            raise ConfigError(f"means must have shape (K, D), not {tuple(self.means.shape)}.")
+        k, d = self.means.shape
+        covariances = torch.as_tensor(covariances, dtype=torch.float32)
+        if covariances.shape not in ((k, d, d), (d, d)):
+            raise ConfigError(
+                f"covariances must have shape {(k, d, d)} or {(d, d)}, not {tuple(covariances.shape)}."
+            )
+        self.covariances = covariances.expand(k, d, d).clone()
+        if bool(torch.linalg.cholesky_ex(self.covariances).info.any()):
+            raise ConfigError("Every covariance must be symmetric and positive definite.")
+        weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        if weights.shape != (k,) or not bool((weights >= 0).all() and weights.sum() > 0):
+            raise ConfigError(f"weights must be {k} numbers, none negative, not all zero.")
+        self.weights = weights / weights.sum()
+        self._scale, self._axes = torch.linalg.eigh(self.covariances)  # (K, D), (K, D, D)
+
+    @property
+    def dim(self) -> int:
+        """Dimension D of a sample."""
+        return self.means.shape[1]
+
+    def to(self, device: torch.device | str) -> GaussianMixture:
+        """The same mixture with its parameters on `device`."""
+        return GaussianMixture(self.means.to(device), self.covariances.to(device), self.weights.to(device))
+
+    def velocity(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Marginal velocity field of the straight path from N(0, I) to the mixture (C5).
+
+        Args:
+            t: (B,) or a scalar, in [0, 1].
+            x: (B, D).
+
+        Returns:
+            E[x_1 - x_0 | x_t = x], (B, D), in the dtype of x.
+        """
+        means, weights, scale, axes = (p.to(x) for p in (self.means, self.weights, self._scale, self._axes))
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))[:, None]  # (B, 1)
+        variance = t[..., None] ** 2 * scale + (1 - t[..., None]) ** 2  # (B, K, D) of C_k in its own axes
+        offset = torch.einsum("kde,bkd->bke", axes, x[:, None] - t[..., None] * means)
+        log_density = weights.log() - 0.5 * (offset**2 / variance + variance.log()).sum(-1)
+        responsibility = log_density.softmax(dim=1)  # (B, K)
+        gain = (t[..., None] * scale - (1 - t[..., None])) / variance
+        shift = torch.einsum("kde,bke->bkd", axes, gain * offset)
+        return (responsibility[..., None] * (means + shift)).sum(1)
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """Log density (B,) at `x` (B, D)."""
+        components = torch.distributions.MultivariateNormal(self.means.to(x), self.covariances.to(x))
+        return torch.logsumexp(self.weights.to(x).log() + components.log_prob(x[:, None]), dim=1)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """`n` samples (n, D), on the mixture's device (the generator must be on it too)."""
+        device = self.means.device
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        noise = torch.randn(n, self.dim, generator=generator, device=device)
+        factor = torch.linalg.cholesky(self.covariances)
+        return self.means[k] + torch.einsum("bde,be->bd", factor[k], noise)
+
+    def tilt(
+        self,
+        tau: float,
+        linear: Any = None,
+        quadratic: tuple[Any, Any] | None = None,
+    ) -> GaussianMixture:
+        """The mixture `q e^{tau r} / Z` for `r = a.x - 1/2 (x - c)^T A (x - c)` (C6).
+
+        Args:
+            tau: Inverse temperature.
+            linear: a, (D,).
+            quadratic: (A, c) with shapes (D, D) and (D,).
+
+        Raises:
+            ConfigError: The tilted density cannot be normalised (P_k + tau A not positive definite).
+        """
+        d = self.dim
+        double = {"dtype": torch.float64, "device": self.means.device}
+        a = torch.zeros(d, **double) if linear is None else torch.as_tensor(linear, **double)
+        curvature, centre = torch.zeros(d, d, **double), torch.zeros(d, **double)
+        if quadratic is not None:
+            curvature, centre = (torch.as_tensor(q, **double) for q in quadratic)
+        precision = torch.linalg.inv(self.covariances.double())  # P_k
+        means = self.means.double()
+        tilted_precision = precision + tau * curvature
+        if bool(torch.linalg.cholesky_ex(tilted_precision).info.any()):
+            raise ConfigError(
+                f"The density tilted by tau = {tau:g} cannot be normalised: P + tau A is not positive."
+            )
+        covariances = torch.linalg.inv(tilted_precision)
+        h = torch.einsum("kde,ke->kd", precision, means) + tau * (curvature @ centre + a)
+        tilted_means = torch.einsum("kde,ke->kd", covariances, h)
+        quadratic_form = torch.einsum("kd,kde,ke->k", means, precision, means)
+        log_z = 0.5 * (torch.logdet(precision) - torch.logdet(tilted_precision)) - 0.5 * (
+            quadratic_form + tau * centre @ curvature @ centre - (h * tilted_means).sum(1)
+        )
+        weights = (self.weights.double().log() + log_z).softmax(0)
+        return GaussianMixture(tilted_means.float(), covariances.float(), weights.float())
+
+
+class TiltableReward(Protocol):
+    """A reward of points, `(B, D) -> (B,)`, that can draw from its own tilted mixture."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Reward of each point."""
+
+    def sample_tilted(
+        self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """`n` exact samples (n, D) of `q e^{tau r} / Z`."""
+
+
+@dataclass(frozen=True)
+class LinearReward:
+    """`r = a.x + b`."""
+
+    a: tuple[float, ...]
+    b: float = 0.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Reward (B,) of points (B, D)."""
+        return x @ torch.tensor(self.a, dtype=x.dtype, device=x.device) + self.b
+
+    def tilt(self, mixture: GaussianMixture, tau: float) -> GaussianMixture:
+        """The tilted mixture, in closed form."""
+        return mixture.tilt(tau, linear=self.a)
+
+    def sample_tilted(
+        self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """`n` exact samples of the tilted mixture."""
+        return self.tilt(mixture, tau).sample(n, generator)
+
+
+@dataclass(frozen=True)
+class QuadraticReward:
+    """`r = -1/2 (x - c)^T A (x - c)`, with A given as its rows."""
+
+    A: tuple[tuple[float, ...], ...]
+    c: tuple[float, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Reward (B,) of points (B, D)."""
+        offset = x - torch.tensor(self.c, dtype=x.dtype, device=x.device)
+        curvature = torch.tensor(self.A, dtype=x.dtype, device=x.device)
+        return -0.5 * torch.einsum("bd,de,be->b", offset, curvature, offset)
+
+    def tilt(self, mixture: GaussianMixture, tau: float) -> GaussianMixture:
+        """The tilted mixture, in closed form."""
+        return mixture.tilt(tau, quadratic=(self.A, self.c))
+
+    def sample_tilted(
+        self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """`n` exact samples of the tilted mixture."""
+        return self.tilt(mixture, tau).sample(n, generator)
+
+
+@dataclass(frozen=True)
+class RingReward:
+    """`r = -1/2 ((|x - c| - radius) / width)^2`: best on a circle, which no Gaussian tilt can express."""
+
+    radius: float
+    width: float
+    c: tuple[float, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Reward (B,) of points (B, D)."""
+        centre = torch.tensor(self.c, dtype=x.dtype, device=x.device)
+        return -0.5 * (((x - centre).norm(dim=1) - self.radius) / self.width) ** 2
+
+    def sample_tilted(
+        self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """`n` exact samples by rejection: r <= 0, so `e^{tau r}` is a probability of acceptance."""
+        accepted: list[torch.Tensor] = []
+        while sum(map(len, accepted)) < n:
+            x = mixture.sample(8 * n, generator)
+            u = torch.rand(len(x), generator=generator, device=x.device)
+            accepted.append(x[u < (tau * self(x)).exp()])
+        return torch.cat(accepted)[:n]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The exact answers of a Gaussian environment.
+
+    Attributes:
+        base: The reference mixture q_ref.
+        reward: Its reward.
+        tau: Inverse temperature of the optimum that evaluation compares with, `q_ref e^{tau r} / Z`.
+    """
+
+    base: GaussianMixture
+    reward: TiltableReward
+    tau: float = 1.0
+
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, tau: float | None = None
+    ) -> torch.Tensor:
+        """`n` exact samples (n, D) of the optimum (or of the tilt by another tau)."""
+        return self.reward.sample_tilted(self.base, self.tau if tau is None else tau, n, generator)
+
+
+class GaussiansEnv(GenerationEnv):
+    """One-step environment: the sample is a point, the reward any function of points.
+
+    Args:
+        mixture: What the pre-trained flow generates.
+        reward: `(B, D) -> (B,)`; with a `sample_tilted` method (as `LinearReward`) the environment has an `oracle`.
+        flow: Source of the flow (name, folder, or factory); None takes the mixture's exact field with a
+            trainable correction.
+        tau: Inverse temperature of the oracle's optimum.
+        bound: The action space is [-bound, bound]^D.
+    """
+
+    def __init__(
+        self,
+        mixture: GaussianMixture,
+        reward: Callable[[torch.Tensor], torch.Tensor],
+        flow: Any = None,
+        *,
+        tau: float = 1.0,
+        bound: float = 10.0,
+        name: str = "gaussians",
+        render_mode: str | None = None,
+    ) -> None:
+        from flowrl.models.loading import FlowSource
+        from flowrl.models.mlp import FieldFlow
+
+        if flow is None:
+            flow = lambda: FieldFlow(mixture.velocity, mixture.dim)  # noqa: E731
+        super().__init__(
+            FlowSource.of(flow, sample_shape=(mixture.dim,)),
+            contexts=[None],
+            low=-bound,
+            high=bound,
+            name=name,
+            render_mode=render_mode,
+        )
+        self.mixture = mixture
+        self.reward = reward
+        self.oracle = Oracle(mixture, reward, tau) if hasattr(reward, "sample_tilted") else None
+
+    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        """Reward of points (B, D)."""
+        return RewardOutput(self.reward(samples))
+
+
+def eight_gaussians(radius: float = 2.0, std: float = 0.25) -> GaussianMixture:
+    """Eight equal Gaussians on a circle in the plane."""
+    angle = torch.arange(8) * (math.pi / 4)
+    return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], 1), std**2 * torch.eye(2))
+
+
+@dataclass(frozen=True)
+class GaussiansConfig:
+    """Settings of the `gaussians-*` environments."""
+
+    flow: str = "gaussians"
+    """Flow to fine-tune: "gaussians" (the shipped MLP), "exact" (the exact field plus a trainable
+    correction), or a folder that `MLPFlow` saved."""
+    tau: float = 1.0
+    """Inverse temperature of the exact optimum that evaluation compares with."""
+
+
+REWARDS: dict[str, tuple[TiltableReward, str]] = {
+    "linear": (LinearReward((1.0, 0.0)), "reward grows to the right"),
+    "quadratic": (QuadraticReward(((1.0, 0.0), (0.0, 1.0)), (1.0, 1.0)), "reward is nearness to a point"),
+    "ring": (RingReward(1.5, 0.5, (1.0, 0.0)), "reward is nearness to a circle"),
+}
+
+
+def _factory(kind: str) -> Callable[[GaussiansConfig], GaussiansEnv]:
+    def make(config: GaussiansConfig) -> GaussiansEnv:
+        flow = None if config.flow == "exact" else config.flow
+        return GaussiansEnv(
+            eight_gaussians(), REWARDS[kind][0], flow, tau=config.tau, name=f"gaussians-{kind}"
+        )
+
+    return make
+
+
+SPECS = [
+    EnvSpec(
+        name=f"gaussians-{kind}",
+        factory=_factory(kind),
+        config=GaussiansConfig(),
+        total_timesteps=50_000,
+        summary=f"eight Gaussians in the plane; {what}; the exact optimum is known",
+    )
+    for kind, (_, what) in REWARDS.items()
+]

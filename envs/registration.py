@@ -1,0 +1,145 @@
+"""Register environments by name, and make them: `register_env`, `make`, `make_vec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import gymnasium
+import torch
+
+from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.models.loading import FlowSource
+from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
+from flowrl.types import Contexts, RewardOutput
+
+
+def register(spec: EnvSpec) -> None:
+    """Make an environment known to flowrl and to Gymnasium (as `flowrl/NAME-v0`)."""
+    ENVIRONMENTS[spec.name] = spec
+    if spec.gymnasium_id not in gymnasium.registry:
+        gymnasium.register(
+            spec.gymnasium_id,
+            entry_point="flowrl.envs.registration:make",
+            kwargs={"name": spec.name},
+            disable_env_checker=True,
+        )
+
+
+def make(name: str, *, render_mode: str | None = None, **settings: Any) -> GenerationEnv:
+    """Environment of a registered name, with its settings.
+
+    Args:
+        name: "sd3-count", "mypkg.envs:my-env", or a Gymnasium id.
+        render_mode: As in Gymnasium.
+        **settings: Fields of the environment's config, e.g. `flow="mini-sd3"`.
+
+    Raises:
+        UnknownNameError: Unknown name or setting; names the closest.
+    """
+    spec = environment_spec(name)
+    known = [f.name for f in fields(spec.config)]
+    for key in settings:
+        if key not in known:
+            raise UnknownNameError.of(f"setting of environment '{spec.name}'", key, known)
+    config = replace(spec.config, **settings)
+    env = spec.factory(config)
+    if render_mode is not None and render_mode not in env.metadata["render_modes"]:
+        raise ConfigError(f"'{spec.name}' renders {env.metadata['render_modes']}, not '{render_mode}'.")
+    env.render_mode = render_mode
+    env.recommended = spec.recommended(config)
+    env.origin = (spec.name, settings)
+    return env
+
+
+def make_vec(name: str, num_envs: int, **settings: Any) -> GenerationVecEnv:
+    """`num_envs` copies of an environment as one batched stable-baselines3 VecEnv."""
+    return GenerationVecEnv(make(name, **settings), num_envs)
+
+
+@dataclass(frozen=True)
+class CustomConfig:
+    """Settings of an environment registered with `register_env`."""
+
+    flow: str | None = None
+    """Flow to fine-tune: a name, a folder, a hub name; the registered one when not given."""
+
+
+class CustomEnv(GenerationEnv):
+    """A flow and any function of samples and contexts as the reward."""
+
+    def __init__(
+        self, flow: FlowSource, contexts: Sequence[Any], reward: Callable, name: str, low: float, high: float
+    ):
+        super().__init__(flow, contexts, low=low, high=high, name=name)
+        self.reward = reward
+
+    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        """What the registered function says."""
+        output = self.reward(samples, contexts)
+        return output if isinstance(output, RewardOutput) else RewardOutput(output)
+
+
+def register_env(
+    name: str,
+    *,
+    flow: Any,
+    prompts: Sequence[Any] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
+    bounds: tuple[float, float] = (-10.0, 10.0),
+    recommended: Mapping[str, Any] | None = None,
+    total_timesteps: int = 20_000,
+) -> Callable[[Callable], Callable]:
+    """Decorator that makes a reward function an environment, for `--env NAME` and `gymnasium.make`.
+
+    The function takes samples (B, *sample_shape) and a list of B contexts and returns (B,), or a
+    `RewardOutput` with named components.
+
+    Args:
+        name: The environment's name.
+        flow: A flow's name ("sd3", "mini-sd3", "gaussians"), a folder, a hub name, or a factory that returns a
+            `VelocityModel` or any `torch.nn.Module` mapping `(x_t, t)` to a velocity.
+        prompts: Contexts to draw from; None for an unconditional flow.
+        sample_shape: Needed for a factory that returns a plain module without that attribute.
+        bounds: Least and greatest value of the action space; images always have (0, 1).
+        recommended: Algorithm settings that suit this environment.
+        total_timesteps: Default length of a run, in samples.
+    """
+
+    def decorate(reward: Callable) -> Callable:
+        def factory(config: CustomConfig) -> GenerationEnv:
+            from flowrl.envs.text_to_image import TextToImageEnv
+
+            source = FlowSource.of(config.flow or flow, sample_shape=sample_shape)
+            contexts = [None] if prompts is None else list(prompts)
+            if source.is_image:
+                return TextToImageEnv(source, contexts, reward, name=name)
+            return CustomEnv(source, contexts, reward, name, *bounds)
+
+        doc = (reward.__doc__ or f"reward {reward.__qualname__}").strip().splitlines()[0]
+        register(
+            EnvSpec(
+                name=name,
+                factory=factory,
+                config=CustomConfig(),
+                recommended=_recommended(flow, recommended),
+                total_timesteps=total_timesteps,
+                summary=doc,
+            )
+        )
+        return reward
+
+    return decorate
+
+
+def _recommended(flow: Any, own: Mapping[str, Any] | None) -> Callable[[CustomConfig], Mapping[str, Any]]:
+    def settings(config: CustomConfig) -> Mapping[str, Any]:
+        from flowrl.envs.text_to_image import recommended_for
+
+        chosen = config.flow or flow
+        base = recommended_for(chosen) if isinstance(chosen, str) and chosen != "gaussians" else {}
+        return {**base, **(own or {})}
+
+    return settings

@@ -1,0 +1,137 @@
+"""Aesthetic rewards: the LAION predictor, and colourfulness where its weights cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowrl.errors import ModelLoadError
+from flowrl.types import RewardOutput
+
+CLIP = "openai/clip-vit-large-patch14"
+HEAD = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+
+
+def colourfulness(images: torch.Tensor) -> torch.Tensor:
+    """Colourfulness M^(3) of Hasler and Süsstrunk (2003), eq. 2: (B, 3, H, W) in [0, 1] -> (B,).
+
+    On the paper's scale (pixel values 0 to 255): 0 is grey, 33 moderately, 59 quite, 109 extremely colourful.
+    """
+    red, green, blue = (255 * images.float()).flatten(2).unbind(1)  # (B, HW) each
+    rg, yb = red - green, (red + green) / 2 - blue
+    spread = (rg.var(1, correction=0) + yb.var(1, correction=0)).sqrt()
+    distance = (rg.mean(1).square() + yb.mean(1).square()).sqrt()
+    return spread + 0.3 * distance
+
+
+class ColourfulnessReward:
+    """Hasler-Süsstrunk colourfulness, divided by 100."""
+
+    description = "colourfulness (Hasler and Süsstrunk 2003) / 100"
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+        """Reward of images (B, 3, H, W) in [0, 1]."""
+        return RewardOutput(colourfulness(images) / 100)
+
+
+class AestheticHead(nn.Module):
+    """Head of the LAION aesthetic predictor (improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE).
+
+    Five linear layers without activations, on normalised CLIP ViT-L/14 image embeddings (B, 768) -> (B,).
+    The published weights are Apache-2.0; they do not ship with flowrl.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (768, 1024, 128, 64, 16, 1)
+        layers: list[nn.Module] = []
+        for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:])):
+            layers.append(nn.Linear(n_in, n_out))
+            if i < 3:
+                layers.append(nn.Dropout((0.2, 0.2, 0.1)[i]))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Aesthetic score, about 1 to 10."""
+        return self.layers(embedding).squeeze(1)
+
+    @classmethod
+    def load(cls, file: str | Path) -> AestheticHead:
+        """Head with the weights of a file: safetensors, or the published .pth (read as weights only).
+
+        Raises:
+            ModelLoadError: The file is missing or does not fit.
+        """
+        from safetensors.torch import load_file
+
+        head = cls()
+        try:
+            if Path(file).suffix == ".safetensors":
+                state = load_file(file)
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            head.load_state_dict(state)
+        except Exception as error:
+            raise ModelLoadError(f"Cannot load the aesthetic head from '{file}': {error}") from error
+        return head.eval().requires_grad_(False)
+
+
+class AestheticReward:
+    """LAION aesthetic score of images: CLIP ViT-L/14 embedding, normalised, through the published head.
+
+    Args:
+        head: File of the head's weights; None gets the published ones from the hub.
+        clip: Folder or hub name of the CLIP model.
+        device: Where to compute.
+
+    Raises:
+        ModelLoadError: Weights cannot be had.
+    """
+
+    description = "LAION aesthetic predictor (CLIP ViT-L/14 and its published head)"
+
+    def __init__(self, head: str | Path | None, clip: str = CLIP, device: torch.device | str = "cpu") -> None:
+        from transformers import CLIPVisionModelWithProjection
+
+        self.head = AestheticHead.load(head or _published_head()).to(device)
+        try:
+            self.clip: Any = CLIPVisionModelWithProjection.from_pretrained(clip, use_safetensors=True)
+        except Exception as error:
+            raise ModelLoadError(
+                f"Cannot load CLIP '{clip}': {str(error).splitlines()[0]} Give its folder as "
+                "--env.clip FOLDER, or take --env.reward colourfulness."
+            ) from error
+        self.clip.to(device).eval().requires_grad_(False)
+        self.size = self.clip.config.image_size
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+        """Reward of images (B, 3, H, W) in [0, 1]."""
+        device = next(self.head.parameters()).device
+        pixels = nn.functional.interpolate(
+            images.to(device),
+            size=(self.size, self.size),
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+        ).clamp(0, 1)
+        mean = pixels.new_tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+        std = pixels.new_tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+        with torch.no_grad():
+            embedding = self.clip(pixel_values=(pixels - mean) / std).image_embeds
+            return RewardOutput(self.head(nn.functional.normalize(embedding, dim=1)))
+
+
+def _published_head() -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(*HEAD)
+    except Exception as error:
+        raise ModelLoadError(
+            f"Cannot get the aesthetic head '{HEAD[1]}' of '{HEAD[0]}' from the hub: {str(error).splitlines()[0]} "
+            "Give its file as --env.aesthetic-head FILE, or take --env.reward colourfulness."
+        ) from error

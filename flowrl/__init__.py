@@ -1,0 +1,39 @@
+"""flowrl fine-tunes flow-matching generators with rewards, and compares the ways to do it."""
+
+__version__ = "0.1.0"
+
+from flowrl.algorithm import FlowAlgorithm, FlowConfig
+from flowrl.envs import gaussians as _gaussians
+from flowrl.envs import text_to_image as _text_to_image
+from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+from flowrl.envs.registration import make, make_vec, register, register_env
+from flowrl.evaluation import EvaluationResult, evaluate
+from flowrl.models.base import VelocityModel
+from flowrl.orw_w2 import ORWCFM, ORWCFMKL, ORWCFMW2
+from flowrl.policy import FlowPolicy
+from flowrl.registry import algorithm_class, register_algorithm
+from flowrl.types import Batch, RewardOutput
+
+for _spec in (*_gaussians.SPECS, *_text_to_image.SPECS):
+    register(_spec)
+
+__all__ = [
+    "ORWCFM",
+    "ORWCFMKL",
+    "ORWCFMW2",
+    "Batch",
+    "EvaluationResult",
+    "FlowAlgorithm",
+    "FlowConfig",
+    "FlowPolicy",
+    "GenerationEnv",
+    "GenerationVecEnv",
+    "RewardOutput",
+    "VelocityModel",
+    "algorithm_class",
+    "evaluate",
+    "make",
+    "make_vec",
+    "register_algorithm",
+    "register_env",
+]

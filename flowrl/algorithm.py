@@ -1,0 +1,478 @@
+"""FlowAlgorithm: the loop that every algorithm shares, on stable-baselines3's BaseAlgorithm."""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
+
+from flowrl import metrics
+from flowrl.buffer import RolloutBuffer
+from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+from flowrl.envs.registration import make
+from flowrl.errors import ConfigError, DeviceError, UnknownNameError
+from flowrl.flow import TimeSampling, interpolate, sample_time
+from flowrl.losses import effective_sample_size, squared_error
+from flowrl.policy import FlowPolicy, LoRA
+from flowrl.sampler import SOLVERS, Solver
+from flowrl.types import Batch, Role
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Settings that every algorithm has."""
+
+    learning_rate: float = 2e-4
+    """Learning rate of AdamW."""
+    warmup_updates: int = 0
+    """Gradient steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the gradient; longer ones are scaled down."""
+    n_samples: int = 512
+    """Samples drawn and scored per iteration."""
+    group_size: int = 1
+    """Samples of the same context per iteration; must divide n_samples."""
+    rollout_batch_size: int = 0
+    """Samples drawn at once; 0 draws all n_samples at once. Must divide n_samples."""
+    batch_size: int = 128
+    """Samples per minibatch."""
+    accumulation: int = 1
+    """Minibatches per gradient step."""
+    n_epochs: int = 1
+    """Passes over the samples of an iteration."""
+    rollout_steps: int = 16
+    """Solver steps per sample."""
+    solver: Solver = "euler"
+    """ODE solver of the rollouts: euler, heun, midpoint or rk4."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the rollouts; 1 is none."""
+    time_sampling: TimeSampling = "uniform"
+    """How the loss draws flow times: uniform, or logit_normal as Stable Diffusion 3 was trained."""
+    refresh_every: int = 1
+    """Iterations between two copies of the trained network to the behaviour policy, which draws the samples."""
+    ema_decay: float = 0.0
+    """Decay per gradient step of a moving average of the weights, used to evaluate and to sample; 0 keeps none."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; 0 fine-tunes all weights."""
+    lora_alpha: float = 0.0
+    """Scale of LoRA adapters; 0 takes twice the rank."""
+
+    def __post_init__(self) -> None:
+        positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
+        for name in (*positive, "n_epochs", "rollout_steps", "refresh_every"):
+            self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha"):
+            self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
+        self.require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}.")
+        self.require(self.solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}, not '{self.solver}'.")
+        for name in ("group_size", "rollout_batch_size"):
+            value = getattr(self, name) or self.n_samples
+            self.require(
+                self.n_samples % value == 0, f"{name} = {value} must divide n_samples = {self.n_samples}."
+            )
+
+    @staticmethod
+    def require(condition: bool, message: str) -> None:
+        """Raise `ConfigError(message)` unless the condition holds."""
+        if not condition:
+            raise ConfigError(message)
+
+    def updates_per_iteration(self) -> int:
+        """Gradient steps per iteration."""
+        minibatches = self.n_epochs * -(-self.n_samples // self.batch_size)
+        return -(-minibatches // self.accumulation)
+
+
+class FlowAlgorithm(BaseAlgorithm):
+    """Collect samples, score them, update the velocity network, refresh the copies; repeat.
+
+    A subclass declares its `Config` and what it needs, and writes `score` and `loss`.
+
+    Args:
+        policy: "FlowPolicy", or a subclass of it.
+        env: Name of an environment, a `GenerationEnv`, or a `GenerationVecEnv`.
+        config: Settings; None takes the defaults with what the environment recommends.
+        seed: Seed of everything random here; the same seed on the same machine gives the same weights.
+        device: "auto", "cpu", "cuda", "mps", ...
+        verbose: 1 prints a table per logged iteration.
+        tensorboard_log: Folder for TensorBoard.
+        env_settings: Settings of a named environment.
+        **settings: Single fields of `Config`.
+
+    Raises:
+        UnknownNameError: Unknown algorithm setting or environment; names the closest.
+        ConfigError: Settings without meaning.
+        DeviceError: The device is not there.
+    """
+
+    Config: ClassVar[type[FlowConfig]] = FlowConfig
+    name: ClassVar[str] = ""
+    policy_aliases: ClassVar[dict[str, Any]] = {"FlowPolicy": FlowPolicy}
+    policy: FlowPolicy
+    env: GenerationVecEnv
+
+    def __init__(
+        self,
+        policy: str | type[FlowPolicy],
+        env: str | GenerationEnv | GenerationVecEnv,
+        *,
+        config: FlowConfig | None = None,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        verbose: int = 0,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        env_settings: Mapping[str, Any] | None = None,
+        _init_setup_model: bool = True,
+        **settings: Any,
+    ) -> None:
+        check_device(device)
+        core = as_generation_env(env, env_settings)
+        self.config = self.configure(core, config, settings)
+        chunk = self.config.rollout_batch_size or self.config.n_samples
+        super().__init__(
+            policy,
+            GenerationVecEnv(core, chunk),
+            learning_rate=self.config.learning_rate,
+            policy_kwargs=policy_kwargs,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+        )
+        self.iteration = 0
+        self._log_epoch: dict[str, float] = {}
+        if _init_setup_model:
+            self._setup_model()
+
+    # -- what a subclass writes -------------------------------------------------------------------------
+
+    def copies(self) -> set[Role]:
+        """Copies of the network that this algorithm needs."""
+        return {"reference"}
+
+    def score(self, rollout: Batch) -> torch.Tensor:
+        """What the update makes of the rewards: weights or advantages (B,), of all samples of an iteration."""
+        return rollout.reward
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Scalar loss of a minibatch, and scalar metrics as tensors (never `.item()` here)."""
+
+    # -- settings ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def configure(
+        cls, env: GenerationEnv, config: FlowConfig | None = None, settings: Mapping[str, Any] | None = None
+    ) -> FlowConfig:
+        """The config that a run uses: the given one, or the defaults with the environment's recommendations."""
+        settings = settings or {}
+        known = [f.name for f in fields(cls.Config)]
+        for key in settings:
+            if key not in known:
+                raise UnknownNameError.of(f"setting of {cls.__name__}", key, known)
+        if config is None:
+            config = cls.Config(**{**recommended_settings(cls, env.recommended), **settings})
+        elif settings:
+            config = replace(config, **settings)
+        if type(config) is not cls.Config:
+            raise ConfigError(f"{cls.__name__} takes a {cls.Config.__name__}, not a {type(config).__name__}.")
+        return config
+
+    # -- stable-baselines3's hooks ----------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        config, core = self.config, self.env.core
+        if self.seed is not None:
+            self.set_random_seed(self.seed)
+        self.generator = torch.Generator(self.device)
+        self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
+        copies: set[Role] = set(self.copies())
+        if config.refresh_every > 1:
+            copies.add("behaviour")
+        if config.ema_decay > 0:
+            copies.add("ema")
+        lora = LoRA(config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank) if config.lora_rank else None
+        self.policy = self.policy_class(
+            self.observation_space,
+            self.action_space,
+            model=core.flow.load(),
+            contexts=core.contexts,
+            copies=copies,
+            lora=lora,
+            steps=config.rollout_steps,
+            solver=config.solver,
+            guidance_scale=config.guidance_scale,
+            device=self.device,
+            seed=None if self.seed is None else self.seed + 1,
+            **self.policy_kwargs,
+        )
+        self.lr_schedule = lambda progress_remaining: config.learning_rate
+        self.policy.optimizer = torch.optim.AdamW(
+            list(self.policy.parameters_of("current").values()),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,  # the other implementations read their step counter on the host
+        )
+        self.buffer = RolloutBuffer(config.n_samples, self.policy.model.latent_shape, self.device)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> FlowAlgorithm:
+        """Train on `total_timesteps` generated samples (rounded up to whole iterations).
+
+        The other arguments are stable-baselines3's; `log_interval` counts iterations.
+        """
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name or self.name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        while self.num_timesteps < total_timesteps:
+            started = time.perf_counter()
+            if not self.collect(callback):
+                break
+            logged = self.update()
+            self.sync()
+            self.iteration += 1
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            if self.iteration % log_interval == 0:
+                self._log(logged, time.perf_counter() - started)
+            callback.update_locals(locals())
+            self.on_iteration_end(callback)
+        callback.on_training_end()
+        return self
+
+    def on_iteration_end(self, callback: BaseCallback) -> None:
+        """Called after each whole iteration; the state is consistent and can be saved here."""
+        for child in getattr(callback, "callbacks", [callback]):
+            hook = getattr(child, "on_iteration_end", None)
+            if hook is not None:
+                hook()
+            elif hasattr(child, "callbacks"):
+                self.on_iteration_end(child)
+
+    # -- the loop's four parts --------------------------------------------------------------------------
+
+    @property
+    def behaviour_role(self) -> Role:
+        """The copy that draws the samples."""
+        return "behaviour" if "behaviour" in self.policy.roles else "current"
+
+    def draw_contexts(self) -> torch.Tensor:
+        """Context indices (n_samples,) of an iteration: each drawn context repeated `group_size` times."""
+        n_groups, n = self.config.n_samples // self.config.group_size, len(self.env.core.contexts)
+        if n == 1:
+            return torch.zeros(self.config.n_samples, dtype=torch.long, device=self.device)
+        rounds = [
+            torch.randperm(n, generator=self.generator, device=self.device) for _ in range(-(-n_groups // n))
+        ]
+        return torch.cat(rounds)[:n_groups].repeat_interleave(self.config.group_size)
+
+    def collect(self, callback: BaseCallback) -> bool:
+        """Fill the buffer with scored samples of the behaviour policy; False when a callback stops the run."""
+        callback.on_rollout_start()
+        self.policy.set_training_mode(False)
+        self.buffer.reset()
+        shown: list[torch.Tensor] = []
+        components: dict[str, list[torch.Tensor]] = {}
+        for contexts in self.draw_contexts().split(self.env.num_envs):
+            x_1 = self.policy.sample_latents(contexts, role=self.behaviour_role, generator=self.generator)
+            samples = self.policy.decode(x_1)
+            output = self.env.core.evaluate(samples, contexts)
+            self.buffer.add(x_1, contexts, output.reward)
+            for key, value in output.components.items():
+                components.setdefault(key, []).append(value)
+            if sum(map(len, shown)) < metrics.DIVERSITY_SAMPLES:
+                shown.append(samples)
+            self.num_timesteps += len(contexts)
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+        rollout = self.buffer.all()
+        self.buffer.weight.copy_(self.score(rollout))
+        self._rollout_metrics = self._measure(rollout, torch.cat(shown), components)
+        callback.on_rollout_end()
+        return True
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """Gradient steps on the buffer; metrics are means over minibatches, still on the device."""
+        config, policy = self.config, self.policy
+        policy.set_training_mode(True)
+        parameters = list(policy.parameters_of("current").values())
+        totals: dict[str, torch.Tensor] = {}
+        n_minibatches = n_pending = 0
+        for _ in range(config.n_epochs):
+            for batch in self.buffer.minibatches(config.batch_size, self.generator):
+                loss, parts = self.loss(batch)
+                (loss / config.accumulation).backward()
+                n_minibatches, n_pending = n_minibatches + 1, n_pending + 1
+                if n_pending == config.accumulation:
+                    parts = {**parts, "grad_norm": self._step(parameters)}
+                    n_pending = 0
+                for key, value in {"loss": loss, **parts}.items():
+                    totals[key] = totals.get(key, 0) + value.detach()
+        if n_pending:
+            self._step(parameters)
+        means = {key: value / n_minibatches for key, value in totals.items()}
+        return {"drift": self.drift(), **means} if "drift" not in means else means
+
+    @torch.no_grad()
+    def drift(self) -> torch.Tensor:
+        """`E|v - v_ref|^2`, mean over dimensions, estimated on one minibatch; a scalar tensor."""
+        batch = next(self.buffer.minibatches(self.config.batch_size, self.generator))
+        t = sample_time(len(batch.x_1), self.config.time_sampling, self.generator)
+        x_t, _ = interpolate(self.policy.noise(len(t), self.generator), batch.x_1, t)
+        cond = self.policy.condition(batch.contexts)
+        v, v_ref = (self.policy.velocity(x_t, t, cond, role) for role in ("current", "reference"))
+        return squared_error(v, v_ref).mean()
+
+    def _step(self, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        """One optimizer step; the gradient's norm before clipping."""
+        optimizer = self.policy.optimizer
+        rate = self.lr_schedule(self._current_progress_remaining)
+        if self.config.warmup_updates:
+            rate *= min(1.0, (self._n_updates + 1) / self.config.warmup_updates)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._n_updates += 1
+        if self.config.ema_decay > 0:  # the average of few steps forgets its start sooner
+            decay = min(self.config.ema_decay, (1 + self._n_updates) / (10 + self._n_updates))
+            self.policy.update_copy("ema", decay)
+        return norm
+
+    def sync(self) -> None:
+        """Refresh the behaviour policy."""
+        if (self.iteration + 1) % self.config.refresh_every == 0:
+            self.policy.update_copy("behaviour")
+
+    # -- logging: the one point per iteration where numbers reach the host ------------------------------
+
+    def _measure(
+        self, rollout: Batch, shown: torch.Tensor, components: dict[str, list[torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        reward = rollout.reward
+        measured = {
+            "rollout/reward_mean": reward.mean(),
+            "rollout/reward_std": reward.std(correction=0),
+            "rollout/reward_min": reward.min(),
+            "rollout/reward_max": reward.max(),
+            "rollout/diversity": metrics.diversity(shown, rollout.contexts[: len(shown)]),
+            "rollout/ess": effective_sample_size(rollout.weight) / len(reward),
+        }
+        for key, values in components.items():
+            measured[f"rollout/{key}"] = torch.cat(values).mean()
+        return measured
+
+    def _log(self, updates: dict[str, torch.Tensor], seconds: float) -> None:
+        measured = {**self._rollout_metrics, **{f"train/{key}": value for key, value in updates.items()}}
+        values = torch.stack([value.float() for value in measured.values()]).tolist()
+        for key, value in zip(measured, values):
+            self.logger.record(key, value)
+        self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
+        self.logger.record("train/n_updates", self._n_updates)
+        self.logger.record("time/iteration", self.iteration)
+        self.logger.record("time/samples_per_second", self.config.n_samples / max(seconds, sys.float_info.epsilon))
+        self.logger.record("time/network_evaluations", self.policy.evaluations)
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
+
+    # -- saving -----------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, exclude: Any = None, include: Any = None) -> None:  # type: ignore[override]
+        """Write a checkpoint folder: everything that training needs to go on exactly; see `flowrl.checkpoint`.
+
+        `exclude` and `include` are stable-baselines3's and have no meaning here.
+        """
+        from flowrl.checkpoint import save_checkpoint
+
+        save_checkpoint(self, path)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        path: str | Path,
+        env: str | GenerationEnv | GenerationVecEnv | None = None,
+        device: torch.device | str = "auto",
+        **kwargs: Any,
+    ) -> FlowAlgorithm:
+        """Algorithm from a checkpoint folder, or from a run folder (its newest state).
+
+        Args:
+            path: What `save` wrote.
+            env: Needed when the algorithm was made with an environment object instead of a name.
+            device: As in the constructor.
+            **kwargs: `verbose`, `tensorboard_log`.
+
+        Raises:
+            CheckpointError: Damaged, incomplete, or of another algorithm.
+        """
+        from flowrl.checkpoint import load_checkpoint
+
+        return load_checkpoint(cls, path, env=env, device=device, **kwargs)
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+
+def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> GenerationEnv:
+    """The environment behind a name, a (wrapped) Gymnasium environment, or a batched one."""
+    if isinstance(env, str):
+        return make(env, **(settings or {}))
+    if settings:
+        raise ConfigError("env_settings go with the name of an environment; this is an environment already.")
+    if isinstance(env, GenerationVecEnv):
+        return env.core
+    core = getattr(env, "unwrapped", env)
+    if not isinstance(core, GenerationEnv):
+        raise ConfigError(f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(env).__name__}.")
+    return core
+
+
+def recommended_settings(cls: type[FlowAlgorithm], recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """Those recommendations that this algorithm has: `setting`, overridden by `ALGO.setting`."""
+    known = {f.name for f in fields(cls.Config)}
+    general = {key: value for key, value in recommended.items() if key in known}
+    prefix = f"{cls.name}."
+    own = {key.removeprefix(prefix): value for key, value in recommended.items() if key.startswith(prefix)}
+    return {**general, **own}
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise a clear error for a device that is not there.
+
+    Raises:
+        DeviceError: Unknown or absent.
+    """
+    if str(device) == "auto":
+        return
+    try:
+        kind = torch.device(device).type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        available = ["cpu"] + [d for d in ("cuda", "mps") if getattr(torch, d).is_available()]
+        raise DeviceError(
+            f"Device '{device}' is not available here ({str(error).splitlines()[0]}). "
+            f"Available: {', '.join(available)}."
+        ) from error
+    del kind

@@ -1,0 +1,290 @@
+"""Checkpoints: a folder of JSON and safetensors, written atomically, never a pickle.
+
+    config.json         algorithm, settings, environment, seed
+    state.json          counters, optimizer settings, shapes of what the tensors mean
+    policy.safetensors  weights of every role ("current.NAME", "behaviour.NAME", ...)
+    optimizer.safetensors
+    random.safetensors  states of all random generators
+
+Loading reads numbers and strings only: a hostile folder cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowrl.errors import CheckpointError
+from flowrl.registry import ALGORITHMS
+
+if TYPE_CHECKING:
+    from flowrl.algorithm import FlowAlgorithm
+
+FORMAT = 1
+
+
+def save_checkpoint(model: FlowAlgorithm, path: str | Path) -> Path:
+    """Write the whole training state into the folder `path` (a `.zip` ending is dropped).
+
+    Everything goes to a temporary folder beside it first, which is then renamed: `path` is either the old
+    checkpoint or the new one.
+
+    Raises:
+        CheckpointError: The folder cannot be written; what was there before is left as it was.
+    """
+    folder = Path(path)
+    folder = folder.with_suffix("") if folder.suffix == ".zip" else folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"Cannot write a checkpoint to '{folder}': {error}.") from error
+    try:
+        _write(model, temporary)
+        replace_folder(temporary, folder)
+    except Exception as error:
+        raise CheckpointError(
+            f"Writing the checkpoint '{folder}' failed: {error}. An older checkpoint there is as it was."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename the folder `new` to `target`; an existing target is moved aside first and deleted after."""
+    for file in new.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    old = target.with_name(f".{target.name}-old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    new.chmod(0o755)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def description(model: FlowAlgorithm) -> dict[str, Any]:
+    """What `config.json` holds: enough to build the algorithm again."""
+    import flowrl
+
+    origin = model.env.core.origin
+    cls = type(model)
+    return {
+        "format": FORMAT,
+        "flowrl": flowrl.__version__,
+        "algorithm": cls.name or f"{cls.__module__}:{cls.__qualname__}",
+        "settings": asdict(model.config),
+        "environment": None if origin is None else {"name": origin[0], "settings": _plain(origin[1])},
+        "flow": model.env.core.flow.source,
+        "seed": model.seed,
+    }
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that JSON can hold; a factory or any other object is left out (the caller gives it again)."""
+    plain = {}
+    for key, value in settings.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            continue
+        plain[key] = value
+    return plain
+
+
+def _write(model: FlowAlgorithm, folder: Path) -> None:
+    write_json(folder / "config.json", description(model))
+    optimizer, policy = model.policy.optimizer.state_dict(), model.policy
+    tensors = {f"{r}.{n}": p for r in policy.roles for n, p in policy.parameters_of(r).items()}
+    if policy.lora is None and not model.env.core.flow.reloadable and "reference" in policy.networks:
+        network = policy.networks["reference"]
+        tensors |= {f"reference.{name}": tensor for name, tensor in network.state_dict().items()}
+    _save_tensors(folder / "policy.safetensors", tensors)
+    moments = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
+    _save_tensors(folder / "optimizer.safetensors", moments)
+    random_states = {
+        "training": model.generator.get_state(),
+        "policy": policy.generator.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    _save_tensors(folder / "random.safetensors", random_states)
+    state = {name: getattr(model, name) for name in COUNTERS} | {
+        "evaluations": policy.evaluations,
+        "param_groups": [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]
+        ],
+        "n_parameters": len(policy.parameters_of("current")),
+    }
+    write_json(folder / "state.json", state)
+    policy.export(folder)
+
+
+COUNTERS = ("num_timesteps", "iteration", "_n_updates", "_total_timesteps", "_current_progress_remaining")
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with an indent."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: Missing or damaged; names the file.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"The file '{path}' is damaged: it holds no JSON object.")
+    return content
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: Missing or damaged; names the file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing.")
+    try:
+        return load_file(path, device=str(device))
+    except Exception as error:
+        raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest one of a run folder.
+
+    Raises:
+        CheckpointError: There is none; says what is there.
+    """
+    folder = Path(path)
+    folder = folder.with_suffix("") if folder.suffix == ".zip" and not folder.exists() else folder
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder '{folder}'.")
+    if (folder / "state.json").exists() or (folder / "policy.safetensors").exists():
+        return folder
+    found = [*folder.glob("checkpoints/*/state.json"), *folder.glob("final/state.json")]
+    if not found:
+        raise CheckpointError(f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/).")
+    return max(found, key=lambda file: (read_json(file).get("num_timesteps", 0), file.parent.name)).parent
+
+
+def load_checkpoint(
+    cls: type[FlowAlgorithm], path: str | Path, *, env: Any = None, device: Any = "auto", **kwargs: Any
+) -> FlowAlgorithm:
+    """Algorithm with the state of a checkpoint folder, or of a run folder's newest one; see `FlowAlgorithm.load`."""
+    folder = checkpoint_folder(path)
+    config = read_json(folder / "config.json")
+    if config.get("format") != FORMAT:
+        raise CheckpointError(f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}.")
+    cls = _class_of(cls, config, folder)
+    env_settings = None
+    if env is None:
+        if not config.get("environment"):
+            raise CheckpointError(f"'{folder}' was trained on an environment object: give it again as env=.")
+        env, env_settings = config["environment"]["name"], config["environment"]["settings"]
+    try:
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items()}
+        algorithm_config = cls.Config(**settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}.") from error
+    model = cls(
+        "FlowPolicy",
+        env,
+        config=algorithm_config,
+        seed=config.get("seed"),
+        device=device,
+        env_settings=env_settings,
+        **kwargs,
+    )
+    load_state(model, folder)
+    return model
+
+
+def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> type[FlowAlgorithm]:
+    """The class to load with: the given one, or for the base class the registered one of that name."""
+    name = config.get("algorithm", "")
+    if getattr(cls, "__abstractmethods__", None):
+        if name not in ALGORITHMS:
+            raise CheckpointError(
+                f"'{folder}' was trained with '{name}', which is not registered here. Code named by a checkpoint is "
+                "never imported: import its module yourself, or name it (--algo module:Class)."
+            )
+        return ALGORITHMS[name]
+    if name not in (cls.name, f"{cls.__module__}:{cls.__qualname__}"):
+        raise CheckpointError(f"'{folder}' was trained with '{name}', not with '{cls.name or cls.__qualname__}'.")
+    return cls
+
+
+def load_state(model: FlowAlgorithm, folder: Path) -> None:
+    """Put a checkpoint's weights, optimizer, counters and random states into a model of the same settings.
+
+    Raises:
+        CheckpointError: Damaged, or of another architecture; names the file and what does not fit.
+    """
+    state = read_json(folder / "state.json")
+    tensors = read_tensors(folder / "policy.safetensors", model.device)
+    moments = read_tensors(folder / "optimizer.safetensors")
+    random_states = read_tensors(folder / "random.safetensors")
+    for role in model.policy.roles:
+        _copy_into(model.policy.parameters_of(role), tensors, role, folder)
+    if any(name.startswith("reference.") for name in tensors):
+        _copy_into(model.policy.networks["reference"].state_dict(), tensors, "reference", folder)
+    try:
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in moments.items():
+            index, _, name = key.partition(".")
+            entries.setdefault(int(index), {})[name] = value
+        groups = model.policy.optimizer.state_dict()["param_groups"]
+        merged = [{**stored, "params": g["params"]} for stored, g in zip(state["param_groups"], groups)]
+        model.policy.optimizer.load_state_dict({"state": entries, "param_groups": merged})
+        for name in COUNTERS:
+            setattr(model, name, type(getattr(model, name))(state[name]))
+        model.policy.evaluations = int(state["evaluations"])
+        model.generator.set_state(random_states["training"])
+        model.policy.generator.set_state(random_states["policy"])
+        torch.set_rng_state(random_states["torch"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}.") from error
+
+
+def _copy_into(
+    target: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], role: str, folder: Path
+) -> None:
+    own = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
+    if own.keys() != target.keys():
+        odd = sorted(own.keys() ^ target.keys())
+        raise CheckpointError(
+            f"'{folder / 'policy.safetensors'}' does not fit this flow: {len(odd)} weights of '{role}' differ in name, "
+            f"the first '{odd[0]}'."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != target[name].shape:
+                raise CheckpointError(
+                    f"'{folder / 'policy.safetensors'}' does not fit this flow: '{name}' has shape "
+                    f"{tuple(tensor.shape)}, not {tuple(target[name].shape)}."
+                )
+            target[name].copy_(tensor)

@@ -1,0 +1,50 @@
+"""Errors a user can cause. Each message says what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FlowRLError(Exception):
+    """Base of all errors raised on purpose by flowrl."""
+
+
+class UnknownNameError(FlowRLError, LookupError):
+    """A name (algorithm, environment, field) that is not registered."""
+
+    @classmethod
+    def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+        """Error for an unknown `name`, with the closest and all known names."""
+        known = sorted(known)
+        return cls(f"Unknown {kind} '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+
+
+class ConfigError(FlowRLError, ValueError):
+    """A setting that has no meaning, or settings that contradict each other."""
+
+
+class RewardError(FlowRLError, ValueError):
+    """A reward that raised, or returned something other than one finite float per sample."""
+
+
+class ModelLoadError(FlowRLError, OSError):
+    """A flow model that cannot be loaded (missing files, no network, wrong architecture)."""
+
+
+class CheckpointError(FlowRLError, OSError):
+    """A checkpoint or run folder that is damaged, incomplete or does not fit."""
+
+
+class DeviceError(FlowRLError, RuntimeError):
+    """A device that this machine does not have."""
+
+
+class NonFiniteError(FlowRLError, FloatingPointError):
+    """A weight, loss or gradient that is not finite."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Sentence with the closest known name, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

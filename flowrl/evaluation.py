@@ -1,0 +1,235 @@
+"""The one evaluation API: reward, diversity and drift of a trained flow beside its reference, at the same noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flowrl import metrics
+from flowrl.errors import ConfigError
+from flowrl.flow import interpolate, sample_time
+from flowrl.losses import effective_sample_size, squared_error
+from flowrl.types import Batch, Role
+
+if TYPE_CHECKING:
+    from flowrl.algorithm import FlowAlgorithm
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """What a set of samples is like.
+
+    Attributes:
+        reward_mean: Mean reward.
+        reward_ci: 95 % confidence interval of the mean.
+        reward_std: Standard deviation over samples.
+        components: Mean of each component of the reward.
+        diversity: Mean Euclidean distance of two samples of the same context (flattened).
+        w2_to_optimum: Exact W2 to equally many exact samples of the environment's optimum; NaN without an oracle.
+    """
+
+    reward_mean: float
+    reward_ci: tuple[float, float]
+    reward_std: float
+    components: dict[str, float]
+    diversity: float
+    w2_to_optimum: float = math.nan
+
+
+@dataclass(frozen=True)
+class EvaluationResult(SampleStatistics):
+    """Statistics of the trained flow, and how they compare with the reference.
+
+    Attributes:
+        drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
+        ess: Effective share of the samples under the algorithm's own weights, in (0, 1].
+        n_samples: Samples of each flow.
+        reference: The same statistics of the reference, at the same noise and contexts.
+        w2_floor: W2 of two independent sets of exact samples of that size: what `w2_to_optimum` can reach.
+        samples: A few samples of the trained flow (for grids), decoded, on the CPU.
+        reference_samples: The reference's samples at the same noise.
+        sample_contexts: Their contexts.
+    """
+
+    drift: float = math.nan
+    ess: float = math.nan
+    n_samples: int = 0
+    reference: SampleStatistics | None = None
+    w2_floor: float = math.nan
+    samples: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    reference_samples: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    sample_contexts: list[Any] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers only, for JSON."""
+        numbers = asdict(self)
+        for key in ("samples", "reference_samples", "sample_contexts"):
+            del numbers[key]
+        return numbers
+
+    def table(self) -> str:
+        """A small table: reference, trained, change."""
+        before = self.reference
+        if before is None:
+            raise ConfigError("This result holds no reference to compare with.")
+        rows = [("reward", before.reward_mean, self.reward_mean)]
+        rows += [(name, before.components[name], value) for name, value in self.components.items()]
+        rows += [("diversity", before.diversity, self.diversity)]
+        if not math.isnan(self.w2_to_optimum):
+            rows += [("W2 to optimum", before.w2_to_optimum, self.w2_to_optimum)]
+        lines = [f"{'':16s}{'reference':>12s}{'trained':>12s}{'change':>12s}"]
+        lines += [f"{name:16s}{a:12.4g}{b:12.4g}{b - a:+12.4g}" for name, a, b in rows]
+        low, high = self.reward_ci
+        lines.append(f"reward of trained, 95 % interval: {low:.4g} to {high:.4g} ({self.n_samples} samples)")
+        lines.append(f"drift E|v - v_ref|^2: {self.drift:.4g}    effective sample share: {self.ess:.3f}")
+        if not math.isnan(self.w2_floor):
+            lines.append(f"W2 floor (exact samples against each other): {self.w2_floor:.4g}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: FlowAlgorithm,
+    n_samples: int = 1024,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    samples_per_context: int = 8,
+    role: Role | None = None,
+    n_kept: int = 64,
+    **sampling: Any,
+) -> EvaluationResult:
+    """Sample the trained flow and its reference at the same noise and contexts, and score both.
+
+    Training's own random state is left alone.
+
+    Args:
+        model: A trained (or loaded) algorithm.
+        n_samples: Samples of each flow.
+        seed: Seed of noise and contexts.
+        batch_size: Samples drawn at once.
+        samples_per_context: Samples of each drawn context, for diversity.
+        role: Which copy to evaluate; None takes the moving average where there is one.
+        n_kept: Samples to keep in the result.
+        **sampling: `steps`, `solver`, `guidance_scale` of the sampler.
+    """
+    policy, env = model.policy, model.env.core
+    if "reference" not in (*policy.roles, *policy.networks) and policy.lora is None:
+        raise ConfigError("This algorithm keeps no reference to compare with.")
+    spent = policy.evaluations
+    generator = torch.Generator(model.device)
+    generator.manual_seed(seed)
+    contexts = _contexts(len(env.contexts), n_samples, samples_per_context, generator)
+    noise = policy.noise(n_samples, generator)
+    role = role or policy.sampling_role
+
+    outcomes = {
+        which: _sample_and_score(model, contexts, noise, which, batch_size, sampling) for which in (role, "reference")
+    }
+    x_1, samples, reward, components = outcomes[role]
+    statistics = {
+        which: _statistics(env, s, contexts, r, parts, seed) for which, (_, s, r, parts) in outcomes.items()
+    }
+    weight = model.score(Batch(x_1, contexts, reward, torch.ones_like(reward)))
+    policy.evaluations, drift = spent, _drift(model, x_1, contexts, role, batch_size, generator)
+    policy.evaluations = spent
+    trained = statistics[role]
+    return EvaluationResult(
+        **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
+        drift=drift,
+        ess=(effective_sample_size(weight) / n_samples).item() if bool((weight > 0).all()) else math.nan,
+        n_samples=n_samples,
+        reference=statistics["reference"],
+        w2_floor=_w2_floor(env, n_samples, seed),
+        samples=samples[:n_kept].cpu(),
+        reference_samples=outcomes["reference"][1][:n_kept].cpu(),
+        sample_contexts=[env.contexts[i] for i in contexts[:n_kept].tolist()],
+    )
+
+
+def _contexts(n: int, n_samples: int, per_context: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices (n_samples,): shuffled contexts, each repeated `per_context` times."""
+    n_groups = -(-n_samples // per_context)
+    rounds = [torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-n_groups // n))]
+    return torch.cat(rounds)[:n_groups].repeat_interleave(per_context)[:n_samples]
+
+
+def _sample_and_score(
+    model: FlowAlgorithm,
+    contexts: torch.Tensor,
+    noise: torch.Tensor,
+    role: Role,
+    batch_size: int,
+    sampling: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    latents, decoded, rewards, parts = [], [], [], []
+    for c, x_0 in zip(contexts.split(batch_size), noise.split(batch_size)):
+        x_1 = model.policy.sample_latents(c, role=role, x_0=x_0, **sampling)
+        samples = model.policy.decode(x_1)
+        output = model.env.core.evaluate(samples, c)
+        latents.append(x_1)
+        decoded.append(samples)
+        rewards.append(output.reward)
+        parts.append(output.components)
+    components = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return torch.cat(latents), torch.cat(decoded), torch.cat(rewards), components
+
+
+def _statistics(
+    env: Any,
+    samples: torch.Tensor,
+    contexts: torch.Tensor,
+    reward: torch.Tensor,
+    components: dict[str, torch.Tensor],
+    seed: int,
+) -> SampleStatistics:
+    n_pairs = min(len(samples), 2048)
+    return SampleStatistics(
+        reward_mean=reward.mean().item(),
+        reward_ci=metrics.mean_interval(reward),
+        reward_std=reward.std().item(),
+        components={key: value.mean().item() for key, value in components.items()},
+        diversity=metrics.diversity(samples[:n_pairs], contexts[:n_pairs]).item(),
+        w2_to_optimum=math.nan if env.oracle is None else _w2_to_optimum(env, samples, seed),
+    )
+
+
+W2_POINTS = 2048
+"""Exact transport is cubic in the number of points; more than this is not used."""
+
+
+def _exact(env: Any, n: int, seed: int) -> torch.Tensor:
+    return env.oracle.sample(n, torch.Generator().manual_seed(seed))
+
+
+def _w2_to_optimum(env: Any, samples: torch.Tensor, seed: int) -> float:
+    points = samples[:W2_POINTS].cpu()
+    return metrics.wasserstein2(points, _exact(env, len(points), seed + 1))
+
+
+def _w2_floor(env: Any, n_samples: int, seed: int) -> float:
+    if env.oracle is None:
+        return math.nan
+    n = min(n_samples, W2_POINTS)
+    return metrics.wasserstein2(_exact(env, n, seed + 1), _exact(env, n, seed + 2))
+
+
+@torch.no_grad()
+def _drift(
+    model: FlowAlgorithm,
+    x_1: torch.Tensor,
+    contexts: torch.Tensor,
+    role: Role,
+    batch_size: int,
+    generator: torch.Generator,
+) -> float:
+    policy = model.policy
+    total = torch.zeros((), device=x_1.device)
+    for x, c in zip(x_1.split(batch_size), contexts.split(batch_size)):
+        t = sample_time(len(x), "uniform", generator)
+        x_t, _ = interpolate(policy.noise(len(x), generator), x, t)
+        cond = policy.condition(c)
+        total += squared_error(policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")).sum()
+    return (total / len(x_1)).item()

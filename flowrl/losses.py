@@ -1,0 +1,120 @@
+"""Weights and losses of flow-matching methods: pure functions of tensors.
+
+Everywhere: `v`, `u`, `v_ref`, `v_old` are (B, ...); `weight` and results are (B,). Squared errors are
+means over dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from flowrl.errors import NonFiniteError
+
+Normalisation = Literal["batch", "group", "none"]
+Standardisation = Literal["none", "batch", "group"]
+
+
+def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Squared distance per sample, mean over dimensions: (B, ...) -> (B,)."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def group_mean(values: torch.Tensor, groups: torch.Tensor, n_groups: int) -> torch.Tensor:
+    """Mean of `values` (B,) within each group, given back per sample (B,); `groups` (B,) int64."""
+    total = torch.zeros(n_groups, dtype=values.dtype, device=values.device).index_add_(0, groups, values)
+    count = torch.zeros_like(total).index_add_(0, groups, torch.ones_like(values))
+    return (total / count.clamp_min(1))[groups]
+
+
+def standardise(
+    reward: torch.Tensor, kind: Standardisation, groups: torch.Tensor, n_groups: int, floor: float = 1e-4
+) -> torch.Tensor:
+    """Rewards in units of their standard deviation, around their mean, in the batch or in each group.
+
+    "group" takes each group's own mean and the standard deviation pooled over all groups: a group in which
+    all rewards agree then gives zeros, not noise blown up. "none" gives `reward` back.
+    """
+    if kind == "none":
+        return reward
+    centre = reward.mean() if kind == "batch" else group_mean(reward, groups, n_groups)
+    centred = reward - centre
+    return centred / (centred.square().mean().sqrt() + floor)
+
+
+def reward_weights(
+    reward: torch.Tensor, tau: float, normalisation: Normalisation, groups: torch.Tensor, n_groups: int
+) -> torch.Tensor:
+    """Weights `exp(tau r)` (B,), with mean one in the batch ("batch") or in each group ("group"), or raw ("none").
+
+    The largest exponent is subtracted first, so normalised weights cannot overflow.
+
+    Args:
+        reward: (B,), finite.
+        groups: (B,) int64, the context of each sample.
+        n_groups: Number of contexts.
+
+    Raises:
+        NonFiniteError: A weight is not finite; names tau and the largest reward.
+    """
+    exponent = tau * reward
+    if normalisation == "none":
+        weight = exponent.exp()
+    elif normalisation == "batch":
+        weight = (exponent - exponent.max()).exp()
+        weight = weight / weight.mean()
+    else:
+        largest = torch.full((n_groups,), -torch.inf, dtype=exponent.dtype, device=exponent.device)
+        largest = largest.scatter_reduce(0, groups, exponent, "amax")
+        weight = (exponent - largest[groups]).exp()
+        weight = weight / group_mean(weight, groups, n_groups)
+    if not bool(weight.isfinite().all()):
+        raise NonFiniteError(
+            f"exp(tau r) is not finite: tau = {tau:g}, largest reward = {reward.max().item():g}. "
+            "Lower tau, or use normalised weights (weight_normalisation 'batch') or standardised rewards."
+        )
+    return weight
+
+
+def effective_sample_size(weight: torch.Tensor) -> torch.Tensor:
+    """`(sum w)^2 / sum w^2`: how many equally weighted samples the weights are worth; a scalar tensor."""
+    return weight.sum().square() / weight.square().sum()
+
+
+def reward_weighted_loss(
+    v: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, v_ref: torch.Tensor | None, penalty: torch.Tensor
+) -> torch.Tensor:
+    """Plain target (arXiv 2502.06061, eq. 12): `w |v - u|^2 + penalty |v - v_ref|^2`, per sample (B,).
+
+    `penalty` (B,) is alpha times the time weighting of the regulariser. `v_ref` None leaves it out.
+    """
+    loss = weight * squared_error(v, u)
+    return loss if v_ref is None else loss + penalty * squared_error(v, v_ref)
+
+
+def residual_weighted_loss(
+    v: torch.Tensor,
+    u: torch.Tensor,
+    weight: torch.Tensor,
+    baseline: torch.Tensor,
+    v_old: torch.Tensor,
+    v_ref: torch.Tensor | None,
+    penalty: torch.Tensor,
+) -> torch.Tensor:
+    """Residual target: `(w - b) |v - u|^2 + b |v - v_old|^2 + penalty |v - v_ref|^2`, per sample (B,).
+
+    `baseline` b is the mean weight. Only differences of reward move the model: a constant reward gives a loss
+    whose gradient at v = v_old is exactly zero, where the plain target refits the sampler's own errors.
+    """
+    loss = (weight - baseline) * squared_error(v, u) + baseline * squared_error(v, v_old)
+    return loss if v_ref is None else loss + penalty * squared_error(v, v_ref)
+
+
+def kl_time_weight(t: torch.Tensor, maximum: float = 20.0) -> torch.Tensor:
+    """`t / (1 - t)` (B,), clipped at `maximum`.
+
+    With it the penalty is the Kullback-Leibler divergence of the samples for exact marginal fields:
+    KL(p || q) = integral of t / (1 - t) E|v_p - v_q|^2 (squared norm summed over dimensions) dt.
+    """
+    return (t / (1 - t)).clamp_max(maximum)

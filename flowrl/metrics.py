@@ -1,0 +1,39 @@
+"""Measures of samples: diversity, distances between clouds of points, confidence intervals."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flowrl.errors import ConfigError
+
+DIVERSITY_SAMPLES = 256
+"""How many samples of an iteration the logged diversity looks at."""
+
+
+def diversity(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+    """Mean Euclidean distance between two samples of the same context; a scalar tensor.
+
+    Samples (B, ...) are flattened; contexts (B,). NaN when no two samples share a context.
+    """
+    flat = samples.flatten(1).float()
+    distance = torch.cdist(flat, flat)
+    pairs = (contexts[:, None] == contexts[None, :]).float().triu(1).to(distance.device)
+    return (distance * pairs).sum() / pairs.sum()
+
+
+def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Exact W2 distance between two clouds of points of equal size (N, D), by optimal transport (POT)."""
+    import ot
+
+    if a.shape != b.shape:
+        raise ConfigError(f"Clouds must have equal shapes, not {tuple(a.shape)} and {tuple(b.shape)}.")
+    cost = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    return math.sqrt(max(0.0, float(ot.emd2([], [], cost.cpu().numpy(), numItermax=2_000_000))))
+
+
+def mean_interval(values: torch.Tensor) -> tuple[float, float]:
+    """95 % confidence interval of the mean of independent values (B,), normal approximation."""
+    mean, error = values.mean().item(), values.std().item() / math.sqrt(len(values))
+    return mean - 1.96 * error, mean + 1.96 * error

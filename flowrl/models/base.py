@@ -1,0 +1,65 @@
+"""The seam between flowrl and any flow model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flowrl.sampler import time_grid
+from flowrl.types import Condition, Contexts
+
+
+class VelocityModel(nn.Module):
+    """A flow model: a trainable velocity network and the frozen parts around it.
+
+    Time runs from 0 (noise) to 1 (data). Subclasses convert other conventions in `forward` and nowhere else.
+
+    Attributes:
+        network: What is fine-tuned, copied and saved. Frozen parts (text encoders, autoencoder) must not be
+            registered as submodules: they are shared by all copies.
+        latent_shape: Shape of one `x_t`, the space the flow works in.
+        sample_shape: Shape of one decoded sample, the space the reward sees.
+        lora_targets: Names (or a regular expression) of the modules that LoRA adapts, as peft takes them;
+            None adapts every linear layer.
+    """
+
+    network: nn.Module
+    latent_shape: tuple[int, ...]
+    sample_shape: tuple[int, ...]
+    lora_targets: list[str] | str | None = None
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """Velocity (B, *latent_shape), float32, at `x_t` (B, *latent_shape) and `t` (B,)."""
+        return self.network(x_t, t, *cond)
+
+    def encode(self, contexts: Contexts) -> Condition:
+        """Condition of each context, first dimension `len(contexts)`. Called once per run for all contexts."""
+        return ()
+
+    def null_condition(self) -> Condition:
+        """Condition of one empty context, for classifier-free guidance."""
+        raise NotImplementedError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
+
+    def decode(self, x_1: torch.Tensor) -> torch.Tensor:
+        """Latents (B, *latent_shape) -> samples (B, *sample_shape)."""
+        return x_1
+
+    def times(self, steps: int) -> torch.Tensor:
+        """Sampling times (steps + 1,) from 0 to 1."""
+        return time_grid(steps)
+
+    def with_network(self, network: nn.Module) -> VelocityModel:
+        """The same model around another network; everything else is shared, nothing is copied."""
+        clone = copy.copy(self)
+        clone._modules = dict(self._modules)
+        clone.network = network
+        return clone
+
+    def move_frozen(self, device: torch.device) -> None:
+        """Move the parts that are no submodules to `device`."""
+
+    def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
+        """Write the network (or its LoRA weights) into `folder` as other libraries load it; optional."""

@@ -1,0 +1,164 @@
+"""Where a flow comes from: a shipped name, a folder, a hub name, or a factory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
+from flowrl.models.base import VelocityModel
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
+EMBEDDED = ("gaussians", "mini-sd3")
+
+
+@dataclass(frozen=True)
+class FlowSource:
+    """A flow that is not loaded yet: what `load` will give, known before any weight is read.
+
+    Attributes:
+        source: "gaussians", "mini-sd3", a folder, a hub name, or "" for a factory.
+        description: One line for people.
+        sample_shape: Shape of one decoded sample.
+        load: Builds a fresh model on the CPU.
+        reloadable: The same weights can be had again from `source` (not so for a factory).
+        is_image: Samples are images with values in [0, 1].
+    """
+
+    source: str
+    description: str
+    sample_shape: tuple[int, ...]
+    load: Callable[[], VelocityModel]
+    reloadable: bool = True
+    is_image: bool = False
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is a small model that ships with flowrl."""
+        return self.source in EMBEDDED
+
+    @staticmethod
+    def of(
+        flow: Any, sample_shape: tuple[int, ...] | None = None, resolution: int | None = None
+    ) -> FlowSource:
+        """Source from what a user may give as `flow=`.
+
+        Args:
+            flow: "sd3" or "auto" (mini-sd3 without CUDA, Stable Diffusion 3.5 with it), a shipped name, a
+                folder, a hub name, or a factory `() -> VelocityModel | nn.Module`.
+            sample_shape: Needed when a factory returns a plain module.
+            resolution: Height and width of images, for a text-to-image pipeline.
+
+        Raises:
+            ModelLoadError: No such name or folder, or the folder is missing files.
+            ConfigError: A factory that does not return a model.
+        """
+        if isinstance(flow, FlowSource):
+            return flow
+        if callable(flow) and not isinstance(flow, nn.Module):
+            return _from_factory(flow, sample_shape)
+        if not isinstance(flow, str | Path):
+            raise ConfigError(
+                f"flow must be a name, a folder or a factory (a function that returns a model), not a "
+                f"{type(flow).__name__}. Wrap a model as `flow=lambda: model`."
+            )
+        return _from_name(str(flow), resolution)
+
+
+def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | None) -> FlowSource:
+    from flowrl.models.mlp import ModuleFlow
+
+    def load() -> VelocityModel:
+        model = factory()
+        if isinstance(model, VelocityModel):
+            return model
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"The flow factory returned a {type(model).__name__}, not a torch module.")
+        shape = sample_shape or getattr(model, "sample_shape", None)
+        if shape is None:
+            raise ConfigError(
+                "The flow factory returned a plain module: say the shape of one sample, as the module's "
+                "attribute `sample_shape` or as `sample_shape=` where the environment is registered."
+            )
+        return ModuleFlow(model, tuple(shape))
+
+    shape = sample_shape or load().sample_shape
+    name = getattr(factory, "__qualname__", type(factory).__name__)
+    return FlowSource("", f"from factory {name}", tuple(shape), load, reloadable=False)
+
+
+def chosen_sd3() -> str:
+    """What "auto" takes: the embedded pipeline where there is no CUDA device."""
+    return DEFAULT_SD3 if torch.cuda.is_available() else "mini-sd3"
+
+
+def _from_name(name: str, resolution: int | None) -> FlowSource:
+    if name in ("auto", "sd3"):
+        source = _from_name(chosen_sd3(), resolution)
+        cuda = torch.cuda.is_available()
+        why = "a CUDA device is there" if cuda else "there is no CUDA device"
+        other = "mini-sd3" if cuda else DEFAULT_SD3
+        return replace(
+            source, description=f"{source.description}, as {why}; choose with --env.flow, e.g. --env.flow {other}"
+        )
+    folder = ASSETS / name if name in EMBEDDED else Path(name)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        return _mlp_source(folder, name)
+    if not folder.exists() and ("/" not in name or name.startswith((".", "/", "~"))):
+        raise ModelLoadError(
+            f"There is no flow '{name}': not a shipped name ({', '.join(EMBEDDED)}), not a folder here, and not "
+            f"a hub name (OWNER/NAME).{did_you_mean(name, EMBEDDED)}"
+        )
+    from flowrl.models.sd3 import sd3_source
+
+    kind = "the embedded small Stable Diffusion 3" if name == "mini-sd3" else "a Stable Diffusion 3 pipeline"
+    return sd3_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, resolution)
+
+
+def _mlp_source(folder: Path, name: str) -> FlowSource:
+    config = read_json(folder / "config.json", f"flow '{name}'")
+    if config.get("model") != "mlp":
+        raise ModelLoadError(
+            f"The folder '{folder}' is no flow: it has neither model_index.json (a diffusers pipeline) nor a "
+            "config.json that says \"model\": \"mlp\"."
+        )
+    dim = int(config["dim"])
+
+    def load() -> VelocityModel:
+        from safetensors.torch import load_file
+
+        from flowrl.models.mlp import MLP, ModuleFlow
+
+        network = MLP(dim, int(config["width"]), int(config["depth"]))
+        try:
+            state = load_file(folder / "model.safetensors")
+            network.load_state_dict({key: value.float() for key, value in state.items()})
+        except Exception as error:
+            raise ModelLoadError(f"Cannot read '{folder / 'model.safetensors'}': {error}") from error
+        return ModuleFlow(network, (dim,))
+
+    return FlowSource(name, f"{name} ({config.get('description', 'MLP')})", (dim,), load)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelLoadError: The file is missing or is no JSON object; names it.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"The {what} is missing the file '{path}'.") from error
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"Cannot read '{path}' of the {what}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"'{path}' of the {what} is no JSON object.")
+    return content

@@ -1,0 +1,141 @@
+"""ORW-CFM-W2 (Fan et al., ICLR 2025, arXiv 2502.06061), and its variants without penalty and with KL.
+
+Repeat: draw `x_1 ~ v_old` by the ODE, score it, weight it by `w = exp(tau r)`, then for K gradient steps with
+fresh `x_0, t` minimise `w |v - u|^2 + alpha |v - v_ref|^2`; then `v_old <- v`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from flowrl.algorithm import FlowAlgorithm, FlowConfig
+from flowrl.flow import Coupling, interpolate, ot_permutation, sample_time
+from flowrl.losses import (
+    Normalisation,
+    Standardisation,
+    group_mean,
+    kl_time_weight,
+    residual_weighted_loss,
+    reward_weighted_loss,
+    reward_weights,
+    squared_error,
+    standardise,
+)
+from flowrl.registry import register_algorithm
+from flowrl.types import Batch, Role
+
+
+@dataclass(frozen=True)
+class ORWCFMW2Config(FlowConfig):
+    """Settings of ORW-CFM-W2."""
+
+    tau: float = 0.5
+    """Inverse temperature of the weights exp(tau r)."""
+    alpha: float = 1.0
+    """Strength of the Wasserstein-2 regulariser alpha |v - v_ref|^2."""
+    weight_normalisation: Normalisation = "batch"
+    """Weights have mean one in the iteration ("batch") or per context ("group"), or are raw ("none")."""
+    standardise: Standardisation = "none"
+    """Give tau in units of the rewards' standard deviation, in the iteration ("batch") or per context ("group")."""
+    target: Literal["residual", "plain"] = "residual"
+    """"residual" moves only where rewards differ; "plain", as published, also refits the sampler's own errors."""
+    coupling: Coupling = "independent"
+    """How noise is paired with samples: independent, or exact minibatch optimal transport ("ot")."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.alpha >= 0, f"alpha must not be negative, not {self.alpha}.")
+        self.require(
+            self.coupling == "independent" or self.target == "plain",
+            "coupling 'ot' draws samples by their weight, which leaves the residual target nothing to weigh: "
+            "use target 'plain' with it.",
+        )
+
+
+@register_algorithm("orw_w2")
+class ORWCFMW2(FlowAlgorithm):
+    """Online reward-weighted conditional flow matching with Wasserstein-2 regularisation."""
+
+    Config: ClassVar[type[FlowConfig]] = ORWCFMW2Config
+    config: ORWCFMW2Config
+
+    def copies(self) -> set[Role]:
+        """The reference for the penalty; the residual target also keeps `v_old`."""
+        return {"reference", "behaviour"} if self.config.target == "residual" else {"reference"}
+
+    def score(self, rollout: Batch) -> torch.Tensor:
+        """Weights `w = exp(tau r)` (B,)."""
+        n = len(self.env.core.contexts)
+        reward = standardise(rollout.reward, self.config.standardise, rollout.contexts, n)
+        weight = reward_weights(reward, self.config.tau, self.config.weight_normalisation, rollout.contexts, n)
+        self.baseline = weight.mean()
+        return weight
+
+    def penalty(self, t: torch.Tensor) -> torch.Tensor:
+        """Coefficient (B,) of `|v - v_ref|^2` at times t."""
+        return torch.full_like(t, self.config.alpha)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Eq. 12 of the paper, or its residual form, on fresh noise and times."""
+        batch, x_0 = self.couple(batch)
+        t = sample_time(len(x_0), self.config.time_sampling, self.generator)
+        x_t, u = interpolate(x_0, batch.x_1, t)
+        cond = self.policy.condition(batch.contexts)
+
+        v = self.policy.velocity(x_t, t, cond)
+        v_ref = self.policy.velocity(x_t, t, cond, "reference") if self.config.alpha > 0 else None
+        if self.config.target == "residual":
+            v_old = self.policy.velocity(x_t, t, cond, "behaviour")
+            loss = residual_weighted_loss(v, u, batch.weight, self.baseline, v_old, v_ref, self.penalty(t))
+        else:
+            loss = reward_weighted_loss(v, u, batch.weight, v_ref, self.penalty(t))
+
+        metrics = {"fit": (batch.weight * squared_error(v, u)).mean()}
+        if v_ref is not None:
+            metrics["drift"] = squared_error(v, v_ref).mean()
+        return loss.mean(), metrics
+
+    def couple(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
+        """The minibatch and the noise (B, *latent_shape) that each of its samples is paired with.
+
+        Weighting optimally coupled pairs would tilt the noise as well. So "ot" first draws samples in proportion
+        to their weight (each then carries the mean weight), and couples those.
+        """
+        x_0 = self.policy.noise(len(batch.x_1), self.generator)
+        if self.config.coupling == "independent":
+            return batch, x_0
+        index = torch.multinomial(batch.weight, len(x_0), replacement=True, generator=self.generator)
+        x_1, weight = batch.x_1[index], batch.weight.mean().expand(len(x_0))
+        drawn = Batch(x_1, batch.contexts[index], batch.reward[index], weight)
+        return drawn, x_0[ot_permutation(x_0, x_1, drawn.contexts)]
+
+
+@dataclass(frozen=True)
+class ORWConfig(ORWCFMW2Config):
+    """Settings of ORW-CFM."""
+
+    alpha: float = 0.0
+    """Zero: no regulariser. That is what this variant is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.alpha == 0, "orw has no regulariser (alpha = 0); for alpha > 0 use orw_w2.")
+
+
+@register_algorithm("orw")
+class ORWCFM(ORWCFMW2):
+    """Online reward-weighted conditional flow matching without regularisation; collapses in the end."""
+
+    Config: ClassVar[type[FlowConfig]] = ORWConfig
+
+
+@register_algorithm("orw_kl")
+class ORWCFMKL(ORWCFMW2):
+    """ORW-CFM whose penalty is the Kullback-Leibler divergence: the same, weighted by t / (1 - t)."""
+
+    def penalty(self, t: torch.Tensor) -> torch.Tensor:
+        """`alpha t / (1 - t)`, clipped near t = 1."""
+        return self.config.alpha * kl_time_weight(t)

@@ -1,0 +1,329 @@
+"""FlowPolicy: the trainable velocity network, its copies, and sampling from any of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from torch import nn
+
+from flowrl.errors import ConfigError
+from flowrl.models.base import VelocityModel
+from flowrl.sampler import Solver, evaluations_per_sample, ode_sample
+from flowrl.types import Condition, Field, Role
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation (Hu et al. 2021): rank and scale of the adapters."""
+
+    rank: int
+    alpha: float
+
+
+class FlowPolicy(BasePolicy):
+    """A flow as a stable-baselines3 policy: the observation is a context, the action a generated sample.
+
+    Full fine-tuning keeps a network per role, made only for the roles asked for. With LoRA there is one base
+    network: the reference is the adapter switched off, behaviour and ema are further adapters.
+
+    Args:
+        observation_space: Indices of contexts.
+        action_space: Samples.
+        lr_schedule: Unused; stable-baselines3 passes it.
+        model: The flow to fine-tune; becomes the current role.
+        contexts: All contexts; encoded once, here.
+        copies: Roles to keep beside the current one.
+        lora: Adapters instead of full fine-tuning.
+        steps: Default number of solver steps when sampling.
+        solver: Default solver.
+        guidance_scale: Default classifier-free guidance; 1 is none.
+        device: Where everything lives.
+        seed: Seed of the generator that `sample` and `predict` draw noise from.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Any = None,
+        *,
+        model: VelocityModel,
+        contexts: Sequence[Any],
+        copies: Iterable[Role] = ("reference",),
+        lora: LoRA | None = None,
+        steps: int = 16,
+        solver: Solver = "euler",
+        guidance_scale: float = 1.0,
+        device: torch.device | str = "cpu",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(observation_space, action_space)
+        self.steps, self.solver, self.guidance_scale = steps, solver, guidance_scale
+        self.contexts = list(contexts)
+        self.lora = lora
+        self.evaluations = 0  # network evaluations so far: a forward is 1 per sample, a backward 2
+        device = torch.device(device)
+        model.move_frozen(device)
+        model.network.to(device)
+        self.model = model  # submodules of `model` are the current network
+        self._condition = model.encode(self.contexts)
+        self._null = model.null_condition() if guidance_scale != 1 else None
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(torch.seed() if seed is None else seed)
+        roles: list[Role] = [role for role in ("behaviour", "ema") if role in copies]
+        self.networks = nn.ModuleDict()
+        if lora is None:
+            self._models = self._full_copies(model, roles, "reference" in copies)
+        else:
+            self._models = {}
+            self._adapters = _add_adapters(model, ["current", *roles], lora)
+        self.roles: tuple[Role, ...] = ("current", *roles)
+        self._parameters_of = {role: self._collect(role) for role in self.roles}
+        if not self._parameters_of["current"]:
+            raise ConfigError("This flow has no trainable parameters.")
+
+    def _full_copies(
+        self, model: VelocityModel, roles: list[Role], reference: bool
+    ) -> dict[Role, VelocityModel]:
+        models: dict[Role, VelocityModel] = {"current": model}
+        for role in [*roles, *(["reference"] if reference else [])]:
+            network = copy.deepcopy(model.network).requires_grad_(False).eval()
+            self.networks[role] = network
+            models[role] = model.with_network(network)  # type: ignore[index]
+        return models
+
+    def _collect(self, role: Role) -> dict[str, nn.Parameter]:
+        """Names and tensors of a role's own parameters, those that are trained."""
+        if self.lora is None:
+            trained = [n for n, p in self.model.network.named_parameters() if p.requires_grad]
+            parameters = dict(self._models[role].network.named_parameters())
+            return {name: parameters[name] for name in trained}
+        marker = f".{role}."
+        return {
+            name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name
+        }
+
+    # -- velocities -------------------------------------------------------------------------------------
+
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role = "current"
+    ) -> torch.Tensor:
+        """Velocity (B, *latent_shape) of a role's network. Only the current role carries gradients.
+
+        Raises:
+            ConfigError: The role was not asked for when the policy was made.
+        """
+        with_grad = torch.is_grad_enabled() and role == "current"
+        self.evaluations += len(x_t) * (3 if with_grad else 1)
+        if self.lora is not None:
+            return self._adapted_velocity(x_t, t, cond, role, with_grad)
+        if role not in self._models:
+            raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(self._models)}.")
+        with torch.set_grad_enabled(with_grad):
+            return self._models[role](x_t, t, cond)
+
+    def _adapted_velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role, with_grad: bool
+    ) -> torch.Tensor:
+        if role == "current":
+            return self.model(x_t, t, cond)
+        with _switched(self._adapters, role), torch.set_grad_enabled(with_grad):
+            return self.model(x_t, t, cond)
+
+    def condition(self, contexts: torch.Tensor) -> Condition:
+        """Encoded contexts for indices (B,)."""
+        return tuple(part[contexts] for part in self._condition)
+
+    def field(
+        self, cond: Condition, n: int, role: Role = "current", guidance_scale: float | None = None
+    ) -> Field:
+        """Velocity field of `n` samples with their condition bound, with classifier-free guidance.
+
+        Guidance is `v_null + s (v - v_null)` (Ho and Salimans 2022), both halves in one forward pass.
+        """
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if scale == 1:
+            return lambda x, t: self.velocity(x, t, cond, role)
+        if self._null is None:
+            self._null = self.model.null_condition()
+        both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
+
+        def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            v, v_null = self.velocity(torch.cat([x, x]), torch.cat([t, t]), both, role).chunk(2)
+            return v_null + scale * (v - v_null)
+
+        return guided
+
+    # -- sampling ---------------------------------------------------------------------------------------
+
+    @property
+    def sampling_role(self) -> Role:
+        """What `sample` and `predict` use: the moving average where there is one."""
+        return "ema" if "ema" in self.roles else "current"
+
+    def noise(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Standard normal latents (n, *latent_shape)."""
+        generator = generator or self.generator
+        return torch.randn(n, *self.model.latent_shape, generator=generator, device=generator.device)
+
+    @torch.inference_mode()
+    def sample_latents(
+        self,
+        contexts: torch.Tensor,
+        *,
+        role: Role | None = None,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        x_0: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Latents `x_1` (B, *latent_shape) by the ODE for context indices (B,), from `x_0` or fresh noise."""
+        x_0 = self.noise(len(contexts), generator) if x_0 is None else x_0
+        times = self.model.times(steps or self.steps).to(x_0.device)
+        field = self.field(
+            self.condition(contexts.to(x_0.device)), len(contexts), role or self.sampling_role, guidance_scale
+        )
+        return ode_sample(field, x_0, times, solver or self.solver)
+
+    def sample(self, contexts: torch.Tensor | Sequence[Any] | None = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
+        """Samples (B, *sample_shape), decoded.
+
+        Args:
+            contexts: Indices of the environment's contexts (B,), or contexts themselves (any prompts); None
+                draws `n` samples of the first context.
+            n: How many samples, when `contexts` is None.
+            **kwargs: As in `sample_latents`: steps, solver, guidance_scale, role, generator, x_0.
+        """
+        if contexts is None:
+            contexts = torch.zeros(n, dtype=torch.long)
+        if not isinstance(contexts, torch.Tensor):
+            known = {_key(c): i for i, c in enumerate(self.contexts)}
+            new = [c for c in dict.fromkeys(contexts) if _key(c) not in known]
+            if new:
+                encoded = self.model.encode(new)
+                self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, encoded))
+                self.contexts += new
+                known = {_key(c): i for i, c in enumerate(self.contexts)}
+            contexts = torch.tensor([known[_key(c)] for c in contexts])
+        return self.decode(self.sample_latents(contexts, **kwargs))
+
+    @torch.inference_mode()
+    def decode(self, x_1: torch.Tensor) -> torch.Tensor:
+        """Latents -> samples (B, *sample_shape)."""
+        return self.model.decode(x_1)
+
+    def evaluations_per_sample(self) -> int:
+        """Network evaluations that one sample costs with the default settings."""
+        return evaluations_per_sample(self.solver, self.steps) * (1 if self.guidance_scale == 1 else 2)
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """Samples for observed contexts, as arrays: stable-baselines3's interface.
+
+        A flow is random through its noise; `deterministic` has no meaning here and is ignored.
+        """
+        index = np.asarray(observation)
+        samples = self.sample(torch.from_numpy(np.atleast_1d(index).astype(np.int64).reshape(-1)))
+        actions = samples.cpu().numpy()
+        return (actions if index.ndim else actions[0]), state
+
+    def _predict(self, observation: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
+        return self.sample(observation.reshape(-1).long())
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Training or evaluation mode of the current network; copies stay in evaluation mode."""
+        self.model.network.train(mode)
+
+    # -- copies -----------------------------------------------------------------------------------------
+
+    def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
+        """A role's own parameters by name: the whole network, or the adapter."""
+        return self._parameters_of[role]
+
+    @torch.no_grad()
+    def update_copy(self, role: Role, decay: float = 0.0) -> None:
+        """`copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
+        if role not in self.roles:
+            return
+        target, source = (list(self._parameters_of[r].values()) for r in (role, "current"))
+        torch._foreach_lerp_(target, source, 1 - decay)
+
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as the flow's own library loads them, where the flow can (`VelocityModel.export`)."""
+        if self.lora is None:
+            self.model.export(folder, None)
+        else:
+            names = self._parameters_of["current"]
+            self.model.export(folder, {name: p.detach().cpu().clone() for name, p in names.items()})
+
+
+def _key(context: Any) -> Any:
+    return repr(context)
+
+
+def _add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any]:
+    """Put LoRA adapters into the network (in place); only the first is trainable."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    targets = model.lora_targets or _linear_layers(model.network)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian")
+    model.network.requires_grad_(False)
+    for name in names:
+        try:
+            inject_adapter_in_model(config, model.network, adapter_name=name)
+        except ValueError as error:
+            raise ConfigError(f"LoRA cannot be put on this network: {error}") from error
+    adapters = [m for m in model.network.modules() if isinstance(m, BaseTunerLayer)]
+    _activate(adapters, "current")
+    state = {n: p for n, p in model.network.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in state.items():
+            for other in names[1:]:
+                if f".{other}." in name:
+                    parameter.copy_(state[name.replace(f".{other}.", ".current.")])
+    return adapters
+
+
+def _linear_layers(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _activate(adapters: list[Any], name: str) -> None:
+    for layer in adapters:
+        layer.set_adapter(name)
+
+
+class _switched:
+    """Context in which another adapter is active, or none ("reference"), with gradients' flags as before."""
+
+    def __init__(self, adapters: list[Any], role: Role) -> None:
+        self.adapters, self.role = adapters, role
+
+    def __enter__(self) -> None:
+        for layer in self.adapters:
+            if self.role == "reference":
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter(self.role, inference_mode=True)
+
+    def __exit__(self, *exc: object) -> None:
+        for layer in self.adapters:
+            if self.role == "reference":
+                layer.enable_adapters(True)
+            layer.set_adapter("current")

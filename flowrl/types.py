@@ -1,0 +1,39 @@
+"""Types shared by all modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+Condition = tuple[torch.Tensor, ...]
+"""Encoded contexts: tensors whose first dimension is the batch; empty for an unconditional flow."""
+
+Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A velocity field with its condition bound: `(x_t (B, ...), t (B,)) -> v (B, ...)`."""
+
+Role = Literal["current", "reference", "behaviour", "ema"]
+"""Which copy of the velocity network: trained, frozen, lagged sampler, moving average."""
+
+Contexts = Sequence[Any]
+"""What a sample is conditioned on, one entry per sample: prompts, labels, or None."""
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """What an environment says of a batch of samples."""
+
+    reward: torch.Tensor  # (B,) float32, finite
+    components: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (B,)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Batch(NamedTuple):
+    """A minibatch of the rollout buffer, on the training device."""
+
+    x_1: torch.Tensor  # (B, *latent_shape)
+    contexts: torch.Tensor  # (B,) int64, indices into the environment's contexts
+    reward: torch.Tensor  # (B,)
+    weight: torch.Tensor  # (B,) what the algorithm's `score` made of the reward
