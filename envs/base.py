@@ -31,7 +31,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         name: Name in messages and run folders.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own convention)
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (Gymnasium's own convention)
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         self.recommended: Mapping[str, Any] = {}  # algorithm settings, set by `make`
         self.origin: tuple[str, dict[str, Any]] | None = None  # registered name and settings, set by `make`
         self._context = 0
+        self._last = np.zeros(self.sample_shape, dtype=np.float32)
 
     @abstractmethod
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
@@ -112,11 +113,24 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
 
     def step(self, action: np.ndarray) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
         """Score the action as a sample of the current context; always terminates."""
-        sample = torch.as_tensor(np.asarray(action, dtype=np.float32))[None]
-        output = self.evaluate(sample, torch.tensor([self._context]))
+        self._last = np.asarray(action, dtype=np.float32)
+        output = self.evaluate(torch.from_numpy(self._last)[None], torch.tensor([self._context]))
         info: dict[str, Any] = {key: value.item() for key, value in output.components.items()}
         info["context"] = self.contexts[self._context]
         return np.int64(self._context), output.reward.item(), True, False, info
+
+    def render(self) -> np.ndarray | None:  # type: ignore[override]
+        """The last sample as (H, W, 3) uint8 when `render_mode` is "rgb_array": by default, a dot at its first
+        two coordinates within the bounds of the action space.
+        """
+        if self.render_mode != "rgb_array":
+            return None
+        size, picture = 96, np.full((96, 96, 3), 255, dtype=np.uint8)
+        low, high = float(self.action_space.low.min()), float(self.action_space.high.max())  # type: ignore[attr-defined]
+        share = (np.resize(self._last.reshape(-1), 2) - low) / (high - low)
+        x, y = (share.clip(0, 1) * (size - 3)).astype(int)
+        picture[size - 3 - y : size - y, x : x + 3] = 0
+        return picture
 
 
 def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: str) -> torch.Tensor:

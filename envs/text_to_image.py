@@ -59,8 +59,6 @@ class TextToImageEnv(GenerationEnv):
         reward_name: What the head of a run says of the reward.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012
-
     def __init__(
         self,
         flow: Any,
@@ -78,7 +76,6 @@ class TextToImageEnv(GenerationEnv):
         self.reward_name = reward_name or getattr(
             reward, "description", getattr(reward, "__name__", "custom")
         )
-        self._last = np.zeros(self.sample_shape, dtype=np.float32)
 
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of images (B, 3, H, W)."""
@@ -88,11 +85,6 @@ class TextToImageEnv(GenerationEnv):
     def describe(self) -> list[str]:
         """Lines for the head of a run."""
         return [*super().describe(), f"reward: {self.reward_name}", f"prompts: {len(self.contexts)}"]
-
-    def step(self, action: np.ndarray) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
-        """Score an image; keeps it for `render`."""
-        self._last = np.asarray(action, dtype=np.float32)
-        return super().step(action)
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
         """The last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"."""

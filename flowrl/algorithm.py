@@ -139,7 +139,7 @@ class FlowAlgorithm(BaseAlgorithm):
     ) -> None:
         check_device(device)
         core = as_generation_env(env, env_settings)
-        self.config = self.configure(core, config, settings)
+        self.config = self.configure(config, core.recommended, settings)
         chunk = self.config.rollout_batch_size or self.config.n_samples
         super().__init__(
             policy,
@@ -159,9 +159,15 @@ class FlowAlgorithm(BaseAlgorithm):
 
     # -- what a subclass writes -------------------------------------------------------------------------
 
-    def copies(self) -> set[Role]:
-        """Copies of the network that this algorithm needs."""
-        return {"reference"}
+    @classmethod
+    def copies_for(cls, config: Any) -> set[Role]:
+        """Copies of the network that these settings need; a subclass adds its own."""
+        copies: set[Role] = {"reference"}
+        if config.refresh_every > 1:
+            copies.add("behaviour")
+        if config.ema_decay > 0:
+            copies.add("ema")
+        return copies
 
     def score(self, rollout: Batch) -> torch.Tensor:
         """What the update makes of the rewards: weights or advantages (B,), of all samples of an iteration."""
@@ -175,16 +181,19 @@ class FlowAlgorithm(BaseAlgorithm):
 
     @classmethod
     def configure(
-        cls, env: GenerationEnv, config: FlowConfig | None = None, settings: Mapping[str, Any] | None = None
+        cls,
+        config: FlowConfig | None = None,
+        recommended: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> FlowConfig:
-        """The config that a run uses: the given one, or the defaults with the environment's recommendations."""
+        """The config that a run uses: the given one, or the defaults with an environment's recommendations."""
         settings = settings or {}
         known = [f.name for f in fields(cls.Config)]
         for key in settings:
             if key not in known:
                 raise UnknownNameError.of(f"setting of {cls.__name__}", key, known)
         if config is None:
-            config = cls.Config(**{**recommended_settings(cls, env.recommended), **settings})
+            config = cls.Config(**{**recommended_settings(cls, recommended or {}), **settings})
         elif settings:
             config = replace(config, **settings)
         if type(config) is not cls.Config:
@@ -199,19 +208,13 @@ class FlowAlgorithm(BaseAlgorithm):
             self.set_random_seed(self.seed)
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
-        copies: set[Role] = set(self.copies())
-        if config.refresh_every > 1:
-            copies.add("behaviour")
-        if config.ema_decay > 0:
-            copies.add("ema")
-        lora = LoRA(config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank) if config.lora_rank else None
         self.policy = self.policy_class(
             self.observation_space,
             self.action_space,
             model=core.flow.load(),
             contexts=core.contexts,
-            copies=copies,
-            lora=lora,
+            copies=self.copies_for(config),
+            lora=LoRA.of(config),
             steps=config.rollout_steps,
             solver=config.solver,
             guidance_scale=config.guidance_scale,
@@ -256,18 +259,10 @@ class FlowAlgorithm(BaseAlgorithm):
             if self.iteration % log_interval == 0:
                 self._log(logged, time.perf_counter() - started)
             callback.update_locals(locals())
-            self.on_iteration_end(callback)
+            if not _iteration_ended(callback):
+                break
         callback.on_training_end()
         return self
-
-    def on_iteration_end(self, callback: BaseCallback) -> None:
-        """Called after each whole iteration; the state is consistent and can be saved here."""
-        for child in getattr(callback, "callbacks", [callback]):
-            hook = getattr(child, "on_iteration_end", None)
-            if hook is not None:
-                hook()
-            elif hasattr(child, "callbacks"):
-                self.on_iteration_end(child)
 
     # -- the loop's four parts --------------------------------------------------------------------------
 
@@ -435,6 +430,18 @@ class FlowAlgorithm(BaseAlgorithm):
         return ["policy", "policy.optimizer"], []
 
 
+def _iteration_ended(callback: BaseCallback) -> bool:
+    """Tell callbacks that have an `on_iteration_end` method; False when one of them stops the run.
+
+    stable-baselines3's `on_step` comes in the middle of an iteration; only here can the state be saved whole.
+    """
+    children = getattr(callback, "callbacks", None)
+    if children is not None:
+        return all([_iteration_ended(child) for child in children])
+    hook = getattr(callback, "on_iteration_end", None)
+    return hook is None or hook() is not False
+
+
 def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> GenerationEnv:
     """The environment behind a name, a (wrapped) Gymnasium environment, or a batched one."""
     if isinstance(env, str):
@@ -467,7 +474,6 @@ def check_device(device: torch.device | str) -> None:
     if str(device) == "auto":
         return
     try:
-        kind = torch.device(device).type
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         available = ["cpu"] + [d for d in ("cuda", "mps") if getattr(torch, d).is_available()]
@@ -475,4 +481,3 @@ def check_device(device: torch.device | str) -> None:
             f"Device '{device}' is not available here ({str(error).splitlines()[0]}). "
             f"Available: {', '.join(available)}."
         ) from error
-    del kind

@@ -62,17 +62,17 @@ class ORWCFMW2(FlowAlgorithm):
     Config: ClassVar[type[FlowConfig]] = ORWCFMW2Config
     config: ORWCFMW2Config
 
-    def copies(self) -> set[Role]:
-        """The reference for the penalty; the residual target also keeps `v_old`."""
-        return {"reference", "behaviour"} if self.config.target == "residual" else {"reference"}
+    @classmethod
+    def copies_for(cls, config: ORWCFMW2Config) -> set[Role]:
+        """The residual target also keeps `v_old`."""
+        copies = super().copies_for(config)
+        return copies | {"behaviour"} if config.target == "residual" else copies
 
     def score(self, rollout: Batch) -> torch.Tensor:
         """Weights `w = exp(tau r)` (B,)."""
         n = len(self.env.core.contexts)
         reward = standardise(rollout.reward, self.config.standardise, rollout.contexts, n)
-        weight = reward_weights(reward, self.config.tau, self.config.weight_normalisation, rollout.contexts, n)
-        self.baseline = weight.mean()
-        return weight
+        return reward_weights(reward, self.config.tau, self.config.weight_normalisation, rollout.contexts, n)
 
     def penalty(self, t: torch.Tensor) -> torch.Tensor:
         """Coefficient (B,) of `|v - v_ref|^2` at times t."""
@@ -89,7 +89,8 @@ class ORWCFMW2(FlowAlgorithm):
         v_ref = self.policy.velocity(x_t, t, cond, "reference") if self.config.alpha > 0 else None
         if self.config.target == "residual":
             v_old = self.policy.velocity(x_t, t, cond, "behaviour")
-            loss = residual_weighted_loss(v, u, batch.weight, self.baseline, v_old, v_ref, self.penalty(t))
+            baseline = self.buffer.all().weight.mean()
+            loss = residual_weighted_loss(v, u, batch.weight, baseline, v_old, v_ref, self.penalty(t))
         else:
             loss = reward_weighted_loss(v, u, batch.weight, v_ref, self.penalty(t))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ class LoRA:
 
     rank: int
     alpha: float
+
+    @staticmethod
+    def of(config: Any) -> LoRA | None:
+        """The adapters that an algorithm's config asks for; None for full fine-tuning."""
+        rank = config.lora_rank
+        return LoRA(rank, config.lora_alpha or 2.0 * rank) if rank else None
 
 
 class FlowPolicy(BasePolicy):
@@ -284,11 +291,13 @@ def _add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[An
     targets = model.lora_targets or _linear_layers(model.network)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian")
     model.network.requires_grad_(False)
-    for name in names:
-        try:
-            inject_adapter_in_model(config, model.network, adapter_name=name)
-        except ValueError as error:
-            raise ConfigError(f"LoRA cannot be put on this network: {error}") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant here
+        for name in names:
+            try:
+                inject_adapter_in_model(config, model.network, adapter_name=name)
+            except ValueError as error:
+                raise ConfigError(f"LoRA cannot be put on this network: {error}") from error
     adapters = [m for m in model.network.modules() if isinstance(m, BaseTunerLayer)]
     _activate(adapters, "current")
     state = {n: p for n, p in model.network.named_parameters()}
@@ -298,6 +307,15 @@ def _add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[An
                 if f".{other}." in name:
                     parameter.copy_(state[name.replace(f".{other}.", ".current.")])
     return adapters
+
+
+def count_parameters(model: VelocityModel, lora: LoRA | None) -> tuple[int, int]:
+    """Frozen and trained parameters of the velocity network; `model` may be on the meta device."""
+    if lora is not None:
+        _add_adapters(model, ["current"], lora)
+    parameters = list(model.network.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(p.numel() for p in parameters) - trained, trained
 
 
 def _linear_layers(network: nn.Module) -> list[str]:

@@ -78,7 +78,7 @@ def count_components(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
         raise ValueError(
-            f"expected images (B, 3, H, W) and B prompts, got {tuple(images.shape)} and {len(prompts)} prompts"
+            f"expected images (B, 3, H, W) and B prompts, not {tuple(images.shape)} and {len(prompts)}"
         )
     findings = analyse(images)
     rows = [_judge(finding, parse_prompt(prompt)) for finding, prompt in zip(findings, prompts)]

@@ -28,6 +28,7 @@ class FlowSource:
         description: One line for people.
         sample_shape: Shape of one decoded sample.
         load: Builds a fresh model on the CPU.
+        skeleton: Builds a model without weights (meta device), to count parameters.
         reloadable: The same weights can be had again from `source` (not so for a factory).
         is_image: Samples are images with values in [0, 1].
     """
@@ -36,6 +37,7 @@ class FlowSource:
     description: str
     sample_shape: tuple[int, ...]
     load: Callable[[], VelocityModel]
+    skeleton: Callable[[], VelocityModel]
     reloadable: bool = True
     is_image: bool = False
 
@@ -91,7 +93,7 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
 
     shape = sample_shape or load().sample_shape
     name = getattr(factory, "__qualname__", type(factory).__name__)
-    return FlowSource("", f"from factory {name}", tuple(shape), load, reloadable=False)
+    return FlowSource("", f"from factory {name}", tuple(shape), load, load, reloadable=False)
 
 
 def chosen_sd3() -> str:
@@ -131,20 +133,27 @@ def _mlp_source(folder: Path, name: str) -> FlowSource:
         )
     dim = int(config["dim"])
 
+    def build() -> VelocityModel:
+        from flowrl.models.mlp import MLP, ModuleFlow
+
+        return ModuleFlow(MLP(dim, int(config["width"]), int(config["depth"])), (dim,))
+
     def load() -> VelocityModel:
         from safetensors.torch import load_file
 
-        from flowrl.models.mlp import MLP, ModuleFlow
-
-        network = MLP(dim, int(config["width"]), int(config["depth"]))
+        model = build()
         try:
             state = load_file(folder / "model.safetensors")
-            network.load_state_dict({key: value.float() for key, value in state.items()})
+            model.network.load_state_dict({key: value.float() for key, value in state.items()})
         except Exception as error:
             raise ModelLoadError(f"Cannot read '{folder / 'model.safetensors'}': {error}") from error
-        return ModuleFlow(network, (dim,))
+        return model
 
-    return FlowSource(name, f"{name} ({config.get('description', 'MLP')})", (dim,), load)
+    def skeleton() -> VelocityModel:
+        with torch.device("meta"):
+            return build()
+
+    return FlowSource(name, f"{name} ({config.get('description', 'MLP')})", (dim,), load, skeleton)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -158,7 +159,14 @@ def sd3_source(location: str, description: str, name: str, resolution: int | Non
     def load() -> VelocityModel:
         return SD3Flow(_load_pipeline(location, name), latent_shape, sample_shape, int(length))
 
-    return FlowSource(name, description, sample_shape, load, is_image=True)
+    def skeleton() -> VelocityModel:
+        from diffusers import SD3Transformer2DModel
+
+        with torch.device("meta"):
+            network = SD3Transformer2DModel.from_config(transformer)
+        return SD3Flow(SimpleNamespace(transformer=network), latent_shape, sample_shape)
+
+    return FlowSource(name, description, sample_shape, load, skeleton, is_image=True)
 
 
 def _fetcher(location: str) -> Callable[[str], Path]:

@@ -1,0 +1,213 @@
+"""Train: `python -m flowrl.run --algo orw_w2 --env sd3-aesthetic`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import flowrl
+from flowrl import runfolder
+from flowrl.algorithm import FlowAlgorithm, FlowConfig, check_device
+from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
+from flowrl.checkpoint import checkpoint_folder, load_checkpoint, read_json
+from flowrl.envs.base import GenerationEnv
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError
+from flowrl.evaluation import evaluate
+from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
+from flowrl.report import save_before_after, write_report
+
+PROGRAM = "python -m flowrl.run"
+EXIT_ERROR, EXIT_STOPPED = 2, 3
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to train, how long, and where the files go."""
+
+    algo: str = ""
+    """Algorithm: a name from the list below, or module:Class."""
+    env: str = ""
+    """Environment: a name from the list below, or module:name (the module registers it)."""
+    total_timesteps: int | None = None
+    """Samples to train on; the environment's own number when not given."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    out: Path = Path("runs")
+    """Folder that run folders go into."""
+    name: str = ""
+    """Name of the run folder; made from environment, algorithm and seed when not given."""
+    resume: Path | None = None
+    """Run folder to go on with, exactly where it stopped."""
+    dry_run: bool = False
+    """Print the plan (samples, gradient steps, parameters, memory, files) and exit."""
+    log_every: int = 1
+    """Iterations between two rows of the metrics."""
+    picture_every: int = 10
+    """Iterations between two pictures of samples."""
+    checkpoint_every: int = 10
+    """Iterations between two checkpoints."""
+    eval_samples: int = 512
+    """Samples of the final evaluation, of the trained flow and of the reference each."""
+    progress: bool = True
+    """Show a progress bar with the time left (on a terminal only)."""
+
+    def __post_init__(self) -> None:
+        for key in ("log_every", "picture_every", "checkpoint_every", "eval_samples"):
+            FlowConfig.require(getattr(self, key) > 0, f"--{key.replace('_', '-')} must be positive.")
+
+
+def main(args: list[str] | None = None) -> int:
+    """The program; returns its exit code (0 done, 2 an error the message explains, 3 stopped by a signal)."""
+    args = sys.argv[1:] if args is None else args
+    if not args:
+        print(f"Train a flow on a reward.\n\nusage: {PROGRAM} --algo ALGORITHM --env ENVIRONMENT [options]")
+        print(f"       {PROGRAM} --help                 all options\n")
+        print(names())
+        print(f"\nFor example: {PROGRAM} --algo orw_w2 --env sd3-aesthetic")
+        return 0
+    warnings.filterwarnings("ignore", message=".*rich is experimental.*")
+    try:
+        return _main(args)
+    except FlowRLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _main(args: list[str]) -> int:
+    """Two passes: the first finds algorithm and environment, the second parses their own settings."""
+    run, _ = tyro.cli(RunConfig, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)
+    if run.resume is not None:
+        return _resume(_parse(args, None, None)[0])
+    wants_help = bool({"-h", "--help"} & set(args))
+    if not wants_help and not (run.algo and run.env):
+        missing = " and ".join(f"--{key}" for key in ("algo", "env") if not getattr(run, key))
+        raise ConfigError(f"{missing} must be given.\n\n{names()}")
+    algo = algorithm_class(run.algo) if run.algo else None
+    spec = environment_spec(run.env) if run.env else None
+    if algo is not None and not issubclass(algo, FlowAlgorithm):
+        raise ConfigError(f"'{run.algo}' is no FlowAlgorithm: an algorithm derives from flowrl.FlowAlgorithm.")
+    run, algo_config, env_config = _parse(args, algo, spec)
+    assert algo is not None and spec is not None and algo_config is not None
+    env = _make_env(spec, env_config)
+    if run.dry_run:
+        check_device(run.device)
+        print(runfolder.plan(run.out / _name(run, algo), algo, algo_config, env, _timesteps(run, spec)))
+        return 0
+    model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
+    folder = runfolder.create(run.out, _name(run, algo), env.name)
+    runfolder.write_config(folder, model, {"total_timesteps": _timesteps(run, spec)})
+    return _train(model, folder, run, _timesteps(run, spec))
+
+
+def _parse(
+    args: list[str], algo: type[FlowAlgorithm] | None, spec: EnvSpec | None
+) -> tuple[RunConfig, FlowConfig | None, Any]:
+    """The second pass: a class with a group of options per chosen part, defaults as this environment recommends."""
+    parts: list[Any] = [("run", tyro.conf.OmitArgPrefixes[RunConfig])]
+    if spec is not None:
+        parts.append(("env", type(spec.config), field(default=spec.config)))
+    if algo is not None:
+        default = algo.Config()
+        if spec is not None:  # the recommendations depend on the environment's own settings
+            reduced = dataclasses.make_dataclass("Reduced", parts, frozen=True)
+            known, _ = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)
+            default = algo.configure(recommended=spec.recommended(known.env))
+        parts.append(("algo", algo.Config, field(default=default)))
+    whole = dataclasses.make_dataclass("Run", parts, frozen=True)
+    whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
+    parsed = tyro.cli(whole, args=args, prog=PROGRAM)
+    return parsed.run, getattr(parsed, "algo", None), getattr(parsed, "env", None)
+
+
+def _make_env(spec: EnvSpec, config: Any) -> GenerationEnv:
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    defaults = {f.name: getattr(spec.config, f.name) for f in dataclasses.fields(config)}
+    return flowrl.make(spec.name, **{key: value for key, value in given.items() if value != defaults[key]})
+
+
+def _name(run: RunConfig, algo: type[FlowAlgorithm]) -> str:
+    return run.name or f"{run.env.rpartition(':')[2]}-{algo.name or algo.__name__}-seed{run.seed}"
+
+
+def _timesteps(run: RunConfig, spec: EnvSpec) -> int:
+    return spec.total_timesteps if run.total_timesteps is None else run.total_timesteps
+
+
+def _resume(run: RunConfig) -> int:
+    assert run.resume is not None
+    folder = run.resume
+    cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
+    spec = environment_spec(run.env) if run.env else None
+    checkpoint = checkpoint_folder(folder)
+    total = run.total_timesteps or read_json(folder / "config.json").get("total_timesteps")
+    if not isinstance(total, int):
+        raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how long to train.")
+    model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
+    if model.num_timesteps >= total:
+        print(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
+        print("To train it longer, add --total-timesteps N.")
+        return 0
+    runfolder.write_config(folder, model, {"total_timesteps": total})
+    print(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
+    return _train(model, folder, run, total)
+
+
+def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
+    print(runfolder.header(model, folder, total), flush=True)
+    model.set_logger(runfolder.logger(folder, model.num_timesteps))
+    checkpoints = KeepCheckpoints(folder / "checkpoints", run.checkpoint_every)
+    pictures = PictureCallback(folder / "samples", run.picture_every)
+    with StopOnSignal() as stop:
+        try:
+            model.learn(
+                total - model.num_timesteps,
+                callback=[pictures, checkpoints, stop],
+                log_interval=run.log_every,
+                reset_num_timesteps=False,
+                progress_bar=run.progress and sys.stdout.isatty(),
+            )
+        except FlowRLError as error:
+            raise type(error)(f"{error}\nWhat was computed is in {folder}; {_resume_hint(folder)}") from error
+    if stop.received is not None:
+        checkpoints.write()
+        print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
+        return EXIT_STOPPED
+    model.save(folder / "final")
+    print("evaluating ...", flush=True)
+    result = evaluate(model, run.eval_samples)
+    runfolder.write_evaluation(folder, result)
+    save_before_after(result, model.env.core, folder / "before_after.png")
+    report = write_report(folder, result)
+    print(f"{result.table()}\n\nreport: {report}")
+    return 0
+
+
+def _resume_hint(folder: Path) -> str:
+    try:
+        checkpoint_folder(folder)
+    except CheckpointError:
+        return "there is no checkpoint yet, so it cannot be resumed."
+    return f"go on with: {PROGRAM} --resume {folder}"
+
+
+def names() -> str:
+    """The lists of algorithms and environments, a line each."""
+    lines = ["algorithms:"]
+    for name, cls in ALGORITHMS.items():
+        lines.append(f"  {name:20s} {(cls.__doc__ or '').strip().splitlines()[0]}")
+    lines.append("environments:")
+    for name, spec in ENVIRONMENTS.items():
+        lines.append(f"  {name:20s} {spec.summary}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The run folder: `runs/NAME/` with config.json, metrics.csv, samples/, checkpoints/, final/ and report.html."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    HumanOutputFormat,
+    JSONOutputFormat,
+    KVWriter,
+    Logger,
+    TensorBoardOutputFormat,
+)
+
+from flowrl.algorithm import FlowAlgorithm, FlowConfig
+from flowrl.checkpoint import description, write_json
+from flowrl.envs.base import GenerationEnv
+from flowrl.errors import ConfigError
+from flowrl.evaluation import EvaluationResult
+from flowrl.policy import LoRA, count_parameters
+
+
+def create(out: Path, name: str, env_name: str) -> Path:
+    """A new folder `out/name`, or `out/name-2`, ... when there is one already.
+
+    Raises:
+        ConfigError: It cannot be created or written; says why.
+    """
+    folder, n = out / name, 1
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                n += 1
+                folder = out / f"{name}-{n}"
+        probe = folder / "config.json"
+        probe.touch()
+    except OSError as error:
+        raise ConfigError(f"Cannot write to '{folder}': {error.strerror}. Choose another place with --out.") from error
+    return folder
+
+
+def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> None:
+    """Write `config.json`: what was run, enough to run it again."""
+    write_json(folder / "config.json", {**description(model), **extra, "device": str(model.device)})
+
+
+def write_evaluation(folder: Path, result: EvaluationResult) -> None:
+    """Write `evaluation.json`; numbers that do not exist are null."""
+    text = json.dumps(_without_nan(result.to_dict()), indent=1)
+    (folder / "evaluation.json").write_text(text + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def logger(folder: Path, num_timesteps: int) -> Logger:
+    """stable-baselines3 logger: a table on stdout, metrics.csv, metrics.json, TensorBoard where it is installed.
+
+    Rows that a resumed run wrote after its checkpoint are dropped; they will be computed again.
+    """
+    kept = _rows(folder / "metrics.csv", num_timesteps)
+    files: list[KVWriter] = [
+        CSVOutputFormat(str(folder / "metrics.csv")),
+        JSONOutputFormat(str(folder / "metrics.json")),
+    ]
+    for row in kept:
+        for file in files:
+            file.write(row, {key: () for key in row}, int(row["time/total_timesteps"]))
+    formats = [HumanOutputFormat(sys.stdout), *files]
+    try:
+        formats.append(TensorBoardOutputFormat(str(folder / "tensorboard")))
+    except (ImportError, AssertionError):
+        print("tensorboard is not installed (pip install tensorboard): no TensorBoard log is written")
+    return Logger(str(folder), formats)
+
+
+def _rows(path: Path, num_timesteps: int) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{k: _number(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+    return [row for row in rows if row.get("time/total_timesteps", math.inf) <= num_timesteps]
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def header(model: FlowAlgorithm, folder: Path, total: int) -> str:
+    """First lines of a run: which flow, which reward, how long, where the files go."""
+    lines = [
+        f"algorithm: {model.name or type(model).__name__}, settings that differ from its defaults: "
+        f"{_differences(model.config)}",
+        f"environment: {model.env.core.name}",
+        *model.env.core.describe(),
+        f"device: {model.device}, seed: {model.seed}",
+        _work(model.config, total),
+        f"files: {folder}",
+    ]
+    return "\n".join(lines)
+
+
+def _differences(config: FlowConfig) -> str:
+    default = type(config)()
+    changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
+    return ", ".join(f"{name}={getattr(config, name)}" for name in changed) or "none"
+
+
+def _work(config: FlowConfig, total: int) -> str:
+    iterations = -(-total // config.n_samples)
+    return (
+        f"plan: {iterations} iterations of {config.n_samples} samples ({iterations * config.n_samples} samples), "
+        f"{iterations * config.updates_per_iteration()} gradient steps"
+    )
+
+
+def plan(folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, total: int) -> str:
+    """What a run would do, for `--dry-run`: reads configurations, loads no weights."""
+    lora = LoRA.of(config)
+    skeleton = env.flow.skeleton()
+    frozen, trained = count_parameters(skeleton, lora)
+    copies = {"reference", *algo.copies_for(config)}
+    n_copies = len(copies - {"reference"}) if lora else len(copies)
+    per_copy = trained if lora else frozen + trained
+    buffer = config.n_samples * (4 * math.prod(skeleton.latent_shape) + 16)
+    parts = {
+        "weights": 4 * (frozen + trained),
+        f"copies ({', '.join(sorted(copies))})": 4 * n_copies * per_copy,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "rollout buffer": buffer,
+    }
+    lines = [
+        f"algorithm: {algo.name or algo.__name__}, settings that differ from its defaults: {_differences(config)}",
+        f"environment: {env.name}",
+        *env.describe(),
+        _work(config, total),
+        f"trainable parameters: {trained:,} of {frozen + trained:,} in the velocity network",
+        "memory beside activations and frozen parts (text encoders, autoencoder):",
+        *(f"  {name}: {_bytes(size)}" for name, size in parts.items()),
+        f"  together: {_bytes(sum(parts.values()))}",
+        f"files: {folder}{os.sep} (config.json, metrics.csv, samples/, checkpoints/, final/, report.html)",
+        "dry run: nothing was written",
+    ]
+    return "\n".join(lines)
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
