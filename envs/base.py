@@ -119,7 +119,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         info["context"] = self.contexts[self._context]
         return np.int64(self._context), output.reward.item(), True, False, info
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """The last sample as (H, W, 3) uint8 when `render_mode` is "rgb_array": by default, a dot at its first
         two coordinates within the bounds of the action space.
         """

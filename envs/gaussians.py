@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -108,13 +108,12 @@ class GaussianMixture:
             ConfigError: The tilted density cannot be normalised (P_k + tau A not positive definite).
         """
         d = self.dim
-        double = {"dtype": torch.float64, "device": self.means.device}
-        a = torch.zeros(d, **double) if linear is None else torch.as_tensor(linear, **double)
-        curvature, centre = torch.zeros(d, d, **double), torch.zeros(d, **double)
-        if quadratic is not None:
-            curvature, centre = (torch.as_tensor(q, **double) for q in quadratic)
-        precision = torch.linalg.inv(self.covariances.double())  # P_k
         means = self.means.double()
+        a = means.new_zeros(d) if linear is None else torch.as_tensor(linear).to(means)
+        curvature, centre = means.new_zeros(d, d), means.new_zeros(d)
+        if quadratic is not None:
+            curvature, centre = (torch.as_tensor(q).to(means) for q in quadratic)
+        precision = torch.linalg.inv(self.covariances.double())  # P_k
         tilted_precision = precision + tau * curvature
         if bool(torch.linalg.cholesky_ex(tilted_precision).info.any()):
             raise ConfigError(
@@ -134,7 +133,7 @@ class GaussianMixture:
 class TiltableReward(Protocol):
     """A reward of points, `(B, D) -> (B,)`, that can draw from its own tilted mixture."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         """Reward of each point."""
 
     def sample_tilted(
@@ -273,7 +272,7 @@ class GaussiansEnv(GenerationEnv):
         )
         self.mixture = mixture
         self.reward = reward
-        self.oracle = Oracle(mixture, reward, tau) if hasattr(reward, "sample_tilted") else None
+        self.oracle = Oracle(mixture, cast(TiltableReward, reward), tau) if hasattr(reward, "sample_tilted") else None
 
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of points (B, D)."""

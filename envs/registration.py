@@ -113,7 +113,7 @@ def register_env(
             from flowrl.envs.text_to_image import TextToImageEnv
 
             source = FlowSource.of(config.flow or flow, sample_shape=sample_shape)
-            contexts = [None] if prompts is None else list(prompts)
+            contexts: list[Any] = [None] if prompts is None else list(prompts)
             if source.is_image:
                 return TextToImageEnv(source, contexts, reward, name=name)
             return CustomEnv(source, contexts, reward, name, *bounds)

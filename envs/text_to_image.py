@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flowrl.envs.base import GenerationEnv
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import UnknownNameError
 from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
@@ -86,7 +86,7 @@ class TextToImageEnv(GenerationEnv):
         """Lines for the head of a run."""
         return [*super().describe(), f"reward: {self.reward_name}", f"prompts: {len(self.contexts)}"]
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """The last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"."""
         if self.render_mode != "rgb_array":
             return None
@@ -113,9 +113,14 @@ def _compress(config: TextToImageConfig, flow: FlowSource) -> ImageReward:
 
 
 def _count(config: TextToImageConfig, flow: FlowSource) -> ImageReward:
-    from flowrl.envs.rewards.count import CountReward
+    from flowrl.envs.rewards.count import count_components
 
-    return CountReward()
+    def count(images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+        parts = count_components(images, prompts)
+        return RewardOutput(parts.pop("score"), parts)
+
+    count.description = "share of background, colour, number and shape that are right"  # type: ignore[attr-defined]
+    return count
 
 
 REWARDS: dict[str, Callable[[TextToImageConfig, FlowSource], ImageReward]] = {

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -75,7 +75,9 @@ class FlowConfig:
         for name in ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         self.require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}.")
-        self.require(self.solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}, not '{self.solver}'.")
+        self.require(
+            self.solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}, not '{self.solver}'."
+        )
         for name in ("group_size", "rollout_batch_size"):
             value = getattr(self, name) or self.n_samples
             self.require(
@@ -208,7 +210,7 @@ class FlowAlgorithm(BaseAlgorithm):
             self.set_random_seed(self.seed)
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
-        self.policy = self.policy_class(
+        self.policy = cast(type[FlowPolicy], self.policy_class)(
             self.observation_space,
             self.action_space,
             model=core.flow.load(),
@@ -387,7 +389,9 @@ class FlowAlgorithm(BaseAlgorithm):
         self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
         self.logger.record("train/n_updates", self._n_updates)
         self.logger.record("time/iteration", self.iteration)
-        self.logger.record("time/samples_per_second", self.config.n_samples / max(seconds, sys.float_info.epsilon))
+        self.logger.record(
+            "time/samples_per_second", self.config.n_samples / max(seconds, sys.float_info.epsilon)
+        )
         self.logger.record("time/network_evaluations", self.policy.evaluations)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
@@ -452,7 +456,9 @@ def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> Ge
         return env.core
     core = getattr(env, "unwrapped", env)
     if not isinstance(core, GenerationEnv):
-        raise ConfigError(f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(env).__name__}.")
+        raise ConfigError(
+            f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(env).__name__}."
+        )
     return core
 
 

@@ -66,7 +66,9 @@ class PictureCallback(IterationCallback):
         ]
         samples = policy.decode(torch.cat(latents))  # type: ignore[operator]
         policy.evaluations = spent
-        save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png")
+        save_picture(
+            samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png"
+        )
 
 
 class KeepCheckpoints(IterationCallback):
@@ -128,7 +130,10 @@ class StopOnSignal(IterationCallback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        print(f"\n{self.received.name}: finishing this iteration, then saving. Again to stop at once.", flush=True)
+        print(
+            f"\n{self.received.name}: finishing this iteration, then saving. Again to stop at once.",
+            flush=True,
+        )
 
     def on_iteration_end(self) -> bool:
         """Whether to go on."""

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -151,7 +151,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing.") from error
+        raise CheckpointError(
+            f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing."
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
     if not isinstance(content, dict):
@@ -166,7 +168,9 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, to
         CheckpointError: Missing or damaged; names the file.
     """
     if not path.is_file():
-        raise CheckpointError(f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing.")
+        raise CheckpointError(
+            f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing."
+        )
     try:
         return load_file(path, device=str(device))
     except Exception as error:
@@ -187,7 +191,9 @@ def checkpoint_folder(path: str | Path) -> Path:
         return folder
     found = [*folder.glob("checkpoints/*/state.json"), *folder.glob("final/state.json")]
     if not found:
-        raise CheckpointError(f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/).")
+        raise CheckpointError(
+            f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/)."
+        )
     return max(found, key=lambda file: (read_json(file).get("num_timesteps", 0), file.parent.name)).parent
 
 
@@ -198,7 +204,9 @@ def load_checkpoint(
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
-        raise CheckpointError(f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}.")
+        raise CheckpointError(
+            f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}."
+        )
     cls = _class_of(cls, config, folder)
     env_settings = None
     if env is None:
@@ -207,9 +215,11 @@ def load_checkpoint(
         env, env_settings = config["environment"]["name"], config["environment"]["settings"]
     try:
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items()}
-        algorithm_config = cls.Config(**settings)
+        algorithm_config = cls.Config(**cast(Any, settings))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}.") from error
+        raise CheckpointError(
+            f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}."
+        ) from error
     model = cls(
         "FlowPolicy",
         env,
@@ -234,7 +244,9 @@ def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path)
             )
         return ALGORITHMS[name]
     if name not in (cls.name, f"{cls.__module__}:{cls.__qualname__}"):
-        raise CheckpointError(f"'{folder}' was trained with '{name}', not with '{cls.name or cls.__qualname__}'.")
+        raise CheckpointError(
+            f"'{folder}' was trained with '{name}', not with '{cls.name or cls.__qualname__}'."
+        )
     return cls
 
 
@@ -267,7 +279,9 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
         model.policy.generator.set_state(random_states["policy"])
         torch.set_rng_state(random_states["torch"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}.") from error
+        raise CheckpointError(
+            f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}."
+        ) from error
 
 
 def _copy_into(

@@ -55,7 +55,15 @@ def main(args: list[str] | None = None) -> int:
         cls: Any = algorithm_class(config.algo) if config.algo else FlowAlgorithm
         env = environment_spec(config.env).name if config.env else None
         model = load_checkpoint(cls, config.run, env=env, device=config.device)
-        print("\n".join([f"algorithm: {model.name}", f"environment: {model.env.core.name}", *model.env.core.describe()]))
+        print(
+            "\n".join(
+                [
+                    f"algorithm: {model.name}",
+                    f"environment: {model.env.core.name}",
+                    *model.env.core.describe(),
+                ]
+            )
+        )
         sampling = {key: getattr(config, key) for key in ("steps", "solver", "guidance_scale")}
         result = evaluation.evaluate(model, config.n_samples, seed=config.seed, **sampling)
         print(result.table())

@@ -126,9 +126,10 @@ def evaluate(
     role = role or policy.sampling_role
 
     outcomes = {
-        which: _sample_and_score(model, contexts, noise, which, batch_size, sampling) for which in (role, "reference")
+        which: _sample_and_score(model, contexts, noise, which, batch_size, sampling)
+        for which in (role, "reference")
     }
-    x_1, samples, reward, components = outcomes[role]
+    x_1, samples, reward, _ = outcomes[role]
     statistics = {
         which: _statistics(env, s, contexts, r, parts, seed) for which, (_, s, r, parts) in outcomes.items()
     }
@@ -152,7 +153,9 @@ def evaluate(
 def _contexts(n: int, n_samples: int, per_context: int, generator: torch.Generator) -> torch.Tensor:
     """Indices (n_samples,): shuffled contexts, each repeated `per_context` times."""
     n_groups = -(-n_samples // per_context)
-    rounds = [torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-n_groups // n))]
+    rounds = [
+        torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-n_groups // n))
+    ]
     return torch.cat(rounds)[:n_groups].repeat_interleave(per_context)[:n_samples]
 
 
@@ -231,5 +234,7 @@ def _drift(
         t = sample_time(len(x), "uniform", generator)
         x_t, _ = interpolate(policy.noise(len(x), generator), x, t)
         cond = policy.condition(c)
-        total += squared_error(policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")).sum()
+        total += squared_error(
+            policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")
+        ).sum()
     return (total / len(x_1)).item()

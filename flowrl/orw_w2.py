@@ -16,7 +16,6 @@ from flowrl.flow import Coupling, interpolate, ot_permutation, sample_time
 from flowrl.losses import (
     Normalisation,
     Standardisation,
-    group_mean,
     kl_time_weight,
     residual_weighted_loss,
     reward_weighted_loss,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -115,7 +115,9 @@ class FlowPolicy(BasePolicy):
             return {name: parameters[name] for name in trained}
         marker = f".{role}."
         return {
-            name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name
+            name.replace(marker, "."): p
+            for name, p in self.model.network.named_parameters()
+            if marker in name
         }
 
     # -- velocities -------------------------------------------------------------------------------------
@@ -161,7 +163,9 @@ class FlowPolicy(BasePolicy):
             return lambda x, t: self.velocity(x, t, cond, role)
         if self._null is None:
             self._null = self.model.null_condition()
-        both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
+        both = tuple(
+            torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null)
+        )
 
         def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             v, v_null = self.velocity(torch.cat([x, x]), torch.cat([t, t]), both, role).chunk(2)
@@ -201,7 +205,9 @@ class FlowPolicy(BasePolicy):
         )
         return ode_sample(field, x_0, times, solver or self.solver)
 
-    def sample(self, contexts: torch.Tensor | Sequence[Any] | None = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
+    def sample(
+        self, contexts: torch.Tensor | Sequence[Any] | None = None, n: int = 1, **kwargs: Any
+    ) -> torch.Tensor:
         """Samples (B, *sample_shape), decoded.
 
         Args:
@@ -266,9 +272,8 @@ class FlowPolicy(BasePolicy):
         """`copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
         if role not in self.roles:
             return
-        target, source = (list(self._parameters_of[r].values()) for r in (role, "current"))
+        target, source = ([p.data for p in self._parameters_of[r].values()] for r in (role, "current"))
         torch._foreach_lerp_(target, source, 1 - decay)
-
 
     def export(self, folder: Path) -> None:
         """Write the weights as the flow's own library loads them, where the flow can (`VelocityModel.export`)."""
@@ -289,7 +294,9 @@ def _add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[An
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     targets = model.lora_targets or _linear_layers(model.network)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian")
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets, init_lora_weights="gaussian"
+    )
     model.network.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant here

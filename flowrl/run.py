@@ -93,9 +93,12 @@ def _main(args: list[str]) -> int:
     algo = algorithm_class(run.algo) if run.algo else None
     spec = environment_spec(run.env) if run.env else None
     if algo is not None and not issubclass(algo, FlowAlgorithm):
-        raise ConfigError(f"'{run.algo}' is no FlowAlgorithm: an algorithm derives from flowrl.FlowAlgorithm.")
+        raise ConfigError(
+            f"'{run.algo}' is no FlowAlgorithm: an algorithm derives from flowrl.FlowAlgorithm."
+        )
     run, algo_config, env_config = _parse(args, algo, spec)
-    assert algo is not None and spec is not None and algo_config is not None
+    assert algo is not None
+    assert spec is not None
     env = _make_env(spec, env_config)
     if run.dry_run:
         check_device(run.device)
@@ -118,12 +121,12 @@ def _parse(
         default = algo.Config()
         if spec is not None:  # the recommendations depend on the environment's own settings
             reduced = dataclasses.make_dataclass("Reduced", parts, frozen=True)
-            known, _ = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)
+            known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]
             default = algo.configure(recommended=spec.recommended(known.env))
         parts.append(("algo", algo.Config, field(default=default)))
     whole = dataclasses.make_dataclass("Run", parts, frozen=True)
     whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
-    parsed = tyro.cli(whole, args=args, prog=PROGRAM)
+    parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
     return parsed.run, getattr(parsed, "algo", None), getattr(parsed, "env", None)
 
 

@@ -47,7 +47,9 @@ def create(out: Path, name: str, env_name: str) -> Path:
         probe = folder / "config.json"
         probe.touch()
     except OSError as error:
-        raise ConfigError(f"Cannot write to '{folder}': {error.strerror}. Choose another place with --out.") from error
+        raise ConfigError(
+            f"Cannot write to '{folder}': {error.strerror}. Choose another place with --out."
+        ) from error
     return folder
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ class AestheticHead(nn.Module):
         super().__init__()
         widths = (768, 1024, 128, 64, 16, 1)
         layers: list[nn.Module] = []
-        for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:])):
+        for i, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Linear(n_in, n_out))
             if i < 3:
                 layers.append(nn.Dropout((0.2, 0.2, 0.1)[i]))
@@ -105,8 +106,8 @@ class AestheticReward:
                 f"Cannot load CLIP '{clip}': {str(error).splitlines()[0]} Give its folder as "
                 "--env.clip FOLDER, or take --env.reward colourfulness."
             ) from error
-        self.clip.to(device).eval().requires_grad_(False)
-        self.size = self.clip.config.image_size
+        self.clip.eval().requires_grad_(False).to(device)
+        self.size = int(cast(int, self.clip.config.image_size))
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""

@@ -108,7 +108,8 @@ def _from_name(name: str, resolution: int | None) -> FlowSource:
         why = "a CUDA device is there" if cuda else "there is no CUDA device"
         other = "mini-sd3" if cuda else DEFAULT_SD3
         return replace(
-            source, description=f"{source.description}, as {why}; choose with --env.flow, e.g. --env.flow {other}"
+            source,
+            description=f"{source.description}, as {why}; choose with --env.flow, e.g. --env.flow {other}",
         )
     folder = ASSETS / name if name in EMBEDDED else Path(name)
     if folder.exists() and not (folder / "model_index.json").is_file():
@@ -129,7 +130,7 @@ def _mlp_source(folder: Path, name: str) -> FlowSource:
     if config.get("model") != "mlp":
         raise ModelLoadError(
             f"The folder '{folder}' is no flow: it has neither model_index.json (a diffusers pipeline) nor a "
-            "config.json that says \"model\": \"mlp\"."
+            'config.json that says "model": "mlp".'
         )
     dim = int(config["dim"])
 

@@ -96,9 +96,10 @@ class SD3Flow(VelocityModel):
     @torch.no_grad()
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Latents -> images (B, 3, H, W), float32 in [0, 1]."""
-        vae = self.pipeline.vae
+        vae: Any = self.pipeline.vae
         latents = (x_1 / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        images = [vae.decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
+        decode: Callable[..., Any] = vae.decode
+        images = [decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
     def times(self, steps: int) -> torch.Tensor:
@@ -219,7 +220,7 @@ def _hub_message(name: str, error: Exception) -> str:
     elif "NotFound" in type(error).__name__ and "Entry" not in type(error).__name__:
         remedy = "Check the name"
     else:
-        remedy = "Check the network, or download the pipeline elsewhere and give its folder as --env.flow FOLDER"
+        remedy = (
+            "Check the network, or download the pipeline elsewhere and give its folder as --env.flow FOLDER"
+        )
     return f"Cannot get '{name}' from the hub: {reason} {remedy}; or use --env.flow mini-sd3, which ships with flowrl."
-
-

@@ -1,0 +1,84 @@
+"""RolloutBuffer: contents, minibatches, size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flowrl
+from flowrl.buffer import RolloutBuffer
+
+
+def filled() -> RolloutBuffer:
+    buffer = RolloutBuffer(10, (2, 3), "cpu")
+    for start, end in ((0, 6), (6, 10)):
+        index = torch.arange(start, end)
+        buffer.add(index[:, None, None].expand(-1, 2, 3).float(), index % 4, 10.0 * index)
+    return buffer
+
+
+def test_contents_in_order() -> None:
+    buffer = filled()
+    assert buffer.full
+    everything = buffer.all()
+    assert everything.x_1.shape == (10, 2, 3)
+    assert everything.x_1[:, 1, 2].tolist() == list(range(10))
+    assert everything.contexts.tolist() == [i % 4 for i in range(10)]
+    assert everything.reward.tolist() == [10.0 * i for i in range(10)]
+    assert everything.weight.tolist() == [1.0] * 10
+
+
+def test_only_what_is_in_it_comes_out() -> None:
+    buffer = RolloutBuffer(10, (1,), "cpu")
+    buffer.add(torch.ones(3, 1), torch.zeros(3), torch.ones(3))
+    assert not buffer.full
+    assert len(buffer.all().x_1) == 3
+    assert sum(len(b.x_1) for b in buffer.minibatches(2, torch.Generator())) == 3
+    buffer.reset()
+    assert len(buffer.all().x_1) == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 64])
+def test_minibatches_cover_everything_once(batch_size: int, generator: torch.Generator) -> None:
+    buffer = filled()
+    buffer.weight.copy_(torch.arange(10) + 0.5)
+    batches = list(buffer.minibatches(batch_size, generator))
+    assert [len(b.x_1) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    seen = torch.cat([b.x_1[:, 0, 0] for b in batches])
+    assert sorted(seen.tolist()) == list(range(10))
+    assert torch.equal(
+        torch.cat([b.contexts for b in batches]), seen.long() % 4
+    )  # all of one sample together
+    assert torch.equal(torch.cat([b.reward for b in batches]), 10 * seen)
+    assert torch.equal(torch.cat([b.weight for b in batches]), seen + 0.5)
+
+
+def test_minibatches_are_in_random_but_seeded_order() -> None:
+    def order(seed: int) -> list[float]:
+        batches = filled().minibatches(4, torch.Generator().manual_seed(seed))
+        return torch.cat([b.reward for b in batches]).tolist()
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+
+
+def test_overflow_is_an_error_and_changes_nothing() -> None:
+    buffer = RolloutBuffer(4, (1,), "cpu")
+    buffer.add(torch.ones(3, 1), torch.zeros(3), torch.ones(3))
+    with pytest.raises(IndexError, match="holds 4 samples, 3 are in it; 2 do not fit"):
+        buffer.add(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
+    assert buffer.all().reward.tolist() == [1, 1, 1]
+
+
+def test_nbytes() -> None:
+    assert RolloutBuffer(100, (8, 16, 16), "cpu").nbytes == 100 * (8 * 16 * 16 * 4 + 8 + 4 + 4)
+
+
+def test_nbytes_does_not_depend_on_sampler_steps() -> None:
+    sizes = []
+    for steps in (4, 64):
+        model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, n_samples=32, rollout_steps=steps)
+        model.learn(32)
+        assert model.buffer.full
+        sizes.append(model.buffer.nbytes)
+    assert sizes[0] == sizes[1]

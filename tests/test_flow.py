@@ -1,0 +1,84 @@
+"""The straight path, its one-step estimates, times and couplings."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from flowrl import flow
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 4, 4)])
+def test_interpolate_is_the_straight_path(shape: tuple[int, ...]) -> None:
+    x_0, x_1, t = torch.randn(5, *shape), torch.randn(5, *shape), torch.rand(5)
+    x_t, u = flow.interpolate(x_0, x_1, t)
+    for i in range(5):
+        np.testing.assert_allclose(x_t[i], (1 - t[i]) * x_0[i] + t[i] * x_1[i], atol=1e-6)
+        np.testing.assert_allclose(u[i], x_1[i] - x_0[i], atol=1e-6)
+
+
+def test_interpolate_starts_at_noise_and_ends_at_data() -> None:
+    x_0, x_1 = torch.randn(4, 2), torch.randn(4, 2)
+    torch.testing.assert_close(flow.interpolate(x_0, x_1, torch.zeros(4))[0], x_0)
+    torch.testing.assert_close(flow.interpolate(x_0, x_1, torch.ones(4))[0], x_1)
+
+
+def test_one_step_estimates_recover_both_ends() -> None:
+    x_0, x_1, t = torch.randn(6, 3, 2), torch.randn(6, 3, 2), torch.rand(6)
+    x_t, u = flow.interpolate(x_0, x_1, t)
+    torch.testing.assert_close(flow.x1_hat(u, x_t, t), x_1)
+    torch.testing.assert_close(flow.x0_hat(u, x_t, t), x_0)
+
+
+def test_score_of_a_gaussian() -> None:
+    """x_1 ~ N(m, s^2) makes x_t ~ N(t m, t^2 s^2 + (1 - t)^2), whose score is known."""
+    m, s, t = 1.5, 0.4, torch.tensor([0.0, 0.3, 0.8])
+    x = torch.randn(3, 1)
+    variance = (t * s) ** 2 + (1 - t) ** 2
+    gain = (t * s**2 - (1 - t)) / variance  # C5 with one component
+    v = m + gain[:, None] * (x - t[:, None] * m)
+    expected = -(x - t[:, None] * m) / variance[:, None]
+    torch.testing.assert_close(flow.score(v, x, t), expected)
+
+
+def test_uniform_times(generator: torch.Generator) -> None:
+    t = flow.sample_time(20_000, "uniform", generator)
+    assert t.shape == (20_000,)
+    assert t.dtype == torch.float32
+    quantiles = np.linspace(0.05, 0.95, 19)
+    np.testing.assert_allclose(np.quantile(t, quantiles), quantiles, atol=0.02)
+
+
+def test_logit_normal_times(generator: torch.Generator) -> None:
+    t = flow.sample_time(20_000, "logit_normal", generator).double()
+    assert bool(((t > 0) & (t < 1)).all())
+    normal = torch.log(t / (1 - t))
+    assert normal.mean().abs() < 0.03
+    assert (normal.std() - 1).abs() < 0.03
+
+
+def _cost(x_0: torch.Tensor, x_1: torch.Tensor) -> float:
+    return float(((x_0 - x_1) ** 2).sum())
+
+
+def test_ot_permutation_is_optimal_by_brute_force() -> None:
+    x_0, x_1 = torch.randn(6, 2), torch.randn(6, 2)
+    index = flow.ot_permutation(x_0, x_1, torch.zeros(6, dtype=torch.long))
+    assert sorted(index.tolist()) == list(range(6))
+    best = min(_cost(x_0[list(p)], x_1) for p in itertools.permutations(range(6)))
+    assert _cost(x_0[index], x_1) == pytest.approx(best, rel=1e-5)
+
+
+def test_ot_permutation_stays_within_contexts() -> None:
+    contexts = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    x_0, x_1 = torch.randn(8, 3), 50 * torch.randn(8, 3)
+    index = flow.ot_permutation(x_0, x_1, contexts)
+    assert sorted(index.tolist()) == list(range(8))
+    assert contexts[index].tolist() == contexts.tolist()
+    for c in range(3):  # and is optimal within each
+        mine = (contexts == c).nonzero()[:, 0]
+        best = min(_cost(x_0[mine[list(p)]], x_1[mine]) for p in itertools.permutations(range(len(mine))))
+        assert _cost(x_0[index[mine]], x_1[mine]) == pytest.approx(best, rel=1e-4)

@@ -1,0 +1,63 @@
+"""Diversity, transport distances and intervals, by brute force and known answers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from flowrl.errors import ConfigError
+from flowrl.metrics import diversity, mean_interval, wasserstein2
+
+
+def test_diversity_by_brute_force() -> None:
+    samples, contexts = torch.randn(20, 3, 2, 2), torch.randint(4, (20,))
+    distances = [
+        math.dist(samples[i].flatten().tolist(), samples[j].flatten().tolist())
+        for i, j in itertools.combinations(range(20), 2)
+        if contexts[i] == contexts[j]
+    ]
+    assert diversity(samples, contexts).item() == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+
+
+def test_diversity_of_equal_samples_is_zero() -> None:
+    samples = torch.rand(1, 3, 16, 16).repeat(64, 1, 1, 1)
+    spread = diversity(torch.rand(64, 3, 16, 16), torch.zeros(64)).item()
+    assert diversity(samples, torch.zeros(64)).item() < 0.01 * spread
+
+
+def test_diversity_without_pairs_is_nan() -> None:
+    assert math.isnan(diversity(torch.randn(4, 2), torch.arange(4)).item())
+    assert math.isnan(diversity(torch.randn(1, 2), torch.zeros(1)).item())
+
+
+def test_wasserstein2_of_a_shifted_cloud_is_the_shift() -> None:
+    a = torch.randn(40, 3)
+    shift = torch.tensor([3.0, -4.0, 12.0])
+    assert wasserstein2(a, (a + shift)[torch.randperm(40)]) == pytest.approx(13, rel=1e-5)
+
+
+def test_wasserstein2_of_a_cloud_with_itself_is_zero() -> None:
+    a = torch.randn(40, 2)
+    assert wasserstein2(a, a[torch.randperm(40)]) == pytest.approx(0, abs=1e-6)
+
+
+def test_wasserstein2_in_one_dimension_couples_in_order() -> None:
+    a, b = torch.randn(50, 1), 2 * torch.randn(50, 1) + 1
+    expected = ((a.sort(0).values - b.sort(0).values) ** 2).mean().sqrt()
+    assert wasserstein2(a, b) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_wasserstein2_refuses_unequal_clouds() -> None:
+    with pytest.raises(ConfigError, match=r"\(4, 2\).*\(5, 2\)"):
+        wasserstein2(torch.zeros(4, 2), torch.zeros(5, 2))
+
+
+def test_mean_interval_covers_the_mean_95_times_in_100() -> None:
+    inside = 0
+    for _ in range(1000):
+        low, high = mean_interval(torch.randn(100) + 2)
+        inside += low < 2 < high
+    assert 925 <= inside <= 970

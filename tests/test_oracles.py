@@ -1,0 +1,288 @@
+"""Algorithms against closed forms (docs/algorithms.md, C1 to C7): not "reward goes up" but the exact answer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import flowrl
+from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward, eight_gaussians
+from flowrl.flow import interpolate
+from flowrl.losses import kl_time_weight, residual_weighted_loss, reward_weighted_loss
+from flowrl.metrics import wasserstein2
+from flowrl.types import Batch
+
+N = 2000  # points in a comparison by optimal transport
+
+
+def trained(cls, env, iterations, *, refresh_every=1, n_samples=1024, n_epochs=2, seed=0, **settings):
+    """An algorithm after `iterations`, with raw weights and a second-order sampler."""
+    config = cls.Config(
+        weight_normalisation="none",
+        n_samples=n_samples,
+        batch_size=512,
+        n_epochs=n_epochs,
+        rollout_steps=10,
+        solver="midpoint",
+        learning_rate=1e-3,
+        ema_decay=0.98,
+        refresh_every=refresh_every,
+        **settings,
+    )
+    model = cls("FlowPolicy", env, config=config, seed=seed, device="cpu")
+    return model.learn(iterations * n_samples)
+
+
+def assert_matches(model, exact):
+    """W2 within 1.5 x of what equally many exact samples give against each other, plus 0.05."""
+    generator = torch.Generator().manual_seed(7)
+    floor = wasserstein2(exact(N, generator), exact(N, generator))
+    samples = model.policy.sample(n=N, steps=20, solver="midpoint")
+    assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
+
+
+def first_step_answer(base: GaussianMixture, tau: float, alpha: float):
+    """Sampler of C3, `(e^{tau x} + alpha) q / (Z + alpha)`: a mixture of the tilted and the base mixture."""
+    tilted = base.tilt(tau, linear=(1.0, 0.0))
+    mean, variance = base.means[:, 0], base.covariances[:, 0, 0]
+    z = (base.weights * (tau * mean + tau**2 * variance / 2).exp()).sum().item()
+
+    def exact(n, generator):
+        from_tilted = torch.rand(n, generator=generator) < z / (z + alpha)
+        return torch.where(from_tilted[:, None], tilted.sample(n, generator), base.sample(n, generator))
+
+    return exact
+
+
+@pytest.mark.parametrize("target", ["plain", "residual"])
+@pytest.mark.parametrize("lora_rank", [0, 16])
+def test_one_step_with_penalty_gives_the_flattened_tilt(target, lora_rank):
+    env = flowrl.make("gaussians-linear")
+    model = trained(
+        flowrl.ORWCFMW2, env, 40, tau=0.5, alpha=1.0, target=target, refresh_every=10**6, lora_rank=lora_rank
+    )
+    assert_matches(model, first_step_answer(env.mixture, tau=0.5, alpha=1.0))
+
+
+@pytest.mark.parametrize("target", ["plain", "residual"])
+def test_refreshes_without_penalty_add_up_their_tilts(target):
+    env = flowrl.make("gaussians-linear")
+    model = trained(flowrl.ORWCFM, env, 3 * 40, tau=0.3, target=target, refresh_every=40)
+    tilted = env.mixture.tilt(3 * 0.3, linear=(1.0, 0.0))
+    assert_matches(model, tilted.sample)
+
+
+class LinearlyWeighted(flowrl.ORWCFMW2):
+    """ORW-CFM-W2 whose weight is the (linear) reward itself, as C4 has it."""
+
+    def score(self, rollout: Batch) -> torch.Tensor:
+        return rollout.reward
+
+
+@pytest.mark.parametrize("target", ["plain", "residual"])
+def test_fixed_point_of_a_linear_weight(target):
+    mean, variance, a, b, alpha = 0.5, 1.0, 0.3, 0.6, 0.5
+    env = GaussiansEnv(GaussianMixture([[mean]], [[variance]]), LinearReward((a,), b))
+    model = trained(LinearlyWeighted, env, 15 * 12, refresh_every=12, alpha=alpha, target=target, n_epochs=1)
+    expected = GaussianMixture([[mean + variance * a / alpha]], [[variance]])
+    assert_matches(model, expected.sample)
+    samples = model.policy.sample(n=8000, steps=20, solver="midpoint")
+    assert samples.mean().item() == pytest.approx(1.1, abs=0.08)
+    assert samples.std().item() == pytest.approx(1.0, abs=0.08)
+
+
+def minimiser_on_a_grid(target: str, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Free minimiser of the expected loss at t = 1/2 in bins of x, and the closed form C1 in the same bins."""
+    generator = torch.Generator().manual_seed(0)
+    mixture = GaussianMixture([[-1.0], [1.5]], [[[0.3]], [[0.2]]], [0.4, 0.6])
+    n, t = 400_000, torch.full((400_000,), 0.5)
+    x_1 = mixture.sample(n, generator)
+    x_t, u = interpolate(torch.randn(n, 1, generator=generator), x_1, t)
+    weight = (0.7 * x_1[:, 0]).exp()
+    v_old, v_ref = mixture.velocity(t, x_t), mixture.velocity(t, x_t) + 0.5
+    bins = torch.bucketize(x_t[:, 0], torch.linspace(-1.0, 1.2, 23)).long()
+    v = torch.zeros(24, requires_grad=True)
+    penalty = torch.full((n,), alpha)
+    at = v[bins][:, None]
+    if target == "plain":
+        loss = reward_weighted_loss(at, u, weight, v_ref, penalty).sum()
+    else:
+        loss = residual_weighted_loss(at, u, weight, weight.mean(), v_old, v_ref, penalty).sum()
+    (gradient,) = torch.autograd.grad(loss, v, create_graph=True)
+    (curvature,) = torch.autograd.grad(gradient.sum(), v)  # bins do not interact: one Newton step is exact
+    minimiser = (v - gradient / curvature).detach()
+
+    def mean(values):
+        return torch.zeros(24).index_add_(0, bins, values) / torch.bincount(bins, minlength=24)
+
+    closed = (mean(weight * u[:, 0]) + alpha * mean(v_ref[:, 0])) / (mean(weight) + alpha)
+    return minimiser[1:-1], closed[1:-1]
+
+
+@pytest.mark.parametrize(("target", "tolerance"), [("plain", 1e-3), ("residual", 0.06)])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_pointwise_minimiser(target, tolerance, alpha):
+    minimiser, closed = minimiser_on_a_grid(target, alpha)
+    assert (minimiser - closed).abs().max() < tolerance
+
+
+def test_flattened_weight_example():
+    """The number given for C3: q = N(0, 1), w = e^x, alpha = 1 has mean 0.6225."""
+    z = math.exp(0.5)
+    assert z / (z + 1) * 1.0 == pytest.approx(0.6225, abs=1e-4)
+    env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
+    model = trained(flowrl.ORWCFMW2, env, 60, tau=1.0, alpha=1.0, target="plain", refresh_every=10**6)
+    assert model.policy.sample(n=8000, steps=20, solver="midpoint").mean().item() == pytest.approx(
+        0.6225, abs=0.07
+    )
+
+
+def test_kl_penalty_integrates_to_the_exact_kl():
+    p = GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.6 * torch.eye(2), [0.3, 0.7])
+    q = GaussianMixture([[-0.5, 0.3], [1.0, -0.5]], 0.8 * torch.eye(2), [0.6, 0.4])
+    generator = torch.Generator().manual_seed(0)
+    x = p.sample(200_000, generator)
+    exact = (p.log_prob(x) - q.log_prob(x)).mean().item()
+    t = (torch.arange(400_000) + 0.5) / 400_000  # stratified
+    x_t, _ = interpolate(torch.randn(len(t), 2, generator=generator), p.sample(len(t), generator), t)
+    difference = (p.velocity(t, x_t) - q.velocity(t, x_t)).square().sum(1)
+    assert (kl_time_weight(t) * difference).mean().item() == pytest.approx(exact, rel=0.03)
+
+
+def test_orw_kl_weights_the_same_penalty_by_time():
+    model = flowrl.ORWCFMKL("FlowPolicy", "gaussians-linear", alpha=0.7, seed=0, device="cpu")
+    t = torch.tensor([0.25, 0.5, 0.75])
+    torch.testing.assert_close(model.penalty(t), 0.7 * torch.tensor([1 / 3, 1.0, 3.0]))
+
+
+# -- the weight must travel with its sample ----------------------------------------------------------------
+
+
+def reward_signal(model: flowrl.ORWCFMW2) -> float:
+    """Slope with which the loss pulls the velocity towards samples of higher reward, averaged over minibatches.
+
+    The gradient of the fit with respect to a constant shift of v is `-2 E[w (u - v)]`. Samples have reward
+    x[0] and the field of the unweighted samples; so its first coordinate shows whether weight and sample
+    still belong together.
+    """
+    generator = torch.Generator().manual_seed(1)
+    mixture, pulls = model.env.core.mixture, []
+    for _ in range(40):
+        x_1 = mixture.sample(256, generator)
+        weight = (0.5 * x_1[:, 0]).exp()
+        batch = Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight)
+        batch, x_0 = model.couple(batch)
+        pulls.append((batch.weight[:, None] * (batch.x_1 - x_0)).mean(0)[0] / batch.weight.mean())
+    return torch.stack(pulls).mean().item()
+
+
+def expected_signal() -> float:
+    return (
+        eight_gaussians()
+        .tilt(0.5, linear=(1.0, 0.0))
+        .sample(50_000, torch.Generator().manual_seed(0))[:, 0]
+        .mean()
+    )
+
+
+class PairedAgain(flowrl.ORWCFMW2):
+    """The published code's bug, on purpose: samples are re-paired after their weights were computed."""
+
+    def couple(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
+        x_0 = self.policy.noise(len(batch.x_1), self.generator)
+        order = torch.randperm(len(x_0), generator=self.generator)
+        return batch._replace(x_1=batch.x_1[order]), x_0
+
+
+@pytest.mark.parametrize(
+    ("cls", "coupling"),
+    [
+        (flowrl.ORWCFMW2, "independent"),
+        (flowrl.ORWCFMW2, "ot"),
+        pytest.param(
+            PairedAgain, "independent", marks=pytest.mark.xfail(strict=True, reason="the published bug")
+        ),
+    ],
+)
+def test_the_loss_carries_the_reward(cls, coupling):
+    model = cls("FlowPolicy", "gaussians-linear", target="plain", coupling=coupling, seed=0, device="cpu")
+    assert reward_signal(model) == pytest.approx(expected_signal(), abs=0.1)
+
+
+def test_optimal_transport_keeps_the_noise_standard_normal():
+    """Weights are spent on drawing samples, so the noise paired with good samples is not tilted."""
+    model = flowrl.ORWCFMW2(
+        "FlowPolicy", "gaussians-linear", target="plain", coupling="ot", tau=2.0, seed=0, device="cpu"
+    )
+    x_1 = model.env.core.mixture.sample(256, torch.Generator().manual_seed(1))
+    weight = (2 * x_1[:, 0]).exp()
+    weighted = []
+    for _ in range(20):
+        batch, x_0 = model.couple(
+            Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight / weight.mean())
+        )
+        weighted.append((batch.weight[:, None] * x_0).mean(0))
+    assert torch.stack(weighted).mean(0).abs().max() < 0.06
+
+
+# -- self-consumption ---------------------------------------------------------------------------------------
+
+
+def constant_reward(images, prompts):
+    return torch.ones(len(images))
+
+
+def movement(target: str, *, lora_rank: int = 0) -> float:
+    """Largest change of samples at fixed noise after 20 refreshes on mini-sd3 with a constant reward."""
+    flowrl.register_env("constant", flow="mini-sd3", prompts=["two red stars on white", "circles"])(
+        constant_reward
+    )
+    model = flowrl.ORWCFMW2(
+        "FlowPolicy",
+        "constant",
+        seed=0,
+        device="cpu",
+        target=target,
+        alpha=0.1,
+        tau=1.0,
+        n_samples=8,
+        group_size=4,
+        batch_size=8,
+        n_epochs=1,
+        rollout_steps=2,
+        ema_decay=0.0,
+        lora_rank=lora_rank,
+    )
+    contexts, x_0 = torch.tensor([0, 1]), model.policy.noise(2)
+    before = model.policy.sample_latents(contexts, x_0=x_0, steps=4)
+    model.learn(20 * 8)
+    assert model.iteration == 20
+    return (model.policy.sample_latents(contexts, x_0=x_0, steps=4) - before).abs().max().item()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_constant_reward_does_not_move_the_residual_target(lora_rank):
+    assert movement("residual", lora_rank=lora_rank) <= 1e-6
+
+
+def test_constant_reward_moves_the_plain_target():
+    assert movement("plain") > 1e-2
+
+
+@pytest.mark.parametrize("target", ["plain", "residual"])
+def test_expected_gradient_of_a_constant_reward(target):
+    """On a rough field v_old, the residual gradient vanishes exactly for each minibatch, the plain one does not."""
+    generator = torch.Generator().manual_seed(0)
+    x_1, x_0 = torch.randn(2, 64, 2, generator=generator)
+    t = torch.rand(64, generator=generator)
+    x_t, u = interpolate(x_0, x_1, t)
+    v = (0.3 * x_t).requires_grad_()
+    one, zero = torch.ones(64), torch.zeros(64)
+    if target == "plain":
+        loss = reward_weighted_loss(v, u, one, None, zero)
+    else:
+        loss = residual_weighted_loss(v, u, one, one.mean(), v.detach(), None, zero)
+    (gradient,) = torch.autograd.grad(loss.sum(), v)
+    assert (gradient.abs().max().item() == 0) == (target == "residual")
