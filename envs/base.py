@@ -133,6 +133,21 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         return picture
 
 
+def draw_contexts(n_contexts: int, n_samples: int, group_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Context indices (n_samples,) on the generator's device, each drawn context repeated `group_size` times.
+
+    Contexts are shuffled; none comes again before all have come.
+    """
+    n_groups = -(-n_samples // group_size)
+    if n_contexts == 1:
+        return torch.zeros(n_samples, dtype=torch.long, device=generator.device)
+    rounds = [
+        torch.randperm(n_contexts, generator=generator, device=generator.device)
+        for _ in range(-(-n_groups // n_contexts))
+    ]
+    return torch.cat(rounds)[:n_groups].repeat_interleave(group_size)[:n_samples]
+
+
 def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: str) -> torch.Tensor:
     """The reward as a float32 tensor (B,) on the samples' device, or an error: never a made-up number.
 

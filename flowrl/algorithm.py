@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 
 from flowrl import metrics
 from flowrl.buffer import RolloutBuffer
-from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+from flowrl.envs.base import GenerationEnv, GenerationVecEnv, draw_contexts
 from flowrl.envs.registration import make
 from flowrl.errors import ConfigError, DeviceError, UnknownNameError
 from flowrl.flow import TimeSampling, interpolate, sample_time
@@ -275,13 +275,8 @@ class FlowAlgorithm(BaseAlgorithm):
 
     def draw_contexts(self) -> torch.Tensor:
         """Context indices (n_samples,) of an iteration: each drawn context repeated `group_size` times."""
-        n_groups, n = self.config.n_samples // self.config.group_size, len(self.env.core.contexts)
-        if n == 1:
-            return torch.zeros(self.config.n_samples, dtype=torch.long, device=self.device)
-        rounds = [
-            torch.randperm(n, generator=self.generator, device=self.device) for _ in range(-(-n_groups // n))
-        ]
-        return torch.cat(rounds)[:n_groups].repeat_interleave(self.config.group_size)
+        n = len(self.env.core.contexts)
+        return draw_contexts(n, self.config.n_samples, self.config.group_size, self.generator)
 
     def collect(self, callback: BaseCallback) -> bool:
         """Fill the buffer with scored samples of the behaviour policy; False when a callback stops the run."""

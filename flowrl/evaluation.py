@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowrl import metrics
+from flowrl.envs.base import draw_contexts
 from flowrl.errors import ConfigError
 from flowrl.flow import interpolate, sample_time
 from flowrl.losses import effective_sample_size, squared_error
@@ -121,7 +122,7 @@ def evaluate(
     spent = policy.evaluations
     generator = torch.Generator(model.device)
     generator.manual_seed(seed)
-    contexts = _contexts(len(env.contexts), n_samples, samples_per_context, generator)
+    contexts = draw_contexts(len(env.contexts), n_samples, samples_per_context, generator)
     noise = policy.noise(n_samples, generator)
     role = role or policy.sampling_role
 
@@ -148,15 +149,6 @@ def evaluate(
         reference_samples=outcomes["reference"][1][:n_kept].cpu(),
         sample_contexts=[env.contexts[i] for i in contexts[:n_kept].tolist()],
     )
-
-
-def _contexts(n: int, n_samples: int, per_context: int, generator: torch.Generator) -> torch.Tensor:
-    """Indices (n_samples,): shuffled contexts, each repeated `per_context` times."""
-    n_groups = -(-n_samples // per_context)
-    rounds = [
-        torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-n_groups // n))
-    ]
-    return torch.cat(rounds)[:n_groups].repeat_interleave(per_context)[:n_samples]
 
 
 def _sample_and_score(

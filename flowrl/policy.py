@@ -254,7 +254,7 @@ class FlowPolicy(BasePolicy):
         actions = samples.cpu().numpy()
         return (actions if index.ndim else actions[0]), state
 
-    def _predict(self, observation: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
+    def _predict(self, observation: Any, deterministic: bool = False) -> torch.Tensor:
         return self.sample(observation.reshape(-1).long())
 
     def set_training_mode(self, mode: bool) -> None:

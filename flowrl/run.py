@@ -99,6 +99,7 @@ def _main(args: list[str]) -> int:
     run, algo_config, env_config = _parse(args, algo, spec)
     assert algo is not None
     assert spec is not None
+    assert algo_config is not None
     env = _make_env(spec, env_config)
     if run.dry_run:
         check_device(run.device)

@@ -209,7 +209,7 @@ def test_exact_samples_agree_with_importance_weighting(reward, generator: torch.
     assert exact.shape == (100_000, 2)
     for function in (lambda p: p[:, 0], lambda p: p[:, 1], lambda p: p.norm(dim=1), lambda p: p[:, 0] ** 2, reward):
         expected = ((weight * function(x)).sum() / weight.sum()).item()
-        assert function(exact).mean().item() == pytest.approx(expected, abs=0.02)
+        assert function(exact).mean().item() == pytest.approx(expected, abs=0.05)
 
 
 def test_oracle_takes_another_tau(generator: torch.Generator) -> None:

@@ -128,21 +128,25 @@ def _find(pixels: FloatArray) -> Finding:
 
 def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[tuple[FloatArray, FloatArray]], int]:
     """Colour (3,) and cover (h, w) in [0, 1] of each object, and the number of stray foreground pixels."""
-    contrast = np.sqrt(((pixels - ground) ** 2).sum(axis=2))
+    min_area = _MIN_AREA * pixels.shape[0] * pixels.shape[1] / 64**2
+    offset = pixels - ground
+    contrast = np.sqrt((offset**2).sum(axis=2))
     objects, stray = [], 0
     for where, inside in _components(contrast > _MIN_CONTRAST):
-        # half of the object's own contrast is its outline, however strong the colour
-        full = np.percentile(contrast[where][inside], 80)
-        for part_where, part in _components(inside & (contrast[where] > 0.5 * full)):
+        local = contrast[where]
+        strongest = inside & (local >= np.percentile(local[inside], 70))
+        direction = np.median(offset[where][strongest], axis=0)
+        # 0 on the ground, 1 in the object: half is its outline, however strong the colour
+        cover = np.clip(offset[where] @ direction / (direction @ direction + 1e-6), 0.0, 1.0)
+        for part_where, part in _components(inside & (cover > 0.5)):
             area = int(part.sum())
-            if area < _MIN_AREA * pixels.shape[0] * pixels.shape[1] / 64**2:
+            if area < min_area:
                 stray += area
                 continue
-            local = contrast[where][part_where]
-            core = part & (local > 0.85 * full)
+            part_cover = cover[part_where]
+            core = part & (part_cover >= 0.8)
             colour = np.median(pixels[where][part_where][core if core.any() else part], axis=0)
-            cover = np.clip(local / full, 0.0, 1.0) * ndimage.binary_dilation(part)
-            objects.append((colour, cover.astype(np.float32)))
+            objects.append((colour, part_cover * ndimage.binary_dilation(part)))
     return objects, stray
 
 
@@ -187,9 +191,10 @@ def _templates() -> tuple[FloatArray, FloatArray, FloatArray]:
     means, residuals = [], []
     for shape in SHAPES:
         looks = []
-        for count in (1, 2, 3, 4) * 12:
+        for count in (1, 2, 3, 4) * 8:
             picture = draw(Scene(count, "white", shape, "black"), rng).astype(np.float32)
-            picture = ndimage.gaussian_filter(picture, sigma=(*rng.uniform(0.0, 1.0, size=2), 0.0))
+            blur = rng.uniform(0.0, 1.6)
+            picture = ndimage.gaussian_filter(picture, sigma=(blur, blur, 0.0))
             picture += rng.normal(scale=rng.uniform(0.0, 15.0), size=picture.shape)
             looks += [_on_grid(cover) for _, cover in _objects(picture, picture[0, 0])[0]]
         means.append(np.mean(looks, axis=0))

@@ -116,7 +116,8 @@ class SD3Flow(VelocityModel):
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
         """LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
         if lora_state is None:
-            self.network.save_pretrained(folder / "transformer", safe_serialization=True)
+            network: Any = self.network
+            network.save_pretrained(folder / "transformer", safe_serialization=True)
         else:
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
 

@@ -1,0 +1,310 @@
+"""FlowAlgorithm: the loop, stable-baselines3's callbacks on it, determinism, no host synchronisation."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import gymnasium
+import pytest
+import torch
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CheckpointCallback,
+    EvalCallback,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.monitor import Monitor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flowrl
+from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
+from flowrl.errors import ConfigError, DeviceError, NonFiniteError, UnknownNameError
+from flowrl.registry import ALGORITHMS
+
+SMALL = {"n_samples": 64, "batch_size": 32, "rollout_steps": 4}
+MINI = {"n_samples": 4, "batch_size": 4, "group_size": 2, "rollout_steps": 2, "n_epochs": 1}
+
+
+def small(algo: str = "orw_w2", **settings) -> flowrl.FlowAlgorithm:
+    return ALGORITHMS[algo]("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **{**SMALL, **settings})
+
+
+def weights(model: flowrl.FlowAlgorithm) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters_of("current").values()])
+
+
+class Recorder(KVWriter):
+    """Keeps every logged row."""
+
+    def __init__(self):
+        self.rows = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.rows.append(dict(key_values))
+
+    def close(self):
+        pass
+
+
+# -- contract over every algorithm ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("env", ["gaussians-linear", "sd3-count"])
+def test_every_algorithm_trains_saves_loads_and_evaluates(algo, lora_rank, env, tmp_path):
+    settings, env_settings = (SMALL, None) if env == "gaussians-linear" else (MINI, {"flow": "mini-sd3"})
+    model = ALGORITHMS[algo](
+        "FlowPolicy", env, seed=0, device="cpu", env_settings=env_settings, lora_rank=lora_rank, **settings
+    )
+    before = weights(model).clone()
+    model.learn(2 * model.config.n_samples)
+    assert model.num_timesteps == 2 * model.config.n_samples
+    assert not torch.equal(weights(model), before)
+    model.save(tmp_path / "model")
+    again = ALGORITHMS[algo].load(tmp_path / "model", device="cpu")
+    torch.testing.assert_close(weights(again), weights(model), rtol=0, atol=0)
+    result = flowrl.evaluate(again, 8, samples_per_context=2)
+    assert math.isfinite(result.reward_mean)
+    assert result.drift > 0
+    assert result.reference is not None
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_logs_what_a_run_shows(algo):
+    model, recorder = small(algo), Recorder()
+    model.set_logger(Logger(None, [recorder]))
+    model.learn(2 * 64)
+    expected = {
+        *(f"rollout/{key}" for key in ("reward_mean", "reward_std", "reward_min", "reward_max", "ess", "diversity")),
+        *(f"train/{key}" for key in ("loss", "drift", "grad_norm", "learning_rate", "n_updates")),
+        *(f"time/{key}" for key in ("iteration", "samples_per_second", "network_evaluations", "total_timesteps")),
+    }
+    assert len(recorder.rows) == 2
+    assert expected <= recorder.rows[-1].keys()
+    assert all(math.isfinite(value) for value in recorder.rows[-1].values())
+
+
+def test_network_evaluations_are_counted():
+    """64 samples x 4 steps; 2 minibatches of 32: current 3 (forward and backward), reference 1, v_old 1."""
+    model = small()
+    model.learn(64)
+    assert model.policy.evaluations == 64 * 4 + 64 * (3 + 1 + 1)
+    flowrl.evaluate(model, 16)
+    assert model.policy.evaluations == 64 * 4 + 64 * (3 + 1 + 1)  # evaluation is not part of the method's cost
+
+
+# -- determinism ------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_weights_and_another_seed_others():
+    a, b, c = small(), small(), ALGORITHMS["orw_w2"]("FlowPolicy", "gaussians-linear", seed=1, device="cpu", **SMALL)
+    for model in (a, b, c):
+        model.learn(3 * 64)
+    assert torch.equal(weights(a), weights(b))
+    assert not torch.equal(weights(a), weights(c))
+
+
+def test_looking_does_not_change_training():
+    """Evaluation and predictions between iterations leave the training's random state alone."""
+
+    class Look(BaseCallback):
+        def _on_step(self) -> bool:
+            self.model.predict(0)
+            flowrl.evaluate(self.model, 8)
+            return True
+
+    a, b = small(), small()
+    a.learn(3 * 64)
+    b.learn(3 * 64, callback=Look())
+    assert torch.equal(weights(a), weights(b))
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(64, 1), (16, 4), (32, 4)])
+def test_accumulation_makes_one_step_of_several_minibatches(batch_size, accumulation):
+    model = small(batch_size=batch_size, accumulation=accumulation)
+    model.learn(64)
+    assert model._n_updates == 1 == model.config.updates_per_iteration()
+
+
+# -- refreshing and averaging -----------------------------------------------------------------------------
+
+
+def test_behaviour_follows_at_the_refresh_only():
+    model = small(refresh_every=2, n_samples=32)
+    start = {n: p.detach().clone() for n, p in model.policy.parameters_of("behaviour").items()}
+    model.learn(32)
+    assert all(torch.equal(p, start[n]) for n, p in model.policy.parameters_of("behaviour").items())
+    model.learn(32, reset_num_timesteps=False)
+    current = model.policy.parameters_of("current")
+    assert all(torch.equal(p, current[n]) for n, p in model.policy.parameters_of("behaviour").items())
+
+
+def test_plain_target_needs_no_second_copy():
+    assert small(target="plain").policy.roles == ("current",)
+    assert set(small().policy.roles) == {"current", "behaviour"}
+
+
+def test_warm_up_raises_the_learning_rate_linearly():
+    model, rates = small(warmup_updates=8, learning_rate=1e-3), []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def on_iteration_end(self) -> bool:
+            rates.append(model.policy.optimizer.param_groups[0]["lr"])
+            return True
+
+    model.learn(5 * 64, callback=Watch())  # two updates an iteration
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+# -- stable-baselines3 --------------------------------------------------------------------------------------
+
+
+def test_callbacks_of_stable_baselines3(tmp_path):
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", tau=2.0, alpha=0.0)
+    stop = StopTrainingOnRewardThreshold(reward_threshold=0.4, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # training and evaluation environments are of different types, as meant
+        evaluation = EvalCallback(
+            Monitor(gymnasium.make("flowrl/gaussians-linear-v0")),
+            callback_on_new_best=stop,
+            n_eval_episodes=64,
+            eval_freq=2,
+            best_model_save_path=str(tmp_path / "best"),
+            log_path=str(tmp_path / "log"),
+            verbose=0,
+        )
+        model.learn(512 * 40, callback=[evaluation, CheckpointCallback(2, str(tmp_path / "checkpoints"))])
+    assert model.num_timesteps < 512 * 40  # stopped by the threshold
+    assert evaluation.best_mean_reward >= 0.4
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved[0] == "rl_model_1024_steps"
+    best = flowrl.ORWCFMW2.load(tmp_path / "best" / "best_model", device="cpu")
+    assert best.num_timesteps > 0
+
+
+def test_evaluate_policy_agrees_with_flowrl_evaluate():
+    model = small()
+    mean, std = evaluate_policy(model, flowrl.make_vec("gaussians-linear", 256), 2048, warn=False)
+    assert mean == pytest.approx(flowrl.evaluate(model, 2048).reward_mean, abs=4 * std / math.sqrt(2048))
+
+
+def test_progress_bar_counts_samples():
+    model = small()
+    model.learn(64, progress_bar=True)
+    assert model.env.num_envs == 64
+
+
+# -- speed rules --------------------------------------------------------------------------------------------
+
+
+class Synchronisations(TorchDispatchMode):
+    """Operations that make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        to_host = name == "_to_copy" and str(kwargs.get("device", "")) == "cpu"
+        if to_host or name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"):
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}, {"ema_decay": 0.9, "accumulation": 2}])
+def test_an_update_never_waits_for_the_device(algo, settings):
+    model = small(algo, **settings)
+    model.learn(64)
+    with Synchronisations() as watch:
+        model.update()
+        model.sync()
+    assert watch.seen == []
+
+
+def test_the_watch_sees_synchronisations():
+    with Synchronisations() as watch:
+        torch.ones(1).item()
+        bool(torch.ones(1) > 0)
+    assert len(watch.seen) >= 2
+
+
+# -- bad input ----------------------------------------------------------------------------------------------
+
+
+def test_unknown_setting_names_the_closest():
+    with pytest.raises(UnknownNameError, match="'alpha'"):
+        small(alhpa=0.3)
+
+
+def test_unknown_environment_names_the_closest():
+    with pytest.raises(UnknownNameError, match="gaussians-ring"):
+        flowrl.ORWCFMW2("FlowPolicy", "gaussian-ring")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_samples": 0}, "n_samples must be positive"),
+        ({"group_size": 3}, "group_size = 3 must divide"),
+        ({"rollout_batch_size": 48}, "rollout_batch_size = 48 must divide"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"solver": "eulr"}, "solver must be one of"),
+        ({"alpha": -1.0}, "alpha must not be negative"),
+        ({"coupling": "ot"}, "use target 'plain'"),
+    ],
+)
+def test_settings_without_meaning(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        small(**settings)
+
+
+def test_orw_has_no_penalty():
+    with pytest.raises(ConfigError, match="orw_w2"):
+        small("orw", alpha=0.1)
+
+
+def test_absent_device():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(DeviceError, match="Available: cpu"):
+        flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", device="cuda")
+
+
+def test_overflowing_raw_weights_name_tau_and_the_reward():
+    with pytest.raises(NonFiniteError, match=r"tau = 1000, largest reward = \d"):
+        small(weight_normalisation="none", tau=1000.0).learn(64)
+    small(tau=1000.0).learn(64)  # normalised weights cannot overflow
+
+
+def test_a_frozen_flow_cannot_be_trained():
+    def frozen():
+        return flowrl.make("gaussians-linear").flow.load().network.requires_grad_(False)
+
+    with pytest.raises(ConfigError, match="no trainable parameters"):
+        flowrl.ORWCFMW2("FlowPolicy", GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), frozen))
+
+
+# -- contexts -----------------------------------------------------------------------------------------------
+
+
+def test_contexts_come_in_groups_and_cover_all():
+    prompts = ["a", "b", "c", "d", "e"]
+
+    @flowrl.register_env("grouped", flow=flowrl.make("gaussians-linear").flow.load, prompts=prompts)
+    def nothing(samples, contexts):
+        return samples[:, 0]
+
+    model = flowrl.ORWCFMW2("FlowPolicy", "grouped", seed=0, device="cpu", n_samples=24, group_size=4)
+    contexts = model.draw_contexts()
+    assert (contexts.reshape(6, 4) == contexts.reshape(6, 4)[:, :1]).all()  # groups of four
+    assert set(contexts[:20].tolist()) == set(range(5))  # each once before any again

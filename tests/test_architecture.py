@@ -1,0 +1,165 @@
+"""The shape of the code, as DESIGN.md fixes it: import order, packages, nothing that runs foreign code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LAYERS = [
+    {"types", "errors", "registry"},
+    {"flow", "sampler", "losses", "metrics", "likelihood"},
+    {"models", "policy", "buffer", "envs"},
+    {"algorithm", "evaluation", "checkpoint"},
+    {"orw_w2", "baselines"},
+    {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark"},
+]
+LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its import name; the symlinks are followed once."""
+    found = {}
+    for package, folder in (("flowrl", "flowrl"), ("flowrl.envs", "envs"), ("flowrl.baselines", "baselines")):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            parts = path.relative_to(REPOSITORY / folder).with_suffix("").parts
+            if package == "flowrl" and parts[0] in ("envs", "baselines", "assets"):
+                continue
+            found[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def part(module: str) -> str:
+    """`flowrl.models.sd3` -> `models`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(name: str, nodes: Iterator[ast.AST]) -> set[str]:
+    """Modules of flowrl that these nodes import, with `from package import module` resolved."""
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names}
+    return {module for module in found if module.split(".")[0] == "flowrl"}
+
+
+def at_import_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes that run when the module is imported: not inside functions, not under TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if lazy or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            continue
+        yield node
+        yield from at_import_time(node)
+
+
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {part(name) for name in MODULES} - {""} <= LAYER_OF.keys()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"flowrl"}))
+def test_imports_point_one_way(name: str) -> None:
+    """A module imports its own layer and those below it; a program may import the package itself."""
+    level = LAYER_OF[part(name)]
+    wrong = [
+        module
+        for module in imports(name, at_import_time(tree_of(name)))
+        if (level < 5 if module == "flowrl" else LAYER_OF[part(module)] > level)
+    ]
+    assert not wrong, f"{name} is in {sorted(LAYERS[level])} and must not import {wrong}"
+
+
+@pytest.mark.parametrize(("one", "other"), [("envs", "baselines"), ("baselines", "envs")])
+def test_envs_and_baselines_never_import_each_other(one: str, other: str) -> None:
+    """Not even inside functions."""
+    mine = [name for name in MODULES if part(name) == one]
+    assert mine
+    for name in mine:
+        assert other not in {part(module) for module in imports(name, ast.walk(tree_of(name)))}, name
+
+
+def test_only_the_sd3_adapter_knows_diffusers() -> None:
+    """Time and sign are converted in the adapters of flowrl/models and nowhere else."""
+    for name in MODULES:
+        for node in ast.walk(tree_of(name)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(n.split(".")[0] == "diffusers" for n in names):
+                assert part(name) == "models", name
+
+
+def test_packages_are_listed() -> None:
+    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    on_disk = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert sorted(listed) == sorted(on_disk)
+    for name, path in MODULES.items():
+        assert path.name == "__init__.py" or name.rpartition(".")[0] in on_disk, f"{name} is in no package"
+
+
+@pytest.mark.parametrize("name", ["envs", "baselines"])
+def test_the_symlinks_lead_to_the_top_level_folders(name: str) -> None:
+    link = REPOSITORY / "flowrl" / name
+    assert link.is_symlink()
+    assert link.resolve() == REPOSITORY / name
+    assert not link.readlink().is_absolute()
+
+
+@pytest.mark.parametrize("name", ["envs", "baselines"])
+def test_top_level_folders_refuse_another_name(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert f"ImportError: Import this package as 'flowrl.{name}'" in done.stderr
+
+
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_runs_foreign_code(name: str) -> None:
+    """No pickle, no trust_remote_code, no eval; torch.load reads weights only."""
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            assert not UNSAFE_MODULES & {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in UNSAFE_MODULES
+        elif isinstance(node, ast.Call):
+            keywords = {k.arg: k.value for k in node.keywords}
+            assert "trust_remote_code" not in keywords
+            called = ast.unparse(node.func)
+            assert called not in {"eval", "exec", "os.system", "torch.save"}
+            if called == "torch.load":
+                assert ast.unparse(keywords["weights_only"]) == "True"
+
+
+def test_import_is_light() -> None:
+    """`import flowrl` brings in none of the heavy or optional libraries."""
+    heavy = ("diffusers", "transformers", "peft", "accelerate", "sklearn", "matplotlib", "ot", "tyro")
+    code = f"import sys, flowrl; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,65 @@
+"""The snippets of CONTRIBUTING.md run as they stand, through the API and through the command line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+
+
+def snippet(module: str) -> str:
+    """The Python block that starts with `# MODULE.py`."""
+    (block,) = re.findall(rf"```python\n(# {module}\.py\n.*?)```", TEXT, re.DOTALL)
+    return block
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for module in ("my_envs", "my_algos"):
+        (tmp_path / f"{module}.py").write_text(snippet(module))
+    return tmp_path
+
+
+def test_snippets_are_short():
+    def lines(module):
+        return [line for line in snippet(module).splitlines() if line.strip()]
+
+    assert len(lines("my_envs")) <= 15
+    assert len(lines("my_algos")) <= 40
+
+
+def test_through_the_api(folder):
+    code = """
+import gymnasium, flowrl, my_envs, my_algos
+env = gymnasium.make("flowrl/red-sd3-v0")
+env.reset(seed=0); env.step(env.action_space.sample())
+settings = dict(n_samples=4, batch_size=4, rollout_steps=2)
+model = my_algos.BestShare("FlowPolicy", "red-sd3", share=0.5, seed=0, device="cpu", **settings).learn(8)
+model.save("saved")
+assert my_algos.BestShare.load("saved").num_timesteps == 8
+assert model.policy.sample(["two stars"], steps=2).shape == (1, 3, 64, 64)
+print(flowrl.evaluate(model, 4, samples_per_context=2).table())
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "reward" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["--algo", "orw_w2", "--env", "my_envs:red-sd3"],
+        ["--algo", "my_algos:BestShare", "--env", "gaussians-linear", "--algo.share", "0.1"],
+    ],
+)
+def test_through_the_command_line(folder, choice):
+    sizes = ["--algo.n-samples", "8", "--algo.batch-size", "8", "--algo.rollout-steps", "2", "--eval-samples", "8"]
+    command = [sys.executable, "-m", "flowrl.run", *choice, *sizes, "--total-timesteps", "8", "--name", "r"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "runs" / "r" / "final" / "state.json").exists()

@@ -1,0 +1,359 @@
+"""Environments: the contract over the whole registry, custom environments, and rewards that go wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from torch import nn
+
+import flowrl
+from flowrl.envs.gaussians import GaussianMixture
+from flowrl.errors import ConfigError, RewardError, UnknownNameError
+from flowrl.models.mlp import MLP, FieldFlow, ModuleFlow
+from flowrl.registry import ENVIRONMENTS
+
+SHIPPED = sorted(ENVIRONMENTS)
+
+
+@pytest.fixture
+def names() -> Iterator[Callable[[], str]]:
+    """Names for environments that are forgotten after the test."""
+    before, gymnasium_before = set(ENVIRONMENTS), set(gymnasium.registry)
+
+    def new() -> str:
+        return f"test-{len(ENVIRONMENTS)}"
+
+    yield new
+    for name in set(ENVIRONMENTS) - before:
+        del ENVIRONMENTS[name]
+    for name in set(gymnasium.registry) - gymnasium_before:
+        del gymnasium.registry[name]
+
+
+# -- the contract, for every registered environment -----------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def env(request: pytest.FixtureRequest) -> flowrl.GenerationEnv:
+    settings = {"flow": "mini-sd3"} if request.param.startswith("sd3-") else {}
+    return flowrl.make(request.param, **settings)
+
+
+def test_gymnasium_checker(env: flowrl.GenerationEnv) -> None:
+    made = gymnasium.make(ENVIRONMENTS[env.name].gymnasium_id)
+    assert isinstance(made.unwrapped, flowrl.GenerationEnv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on normalised and image-shaped spaces
+        gymnasium_check_env(made.unwrapped)
+
+
+def test_stable_baselines3_checker(env: flowrl.GenerationEnv) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sb3_check_env(env)
+
+
+def test_gymnasium_renders(env: flowrl.GenerationEnv) -> None:
+    made = gymnasium.make(ENVIRONMENTS[env.name].gymnasium_id, render_mode="rgb_array")
+    made.reset(seed=0)
+    made.step(made.action_space.sample())
+    picture = made.render()
+    assert picture.dtype == np.uint8
+    assert picture.ndim == 3
+
+
+def actions(env: flowrl.GenerationEnv, n: int) -> torch.Tensor:
+    low, high = float(env.action_space.low.min()), float(env.action_space.high.max())
+    samples = torch.rand(n, *env.sample_shape, generator=torch.Generator().manual_seed(0))
+    return low + (high - low) * samples
+
+
+def test_a_batch_equals_single_steps(env: flowrl.GenerationEnv) -> None:
+    samples = actions(env, 5)
+    contexts = torch.arange(5) * 7 % len(env.contexts)
+    output = env.evaluate(samples, contexts)
+    assert output.reward.shape == (5,)
+    assert output.reward.dtype == torch.float32
+    assert bool(output.reward.isfinite().all())
+    for i in range(5):
+        observation, info = env.reset(options={"context": contexts[i].item()})
+        assert env.observation_space.contains(observation)
+        assert info["context"] == env.contexts[contexts[i]]
+        _, reward, terminated, truncated, info = env.step(samples[i].numpy())
+        assert (terminated, truncated) == (True, False)
+        assert reward == pytest.approx(output.reward[i].item(), rel=1e-5)
+        for key, values in output.components.items():
+            assert info[key] == pytest.approx(values[i].item(), rel=1e-5)
+
+
+def test_reset_is_seeded(env: flowrl.GenerationEnv) -> None:
+    def draws(seed: int) -> list[int]:
+        return [int(env.reset(seed=seed if i == 0 else None)[0]) for i in range(20)]
+
+    assert draws(3) == draws(3)
+    if len(env.contexts) > 1:
+        assert draws(3) != draws(4)
+
+
+def test_vectorised_form(env: flowrl.GenerationEnv) -> None:
+    settings = {} if env.origin is None else env.origin[1]
+    vec = flowrl.make_vec(env.name, 4, **settings)
+    samples = actions(env, 4)
+    vec.seed(0)
+    first = vec.reset()
+    expected = env.evaluate(samples, torch.from_numpy(first)).reward
+    observations, rewards, dones, infos = vec.step(samples)
+    assert isinstance(rewards, torch.Tensor)
+    torch.testing.assert_close(rewards, expected)
+    assert dones.tolist() == [True] * 4
+    assert [info["terminal_observation"] for info in infos] == first.tolist()
+    assert [info["context"] for info in infos] == [env.contexts[i] for i in first]
+    vec.seed(0)
+    assert vec.reset().tolist() == first.tolist()
+    again, rewards, _, _ = vec.step(samples.numpy())
+    assert isinstance(rewards, np.ndarray)
+    np.testing.assert_allclose(rewards, expected.numpy(), rtol=1e-5)
+    assert again.tolist() == observations.tolist()
+
+
+def test_samples_of_another_shape(env: flowrl.GenerationEnv) -> None:
+    with pytest.raises(RewardError, match=env.name):
+        env.evaluate(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long))
+
+
+def test_unknown_setting_names_the_closest() -> None:
+    with pytest.raises(UnknownNameError, match=r"'gaussians-linear' 'flwo'\. Did you mean 'flow'"):
+        flowrl.make("gaussians-linear", flwo="exact")
+
+
+def test_unknown_name_names_the_closest() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'gaussians-linear'"):
+        flowrl.make("gaussian-linear")
+
+
+def test_names_and_gymnasium_ids_are_the_same_thing() -> None:
+    for name in ("gaussians-ring", "flowrl/gaussians-ring-v0", "flowrl.envs.gaussians:gaussians-ring"):
+        assert flowrl.make(name).name == "gaussians-ring"
+
+
+def test_unknown_render_mode() -> None:
+    with pytest.raises(ConfigError, match="rgb_array.*human"):
+        flowrl.make("gaussians-linear", render_mode="human")
+
+
+def test_sb3_ppo_learns_a_gaussian_environment() -> None:
+    """Single-step episodes: with gamma 0 PPO is a bandit that moves its mean to the right."""
+    model = PPO("MlpPolicy", "flowrl/gaussians-linear-v0", n_steps=128, learning_rate=5e-3, gamma=0, seed=0)
+    before, _ = evaluate_policy(model, model.get_env(), 50, warn=False)
+    model.learn(2048)
+    after, _ = evaluate_policy(model, model.get_env(), 50, warn=False)
+    assert after > before + 0.5
+
+
+# -- register_env ---------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """A plain module that says its shape."""
+
+    sample_shape = (3,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = MLP(3, width=8, depth=2)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.network(x, t)
+
+
+MIXTURE = GaussianMixture([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], 0.2 * np.eye(3))
+FLOWS = {
+    "plain module": Small,
+    "velocity model": lambda: ModuleFlow(MLP(3, 8, 2), (3,)),
+    "exact field": lambda: FieldFlow(MIXTURE.velocity, 3, 8, 2),
+}
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_a_factory_as_flow(kind: str, names: Callable[[], str]) -> None:
+    name = names()
+
+    @flowrl.register_env(name, flow=FLOWS[kind])
+    def first(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        """The first coordinate."""
+        return samples[:, 0]
+
+    assert ENVIRONMENTS[name].summary == "The first coordinate."
+    made = gymnasium.make(f"flowrl/{name}-v0")
+    assert made.action_space.shape == (3,)
+    made.reset(seed=0)
+    assert made.step(np.array([2.0, 0.0, 0.0], dtype=np.float32))[1] == 2.0
+    model = flowrl.ORWCFMW2("FlowPolicy", name, seed=0, n_samples=32, batch_size=16, rollout_steps=2)
+    reference = model.policy.sample(n=4, role="reference", x_0=torch.ones(4, 3), steps=20)
+    model.learn(64)
+    assert torch.equal(model.policy.sample(n=4, role="reference", x_0=torch.ones(4, 3), steps=20), reference)
+    assert not torch.equal(model.policy.sample(n=4, x_0=torch.ones(4, 3), steps=20), reference)
+
+
+def test_the_exact_field_generates_the_mixture(names: Callable[[], str]) -> None:
+    name = names()
+    flowrl.register_env(name, flow=FLOWS["exact field"])(lambda samples, contexts: samples[:, 0])
+    model = flowrl.ORWCFMW2("FlowPolicy", name, seed=0)
+    samples = model.policy.sample(n=4000, steps=20, solver="heun")
+    torch.testing.assert_close(samples.mean(0), MIXTURE.means.mean(0), atol=0.08, rtol=0)
+
+
+def test_a_factory_without_a_shape(names: Callable[[], str]) -> None:
+    name = names()
+    flowrl.register_env(name, flow=lambda: MLP(2, 8, 2))(lambda samples, contexts: samples[:, 0])
+    with pytest.raises(ConfigError, match="sample_shape"):
+        flowrl.make(name)
+
+
+def test_sample_shape_for_a_plain_module(names: Callable[[], str]) -> None:
+    name = names()
+    flowrl.register_env(name, flow=lambda: MLP(2, 8, 2), sample_shape=(2,))(lambda samples, contexts: samples[:, 0])
+    assert flowrl.make(name).sample_shape == (2,)
+
+
+@pytest.mark.parametrize(("flow", "message"), [(nn.Linear(2, 2), "flow=lambda: model"), (3, "not a int")])
+def test_a_flow_that_is_none(flow: Any, message: str, names: Callable[[], str]) -> None:
+    name = names()
+    flowrl.register_env(name, flow=flow)(lambda samples, contexts: samples[:, 0])
+    with pytest.raises(ConfigError, match=message):
+        flowrl.make(name)
+
+
+def test_a_factory_that_returns_no_module(names: Callable[[], str]) -> None:
+    name = names()
+    flowrl.register_env(name, flow=lambda: "a module", sample_shape=(2,))(lambda samples, contexts: samples[:, 0])
+    with pytest.raises(ConfigError, match="returned a str"):
+        flowrl.ORWCFMW2("FlowPolicy", name, seed=0)
+
+
+@pytest.mark.xfail(strict=True, raises=(AssertionError, ConfigError), reason="the factory's own module is trained")
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_wrapped_model_is_not_trained_itself(lora_rank: int, names: Callable[[], str]) -> None:
+    """`flow=lambda: model` is what the error message advises: a second algorithm must start from the same model."""
+    module, name = Small(), names()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    flowrl.register_env(name, flow=lambda: module)(lambda samples, contexts: samples[:, 0])
+    settings = {"n_samples": 32, "batch_size": 16, "rollout_steps": 2, "lora_rank": lora_rank}
+    for _ in range(2):
+        model = flowrl.ORWCFMW2("FlowPolicy", name, seed=0, **settings).learn(64)
+        reference = model.policy.velocity(torch.ones(2, 3), torch.full((2,), 0.5), (), "reference")
+    assert module.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    torch.testing.assert_close(reference, module(torch.ones(2, 3), torch.full((2,), 0.5)).detach())
+
+
+def test_prompts_reach_the_reward(names: Callable[[], str]) -> None:
+    name, seen = names(), []
+
+    @flowrl.register_env(name, flow="mini-sd3", prompts=["red stars", "two blue circles on white"])
+    def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        seen.extend(prompts)
+        return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+    env = flowrl.make(name)
+    assert (env.action_space.low.min(), env.action_space.high.max()) == (0, 1)
+    images = torch.zeros(3, *env.sample_shape)
+    images[1, 0] = 1
+    reward = env.evaluate(images, torch.tensor([1, 0, 1])).reward
+    assert reward.tolist() == [0, 1, 0]
+    assert seen == ["two blue circles on white", "red stars", "two blue circles on white"]
+
+
+# -- rewards that go wrong ------------------------------------------------------------------------------
+
+
+def _raise(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+    raise KeyError("no such thing")
+
+
+def _one_is(value: float) -> Callable:
+    def reward(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        values = samples[:, 0].clone()
+        values[2] = value
+        return values
+
+    return reward
+
+
+PROMPTS = ["first prompt", "second prompt", "third prompt"]
+WRONG: dict[str, tuple[Callable, list[str]]] = {
+    "raises": (_raise, ["KeyError", "no such thing", "first prompt", "(4, 3)"]),
+    "nan": (_one_is(float("nan")), ["nan", "sample 2", "third prompt"]),
+    "inf": (_one_is(float("inf")), ["inf", "sample 2", "third prompt"]),
+    "component": (
+        lambda s, c: flowrl.RewardOutput(s[:, 0], {"part": _one_is(float("nan"))(s, c)}),
+        ["component part", "sample 2", "third prompt"],
+    ),
+    "shape": (lambda s, c: s, ["shape (4, 3)", "(4,)"]),
+    "scalar": (lambda s, c: s.mean(), ["shape ()", "(4,)"]),
+    "too few": (lambda s, c: s[:2, 0], ["(2,)", "(4,)"]),
+    "string": (lambda s, c: "much", ["returned a str"]),
+    "none": (lambda s, c: None, ["NoneType"]),
+    "list of strings": (lambda s, c: ["much"] * 4, ["returned a list"]),
+}
+
+
+def wrong_env(kind: str, name: str) -> flowrl.GenerationEnv:
+    flowrl.register_env(name, flow=Small, prompts=PROMPTS)(WRONG[kind][0])
+    return flowrl.make(name)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_rewards_stop_with_a_clear_error(kind: str, names: Callable[[], str]) -> None:
+    env = wrong_env(kind, names())
+    with pytest.raises(RewardError) as caught:
+        env.evaluate(torch.ones(4, 3), torch.tensor([0, 1, 2, 1]))
+    for expected in [env.name, *WRONG[kind][1]]:
+        assert expected in str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, reason="only names the prompt when it raises or is not finite")
+@pytest.mark.parametrize("kind", ["shape", "string", "none"])
+def test_wrong_types_and_shapes_name_the_prompt(kind: str, names: Callable[[], str]) -> None:
+    env = wrong_env(kind, names())
+    with pytest.raises(RewardError, match="first prompt"):
+        env.evaluate(torch.ones(4, 3), torch.tensor([0, 1, 2, 1]))
+
+
+def test_a_wrong_reward_stops_training_and_keeps_what_was_computed(names: Callable[[], str]) -> None:
+    name, calls = names(), []
+
+    def third_time(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        calls.append(len(samples))
+        return samples[:, 0] / (0 if len(calls) == 3 else 1)
+
+    flowrl.register_env(name, flow=Small)(third_time)
+    model = flowrl.ORWCFMW2("FlowPolicy", name, seed=0, n_samples=16, rollout_steps=2)
+    with pytest.raises(RewardError, match=name):
+        model.learn(160)
+    assert model.iteration == 2
+
+
+def test_rewards_may_be_lists_arrays_or_carry_gradients(names: Callable[[], str]) -> None:
+    for reward in (
+        lambda s, c: s[:, 0].tolist(),
+        lambda s, c: s[:, 0].double().numpy(),
+        lambda s, c: s[:, 0] * torch.ones(1, requires_grad=True),
+        lambda s, c: s[:, 0] > 0,
+    ):
+        name = names()
+        flowrl.register_env(name, flow=Small)(reward)
+        output = flowrl.make(name).evaluate(torch.ones(4, 3), torch.zeros(4, dtype=torch.long)).reward
+        assert output.dtype == torch.float32
+        assert not output.requires_grad
+        assert output.tolist() == [1.0] * 4

@@ -1,0 +1,129 @@
+"""Rewards of images against independent versions: numpy, Pillow, the published head's own scores."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from PIL import Image
+from safetensors.torch import save_file
+
+from flowrl.envs.rewards.aesthetic import AestheticHead, AestheticReward, ColourfulnessReward, colourfulness
+from flowrl.envs.rewards.compress import CompressReward, jpeg_kilobytes
+from flowrl.errors import ModelLoadError
+
+SHARED = REPOSITORY.parent / "shared" / "data"
+HEAD = SHARED / "laion_aesthetic_head.safetensors"
+EXPECTED = SHARED / "laion_aesthetic_expected.json"
+
+
+def numpy_colourfulness(image: np.ndarray) -> float:
+    """Hasler and Süsstrunk (2003): rg = R - G, yb = (R + G) / 2 - B; sigma + 0.3 mu, on (H, W, 3) in 0 to 255."""
+    rg = image[..., 0] - image[..., 1]
+    yb = 0.5 * (image[..., 0] + image[..., 1]) - image[..., 2]
+    sigma = np.sqrt(np.std(rg) ** 2 + np.std(yb) ** 2)
+    mu = np.sqrt(np.mean(rg) ** 2 + np.mean(yb) ** 2)
+    return float(sigma + 0.3 * mu)
+
+
+def test_colourfulness_as_in_the_paper() -> None:
+    images = torch.rand(5, 3, 12, 9) * torch.rand(5, 3, 1, 1)
+    expected = [numpy_colourfulness(255 * image.permute(1, 2, 0).double().numpy()) for image in images]
+    assert colourfulness(images).tolist() == pytest.approx(expected, rel=1e-4)
+    assert ColourfulnessReward()(images, [""] * 5).reward.tolist() == pytest.approx(
+        [value / 100 for value in expected], rel=1e-4
+    )
+
+
+def test_colourfulness_by_hand() -> None:
+    grey = torch.full((1, 3, 8, 8), 0.4)
+    assert colourfulness(grey).item() == pytest.approx(0, abs=1e-3)
+    red = torch.zeros(1, 3, 8, 8)
+    red[:, 0] = 1  # rg = 255, yb = 127.5 everywhere
+    assert colourfulness(red).item() == pytest.approx(0.3 * np.hypot(255, 127.5), rel=1e-4)
+    half = red.clone()
+    half[:, :, :, :4] = torch.tensor([0.0, 1.0, 0.0])[None, :, None, None]  # half green: rg = -255, yb = 127.5
+    assert colourfulness(half).item() == pytest.approx(255 + 0.3 * 127.5, rel=1e-4)
+
+
+def pictures() -> torch.Tensor:
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return torch.cat([flat, ramp, noise])
+
+
+@pytest.mark.parametrize("quality", [95, 40])
+def test_jpeg_size_is_pillows(quality: int) -> None:
+    expected = []
+    for image in pictures():
+        stream = io.BytesIO()
+        array = np.rint(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        Image.fromarray(array, "RGB").save(stream, "JPEG", quality=quality)
+        expected.append(len(stream.getvalue()) / 1000)
+    assert jpeg_kilobytes(pictures(), quality).tolist() == pytest.approx(expected, rel=1e-6)
+    assert CompressReward(quality)(pictures(), [""] * 3).reward.tolist() == pytest.approx([-e for e in expected])
+
+
+def test_noise_compresses_worse_than_flat() -> None:
+    flat, ramp, noise = jpeg_kilobytes(pictures()).tolist()
+    assert flat < ramp < noise
+
+
+def test_jpeg_size_keeps_the_order_of_a_large_batch() -> None:
+    """The batch is spread over threads."""
+    images = pictures().repeat(20, 1, 1, 1)
+    assert jpeg_kilobytes(images).tolist() == jpeg_kilobytes(pictures()).tolist() * 20
+
+
+def test_values_outside_the_range_are_clipped() -> None:
+    images = 3 * torch.rand(2, 3, 16, 16) - 1
+    assert torch.equal(jpeg_kilobytes(images), jpeg_kilobytes(images.clamp(0, 1)))
+
+
+@pytest.mark.skipif(not (HEAD.exists() and EXPECTED.exists()), reason=f"no {HEAD}")
+def test_aesthetic_head_gives_the_published_scores() -> None:
+    expected = json.loads(EXPECTED.read_text())["scores"]
+    rows = []
+    for k in range(len(expected)):
+        e = np.cos(0.37 * (k + 1) * np.arange(768) + k)
+        rows.append(e / np.linalg.norm(e))
+    scores = AestheticHead.load(HEAD)(torch.tensor(np.array(rows), dtype=torch.float32))
+    assert scores.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_head_written_and_read_again(tmp_path: Path) -> None:
+    head, x = AestheticHead().eval(), torch.randn(3, 768)
+    save_file(head.state_dict(), tmp_path / "head.safetensors")
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    for name in ("head.safetensors", "head.pth"):
+        assert torch.equal(AestheticHead.load(tmp_path / name)(x), head(x))
+
+
+@pytest.mark.parametrize("kind", ["missing", "other weights", "rubbish"])
+def test_wrong_head_file(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "wrong-head.safetensors"
+    if kind == "other weights":
+        save_file({"layers.0.weight": torch.zeros(2, 2)}, file)
+    elif kind == "rubbish":
+        file.write_bytes(b"nothing of the kind")
+    with pytest.raises(ModelLoadError, match=r"wrong-head\.safetensors"):
+        AestheticHead.load(file)
+
+
+def test_a_head_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "hostile.pth"
+    torch.save({"layers.0.weight": Path("anything but a tensor")}, file)
+    with pytest.raises(ModelLoadError, match=r"hostile\.pth"):
+        AestheticHead.load(file)
+
+
+def test_missing_clip_names_the_way_out(tmp_path: Path) -> None:
+    save_file(AestheticHead().state_dict(), tmp_path / "head.safetensors")
+    with pytest.raises(ModelLoadError, match=r"no-clip-here.*--env\.clip.*colourfulness"):
+        AestheticReward(tmp_path / "head.safetensors", str(tmp_path / "no-clip-here"))
