@@ -127,7 +127,8 @@ def _write(model: FlowAlgorithm, folder: Path) -> None:
         "n_parameters": len(policy.parameters_of("current")),
     }
     write_json(folder / "state.json", state)
-    policy.export(folder)
+    if policy.lora is not None:  # small; the full weights would be written twice
+        policy.export(folder)
 
 
 COUNTERS = ("num_timesteps", "iteration", "_n_updates", "_total_timesteps", "_current_progress_remaining")

@@ -276,12 +276,15 @@ class FlowPolicy(BasePolicy):
         torch._foreach_lerp_(target, source, 1 - decay)
 
     def export(self, folder: Path) -> None:
-        """Write the weights as the flow's own library loads them, where the flow can (`VelocityModel.export`)."""
+        """Write the weights that `sample` uses as the flow's own library loads them, where the flow can.
+
+        See `VelocityModel.export`.
+        """
         if self.lora is None:
-            self.model.export(folder, None)
+            self._models[self.sampling_role].export(folder, None)
         else:
-            names = self._parameters_of["current"]
-            self.model.export(folder, {name: p.detach().cpu().clone() for name, p in names.items()})
+            adapter = self._parameters_of[self.sampling_role]
+            self.model.export(folder, {name: p.detach().cpu().clone() for name, p in adapter.items()})
 
 
 def _key(context: Any) -> Any:

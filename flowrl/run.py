@@ -185,6 +185,8 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
         print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
         return EXIT_STOPPED
     model.save(folder / "final")
+    if model.policy.lora is None:
+        model.policy.export(folder / "final")
     print("evaluating ...", flush=True)
     result = evaluate(model, run.eval_samples)
     runfolder.write_evaluation(folder, result)

@@ -37,9 +37,7 @@ def program_environment() -> dict[str, str]:
 def run_in(program_environment: dict[str, str]) -> Run:
     """`run_in(folder, "flowrl.run", *args)`: `python -m flowrl.run ARGS` in that folder."""
 
-    def run(
-        folder: Path, module: str, *args: object, timeout: float = 120
-    ) -> subprocess.CompletedProcess[str]:
+    def run(folder: Path, module: str, *args: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", module, *map(str, args)],
             cwd=folder,

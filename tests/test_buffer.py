@@ -46,9 +46,7 @@ def test_minibatches_cover_everything_once(batch_size: int, generator: torch.Gen
     assert [len(b.x_1) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
     seen = torch.cat([b.x_1[:, 0, 0] for b in batches])
     assert sorted(seen.tolist()) == list(range(10))
-    assert torch.equal(
-        torch.cat([b.contexts for b in batches]), seen.long() % 4
-    )  # all of one sample together
+    assert torch.equal(torch.cat([b.contexts for b in batches]), seen.long() % 4)  # all of one sample together
     assert torch.equal(torch.cat([b.reward for b in batches]), 10 * seen)
     assert torch.equal(torch.cat([b.weight for b in batches]), seen + 0.5)
 

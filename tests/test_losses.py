@@ -110,10 +110,7 @@ def test_plain_minimiser_is_the_weighted_mean_of_targets() -> None:
     """C1: over many (w, u) at one point, v* = (E[w u] + alpha v_ref) / (E[w] + alpha)."""
     u, w, v_ref, alpha = torch.randn(500, 1), torch.rand(500), torch.tensor(0.7), 0.3
     expected = ((w * u[:, 0]).mean() + alpha * v_ref) / (w.mean() + alpha)
-    assert (
-        _gradient_at(expected, lambda v: losses.reward_weighted_loss(v, u, w, v_ref.expand(500, 1), alpha))
-        < 1e-6
-    )
+    assert _gradient_at(expected, lambda v: losses.reward_weighted_loss(v, u, w, v_ref.expand(500, 1), alpha)) < 1e-6
 
 
 def test_residual_minimiser() -> None:

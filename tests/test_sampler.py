@@ -61,7 +61,7 @@ def test_uneven_times() -> None:
 
 
 def test_unknown_solver() -> None:
-    with pytest.raises(ConfigError, match="eulr.*euler"):
+    with pytest.raises(ConfigError, match=r"eulr.*euler"):
         ode_sample(lambda x, t: x, torch.ones(1, 1), time_grid(2), "eulr")
 
 

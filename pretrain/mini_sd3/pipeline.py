@@ -122,6 +122,14 @@ def build_pipeline(autoencoder: AutoencoderTiny) -> StableDiffusion3Pipeline:
     )
 
 
+def edit_config(folder: Path, **changes: str | None) -> None:
+    """Changes fields of a component's config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    config = {name: value for name, value in config.items() if name not in changes or value is not None}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     """Writes ``pipe`` in float16, together with its model card; the folder is replaced as a whole."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
@@ -129,6 +137,9 @@ def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     half = copy.deepcopy(pipe).to(torch.float16)
     half.save_pretrained(new, safe_serialization=True)
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        edit_config(new / name, dtype="float32")  # else a plain from_pretrained mixes float16 and float32
+    edit_config(new / "vae", block_out_channels=None)  # derived; AutoencoderTiny warns when it finds it
     (new / "sampling.json").write_text(json.dumps(SAMPLING, indent=2) + "\n")
     shutil.copy(Path(__file__).with_name("MODEL_CARD.md"), new / "README.md")
     if folder.exists():

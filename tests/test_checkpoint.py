@@ -1,0 +1,420 @@
+"""Checkpoints: what is saved comes back, damage is named, nothing in them can run code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import flowrl
+from flowrl import checkpoint
+from flowrl.algorithm import FlowAlgorithm
+from flowrl.checkpoint import checkpoint_folder
+from flowrl.errors import CheckpointError
+from flowrl.models.mlp import MLP
+
+N = 32
+SETTINGS = {
+    "n_samples": N,
+    "batch_size": 16,
+    "rollout_steps": 2,
+    "ema_decay": 0.9,
+    "refresh_every": 2,
+    "learning_rate": 3e-3,
+}
+KINDS = {"full": 0, "lora": 2}
+
+
+def algorithm(lora_rank: int = 0, **settings: object) -> flowrl.ORWCFMW2:
+    settings = {**SETTINGS, "lora_rank": lora_rank, **settings}
+    return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+
+
+def weights(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
+    return {f"{r}.{n}": p for r in model.policy.roles for n, p in model.policy.parameters_of(r).items()}
+
+
+def random_states(model: FlowAlgorithm) -> list[torch.Tensor]:
+    return [model.generator.get_state(), model.policy.generator.get_state(), torch.get_rng_state()]
+
+
+def assert_same_state(one: FlowAlgorithm, other: FlowAlgorithm) -> None:
+    mine, yours = weights(one), weights(other)
+    assert mine.keys() == yours.keys()
+    assert all(torch.equal(mine[name], yours[name]) for name in mine)
+    moments = [m.policy.optimizer.state_dict()["state"] for m in (one, other)]
+    assert moments[0].keys() == moments[1].keys()
+    for index, entry in moments[0].items():
+        assert all(torch.equal(value, moments[1][index][key]) for key, value in entry.items())
+    for name in ("num_timesteps", "iteration", "_n_updates"):
+        assert getattr(one, name) == getattr(other, name)
+    assert one.policy.evaluations == other.policy.evaluations
+    assert one.config == other.config
+
+
+@pytest.fixture(params=KINDS)
+def trained(request: pytest.FixtureRequest) -> flowrl.ORWCFMW2:
+    return algorithm(KINDS[request.param]).learn(3 * N)
+
+
+def test_round_trip(trained: flowrl.ORWCFMW2, tmp_path: Path) -> None:
+    trained.policy.sample(n=3)  # moves the policy's own generator
+    states = random_states(trained)
+    trained.save(tmp_path / "a")
+    assert all(torch.equal(a, b) for a, b in zip(states, random_states(trained)))  # saving draws nothing
+    torch.randn(5)
+    loaded = flowrl.ORWCFMW2.load(tmp_path / "a", device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(states, random_states(loaded)))
+    assert_same_state(trained, loaded)
+    assert (loaded.num_timesteps, loaded.iteration) == (3 * N, 3)
+    x_0 = torch.randn(4, 2)
+    for role in ("current", "behaviour", "ema", "reference"):
+        ours, theirs = (m.policy.sample(n=4, x_0=x_0, role=role) for m in (trained, loaded))
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_and_three_iterations_are_six(kind: str, tmp_path: Path) -> None:
+    """Bit for bit, with a copy of the sampler that is refreshed every second iteration."""
+    whole = algorithm(KINDS[kind]).learn(6 * N)
+    algorithm(KINDS[kind]).learn(3 * N).save(tmp_path / "half")
+    resumed = flowrl.ORWCFMW2.load(tmp_path / "half", device="cpu").learn(3 * N, reset_num_timesteps=False)
+    assert_same_state(whole, resumed)
+    assert all(torch.equal(a, b) for a, b in zip(random_states(whole), random_states(resumed)))
+
+
+def test_the_base_class_loads_what_is_registered(trained: flowrl.ORWCFMW2, tmp_path: Path) -> None:
+    trained.save(tmp_path / "a")
+    assert type(FlowAlgorithm.load(tmp_path / "a", device="cpu")) is flowrl.ORWCFMW2
+
+
+def test_zip_suffix_is_dropped(tmp_path: Path) -> None:
+    """stable-baselines3's callbacks ask for files that end in .zip."""
+    model = algorithm()
+    model.save(tmp_path / "model.zip")
+    assert (tmp_path / "model" / "state.json").exists()
+    assert not (tmp_path / "model.zip").exists()
+    assert_same_state(model, flowrl.ORWCFMW2.load(tmp_path / "model.zip", device="cpu"))
+
+
+def test_only_json_and_safetensors(trained: flowrl.ORWCFMW2, tmp_path: Path) -> None:
+    trained.save(tmp_path / "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}  # and nothing temporary beside it
+    for path in (tmp_path / "a").rglob("*"):
+        assert path.suffix in (".json", ".safetensors")
+        assert b"\x80\x04" not in path.read_bytes()[:8]  # a pickle's first bytes
+        assert not path.read_bytes().startswith(b"PK")  # nor the zip archive that torch.save writes
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    model = algorithm()
+    model.save(tmp_path / "a")
+    (tmp_path / "a" / "left-over.json").write_text("{}")
+    model.learn(N)
+    model.save(tmp_path / "a")
+    assert not (tmp_path / "a" / "left-over.json").exists()
+    assert flowrl.ORWCFMW2.load(tmp_path / "a", device="cpu").num_timesteps == N
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = algorithm().learn(N)
+    model.save(tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    model.learn(N, reset_num_timesteps=False)
+    calls = []
+
+    def full_disk(tensors: dict, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*older checkpoint"):
+        model.save(tmp_path / "a")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file"):
+        algorithm().save(tmp_path / "file" / "a")
+
+
+# -- damage ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "checkpoint"
+    algorithm().learn(N).save(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "damaged"))
+
+
+def load(folder: Path) -> FlowAlgorithm:
+    return flowrl.ORWCFMW2.load(folder, device="cpu")
+
+
+FILES = ["config.json", "state.json", "policy.safetensors", "optimizer.safetensors", "random.safetensors"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_missing_file(folder: Path, file: str) -> None:
+    (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=file):
+        load(folder)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_truncated_file(folder: Path, file: str, share: float) -> None:
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=file):
+        load(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "state.json"])
+def test_json_that_is_no_object(folder: Path, file: str) -> None:
+    (folder / file).write_text("[1, 2]\n")
+    with pytest.raises(CheckpointError, match=file):
+        load(folder)
+
+
+def rewrite(path: Path, change: Callable[[dict], object]) -> None:
+    """Change a file's content in place and keep it readable."""
+    content = json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+    change(content)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(content))
+    else:
+        save_file(content, path)
+
+
+def first(tensors: dict, prefix: str) -> str:
+    return next(name for name in sorted(tensors) if name.startswith(prefix) and tensors[name].dim() > 0)
+
+
+@pytest.mark.parametrize("role", ["current", "ema", "behaviour"])
+def test_wrong_shape_names_file_and_weight(folder: Path, role: str) -> None:
+    rewrite(folder / "policy.safetensors", lambda t: t.update({first(t, role): torch.zeros(3, 3)}))
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors.*shape \(3, 3\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.pop(first(t, "ema")), lambda t: t.update({"current.odd": torch.ones(1)})]
+)
+def test_other_weights(folder: Path, change: Callable) -> None:
+    rewrite(folder / "policy.safetensors", change)
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.xfail(strict=True, reason="the optimizer's tensors are not checked; training fails or starts afresh later")
+@pytest.mark.parametrize("change", [lambda t: t.pop("0.exp_avg"), lambda t: t.update({"0.exp_avg": torch.ones(3, 3)})])
+def test_optimizer_that_does_not_fit(folder: Path, change: Callable) -> None:
+    rewrite(folder / "optimizer.safetensors", change)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("state.json", lambda s: s.pop("iteration")),
+        ("state.json", lambda s: s.update(num_timesteps="many")),
+        ("state.json", lambda s: s.update(param_groups=None)),
+        ("random.safetensors", lambda t: t.pop("training")),
+        ("random.safetensors", lambda t: t.update(training=torch.zeros(3))),
+    ],
+)
+def test_state_that_lacks_something(folder: Path, file: str, change: Callable) -> None:
+    rewrite(folder / file, change)
+    with pytest.raises(CheckpointError, match=str(folder)):
+        load(folder)
+
+
+@pytest.mark.parametrize("settings", [{"alpha": -1.0}, {"solver": "eulr"}, {"not_a_setting": 1}, None])
+def test_settings_that_do_not_fit(folder: Path, settings: dict | None) -> None:
+    rewrite(folder / "config.json", lambda c: c.update(settings=settings and {**c["settings"], **settings}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load(folder)
+
+
+def test_another_format(folder: Path) -> None:
+    rewrite(folder / "config.json", lambda c: c.update(format=999))
+    with pytest.raises(CheckpointError, match="999"):
+        load(folder)
+
+
+def test_another_algorithm(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="'orw_w2', not with 'orw'"):
+        flowrl.ORWCFM.load(folder, device="cpu")
+
+
+def test_code_named_by_a_checkpoint_is_not_imported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostile_module.py").write_text("import flowrl\nclass Algo(flowrl.ORWCFMW2): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rewrite(folder / "config.json", lambda c: c.update(algorithm="hostile_module:Algo"))
+    for cls in (FlowAlgorithm, flowrl.ORWCFMW2):
+        with pytest.raises(CheckpointError, match="hostile_module:Algo"):
+            cls.load(folder, device="cpu")
+    assert "hostile_module" not in sys.modules
+
+
+@pytest.mark.xfail(strict=True, reason="make() imports the module that the environment's name points into")
+def test_environments_named_by_a_checkpoint_are_not_imported_either(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hostile_environment.py").write_text("")
+    rewrite(folder / "config.json", lambda c: c["environment"].update(name="hostile_environment:gaussians-linear"))
+    with pytest.raises(CheckpointError, match="hostile_environment"):
+        FlowAlgorithm.load(folder, device="cpu")
+    assert "hostile_environment" not in sys.modules
+
+
+# -- where a checkpoint is --------------------------------------------------------------------------------
+
+
+def run_folder(sound: Path, tmp_path: Path) -> Path:
+    for n, name in ((64, "checkpoints/0000000064"), (128, "checkpoints/0000000128"), (96, "final")):
+        shutil.copytree(sound, tmp_path / "run" / name)
+        rewrite(tmp_path / "run" / name / "state.json", lambda s, n=n: s.update(num_timesteps=n))
+    return tmp_path / "run"
+
+
+def test_a_run_folder_means_its_newest_checkpoint(sound: Path, tmp_path: Path) -> None:
+    run = run_folder(sound, tmp_path)
+    assert checkpoint_folder(run) == run / "checkpoints" / "0000000128"
+    assert load(run).num_timesteps == 128
+    assert checkpoint_folder(run / "final") == run / "final"
+
+
+@pytest.mark.xfail(strict=True, reason="pathlib's glob finds hidden folders too")
+def test_a_checkpoint_that_was_never_finished_is_passed_over(sound: Path, tmp_path: Path) -> None:
+    """What a kill in the middle of writing leaves behind."""
+    run = run_folder(sound, tmp_path)
+    shutil.copytree(run / "checkpoints" / "0000000128", run / "checkpoints" / ".0000000192-tmp")
+    (run / "checkpoints" / ".0000000192-tmp" / "state.json").write_text('{"num_time')
+    assert checkpoint_folder(run) == run / "checkpoints" / "0000000128"
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("")])
+def test_no_checkpoint_there(tmp_path: Path, make: Callable) -> None:
+    make(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="nothing"):
+        load(tmp_path / "nothing")
+
+
+# -- environments and flows that a checkpoint cannot name -------------------------------------------------
+
+
+def test_environment_objects_are_given_again(tmp_path: Path) -> None:
+    from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
+
+    env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)))
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", **SETTINGS).learn(N)
+    model.save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="env="):
+        load(tmp_path / "a")
+    assert_same_state(model, flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device="cpu"))
+
+
+def test_environment_settings_come_back(tmp_path: Path) -> None:
+    settings = {"flow": "mini-sd3", "prompts": ("stars", "two red circles")}
+    sizes = {"n_samples": 2, "group_size": 1, "batch_size": 2, "rollout_steps": 1, "ema_decay": 0.0}
+    model = flowrl.ORWCFMW2("FlowPolicy", "sd3-compress", env_settings=settings, seed=0, device="cpu", **sizes)
+    model.save(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    assert loaded.env.core.contexts == list(settings["prompts"])
+    assert loaded.env.core.flow.source == "mini-sd3"
+
+
+class Random2D(MLP):
+    """A flow whose base weights differ every time it is made."""
+
+    sample_shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__(2, 8, 2)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=GENERATOR))
+
+
+class WithBuffer(nn.Module):
+    """A flow with a buffer that training changes."""
+
+    sample_shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = MLP(2, 8, 2)
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.network(self.norm(x), t)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("flow", "lora_rank"),
+    [
+        (Random2D, 0),
+        pytest.param(
+            Random2D, 2, marks=pytest.mark.xfail(strict=True, reason="the base under the adapters is not saved")
+        ),
+        pytest.param(WithBuffer, 0, marks=pytest.mark.xfail(strict=True, reason="buffers are not saved")),
+    ],
+    ids=["full", "lora", "buffers"],
+)
+def test_the_weights_of_a_factory_come_back(flow: Callable, lora_rank: int, tmp_path: Path) -> None:
+    from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
+
+    env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), flow)
+    settings = {**SETTINGS, "lora_rank": lora_rank, "ema_decay": 0.0}
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", **settings).learn(N)
+    model.save(tmp_path / "a")
+    loaded = flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device="cpu")
+    x_0 = torch.randn(4, 2)
+    for role in ("current", "reference"):
+        for m in (model, loaded):
+            m.policy.set_training_mode(False)
+        ours, theirs = (m.policy.sample(n=4, x_0=x_0, role=role) for m in (model, loaded))
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.xfail(strict=True, reason="the states of random and numpy.random are not saved")
+def test_rewards_that_draw_from_numpy_resume_exactly(tmp_path: Path) -> None:
+    import numpy as np
+
+    from flowrl.envs.gaussians import GaussiansEnv, eight_gaussians
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0] + torch.from_numpy(np.random.normal(size=len(x))).float()
+
+    env = GaussiansEnv(eight_gaussians(), noisy, "gaussians")
+    make = lambda: flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", **SETTINGS)  # noqa: E731
+    whole = make().learn(4 * N)
+    make().learn(2 * N).save(tmp_path / "half")
+    resumed = flowrl.ORWCFMW2.load(tmp_path / "half", env=env, device="cpu").learn(2 * N, reset_num_timesteps=False)
+    assert_same_state(whole, resumed)
