@@ -69,9 +69,7 @@ class BareLoop:
         with torch.inference_mode():
             x = torch.randn(n, *self.shape)
             for k in range(c.rollout_steps):
-                x = x + (self.times[k + 1] - self.times[k]) * self.call(
-                    self.v_old, x, self.times[k].expand(n), cond
-                )
+                x = x + (self.times[k + 1] - self.times[k]) * self.call(self.v_old, x, self.times[k].expand(n), cond)
             reward = self.reward(self.decode(x))
         x_1, reward = x.clone(), reward.clone()
         weight = (c.tau * (reward - reward.max())).exp()
@@ -124,9 +122,7 @@ def mini(repeats: int) -> dict[str, float]:
 def compare(name: str, model: flowrl.ORWCFMW2, bare: BareLoop, repeats: int) -> dict[str, float]:
     median = in_turn({"flowrl": whole_iteration(model), "bare": bare.iteration}, repeats)
     ratio = median["flowrl"] / median["bare"]
-    print(
-        f"{name}: flowrl {median['flowrl']:.4f} s, bare {median['bare']:.4f} s, ratio {ratio:.3f}", flush=True
-    )
+    print(f"{name}: flowrl {median['flowrl']:.4f} s, bare {median['bare']:.4f} s, ratio {ratio:.3f}", flush=True)
     return {**median, "ratio": ratio}
 
 
@@ -146,9 +142,7 @@ def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, f
         pipeline.set_progress_bar_config(disable=True)
         prompts, index = model.env.core.contexts[:n], torch.arange(n)
 
-        def theirs(
-            pipeline=pipeline, prompts=prompts, scale=scale, length=model.policy.model.max_sequence_length
-        ):
+        def theirs(pipeline=pipeline, prompts=prompts, scale=scale, length=model.policy.model.max_sequence_length):
             pipeline(
                 prompts,
                 num_inference_steps=steps,
@@ -157,9 +151,7 @@ def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, f
                 max_sequence_length=length,
             )
 
-        median = in_turn(
-            {"flowrl": lambda m=model, i=index: m.policy.sample_latents(i), "diffusers": theirs}, repeats
-        )
+        median = in_turn({"flowrl": lambda m=model, i=index: m.policy.sample_latents(i), "diffusers": theirs}, repeats)
         speed = {key: n / value for key, value in median.items()}
         ratio = speed["flowrl"] / speed["diffusers"]
         print(
@@ -181,9 +173,7 @@ def buffer_bytes() -> dict[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()

@@ -102,9 +102,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         }
         return RewardOutput(reward, components, output.info)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.int64, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.int64, dict]:
         """Draw a context uniformly; `options={"context": i}` asks for one."""
         super().reset(seed=seed)
         drawn = (options or {}).get("context")
@@ -158,12 +156,13 @@ def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: s
         values = torch.as_tensor(reward).detach().to(samples.device, torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
-            f"The reward '{name}' returned a {type(reward).__name__}, not one number per sample: {error}."
+            f"The reward '{name}' returned a {type(reward).__name__}, not one number per sample: {error} "
+            f"(asked for {len(samples)} samples, the first of context {contexts[0]!r})."
         ) from error
     if values.shape != (len(samples),):
         raise RewardError(
             f"The reward '{name}' returned shape {tuple(values.shape)} for {len(samples)} samples; "
-            f"it must return shape ({len(samples)},), one number per sample."
+            f"it must return shape ({len(samples)},), one number per sample (the first of context {contexts[0]!r})."
         )
     finite = values.isfinite()
     if not bool(finite.all()):

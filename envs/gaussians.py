@@ -37,11 +37,10 @@ class GaussianMixture:
         k, d = self.means.shape
         covariances = torch.as_tensor(covariances, dtype=torch.float32)
         if covariances.shape not in ((k, d, d), (d, d)):
-            raise ConfigError(
-                f"covariances must have shape {(k, d, d)} or {(d, d)}, not {tuple(covariances.shape)}."
-            )
+            raise ConfigError(f"covariances must have shape {(k, d, d)} or {(d, d)}, not {tuple(covariances.shape)}.")
         self.covariances = covariances.expand(k, d, d).clone()
-        if bool(torch.linalg.cholesky_ex(self.covariances).info.any()):
+        symmetric = torch.allclose(self.covariances, self.covariances.mT, rtol=1e-4, atol=1e-6)
+        if not symmetric or bool(torch.linalg.cholesky_ex(self.covariances).info.any()):
             raise ConfigError("Every covariance must be symmetric and positive definite.")
         weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         if weights.shape != (k,) or not bool((weights >= 0).all() and weights.sum() > 0):
@@ -113,12 +112,13 @@ class GaussianMixture:
         curvature, centre = means.new_zeros(d, d), means.new_zeros(d)
         if quadratic is not None:
             curvature, centre = (torch.as_tensor(q).to(means) for q in quadratic)
+        if a.shape != (d,) or curvature.shape != (d, d) or centre.shape != (d,):
+            raise ConfigError(f"A tilt in dimension {d} takes shapes a ({d},), A ({d}, {d}) and c ({d},).")
+        curvature = (curvature + curvature.mT) / 2  # only the symmetric part shows in the reward
         precision = torch.linalg.inv(self.covariances.double())  # P_k
         tilted_precision = precision + tau * curvature
         if bool(torch.linalg.cholesky_ex(tilted_precision).info.any()):
-            raise ConfigError(
-                f"The density tilted by tau = {tau:g} cannot be normalised: P + tau A is not positive."
-            )
+            raise ConfigError(f"The density tilted by tau = {tau:g} cannot be normalised: P + tau A is not positive.")
         covariances = torch.linalg.inv(tilted_precision)
         h = torch.einsum("kde,ke->kd", precision, means) + tau * (curvature @ centre + a)
         tilted_means = torch.einsum("kde,ke->kd", covariances, h)
@@ -227,9 +227,7 @@ class Oracle:
     reward: TiltableReward
     tau: float = 1.0
 
-    def sample(
-        self, n: int, generator: torch.Generator | None = None, tau: float | None = None
-    ) -> torch.Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None, tau: float | None = None) -> torch.Tensor:
         """`n` exact samples (n, D) of the optimum (or of the tilt by another tau)."""
         return self.reward.sample_tilted(self.base, self.tau if tau is None else tau, n, generator)
 
@@ -306,9 +304,7 @@ REWARDS: dict[str, tuple[TiltableReward, str]] = {
 def _factory(kind: str) -> Callable[[GaussiansConfig], GaussiansEnv]:
     def make(config: GaussiansConfig) -> GaussiansEnv:
         flow = None if config.flow == "exact" else config.flow
-        return GaussiansEnv(
-            eight_gaussians(), REWARDS[kind][0], flow, tau=config.tau, name=f"gaussians-{kind}"
-        )
+        return GaussiansEnv(eight_gaussians(), REWARDS[kind][0], flow, tau=config.tau, name=f"gaussians-{kind}")
 
     return make
 

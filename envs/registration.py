@@ -70,9 +70,7 @@ class CustomConfig:
 class CustomEnv(GenerationEnv):
     """A flow and any function of samples and contexts as the reward."""
 
-    def __init__(
-        self, flow: FlowSource, contexts: Sequence[Any], reward: Callable, name: str, low: float, high: float
-    ):
+    def __init__(self, flow: FlowSource, contexts: Sequence[Any], reward: Callable, name: str, low: float, high: float):
         super().__init__(flow, contexts, low=low, high=high, name=name)
         self.reward = reward
 

@@ -69,13 +69,9 @@ class TextToImageEnv(GenerationEnv):
         reward_name: str = "",
         render_mode: str | None = None,
     ) -> None:
-        super().__init__(
-            FlowSource.of(flow), contexts=prompts, low=0.0, high=1.0, name=name, render_mode=render_mode
-        )
+        super().__init__(FlowSource.of(flow), contexts=prompts, low=0.0, high=1.0, name=name, render_mode=render_mode)
         self.reward = reward
-        self.reward_name = reward_name or getattr(
-            reward, "description", getattr(reward, "__name__", "custom")
-        )
+        self.reward_name = reward_name or getattr(reward, "description", getattr(reward, "__name__", "custom"))
 
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of images (B, 3, H, W)."""
@@ -179,7 +175,8 @@ MINI_MODEL: Mapping[str, Any] = {
     "warmup_updates": 10,
     "standardise": "group",
     "tau": 1.0,
-    "alpha": 0.1,
+    "orw_w2.alpha": 0.1,
+    "orw_kl.alpha": 0.1,
     "ema_decay": 0.9,
 }
 LARGE_MODEL: Mapping[str, Any] = {

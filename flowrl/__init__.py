@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from flowrl.algorithm import FlowAlgorithm, FlowConfig
+from flowrl.algorithm import FlowAlgorithm
+from flowrl.config import FlowConfig
 from flowrl.envs import gaussians as _gaussians
 from flowrl.envs import text_to_image as _text_to_image
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv

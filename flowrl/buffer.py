@@ -51,9 +51,7 @@ class RolloutBuffer:
         """
         end = self.size + len(x_1)
         if end > self.capacity:
-            raise IndexError(
-                f"The buffer holds {self.capacity} samples, {self.size} are in it; {len(x_1)} do not fit."
-            )
+            raise IndexError(f"The buffer holds {self.capacity} samples, {self.size} are in it; {len(x_1)} do not fit.")
         self.x_1[self.size : end].copy_(x_1)
         self.contexts[self.size : end].copy_(contexts)
         self.reward[self.size : end].copy_(reward)

@@ -66,9 +66,7 @@ class PictureCallback(IterationCallback):
         ]
         samples = policy.decode(torch.cat(latents))  # type: ignore[operator]
         policy.evaluations = spent
-        save_picture(
-            samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png"
-        )
+        save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png")
 
 
 class KeepCheckpoints(IterationCallback):

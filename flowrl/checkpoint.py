@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -20,14 +21,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from flowrl.errors import CheckpointError
-from flowrl.registry import ALGORITHMS
+from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
 
 if TYPE_CHECKING:
     from flowrl.algorithm import FlowAlgorithm
+    from flowrl.policy import FlowPolicy
+    from flowrl.types import Role
 
 FORMAT = 1
 
@@ -83,12 +87,18 @@ def description(model: FlowAlgorithm) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "flowrl": flowrl.__version__,
-        "algorithm": cls.name or f"{cls.__module__}:{cls.__qualname__}",
+        "algorithm": algorithm_name(cls),
         "settings": asdict(model.config),
         "environment": None if origin is None else {"name": origin[0], "settings": _plain(origin[1])},
         "flow": model.env.core.flow.source,
         "seed": model.seed,
     }
+
+
+def algorithm_name(cls: type) -> str:
+    """The registered name, or `module:Class`; a subclass of a registered class is not that class."""
+    name = getattr(cls, "name", "")
+    return name if ALGORITHMS.get(name) is cls else f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,29 +116,35 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _write(model: FlowAlgorithm, folder: Path) -> None:
     write_json(folder / "config.json", description(model))
     optimizer, policy = model.policy.optimizer.state_dict(), model.policy
-    tensors = {f"{r}.{n}": p for r in policy.roles for n, p in policy.parameters_of(r).items()}
-    if policy.lora is None and not model.env.core.flow.reloadable and "reference" in policy.networks:
-        network = policy.networks["reference"]
-        tensors |= {f"reference.{name}": tensor for name, tensor in network.state_dict().items()}
+    tensors = {f"{role}.{name}": tensor for role in policy.roles for name, tensor in _own(policy, role).items()}
+    if not model.env.core.flow.reloadable:
+        tensors |= {f"frozen.{name}": tensor for name, tensor in policy.frozen_state().items()}
     _save_tensors(folder / "policy.safetensors", tensors)
     moments = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
     _save_tensors(folder / "optimizer.safetensors", moments)
+    keys, position, has_normal, normal = np.random.get_state()[1:]
     random_states = {
         "training": model.generator.get_state(),
         "policy": policy.generator.get_state(),
         "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
     }
+    if torch.cuda.is_available():
+        random_states["cuda"] = torch.cuda.get_rng_state()
     _save_tensors(folder / "random.safetensors", random_states)
     state = {name: getattr(model, name) for name in COUNTERS} | {
         "evaluations": policy.evaluations,
-        "param_groups": [
-            {k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]
-        ],
-        "n_parameters": len(policy.parameters_of("current")),
+        "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
+        "numpy": [int(position), int(has_normal), float(normal)],
+        "python": random.getstate(),
     }
     write_json(folder / "state.json", state)
     if policy.lora is not None:  # small; the full weights would be written twice
         policy.export(folder)
+
+
+def _own(policy: FlowPolicy, role: Role) -> dict[str, torch.Tensor]:
+    return {**policy.parameters_of(role), **policy.buffers_of(role)}
 
 
 COUNTERS = ("num_timesteps", "iteration", "_n_updates", "_total_timesteps", "_current_progress_remaining")
@@ -169,9 +185,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, to
         CheckpointError: Missing or damaged; names the file.
     """
     if not path.is_file():
-        raise CheckpointError(
-            f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing."
-        )
+        raise CheckpointError(f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing.")
     try:
         return load_file(path, device=str(device))
     except Exception as error:
@@ -190,11 +204,9 @@ def checkpoint_folder(path: str | Path) -> Path:
         raise CheckpointError(f"There is no folder '{folder}'.")
     if (folder / "state.json").exists() or (folder / "policy.safetensors").exists():
         return folder
-    found = [*folder.glob("checkpoints/*/state.json"), *folder.glob("final/state.json")]
+    found = [*folder.glob("checkpoints/[!.]*/state.json"), *folder.glob("final/state.json")]
     if not found:
-        raise CheckpointError(
-            f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/)."
-        )
+        raise CheckpointError(f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/).")
     return max(found, key=lambda file: (read_json(file).get("num_timesteps", 0), file.parent.name)).parent
 
 
@@ -205,15 +217,21 @@ def load_checkpoint(
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
-        raise CheckpointError(
-            f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}."
-        )
+        raise CheckpointError(f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}.")
     cls = _class_of(cls, config, folder)
     env_settings = None
+    stored = config.get("environment") or {}
+    if isinstance(env, str) and environment_spec(env).name == stored.get("name"):
+        env_settings = stored["settings"]
     if env is None:
         if not config.get("environment"):
             raise CheckpointError(f"'{folder}' was trained on an environment object: give it again as env=.")
         env, env_settings = config["environment"]["name"], config["environment"]["settings"]
+        if env not in ENVIRONMENTS:
+            raise CheckpointError(
+                f"'{folder}' was trained on '{env}', which is not registered here. Code named by a checkpoint is never "
+                "imported: import its module yourself, or name it (--env module:name)."
+            )
     try:
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items()}
         algorithm_config = cls.Config(**cast(Any, settings))
@@ -244,10 +262,8 @@ def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path)
                 "never imported: import its module yourself, or name it (--algo module:Class)."
             )
         return ALGORITHMS[name]
-    if name not in (cls.name, f"{cls.__module__}:{cls.__qualname__}"):
-        raise CheckpointError(
-            f"'{folder}' was trained with '{name}', not with '{cls.name or cls.__qualname__}'."
-        )
+    if name not in (algorithm_name(cls), f"{cls.__module__}:{cls.__qualname__}"):
+        raise CheckpointError(f"'{folder}' was trained with '{name}', not with '{cls.name or cls.__qualname__}'.")
     return cls
 
 
@@ -262,14 +278,15 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
     moments = read_tensors(folder / "optimizer.safetensors")
     random_states = read_tensors(folder / "random.safetensors")
     for role in model.policy.roles:
-        _copy_into(model.policy.parameters_of(role), tensors, role, folder)
-    if any(name.startswith("reference.") for name in tensors):
-        _copy_into(model.policy.networks["reference"].state_dict(), tensors, "reference", folder)
+        _copy_into(_own(model.policy, role), tensors, role, folder)
+    if not model.env.core.flow.reloadable:
+        _copy_into(model.policy.frozen_state(), tensors, "frozen", folder)
     try:
         entries: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
             index, _, name = key.partition(".")
             entries.setdefault(int(index), {})[name] = value
+        _check_moments(entries, model.policy, folder)
         groups = model.policy.optimizer.state_dict()["param_groups"]
         merged = [{**stored, "params": g["params"]} for stored, g in zip(state["param_groups"], groups)]
         model.policy.optimizer.load_state_dict({"state": entries, "param_groups": merged})
@@ -279,10 +296,24 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
         model.generator.set_state(random_states["training"])
         model.policy.generator.set_state(random_states["policy"])
         torch.set_rng_state(random_states["torch"])
+        if torch.cuda.is_available() and "cuda" in random_states:
+            torch.cuda.set_rng_state(random_states["cuda"])
+        np.random.set_state(("MT19937", random_states["numpy"].numpy().astype(np.uint32), *state["numpy"]))
+        version, internal, normal = state["python"]
+        random.setstate((version, tuple(internal), normal))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}."
-        ) from error
+        raise CheckpointError(f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}.") from error
+
+
+def _check_moments(entries: Mapping[int, Mapping[str, torch.Tensor]], policy: FlowPolicy, folder: Path) -> None:
+    shapes = [p.shape for p in policy.parameters_of("current").values()]
+    for index, entry in entries.items():
+        fits = index < len(shapes) and entry.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        if not fits or any(entry[key].shape != shapes[index] for key in ("exp_avg", "exp_avg_sq")):
+            raise CheckpointError(
+                f"'{folder / 'optimizer.safetensors'}' does not fit this flow: the state of parameter {index} has "
+                f"{ {key: tuple(value.shape) for key, value in entry.items()} }."
+            )
 
 
 def _copy_into(

@@ -15,7 +15,7 @@ import tyro
 
 from flowrl import evaluation, runfolder
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import load_checkpoint
+from flowrl.checkpoint import algorithm_name, load_checkpoint
 from flowrl.errors import FlowRLError
 from flowrl.registry import algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
@@ -58,7 +58,7 @@ def main(args: list[str] | None = None) -> int:
         print(
             "\n".join(
                 [
-                    f"algorithm: {model.name}",
+                    f"algorithm: {algorithm_name(type(model))}",
                     f"environment: {model.env.core.name}",
                     *model.env.core.describe(),
                 ]

@@ -127,13 +127,10 @@ def evaluate(
     role = role or policy.sampling_role
 
     outcomes = {
-        which: _sample_and_score(model, contexts, noise, which, batch_size, sampling)
-        for which in (role, "reference")
+        which: _sample_and_score(model, contexts, noise, which, batch_size, sampling) for which in (role, "reference")
     }
     x_1, samples, reward, _ = outcomes[role]
-    statistics = {
-        which: _statistics(env, s, contexts, r, parts, seed) for which, (_, s, r, parts) in outcomes.items()
-    }
+    statistics = {which: _statistics(env, s, contexts, r, parts, seed) for which, (_, s, r, parts) in outcomes.items()}
     weight = model.score(Batch(x_1, contexts, reward, torch.ones_like(reward)))
     policy.evaluations, drift = spent, _drift(model, x_1, contexts, role, batch_size, generator)
     policy.evaluations = spent
@@ -184,7 +181,7 @@ def _statistics(
     return SampleStatistics(
         reward_mean=reward.mean().item(),
         reward_ci=metrics.mean_interval(reward),
-        reward_std=reward.std().item(),
+        reward_std=reward.std(correction=0).item(),
         components={key: value.mean().item() for key, value in components.items()},
         diversity=metrics.diversity(samples[:n_pairs], contexts[:n_pairs]).item(),
         w2_to_optimum=math.nan if env.oracle is None else _w2_to_optimum(env, samples, seed),
@@ -226,7 +223,5 @@ def _drift(
         t = sample_time(len(x), "uniform", generator)
         x_t, _ = interpolate(policy.noise(len(x), generator), x, t)
         cond = policy.condition(c)
-        total += squared_error(
-            policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")
-        ).sum()
+        total += squared_error(policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")).sum()
     return (total / len(x_1)).item()

@@ -35,5 +35,7 @@ def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def mean_interval(values: torch.Tensor) -> tuple[float, float]:
     """95 % confidence interval of the mean of independent values (B,), normal approximation."""
+    if len(values) < 2:
+        return math.nan, math.nan
     mean, error = values.mean().item(), values.std().item() / math.sqrt(len(values))
     return mean - 1.96 * error, mean + 1.96 * error

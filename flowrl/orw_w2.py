@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from flowrl.algorithm import FlowAlgorithm, FlowConfig
+from flowrl.algorithm import FlowAlgorithm
+from flowrl.config import FlowConfig
 from flowrl.flow import Coupling, interpolate, ot_permutation, sample_time
 from flowrl.losses import (
     Normalisation,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +14,10 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from flowrl.errors import ConfigError
+from flowrl.lora import LoRA, add_adapters, switched
 from flowrl.models.base import VelocityModel
 from flowrl.sampler import Solver, evaluations_per_sample, ode_sample
 from flowrl.types import Condition, Field, Role
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adaptation (Hu et al. 2021): rank and scale of the adapters."""
-
-    rank: int
-    alpha: float
-
-    @staticmethod
-    def of(config: Any) -> LoRA | None:
-        """The adapters that an algorithm's config asks for; None for full fine-tuning."""
-        rank = config.lora_rank
-        return LoRA(rank, config.lora_alpha or 2.0 * rank) if rank else None
 
 
 class FlowPolicy(BasePolicy):
@@ -91,15 +76,13 @@ class FlowPolicy(BasePolicy):
             self._models = self._full_copies(model, roles, "reference" in copies)
         else:
             self._models = {}
-            self._adapters = _add_adapters(model, ["current", *roles], lora)
+            self._adapters = add_adapters(model, ["current", *roles], lora)
         self.roles: tuple[Role, ...] = ("current", *roles)
         self._parameters_of = {role: self._collect(role) for role in self.roles}
         if not self._parameters_of["current"]:
             raise ConfigError("This flow has no trainable parameters.")
 
-    def _full_copies(
-        self, model: VelocityModel, roles: list[Role], reference: bool
-    ) -> dict[Role, VelocityModel]:
+    def _full_copies(self, model: VelocityModel, roles: list[Role], reference: bool) -> dict[Role, VelocityModel]:
         models: dict[Role, VelocityModel] = {"current": model}
         for role in [*roles, *(["reference"] if reference else [])]:
             network = copy.deepcopy(model.network).requires_grad_(False).eval()
@@ -114,17 +97,11 @@ class FlowPolicy(BasePolicy):
             parameters = dict(self._models[role].network.named_parameters())
             return {name: parameters[name] for name in trained}
         marker = f".{role}."
-        return {
-            name.replace(marker, "."): p
-            for name, p in self.model.network.named_parameters()
-            if marker in name
-        }
+        return {name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name}
 
     # -- velocities -------------------------------------------------------------------------------------
 
-    def velocity(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role = "current"
-    ) -> torch.Tensor:
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role = "current") -> torch.Tensor:
         """Velocity (B, *latent_shape) of a role's network. Only the current role carries gradients.
 
         Raises:
@@ -132,10 +109,11 @@ class FlowPolicy(BasePolicy):
         """
         with_grad = torch.is_grad_enabled() and role == "current"
         self.evaluations += len(x_t) * (3 if with_grad else 1)
+        known = self._models if self.lora is None else (*self.roles, "reference")
+        if role not in known:
+            raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(known)}.")
         if self.lora is not None:
             return self._adapted_velocity(x_t, t, cond, role, with_grad)
-        if role not in self._models:
-            raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(self._models)}.")
         with torch.set_grad_enabled(with_grad):
             return self._models[role](x_t, t, cond)
 
@@ -144,16 +122,14 @@ class FlowPolicy(BasePolicy):
     ) -> torch.Tensor:
         if role == "current":
             return self.model(x_t, t, cond)
-        with _switched(self._adapters, role), torch.set_grad_enabled(with_grad):
+        with switched(self._adapters, role), torch.set_grad_enabled(with_grad):
             return self.model(x_t, t, cond)
 
     def condition(self, contexts: torch.Tensor) -> Condition:
         """Encoded contexts for indices (B,)."""
         return tuple(part[contexts] for part in self._condition)
 
-    def field(
-        self, cond: Condition, n: int, role: Role = "current", guidance_scale: float | None = None
-    ) -> Field:
+    def field(self, cond: Condition, n: int, role: Role = "current", guidance_scale: float | None = None) -> Field:
         """Velocity field of `n` samples with their condition bound, with classifier-free guidance.
 
         Guidance is `v_null + s (v - v_null)` (Ho and Salimans 2022), both halves in one forward pass.
@@ -163,9 +139,7 @@ class FlowPolicy(BasePolicy):
             return lambda x, t: self.velocity(x, t, cond, role)
         if self._null is None:
             self._null = self.model.null_condition()
-        both = tuple(
-            torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null)
-        )
+        both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
 
         def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             v, v_null = self.velocity(torch.cat([x, x]), torch.cat([t, t]), both, role).chunk(2)
@@ -205,9 +179,7 @@ class FlowPolicy(BasePolicy):
         )
         return ode_sample(field, x_0, times, solver or self.solver)
 
-    def sample(
-        self, contexts: torch.Tensor | Sequence[Any] | None = None, n: int = 1, **kwargs: Any
-    ) -> torch.Tensor:
+    def sample(self, contexts: torch.Tensor | Sequence[Any] | None = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
         """Samples (B, *sample_shape), decoded.
 
         Args:
@@ -267,6 +239,20 @@ class FlowPolicy(BasePolicy):
         """A role's own parameters by name: the whole network, or the adapter."""
         return self._parameters_of[role]
 
+    def frozen_state(self) -> dict[str, torch.Tensor]:
+        """Everything of the velocity network that no role trains: what a flow from a factory cannot give again.
+
+        With LoRA the base network; in full fine-tuning the reference network.
+        """
+        if self.lora is None:
+            return self.networks["reference"].state_dict() if "reference" in self.networks else {}
+        markers = tuple(f".{role}." for role in self.roles)
+        return {n: t for n, t in self.model.network.state_dict().items() if not any(m in n for m in markers)}
+
+    def buffers_of(self, role: Role) -> dict[str, torch.Tensor]:
+        """A role's own buffers by name (running statistics, say); none with LoRA, whose base stays as it is."""
+        return {} if self.lora is not None else dict(self._models[role].network.named_buffers())
+
     @torch.no_grad()
     def update_copy(self, role: Role, decay: float = 0.0) -> None:
         """`copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
@@ -274,6 +260,8 @@ class FlowPolicy(BasePolicy):
             return
         target, source = ([p.data for p in self._parameters_of[r].values()] for r in (role, "current"))
         torch._foreach_lerp_(target, source, 1 - decay)
+        for copied, own in zip(self.buffers_of(role).values(), self.buffers_of("current").values()):
+            copied.copy_(own)
 
     def export(self, folder: Path) -> None:
         """Write the weights that `sample` uses as the flow's own library loads them, where the flow can.
@@ -284,74 +272,10 @@ class FlowPolicy(BasePolicy):
             self._models[self.sampling_role].export(folder, None)
         else:
             adapter = self._parameters_of[self.sampling_role]
-            self.model.export(folder, {name: p.detach().cpu().clone() for name, p in adapter.items()})
+            scale = self.lora.alpha / self.lora.rank  # other libraries take it as 1: put it into the weights
+            state = {n: (scale if ".lora_B." in n else 1.0) * p.detach().cpu() for n, p in adapter.items()}
+            self.model.export(folder, state)
 
 
 def _key(context: Any) -> Any:
     return repr(context)
-
-
-def _add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any]:
-    """Put LoRA adapters into the network (in place); only the first is trainable."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    targets = model.lora_targets or _linear_layers(model.network)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets, init_lora_weights="gaussian"
-    )
-    model.network.requires_grad_(False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant here
-        for name in names:
-            try:
-                inject_adapter_in_model(config, model.network, adapter_name=name)
-            except ValueError as error:
-                raise ConfigError(f"LoRA cannot be put on this network: {error}") from error
-    adapters = [m for m in model.network.modules() if isinstance(m, BaseTunerLayer)]
-    _activate(adapters, "current")
-    state = {n: p for n, p in model.network.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in state.items():
-            for other in names[1:]:
-                if f".{other}." in name:
-                    parameter.copy_(state[name.replace(f".{other}.", ".current.")])
-    return adapters
-
-
-def count_parameters(model: VelocityModel, lora: LoRA | None) -> tuple[int, int]:
-    """Frozen and trained parameters of the velocity network; `model` may be on the meta device."""
-    if lora is not None:
-        _add_adapters(model, ["current"], lora)
-    parameters = list(model.network.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return sum(p.numel() for p in parameters) - trained, trained
-
-
-def _linear_layers(network: nn.Module) -> list[str]:
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _activate(adapters: list[Any], name: str) -> None:
-    for layer in adapters:
-        layer.set_adapter(name)
-
-
-class _switched:
-    """Context in which another adapter is active, or none ("reference"), with gradients' flags as before."""
-
-    def __init__(self, adapters: list[Any], role: Role) -> None:
-        self.adapters, self.role = adapters, role
-
-    def __enter__(self) -> None:
-        for layer in self.adapters:
-            if self.role == "reference":
-                layer.enable_adapters(False)
-            else:
-                layer.set_adapter(self.role, inference_mode=True)
-
-    def __exit__(self, *exc: object) -> None:
-        for layer in self.adapters:
-            if self.role == "reference":
-                layer.enable_adapters(True)
-            layer.set_adapter("current")

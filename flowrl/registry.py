@@ -52,9 +52,7 @@ def register_algorithm(name: str) -> Callable[[type], type]:
 
     def register(cls: type) -> type:
         if ALGORITHMS.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ConfigError(
-                f"An algorithm '{name}' is registered already: {ALGORITHMS[name].__qualname__}."
-            )
+            raise ConfigError(f"An algorithm '{name}' is registered already: {ALGORITHMS[name].__qualname__}.")
         ALGORITHMS[name] = cls
         cls.name = name  # type: ignore[attr-defined]
         return cls

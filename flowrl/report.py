@@ -83,9 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [
-            {k: float(v) for k, v in row.items() if k and v not in ("", None)} for row in csv.DictReader(file)
-        ]
+        return [{k: float(v) for k, v in row.items() if k and v not in ("", None)} for row in csv.DictReader(file)]
 
 
 def curves(rows: Sequence[dict[str, float]]) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import tyro
 
 import flowrl
 from flowrl import runfolder
-from flowrl.algorithm import FlowAlgorithm, FlowConfig, check_device
+from flowrl.algorithm import FlowAlgorithm, check_device
 from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
-from flowrl.checkpoint import checkpoint_folder, load_checkpoint, read_json
+from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint, read_json
+from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError
 from flowrl.evaluation import evaluate
@@ -85,7 +86,7 @@ def _main(args: list[str]) -> int:
     """Two passes: the first finds algorithm and environment, the second parses their own settings."""
     run, _ = tyro.cli(RunConfig, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)
     if run.resume is not None:
-        return _resume(_parse(args, None, None)[0])
+        return _resume(args, run.resume)
     wants_help = bool({"-h", "--help"} & set(args))
     if not wants_help and not (run.algo and run.env):
         missing = " and ".join(f"--{key}" for key in ("algo", "env") if not getattr(run, key))
@@ -93,9 +94,7 @@ def _main(args: list[str]) -> int:
     algo = algorithm_class(run.algo) if run.algo else None
     spec = environment_spec(run.env) if run.env else None
     if algo is not None and not issubclass(algo, FlowAlgorithm):
-        raise ConfigError(
-            f"'{run.algo}' is no FlowAlgorithm: an algorithm derives from flowrl.FlowAlgorithm."
-        )
+        raise ConfigError(f"'{run.algo}' is no FlowAlgorithm: an algorithm derives from flowrl.FlowAlgorithm.")
     run, algo_config, env_config = _parse(args, algo, spec)
     assert algo is not None
     assert spec is not None
@@ -107,7 +106,7 @@ def _main(args: list[str]) -> int:
         return 0
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
     folder = runfolder.create(run.out, _name(run, algo), env.name)
-    runfolder.write_config(folder, model, {"total_timesteps": _timesteps(run, spec)})
+    _write_config(folder, model, run, _timesteps(run, spec))
     return _train(model, folder, run, _timesteps(run, spec))
 
 
@@ -138,41 +137,67 @@ def _make_env(spec: EnvSpec, config: Any) -> GenerationEnv:
 
 
 def _name(run: RunConfig, algo: type[FlowAlgorithm]) -> str:
-    return run.name or f"{run.env.rpartition(':')[2]}-{algo.name or algo.__name__}-seed{run.seed}"
+    return run.name or f"{run.env.rpartition(':')[2]}-{algorithm_name(algo).rpartition(':')[2]}-seed{run.seed}"
 
 
 def _timesteps(run: RunConfig, spec: EnvSpec) -> int:
     return spec.total_timesteps if run.total_timesteps is None else run.total_timesteps
 
 
-def _resume(run: RunConfig) -> int:
-    assert run.resume is not None
-    folder = run.resume
+def _resume(args: list[str], folder: Path) -> int:
+    """Go on with a run: its own settings, unless they are given again."""
+    checkpoint = checkpoint_folder(folder)
+    stored = read_json(folder / "config.json").get("run")
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
+    before = RunConfig(**{f.name: stored[f.name] for f in fields(RunConfig) if f.name in stored and f.name in KEPT})
+    run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
     cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
     spec = environment_spec(run.env) if run.env else None
-    checkpoint = checkpoint_folder(folder)
-    total = run.total_timesteps or read_json(folder / "config.json").get("total_timesteps")
+    total = run.total_timesteps
     if not isinstance(total, int):
-        raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how long to train.")
+        raise CheckpointError(f"The config.json of '{folder}' does not say how long to train: add --total-timesteps N.")
     model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
-    if model.num_timesteps >= total:
+    print(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
+    if run.dry_run:
+        print("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))
+        return 0
+    if model.num_timesteps >= total and _is_finished(folder, total):
         print(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
         print("To train it longer, add --total-timesteps N.")
         return 0
-    runfolder.write_config(folder, model, {"total_timesteps": total})
-    print(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
+    _write_config(folder, model, run, total)
     return _train(model, folder, run, total)
+
+
+def _is_finished(folder: Path, total: int) -> bool:
+    """Whether the final weights and their evaluation are there, of a run of this length."""
+    final = folder / "final" / "state.json"
+    if not (final.exists() and (folder / "evaluation.json").exists()):
+        return False
+    return read_json(final).get("num_timesteps", 0) >= total
+
+
+KEPT = ("total_timesteps", "log_every", "picture_every", "checkpoint_every", "eval_samples", "progress")
+"""What a resumed run takes over from before."""
+
+
+def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int) -> None:
+    kept = {**{key: getattr(run, key) for key in KEPT}, "total_timesteps": total}
+    runfolder.write_config(folder, model, {"run": kept})
 
 
 def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
     print(runfolder.header(model, folder, total), flush=True)
+    for outdated in ("evaluation.json", "report.html"):
+        (folder / outdated).unlink(missing_ok=True)
     model.set_logger(runfolder.logger(folder, model.num_timesteps))
     checkpoints = KeepCheckpoints(folder / "checkpoints", run.checkpoint_every)
     pictures = PictureCallback(folder / "samples", run.picture_every)
     with StopOnSignal() as stop:
         try:
             model.learn(
-                total - model.num_timesteps,
+                max(0, total - model.num_timesteps),
                 callback=[pictures, checkpoints, stop],
                 log_interval=run.log_every,
                 reset_num_timesteps=False,

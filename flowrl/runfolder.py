@@ -20,12 +20,13 @@ from stable_baselines3.common.logger import (
     TensorBoardOutputFormat,
 )
 
-from flowrl.algorithm import FlowAlgorithm, FlowConfig
-from flowrl.checkpoint import description, write_json
+from flowrl.algorithm import FlowAlgorithm
+from flowrl.checkpoint import algorithm_name, description, write_json
+from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.evaluation import EvaluationResult
-from flowrl.policy import LoRA, count_parameters
+from flowrl.lora import LoRA, count_parameters
 
 
 def create(out: Path, name: str, env_name: str) -> Path:
@@ -47,9 +48,7 @@ def create(out: Path, name: str, env_name: str) -> Path:
         probe = folder / "config.json"
         probe.touch()
     except OSError as error:
-        raise ConfigError(
-            f"Cannot write to '{folder}': {error.strerror}. Choose another place with --out."
-        ) from error
+        raise ConfigError(f"Cannot write to '{folder}': {error.strerror}. Choose another place with --out.") from error
     return folder
 
 
@@ -67,6 +66,8 @@ def write_evaluation(folder: Path, result: EvaluationResult) -> None:
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -106,7 +107,7 @@ def _number(text: str) -> int | float:
 def header(model: FlowAlgorithm, folder: Path, total: int) -> str:
     """First lines of a run: which flow, which reward, how long, where the files go."""
     lines = [
-        f"algorithm: {model.name or type(model).__name__}, settings that differ from its defaults: "
+        f"algorithm: {algorithm_name(type(model))}, settings that differ from its defaults: "
         f"{_differences(model.config)}",
         f"environment: {model.env.core.name}",
         *model.env.core.describe(),
@@ -148,7 +149,7 @@ def plan(folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: Gener
         "rollout buffer": buffer,
     }
     lines = [
-        f"algorithm: {algo.name or algo.__name__}, settings that differ from its defaults: {_differences(config)}",
+        f"algorithm: {algorithm_name(algo)}, settings that differ from its defaults: {_differences(config)}",
         f"environment: {env.name}",
         *env.describe(),
         _work(config, total),

@@ -53,9 +53,7 @@ def train(steps: int, batch: int, width: int, depth: int, seed: int) -> MLP:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--width", type=int, default=192)
@@ -81,9 +79,7 @@ def main() -> None:
     x_t, _ = interpolate(x_0, mixture.sample(20_000, generator), t)
     with torch.inference_mode():
         error = (network(x_t, t) - mixture.velocity(t, x_t)).square().sum(1).mean().item()
-    print(
-        f"W2 {w2:.3f} (exact samples against each other: {floor:.3f}); field error {math.sqrt(error):.4f} rms"
-    )
+    print(f"W2 {w2:.3f} (exact samples against each other: {floor:.3f}); field error {math.sqrt(error):.4f} rms")
     config = {
         "model": "mlp",
         "dim": 2,

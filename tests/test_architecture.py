@@ -18,8 +18,8 @@ else:
 
 LAYERS = [
     {"types", "errors", "registry"},
-    {"flow", "sampler", "losses", "metrics", "likelihood"},
-    {"models", "policy", "buffer", "envs"},
+    {"flow", "sampler", "losses", "metrics", "likelihood", "config"},
+    {"models", "lora", "policy", "buffer", "envs"},
     {"algorithm", "evaluation", "checkpoint"},
     {"orw_w2", "baselines"},
     {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark"},

@@ -224,7 +224,6 @@ def test_other_weights(folder: Path, change: Callable) -> None:
         load(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="the optimizer's tensors are not checked; training fails or starts afresh later")
 @pytest.mark.parametrize("change", [lambda t: t.pop("0.exp_avg"), lambda t: t.update({"0.exp_avg": torch.ones(3, 3)})])
 def test_optimizer_that_does_not_fit(folder: Path, change: Callable) -> None:
     rewrite(folder / "optimizer.safetensors", change)
@@ -278,7 +277,6 @@ def test_code_named_by_a_checkpoint_is_not_imported(
     assert "hostile_module" not in sys.modules
 
 
-@pytest.mark.xfail(strict=True, reason="make() imports the module that the environment's name points into")
 def test_environments_named_by_a_checkpoint_are_not_imported_either(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +305,6 @@ def test_a_run_folder_means_its_newest_checkpoint(sound: Path, tmp_path: Path) -
     assert checkpoint_folder(run / "final") == run / "final"
 
 
-@pytest.mark.xfail(strict=True, reason="pathlib's glob finds hidden folders too")
 def test_a_checkpoint_that_was_never_finished_is_passed_over(sound: Path, tmp_path: Path) -> None:
     """What a kill in the middle of writing leaves behind."""
     run = run_folder(sound, tmp_path)
@@ -380,10 +377,8 @@ GENERATOR = torch.Generator().manual_seed(0)
     ("flow", "lora_rank"),
     [
         (Random2D, 0),
-        pytest.param(
-            Random2D, 2, marks=pytest.mark.xfail(strict=True, reason="the base under the adapters is not saved")
-        ),
-        pytest.param(WithBuffer, 0, marks=pytest.mark.xfail(strict=True, reason="buffers are not saved")),
+        (Random2D, 2),
+        (WithBuffer, 0),
     ],
     ids=["full", "lora", "buffers"],
 )
@@ -403,7 +398,6 @@ def test_the_weights_of_a_factory_come_back(flow: Callable, lora_rank: int, tmp_
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.xfail(strict=True, reason="the states of random and numpy.random are not saved")
 def test_rewards_that_draw_from_numpy_resume_exactly(tmp_path: Path) -> None:
     import numpy as np
 

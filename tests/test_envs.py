@@ -132,12 +132,7 @@ def test_samples_of_another_shape(env: flowrl.GenerationEnv) -> None:
 
 
 @pytest.mark.parametrize("algo", sorted(ALGORITHMS))
-def test_recommended_settings_suit_every_algorithm(
-    env: flowrl.GenerationEnv, algo: str, request: pytest.FixtureRequest
-) -> None:
-    if algo == "orw" and env.name.startswith("sd3-"):
-        reason = "sd3-* recommend alpha = 0.1 to all; orw refuses it"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=ConfigError, reason=reason))
+def test_recommended_settings_suit_every_algorithm(env: flowrl.GenerationEnv, algo: str) -> None:
     flowrl.algorithm_class(algo).configure(recommended=env.recommended)
 
 
@@ -251,7 +246,6 @@ def test_a_factory_that_returns_no_module(names: Callable[[], str]) -> None:
         flowrl.ORWCFMW2("FlowPolicy", name, seed=0)
 
 
-@pytest.mark.xfail(strict=True, raises=(AssertionError, ConfigError), reason="the factory's own module is trained")
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_wrapped_model_is_not_trained_itself(lora_rank: int, names: Callable[[], str]) -> None:
     """`flow=lambda: model` is what the error message advises: a second algorithm must start from the same model."""
@@ -332,7 +326,6 @@ def test_wrong_rewards_stop_with_a_clear_error(kind: str, names: Callable[[], st
         assert expected in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="only names the prompt when it raises or is not finite")
 @pytest.mark.parametrize("kind", ["shape", "string", "none"])
 def test_wrong_types_and_shapes_name_the_prompt(kind: str, names: Callable[[], str]) -> None:
     env = wrong_env(kind, names())

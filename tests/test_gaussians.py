@@ -247,13 +247,11 @@ def test_bad_parameters(arguments: tuple, message: str) -> None:
         GaussianMixture(*arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="only the lower triangle is looked at")
 def test_covariances_must_be_symmetric() -> None:
     with pytest.raises(ConfigError, match="symmetric"):
         GaussianMixture([[0.0, 0.0]], [[1.0, 0.5], [0.0, 1.0]])
 
 
-@pytest.mark.xfail(strict=True, reason="the tilt uses A as given, the reward its symmetric part")
 def test_an_unsymmetric_curvature_tilts_like_its_symmetric_part() -> None:
     q, centre = mixture(2), (0.3, -0.2)
     one = q.tilt(1.0, quadratic=(((1.0, 0.8), (0.0, 1.0)), centre))
@@ -262,7 +260,6 @@ def test_an_unsymmetric_curvature_tilts_like_its_symmetric_part() -> None:
     torch.testing.assert_close(one.covariances, other.covariances)
 
 
-@pytest.mark.xfail(strict=True, reason="a plain error of torch")
 @pytest.mark.parametrize("tilt", [{"linear": (1.0, 2.0, 3.0)}, {"quadratic": (np.eye(3), (0.0, 0.0, 0.0))}])
 def test_a_tilt_of_another_dimension(tilt: dict) -> None:
     with pytest.raises(ConfigError, match="shape"):

@@ -72,8 +72,7 @@ def test_stands_in_for_t5_with_zeros(pipe: StableDiffusion3Pipeline):
     for n in (1, 7):
         with torch.no_grad():
             ours, theirs = (
-                p.encode_prompt(["two crosses", ""], None, None, max_sequence_length=n)
-                for p in (pipe, without)
+                p.encode_prompt(["two crosses", ""], None, None, max_sequence_length=n) for p in (pipe, without)
             )
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[2], theirs[2])
@@ -99,9 +98,7 @@ def test_autoencoder_keeps_pictures(pipe: StableDiffusion3Pipeline, drawn: tuple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{}, {"max_sequence_length": 256}], ids=["recommended", "diffusers-context"]
-)
+@pytest.mark.parametrize("options", [{}, {"max_sequence_length": 256}], ids=["recommended", "diffusers-context"])
 def test_draws_what_is_asked(pipe: StableDiffusion3Pipeline, options: dict[str, int]):
     prompts = [str(prompt) for prompt in np.random.default_rng(0).choice(full_prompts(), size=64)]
     components = count_components(generate(pipe, prompts, **options), prompts)

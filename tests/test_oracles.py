@@ -138,9 +138,7 @@ def test_flattened_weight_example():
     assert z / (z + 1) * 1.0 == pytest.approx(0.6225, abs=1e-4)
     env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
     model = trained(flowrl.ORWCFMW2, env, 60, tau=1.0, alpha=1.0, target="plain", refresh_every=10**6)
-    assert model.policy.sample(n=8000, steps=20, solver="midpoint").mean().item() == pytest.approx(
-        0.6225, abs=0.07
-    )
+    assert model.policy.sample(n=8000, steps=20, solver="midpoint").mean().item() == pytest.approx(0.6225, abs=0.07)
 
 
 def test_kl_penalty_integrates_to_the_exact_kl():
@@ -213,9 +211,7 @@ def test_optimal_transport_keeps_the_noise_standard_normal():
     weight = (2 * x_1[:, 0]).exp()
     weighted = []
     for _ in range(20):
-        batch, x_0 = model.couple(
-            Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight / weight.mean())
-        )
+        batch, x_0 = model.couple(Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight / weight.mean()))
         weighted.append((batch.weight[:, None] * x_0).mean(0))
     assert torch.stack(weighted).mean(0).abs().max() < 0.06
 
@@ -229,9 +225,7 @@ def constant_reward(images, prompts):
 
 def movement(target: str, *, lora_rank: int = 0) -> float:
     """Largest change of samples at fixed noise after 20 refreshes on mini-sd3 with a constant reward."""
-    flowrl.register_env("constant", flow="mini-sd3", prompts=["two red stars on white", "circles"])(
-        constant_reward
-    )
+    flowrl.register_env("constant", flow="mini-sd3", prompts=["two red stars on white", "circles"])(constant_reward)
     model = flowrl.ORWCFMW2(
         "FlowPolicy",
         "constant",

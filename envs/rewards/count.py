@@ -77,9 +77,7 @@ def count_components(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor
         ValueError: If sizes differ or a prompt is not one of the world of shapes.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
-        raise ValueError(
-            f"expected images (B, 3, H, W) and B prompts, not {tuple(images.shape)} and {len(prompts)}"
-        )
+        raise ValueError(f"expected images (B, 3, H, W) and B prompts, not {tuple(images.shape)} and {len(prompts)}")
     findings = analyse(images)
     rows = [_judge(finding, parse_prompt(prompt)) for finding, prompt in zip(findings, prompts)]
     right = torch.tensor(rows, dtype=torch.float32).view(len(prompts), len(ATTRIBUTES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,9 +48,7 @@ class FlowSource:
         return self.source in EMBEDDED
 
     @staticmethod
-    def of(
-        flow: Any, sample_shape: tuple[int, ...] | None = None, resolution: int | None = None
-    ) -> FlowSource:
+    def of(flow: Any, sample_shape: tuple[int, ...] | None = None, resolution: int | None = None) -> FlowSource:
         """Source from what a user may give as `flow=`.
 
         Args:
@@ -78,7 +77,7 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
     from flowrl.models.mlp import ModuleFlow
 
     def load() -> VelocityModel:
-        model = factory()
+        model = copy.deepcopy(factory())  # `lambda: model` gives the same object every time
         if isinstance(model, VelocityModel):
             return model
         if not isinstance(model, nn.Module):

@@ -7,6 +7,7 @@ converted here and nowhere else.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from flowrl.models.base import VelocityModel
 from flowrl.models.loading import FlowSource, read_json
 from flowrl.types import Condition, Contexts
 
+VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")
 LORA_TARGETS = [
     "attn.to_q",
     "attn.to_k",
@@ -148,7 +150,8 @@ def sd3_source(location: str, description: str, name: str, resolution: int | Non
     transformer = read_json(fetch("transformer/config.json"), f"pipeline '{name}'")
     vae = read_json(fetch("vae/config.json"), f"pipeline '{name}'")
     try:
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        channels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]  # the latter: AutoencoderTiny
+        scale = 2 ** (len(channels) - 1)
         size = transformer["sample_size"] if resolution is None else resolution // scale
         latent_shape = (int(transformer["in_channels"]), int(size), int(size))
     except KeyError as error:
@@ -191,11 +194,13 @@ def _load_pipeline(location: str, name: str) -> Any:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    missing = _without_t5(location)
+    missing = _absent_components(location, name)
     try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            location, torch_dtype=torch.float32, use_safetensors=True, **missing
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older releases know no other
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                location, torch_dtype=torch.float32, use_safetensors=True, **missing
+            )
     except Exception as error:
         if Path(location).exists():
             raise ModelLoadError(f"The pipeline folder '{name}' is damaged or incomplete: {error}") from error
@@ -205,13 +210,25 @@ def _load_pipeline(location: str, name: str) -> Any:
     return pipeline
 
 
-def _without_t5(location: str) -> dict[str, None]:
-    """Components that a local pipeline says it does not have: diffusers wants them named."""
-    index = Path(location) / "model_index.json"
-    if not index.exists():
+def _absent_components(location: str, name: str) -> dict[str, None]:
+    """Components that a local pipeline says it does not have; those that it has must be there.
+
+    Raises:
+        ModelLoadError: A component's folder is missing or empty (transformers would make an empty tokenizer).
+    """
+    folder = Path(location)
+    if not folder.exists():
         return {}
-    content = read_json(index, f"pipeline '{location}'")
-    return {key: None for key in ("text_encoder_3", "tokenizer_3") if content.get(key, [None])[0] is None}
+    index = read_json(folder / "model_index.json", f"pipeline '{name}'")
+    absent: dict[str, None] = {}
+    for key, value in index.items():
+        if not isinstance(value, list):
+            continue
+        if value[0] is None:
+            absent[key] = None
+        elif key.startswith("tokenizer") and not any((folder / key / file).exists() for file in VOCABULARIES):
+            raise ModelLoadError(f"The pipeline folder '{name}' is incomplete: '{key}' holds no vocabulary.")
+    return {key: None for key in ("text_encoder_3", "tokenizer_3") if key in absent}
 
 
 def _hub_message(name: str, error: Exception) -> str:
@@ -221,7 +238,5 @@ def _hub_message(name: str, error: Exception) -> str:
     elif "NotFound" in type(error).__name__ and "Entry" not in type(error).__name__:
         remedy = "Check the name"
     else:
-        remedy = (
-            "Check the network, or download the pipeline elsewhere and give its folder as --env.flow FOLDER"
-        )
+        remedy = "Check the network, or download the pipeline elsewhere and give its folder as --env.flow FOLDER"
     return f"Cannot get '{name}' from the hub: {reason} {remedy}; or use --env.flow mini-sd3, which ships with flowrl."

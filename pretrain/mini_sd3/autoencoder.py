@@ -47,8 +47,8 @@ def build_autoencoder() -> AutoencoderTiny:
 
 
 def draw_batch(n: int, rng: np.random.Generator) -> Tensor:
-    """Pictures (n, 3, 64, 64) of random scenes, float32 in [-1, 1]."""
-    pictures = np.stack([draw(Scene(), rng) for _ in range(n)])
+    """Pictures (n, 3, 64, 64) of random scenes, freely placed, float32 in [-1, 1]."""
+    pictures = np.stack([draw(Scene(), rng, free=True) for _ in range(n)])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
@@ -70,9 +70,7 @@ def psnr(autoencoder: AutoencoderTiny, images: Tensor) -> float:
 def set_scaling(autoencoder: AutoencoderTiny, images: Tensor) -> None:
     """Writes the factors by which Stable Diffusion 3 pipelines normalise latents into the config."""
     latents = autoencoder.encode(images).latents
-    autoencoder.register_to_config(
-        scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean())
-    )
+    autoencoder.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
 
 
 def learning_rate(step: int, config: Config, warmup: int = 200) -> float:

@@ -49,9 +49,7 @@ class Config:
     out: Path = WORK / "evaluation.json"
 
 
-def generate(
-    pipe: StableDiffusion3Pipeline, prompts: list[str], steps: int, guidance: float, config: Config
-) -> Tensor:
+def generate(pipe: StableDiffusion3Pipeline, prompts: list[str], steps: int, guidance: float, config: Config) -> Tensor:
     """Pictures (n, 3, 64, 64) in [0, 1]."""
     generator = torch.Generator().manual_seed(config.seed)
     batches = [
@@ -100,9 +98,7 @@ def measure(pipe: StableDiffusion3Pipeline, steps: int, guidance: float, config:
     result["count_and_shape"] = round(float((components["count"] * components["shape"]).mean()), 4)
     result["seconds_per_picture"] = round(seconds / config.n, 4)
 
-    images = generate(
-        pipe, [str(p) for p in rng.choice(open_prompts(), size=config.n)], steps, guidance, config
-    )
+    images = generate(pipe, [str(p) for p in rng.choice(open_prompts(), size=config.n)], steps, guidance, config)
     result["open_colourfulness"] = summary(colourfulness(images))
     result["open_jpeg_kilobytes"] = summary(jpeg_kilobytes(images))
     result["open_clean"] = round(float(count_components(images, ["shapes"] * config.n)["clean"].mean()), 4)

@@ -68,9 +68,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         pad_token_id=tokenizer.pad_token_id,
     )
     encoder = CLIPTextModelWithProjection(config)
-    nn.init.normal_(
-        encoder.get_input_embeddings().weight, std=0.5
-    )  # CLIP's own 0.02 learns slowly at this size
+    nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)  # CLIP's own 0.02 learns slowly at this size
     return encoder
 
 
@@ -178,9 +176,7 @@ class RepeatedTokenAttention:
         # written out: on a CPU the fused kernel's backward pass takes a third of the whole training step
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3) + bias.to(q.dtype)
         out = logits.softmax(dim=-1).to(v.dtype) @ v
-        image, context = (
-            out.transpose(1, 2).flatten(2).split([n_image, encoder_hidden_states.shape[1]], dim=1)
-        )
+        image, context = out.transpose(1, 2).flatten(2).split([n_image, encoder_hidden_states.shape[1]], dim=1)
         if not attn.context_pre_only:
             context = attn.to_add_out(context)
         return attn.to_out[0](image), context

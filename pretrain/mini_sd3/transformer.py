@@ -36,12 +36,14 @@ class Config:
     """Share of the steps, the last, over which the learning rate falls to zero."""
     pictures: int = 24_000
     """Drawn and encoded once, before training."""
+    free: bool = False
+    """Pictures with free positions and sizes instead of the lattice: slow to learn, good to begin with."""
     wrong_caption: float = 0.35
     """Share of the captions whose count or shape is wrong, on purpose: what rewards can later mend."""
     drop_caption: float = 0.1
     """Share of empty captions, for classifier-free guidance."""
     ema_decay: float = 0.999
-    export_every: int = 1500
+    export_every: int = 500
     seed: int = 0
     workers: int = 2
     """Processes of one thread each, with a share of every batch: faster than threads on small layers."""
@@ -75,7 +77,7 @@ def encode_pictures(config: Config) -> None:
     scenes = [complete(Scene(), rng) for _ in range(config.pictures)]
     factors, chunks = autoencoder.config, []
     for start in range(0, len(scenes), 100):
-        pictures = np.stack([draw(scene, rng) for scene in scenes[start : start + 100]])
+        pictures = np.stack([draw(scene, rng, free=config.free) for scene in scenes[start : start + 100]])
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         with torch.autocast("cpu", torch.bfloat16):
             latents = autoencoder.encode(images.to(memory_format=torch.channels_last)).latents.float()
@@ -134,12 +136,8 @@ class Trainer:
 
     def __init__(self, pipe: StableDiffusion3Pipeline, config: Config) -> None:
         self.pipe, self.config = pipe, config
-        self.modules = {
-            name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")
-        }
-        self.average = {
-            name: copy.deepcopy(module).requires_grad_(False) for name, module in self.modules.items()
-        }
+        self.modules = {name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
+        self.average = {name: copy.deepcopy(module).requires_grad_(False) for name, module in self.modules.items()}
         self.attention = RepeatedTokenAttention()
         pipe.transformer.set_attn_processor(self.attention)
         self.weights = [weight for module in self.modules.values() for weight in module.parameters()]

@@ -1,0 +1,74 @@
+"""Settings that every algorithm has. A subclass of `FlowConfig` adds its own, each stated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flowrl.errors import ConfigError
+from flowrl.flow import TimeSampling
+from flowrl.sampler import SOLVERS, Solver
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Settings that every algorithm has."""
+
+    learning_rate: float = 2e-4
+    """Learning rate of AdamW."""
+    warmup_updates: int = 0
+    """Gradient steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the gradient; longer ones are scaled down."""
+    n_samples: int = 512
+    """Samples drawn and scored per iteration."""
+    group_size: int = 1
+    """Samples of the same context per iteration; must divide n_samples."""
+    rollout_batch_size: int = 0
+    """Samples drawn at once; 0 draws all n_samples at once. Must divide n_samples."""
+    batch_size: int = 128
+    """Samples per minibatch."""
+    accumulation: int = 1
+    """Minibatches per gradient step."""
+    n_epochs: int = 1
+    """Passes over the samples of an iteration."""
+    rollout_steps: int = 16
+    """Solver steps per sample."""
+    solver: Solver = "euler"
+    """ODE solver of the rollouts: euler, heun, midpoint or rk4."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the rollouts; 1 is none."""
+    time_sampling: TimeSampling = "uniform"
+    """How the loss draws flow times: uniform, or logit_normal as Stable Diffusion 3 was trained."""
+    refresh_every: int = 1
+    """Iterations between two copies of the trained network to the behaviour policy, which draws the samples."""
+    ema_decay: float = 0.0
+    """Decay per gradient step of a moving average of the weights, used to evaluate and to sample; 0 keeps none."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; 0 fine-tunes all weights."""
+    lora_alpha: float = 0.0
+    """Scale of LoRA adapters; 0 takes twice the rank."""
+
+    def __post_init__(self) -> None:
+        positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
+        for name in (*positive, "n_epochs", "rollout_steps", "refresh_every"):
+            self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha"):
+            self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
+        self.require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}.")
+        self.require(self.solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}, not '{self.solver}'.")
+        for name in ("group_size", "rollout_batch_size"):
+            value = getattr(self, name) or self.n_samples
+            self.require(self.n_samples % value == 0, f"{name} = {value} must divide n_samples = {self.n_samples}.")
+
+    @staticmethod
+    def require(condition: bool, message: str) -> None:
+        """Raise `ConfigError(message)` unless the condition holds."""
+        if not condition:
+            raise ConfigError(message)
+
+    def updates_per_iteration(self) -> int:
+        """Gradient steps per iteration."""
+        minibatches = self.n_epochs * -(-self.n_samples // self.batch_size)
+        return -(-minibatches // self.accumulation)
