@@ -91,8 +91,6 @@ class FlowAlgorithm(BaseAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
-    # -- what a subclass writes -------------------------------------------------------------------------
-
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:
         """Copies of the network that these settings need; a subclass adds its own."""
@@ -110,8 +108,6 @@ class FlowAlgorithm(BaseAlgorithm):
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scalar loss of a minibatch, and scalar metrics as tensors (never `.item()` here)."""
-
-    # -- settings ---------------------------------------------------------------------------------------
 
     @classmethod
     def configure(
@@ -133,8 +129,6 @@ class FlowAlgorithm(BaseAlgorithm):
         if type(config) is not cls.Config:
             raise ConfigError(f"{cls.__name__} takes a {cls.Config.__name__}, not a {type(config).__name__}.")
         return config
-
-    # -- stable-baselines3's hooks ----------------------------------------------------------------------
 
     def _setup_model(self) -> None:
         config, core = self.config, self.env.core
@@ -198,8 +192,6 @@ class FlowAlgorithm(BaseAlgorithm):
         callback.on_training_end()
         return self
 
-    # -- the loop's four parts --------------------------------------------------------------------------
-
     @property
     def behaviour_role(self) -> Role:
         """The copy that draws the samples."""
@@ -232,7 +224,7 @@ class FlowAlgorithm(BaseAlgorithm):
                 return False
         rollout = self.buffer.all()
         self.buffer.weight.copy_(self.score(rollout))
-        self._rollout_metrics = self._measure(rollout, torch.cat(shown), components)
+        self._rollout_metrics = self._measure(rollout, torch.cat(shown)[: metrics.DIVERSITY_SAMPLES], components)
         callback.on_rollout_end()
         return True
 
@@ -292,8 +284,6 @@ class FlowAlgorithm(BaseAlgorithm):
         if (self.iteration + 1) % self.config.refresh_every == 0:
             self.policy.update_copy("behaviour")
 
-    # -- logging: the one point per iteration where numbers reach the host ------------------------------
-
     def _measure(
         self, rollout: Batch, shown: torch.Tensor, components: dict[str, list[torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
@@ -322,8 +312,6 @@ class FlowAlgorithm(BaseAlgorithm):
         self.logger.record("time/network_evaluations", self.policy.evaluations)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
-
-    # -- saving -----------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, exclude: Any = None, include: Any = None) -> None:  # type: ignore[override]
         """Write a checkpoint folder: everything that training needs to go on exactly; see `flowrl.checkpoint`.

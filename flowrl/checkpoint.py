@@ -122,12 +122,12 @@ def _write(model: FlowAlgorithm, folder: Path) -> None:
     _save_tensors(folder / "policy.safetensors", tensors)
     moments = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
     _save_tensors(folder / "optimizer.safetensors", moments)
-    keys, position, has_normal, normal = np.random.get_state()[1:]
+    numpy_state: Any = np.random.get_state(legacy=False)
     random_states = {
         "training": model.generator.get_state(),
         "policy": policy.generator.get_state(),
         "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
     }
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
@@ -135,7 +135,7 @@ def _write(model: FlowAlgorithm, folder: Path) -> None:
     state = {name: getattr(model, name) for name in COUNTERS} | {
         "evaluations": policy.evaluations,
         "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
-        "numpy": [int(position), int(has_normal), float(normal)],
+        "numpy": [int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])],
         "python": random.getstate(),
     }
     write_json(folder / "state.json", state)

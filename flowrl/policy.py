@@ -99,8 +99,6 @@ class FlowPolicy(BasePolicy):
         marker = f".{role}."
         return {name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name}
 
-    # -- velocities -------------------------------------------------------------------------------------
-
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role = "current") -> torch.Tensor:
         """Velocity (B, *latent_shape) of a role's network. Only the current role carries gradients.
 
@@ -146,8 +144,6 @@ class FlowPolicy(BasePolicy):
             return v_null + scale * (v - v_null)
 
         return guided
-
-    # -- sampling ---------------------------------------------------------------------------------------
 
     @property
     def sampling_role(self) -> Role:
@@ -232,8 +228,6 @@ class FlowPolicy(BasePolicy):
     def set_training_mode(self, mode: bool) -> None:
         """Training or evaluation mode of the current network; copies stay in evaluation mode."""
         self.model.network.train(mode)
-
-    # -- copies -----------------------------------------------------------------------------------------
 
     def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
         """A role's own parameters by name: the whole network, or the adapter."""

@@ -49,9 +49,6 @@ class Recorder(KVWriter):
         pass
 
 
-# -- contract over every algorithm ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("env", ["gaussians-linear", "sd3-count"])
@@ -97,9 +94,6 @@ def test_network_evaluations_are_counted():
     assert model.policy.evaluations == 64 * 4 + 64 * (3 + 1 + 1)  # evaluation is not part of the method's cost
 
 
-# -- determinism ------------------------------------------------------------------------------------------
-
-
 def test_same_seed_same_weights_and_another_seed_others():
     a, b, c = small(), small(), ALGORITHMS["orw_w2"]("FlowPolicy", "gaussians-linear", seed=1, device="cpu", **SMALL)
     for model in (a, b, c):
@@ -130,9 +124,6 @@ def test_accumulation_makes_one_step_of_several_minibatches(batch_size, accumula
     assert model._n_updates == 1 == model.config.updates_per_iteration()
 
 
-# -- refreshing and averaging -----------------------------------------------------------------------------
-
-
 def test_behaviour_follows_at_the_refresh_only():
     model = small(refresh_every=2, n_samples=32)
     start = {n: p.detach().clone() for n, p in model.policy.parameters_of("behaviour").items()}
@@ -161,9 +152,6 @@ def test_warm_up_raises_the_learning_rate_linearly():
 
     model.learn(5 * 64, callback=Watch())  # two updates an iteration
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
-
-
-# -- stable-baselines3 --------------------------------------------------------------------------------------
 
 
 def test_callbacks_of_stable_baselines3(tmp_path):
@@ -201,9 +189,6 @@ def test_progress_bar_counts_samples():
     assert model.env.num_envs == 64
 
 
-# -- speed rules --------------------------------------------------------------------------------------------
-
-
 class Synchronisations(TorchDispatchMode):
     """Operations that make the host wait for the device."""
 
@@ -236,9 +221,6 @@ def test_the_watch_sees_synchronisations():
         torch.ones(1).item()
         bool(torch.ones(1) > 0)
     assert len(watch.seen) >= 2
-
-
-# -- bad input ----------------------------------------------------------------------------------------------
 
 
 def test_unknown_setting_names_the_closest():
@@ -292,9 +274,6 @@ def test_a_frozen_flow_cannot_be_trained():
 
     with pytest.raises(ConfigError, match="no trainable parameters"):
         flowrl.ORWCFMW2("FlowPolicy", GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), frozen))
-
-
-# -- contexts -----------------------------------------------------------------------------------------------
 
 
 def test_contexts_come_in_groups_and_cover_all():

@@ -149,9 +149,6 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         algorithm().save(tmp_path / "file" / "a")
 
 
-# -- damage ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound") / "checkpoint"
@@ -288,9 +285,6 @@ def test_environments_named_by_a_checkpoint_are_not_imported_either(
     assert "hostile_environment" not in sys.modules
 
 
-# -- where a checkpoint is --------------------------------------------------------------------------------
-
-
 def run_folder(sound: Path, tmp_path: Path) -> Path:
     for n, name in ((64, "checkpoints/0000000064"), (128, "checkpoints/0000000128"), (96, "final")):
         shutil.copytree(sound, tmp_path / "run" / name)
@@ -318,9 +312,6 @@ def test_no_checkpoint_there(tmp_path: Path, make: Callable) -> None:
     make(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="nothing"):
         load(tmp_path / "nothing")
-
-
-# -- environments and flows that a checkpoint cannot name -------------------------------------------------
 
 
 def test_environment_objects_are_given_again(tmp_path: Path) -> None:

@@ -77,9 +77,6 @@ def three(run_in, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where / "runs" / "three"
 
 
-# -- help and mistakes ----------------------------------------------------------------------------------
-
-
 def test_no_arguments_prints_help_and_the_lists(run_module) -> None:
     done = run_module("flowrl.run")
     assert done.returncode == 0
@@ -190,9 +187,6 @@ def test_dry_run_writes_nothing(run_module, tmp_path: Path, arguments: list[str]
     assert list(tmp_path.iterdir()) == []
 
 
-# -- a run ----------------------------------------------------------------------------------------------
-
-
 def test_run_folder(six: Path) -> None:
     config = json.loads((six / "config.json").read_text())
     assert config["algorithm"] == "orw_w2"
@@ -256,9 +250,6 @@ def test_the_same_name_and_another_seed(run_module, tmp_path: Path, three: Path)
     assert len(rows(second)) == len(rows(tmp_path / "runs" / "three")) == 3
     mine, yours = (load_file(run / "final" / "policy.safetensors") for run in (second, three))
     assert any(not torch.equal(mine[key], yours[key]) for key in mine)
-
-
-# -- resuming -------------------------------------------------------------------------------------------
 
 
 def test_three_and_three_iterations_are_six(run_module, three: Path, six: Path, tmp_path: Path) -> None:
@@ -360,9 +351,6 @@ def test_ctrl_c_and_resume_end_as_an_uninterrupted_run(
     assert len(rows(cut)) == 150
 
 
-# -- evaluate -------------------------------------------------------------------------------------------
-
-
 def test_evaluate_gives_the_run_its_own_figures_again(run_module, three: Path, tmp_path: Path) -> None:
     run = shutil.copytree(three, tmp_path / "run")
     (run / "evaluation.json").unlink()
@@ -384,8 +372,6 @@ def test_evaluation_is_valid_json_even_of_one_sample(tmp_path: Path) -> None:
     write_evaluation(tmp_path, flowrl.evaluate(model, 1))
     assert "NaN" not in (tmp_path / "evaluation.json").read_text()
 
-
-# -- third-party code -----------------------------------------------------------------------------------
 
 THIRD_PARTY = '''
 from dataclasses import dataclass

@@ -40,9 +40,6 @@ def names() -> Iterator[Callable[[], str]]:
         del gymnasium.registry[name]
 
 
-# -- the contract, for every registered environment -----------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=SHIPPED)
 def env(request: pytest.FixtureRequest) -> flowrl.GenerationEnv:
     settings = {"flow": "mini-sd3"} if request.param.startswith("sd3-") else {}
@@ -165,9 +162,6 @@ def test_sb3_ppo_learns_a_gaussian_environment() -> None:
     assert after > before + 0.5
 
 
-# -- register_env ---------------------------------------------------------------------------------------
-
-
 class Small(nn.Module):
     """A plain module that says its shape."""
 
@@ -276,9 +270,6 @@ def test_prompts_reach_the_reward(names: Callable[[], str]) -> None:
     reward = env.evaluate(images, torch.tensor([1, 0, 1])).reward
     assert reward.tolist() == [0, 1, 0]
     assert seen == ["two blue circles on white", "red stars", "two blue circles on white"]
-
-
-# -- rewards that go wrong ------------------------------------------------------------------------------
 
 
 def _raise(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:

@@ -112,9 +112,6 @@ def test_the_ode_carries_noise_to_the_mixture(dim: int, generator: torch.Generat
     assert gap.abs() < 0.04
 
 
-# -- tilts ----------------------------------------------------------------------------------------------
-
-
 def grid(dim: int, n: int) -> tuple[np.ndarray, float]:
     """Points (N, dim) of a fine grid on [-8, 8]^dim, and the volume of a cell."""
     axis = np.linspace(-8, 8, n)
@@ -224,9 +221,6 @@ def test_an_environment_has_an_oracle_when_its_reward_does() -> None:
     env = GaussiansEnv(q, lambda x: x.sum(1))
     assert env.oracle is None
     assert env.evaluate(torch.ones(2, 3), torch.zeros(2, dtype=torch.long)).reward.tolist() == [3, 3]
-
-
-# -- errors ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

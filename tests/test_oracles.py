@@ -159,9 +159,6 @@ def test_orw_kl_weights_the_same_penalty_by_time():
     torch.testing.assert_close(model.penalty(t), 0.7 * torch.tensor([1 / 3, 1.0, 3.0]))
 
 
-# -- the weight must travel with its sample ----------------------------------------------------------------
-
-
 def reward_signal(model: flowrl.ORWCFMW2) -> float:
     """Slope with which the loss pulls the velocity towards samples of higher reward, averaged over minibatches.
 
@@ -214,9 +211,6 @@ def test_optimal_transport_keeps_the_noise_standard_normal():
         batch, x_0 = model.couple(Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight / weight.mean()))
         weighted.append((batch.weight[:, None] * x_0).mean(0))
     assert torch.stack(weighted).mean(0).abs().max() < 0.06
-
-
-# -- self-consumption ---------------------------------------------------------------------------------------
 
 
 def constant_reward(images, prompts):

@@ -117,9 +117,6 @@ def test_prompts_must_be_text(flow: SD3Flow) -> None:
         flow.encode([None])
 
 
-# -- loading --------------------------------------------------------------------------------------------
-
-
 def test_skeleton_counts_the_same_parameters(flow: SD3Flow) -> None:
     source = FlowSource.of(str(MINI))
     assert source.sample_shape == flow.sample_shape
@@ -193,9 +190,6 @@ def test_a_hub_name_without_network(run_module) -> None:
     assert "Traceback" not in done.stderr
     for expected in ("nobody/no-such-model", "network", "--env.flow FOLDER", "--env.flow mini-sd3"):
         assert expected in done.stderr
-
-
-# -- LoRA for diffusers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [4.0, 0.0, 6.0])  # rank 4; 0 is the default, twice the rank

@@ -6,6 +6,7 @@ Needs the autoencoder that autoencoder.py leaves. Writes the pipeline folder eve
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import time
 from dataclasses import astuple, dataclass, replace
@@ -36,6 +37,8 @@ class Config:
     """Share of the steps, the last, over which the learning rate falls to zero."""
     pictures: int = 24_000
     """Drawn and encoded once, before training."""
+    shift: float = 2.0
+    """Shift of the logit-normal times towards noise, where count and shape are decided; 1 for none."""
     free: bool = False
     """Pictures with free positions and sizes instead of the lattice: slow to learn, good to begin with."""
     wrong_caption: float = 0.35
@@ -100,11 +103,15 @@ def encode_prompts(pipe: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[
 
 
 def flow_matching_loss(
-    pipe: StableDiffusion3Pipeline, attention: RepeatedTokenAttention, data: Tensor, prompts: list[str]
+    pipe: StableDiffusion3Pipeline,
+    attention: RepeatedTokenAttention,
+    data: Tensor,
+    prompts: list[str],
+    shift: float,
 ) -> Tensor:
     """Mean squared error of the velocity ``noise - data`` at logit-normal times, 1 being noise."""
     noise = torch.randn_like(data)
-    sigma = torch.randn(len(data)).sigmoid()
+    sigma = (torch.randn(len(data)) + math.log(shift)).sigmoid()
     noised = torch.lerp(data, noise, sigma.view(-1, 1, 1, 1))
     attention.draw_repeats(len(data))
     with torch.autocast("cpu", torch.bfloat16):
@@ -148,7 +155,7 @@ class Trainer:
         """One gradient step; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
-        loss = flow_matching_loss(self.pipe, self.attention, data, prompts)
+        loss = flow_matching_loss(self.pipe, self.attention, data, prompts, self.config.shift)
         self.optimizer.zero_grad()
         loss.backward()
         average_gradients(self.weights)
