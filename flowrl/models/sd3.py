@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,14 +191,11 @@ def _fetcher(location: str) -> Callable[[str], Path]:
 
 
 def _load_pipeline(location: str, name: str) -> Any:
-    from diffusers import StableDiffusion3Pipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
     missing = _absent_components(location, name)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older releases know no other
+        with _quiet():
+            from diffusers import StableDiffusion3Pipeline
+
             pipeline = StableDiffusion3Pipeline.from_pretrained(
                 location, torch_dtype=torch.float32, use_safetensors=True, **missing
             )
@@ -208,6 +206,26 @@ def _load_pipeline(location: str, name: str) -> Any:
     for part in _frozen_parts(pipeline):
         part.requires_grad_(False).eval()
     return pipeline
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and advice of the libraries that load a pipeline; errors still raise."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older releases know no other
+        for log, _ in levels:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for log, level in levels:
+                log.set_verbosity(level)
+                log.enable_progress_bar()
 
 
 def _absent_components(location: str, name: str) -> dict[str, None]:

@@ -32,6 +32,7 @@ from flowrl.envs.shapes import WORDS
 CONTEXT_LENGTH = 10  # tokens of a prompt, with start and end
 TEXT_WIDTH = 96  # of each of the two text encoders
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 1.0, "max_sequence_length": 1}
+SPARE_WORDS = ("orange", "purple", "grey")  # further tokens, for worlds to come
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -48,7 +49,7 @@ def build_tokenizer() -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator([*WORDS, *alphabet], trainer)
+    bpe.train_from_iterator([*WORDS, *SPARE_WORDS, *alphabet], trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CONTEXT_LENGTH)

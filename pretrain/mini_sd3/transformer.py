@@ -40,7 +40,7 @@ class Config:
     shift: float = 2.0
     """Shift of the logit-normal times towards noise, where count and shape are decided; 1 for none."""
     free: bool = False
-    """Pictures with free positions and sizes instead of the lattice: slow to learn, good to begin with."""
+    """Pictures with free positions and sizes instead of 3x3 cells: slow to learn, good to begin with."""
     wrong_caption: float = 0.35
     """Share of the captions whose count or shape is wrong, on purpose: what rewards can later mend."""
     drop_caption: float = 0.1
