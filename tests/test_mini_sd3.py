@@ -98,6 +98,7 @@ def test_autoencoder_keeps_pictures(pipe: StableDiffusion3Pipeline, drawn: tuple
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the shipped weights are an early version: see docs/mini-sd3.md")
 @pytest.mark.parametrize("options", [{}, {"max_sequence_length": 256}], ids=["recommended", "diffusers-context"])
 def test_draws_what_is_asked(pipe: StableDiffusion3Pipeline, options: dict[str, int]):
     prompts = [str(prompt) for prompt in np.random.default_rng(0).choice(full_prompts(), size=64)]

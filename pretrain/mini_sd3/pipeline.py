@@ -104,13 +104,13 @@ def build_placeholder_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     return encoder, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
 
 
-def build_pipeline(autoencoder: AutoencoderTiny) -> StableDiffusion3Pipeline:
-    """An untrained pipeline around ``autoencoder``."""
+def build_pipeline(autoencoder: AutoencoderTiny, shift: float) -> StableDiffusion3Pipeline:
+    """An untrained pipeline around ``autoencoder``, with sampling times shifted towards noise."""
     tokenizer = build_tokenizer()
     t5, t5_tokenizer = build_placeholder_t5()
     return StableDiffusion3Pipeline(
         transformer=build_transformer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=autoencoder,
         text_encoder=build_text_encoder(tokenizer),
         tokenizer=tokenizer,

@@ -6,7 +6,6 @@ Needs the autoencoder that autoencoder.py leaves. Writes the pipeline folder eve
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 import time
 from dataclasses import astuple, dataclass, replace
@@ -37,8 +36,8 @@ class Config:
     """Share of the steps, the last, over which the learning rate falls to zero."""
     pictures: int = 24_000
     """Drawn and encoded once, before training."""
-    shift: float = 2.0
-    """Shift of the logit-normal times towards noise, where count and shape are decided; 1 for none."""
+    shift: float = 4.0
+    """Shift of the uniform times towards noise, where count and shape are decided; as when sampling."""
     free: bool = False
     """Pictures with free positions and sizes instead of 3x3 cells: slow to learn, good to begin with."""
     wrong_caption: float = 0.35
@@ -109,9 +108,10 @@ def flow_matching_loss(
     prompts: list[str],
     shift: float,
 ) -> Tensor:
-    """Mean squared error of the velocity ``noise - data`` at logit-normal times, 1 being noise."""
+    """Mean squared error of the velocity ``noise - data`` at shifted uniform times, 1 being noise."""
     noise = torch.randn_like(data)
-    sigma = (torch.randn(len(data)) + math.log(shift)).sigmoid()
+    uniform = torch.rand(len(data))
+    sigma = shift * uniform / (1 + (shift - 1) * uniform)
     noised = torch.lerp(data, noise, sigma.view(-1, 1, 1, 1))
     attention.draw_repeats(len(data))
     with torch.autocast("cpu", torch.bfloat16):
@@ -191,7 +191,7 @@ def train(rank: int, config: Config, rendezvous: str) -> None:
     stored = torch.load(config.latents, weights_only=True)
     latents, scenes = stored["latents"], [Scene(*fields) for fields in stored["scenes"]]
     torch.manual_seed(config.seed)  # the same first weights everywhere
-    trainer = Trainer(build_pipeline(AutoencoderTiny.from_pretrained(config.autoencoder)), config)
+    trainer = Trainer(build_pipeline(AutoencoderTiny.from_pretrained(config.autoencoder), config.shift), config)
     first = trainer.load() if config.resume else 0
     torch.manual_seed(hash((config.seed, first, rank)))
     rng = np.random.default_rng([config.seed, first, rank])
