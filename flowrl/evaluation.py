@@ -99,7 +99,7 @@ def evaluate(
     batch_size: int = 256,
     samples_per_context: int = 8,
     role: Role | None = None,
-    n_kept: int = 64,
+    n_kept: int | None = None,
     **sampling: Any,
 ) -> EvaluationResult:
     """Sample the trained flow and its reference at the same noise and contexts, and score both.
@@ -113,7 +113,7 @@ def evaluate(
         batch_size: Samples drawn at once.
         samples_per_context: Samples of each drawn context, for diversity.
         role: Which copy to evaluate; None takes the moving average where there is one.
-        n_kept: Samples to keep in the result.
+        n_kept: Samples to keep in the result; None keeps 64 images or 1024 points.
         **sampling: `steps`, `solver`, `guidance_scale` of the sampler.
     """
     policy, env = model.policy, model.env.core
@@ -125,6 +125,7 @@ def evaluate(
     contexts = draw_contexts(len(env.contexts), n_samples, samples_per_context, generator)
     noise = policy.noise(n_samples, generator)
     role = role or policy.sampling_role
+    n_kept = n_kept or (64 if env.flow.is_image else 1024)
 
     outcomes = {
         which: _sample_and_score(model, contexts, noise, which, batch_size, sampling) for which in (role, "reference")
