@@ -91,7 +91,7 @@ def test_help_shows_all_options_with_recommended_defaults(run_module) -> None:
         assert option in done.stdout
     spec = environment_spec("sd3-compress")
     recommended = spec.recommended(spec.config)
-    for key in ("n_samples", "group_size"):
+    for key in ("n_epochs", "group_size"):
         assert recommended[key] != getattr(flowrl.ORWCFMW2.Config(), key)
         line = next(x for x in done.stdout.splitlines() if f"--algo.{key.replace('_', '-')} " in x)
         assert f"(default: {recommended[key]})" in line
