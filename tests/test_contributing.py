@@ -38,7 +38,7 @@ def test_through_the_api(folder):
 import gymnasium, flowrl, my_envs, my_algos
 env = gymnasium.make("flowrl/red-sd3-v0")
 env.reset(seed=0); env.step(env.action_space.sample())
-settings = dict(n_samples=4, batch_size=4, rollout_steps=2)
+settings = dict(n_samples=8, batch_size=8, rollout_steps=2)
 model = my_algos.BestShare("FlowPolicy", "red-sd3", share=0.5, seed=0, device="cpu", **settings).learn(8)
 model.save("saved")
 assert my_algos.BestShare.load("saved").num_timesteps == 8
