@@ -1,6 +1,6 @@
 """What flowrl costs over a hand-written loop: ratios of medians, in one process, measured in turn.
 
-    python benchmarks/overhead.py               # about five minutes on two cores
+    python benchmarks/overhead.py --out figures.json
 
 Three comparisons:
 - a whole ORW-CFM-W2 iteration (rollout, reward, weights, updates, metrics, log) against a bare PyTorch loop that

@@ -87,7 +87,6 @@ class FlowAlgorithm(BaseAlgorithm):
             seed=seed,
         )
         self.iteration = 0
-        self._log_epoch: dict[str, float] = {}
         if _init_setup_model:
             self._setup_model()
 

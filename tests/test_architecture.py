@@ -1,4 +1,4 @@
-"""The shape of the code, as DESIGN.md fixes it: import order, packages, nothing that runs foreign code."""
+"""The shape of the code, held: import order, packages, nothing that runs foreign code."""
 
 from __future__ import annotations
 
