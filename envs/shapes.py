@@ -40,10 +40,10 @@ WORDS: tuple[str, ...] = (
 )
 
 _SUPERSAMPLING = 4
-# Placement, in pixels at size 64: at most one object in each of 3x3 cells, in one of two sizes. Free placement
-# left the shapes of a small model blobs after 3,000 training steps.
-_CENTRES = (12.0, 32.0, 52.0)
-_RADII = (7.0, 8.5)
+# Placement, in pixels at size 64: at most one object in each quadrant, off its centre by up to the jitter.
+_CENTRES = (16.0, 48.0)
+_JITTER = 3.0
+_RADII = (9.0, 11.5)
 # Placement when free, by count: range of radii, and the gap between the circles around two objects.
 _FREE_RADII = {1: (9.0, 16.0), 2: (8.5, 13.0), 3: (8.0, 11.5), 4: (8.0, 10.5)}
 _FREE_GAP = 4.0
@@ -159,7 +159,7 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = 64, *, free: bool =
         scene: What to draw.
         rng: Source of all randomness; the same state draws the same picture.
         size: Height and width in pixels.
-        free: Any position and size, instead of 3x3 cells and two sizes.
+        free: Any positions and sizes, instead of one object in each quadrant at most.
 
     Returns:
         Array (size, size, 3), uint8 RGB.
@@ -185,10 +185,11 @@ def _noun(shape: str, plural: bool) -> str:
 
 
 def _place(count: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Circles (x, y, radius) in random cells, all of one size."""
-    radius = float(rng.choice(_RADII))
-    cells = rng.choice(len(_CENTRES) ** 2, size=count, replace=False)
-    return [(_CENTRES[cell % 3], _CENTRES[cell // 3], radius) for cell in cells]
+    """Circles (x, y, radius) in random quadrants, all of one size."""
+    radius = rng.uniform(*_RADII)
+    quadrants = rng.choice(4, size=count, replace=False)
+    jitter = rng.uniform(-_JITTER, _JITTER, size=(count, 2))
+    return [(_CENTRES[q % 2] + dx, _CENTRES[q // 2] + dy, radius) for q, (dx, dy) in zip(quadrants, jitter)]
 
 
 def _place_freely(count: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:

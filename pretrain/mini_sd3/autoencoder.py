@@ -21,12 +21,10 @@ WORK = Path(__file__).parents[1] / "work" / "mini_sd3"  # git-ignored
 
 @dataclass
 class Config:
-    steps: int = 1800
+    steps: int = 2400
     batch_size: int = 16
     lr: float = 2e-3
-    """Peak learning rate; 200 steps of warm-up, then the first part of a cosine."""
-    lr_horizon: int = 5400
-    """Step at which the cosine would reach zero; averaged weights need no such end."""
+    """Peak learning rate; 200 steps of warm-up, then a cosine to zero."""
     latent_noise: float = 0.1
     """Noise on latents, in units of their standard deviation: the decoder learns to bear errors."""
     ema_decay: float = 0.998
@@ -36,13 +34,13 @@ class Config:
 
 
 def build_autoencoder() -> AutoencoderTiny:
-    """64x64 pictures in [-1, 1] to 8x16x16 latents and back."""
+    """64x64 pictures in [-1, 1] to 16x8x8 latents and back: Stable Diffusion 3's own geometry."""
     return AutoencoderTiny(
-        encoder_block_out_channels=(32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32),
-        num_encoder_blocks=(1, 2, 2),
-        num_decoder_blocks=(2, 2, 1),
-        latent_channels=8,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(1, 2, 2, 3),
+        num_decoder_blocks=(3, 2, 2, 1),
+        latent_channels=16,
     )
 
 
@@ -76,7 +74,7 @@ def set_scaling(autoencoder: AutoencoderTiny, images: Tensor) -> None:
 def learning_rate(step: int, config: Config, warmup: int = 200) -> float:
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.lr_horizon - warmup)))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
 
 
 def train(config: Config) -> AutoencoderTiny:

@@ -24,9 +24,9 @@ GRID_PROMPTS = (
     "three red stars on blue",
     "one yellow circle on black",
     "four white crosses on green",
-    "two purple triangles on grey",
+    "two white triangles on red",
     "four squares on white",
-    "orange stars",
+    "green stars",
     "three shapes",
     "shapes",
 )

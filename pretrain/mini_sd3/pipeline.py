@@ -29,10 +29,10 @@ from transformers import (
 
 from flowrl.envs.shapes import WORDS
 
-CONTEXT_LENGTH = 10  # tokens of a prompt, with start and end
+CONTEXT_LENGTH = 8  # tokens of a prompt, with start and end
 TEXT_WIDTH = 96  # of each of the two text encoders
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 1.0, "max_sequence_length": 1}
-SPARE_WORDS = ("orange", "purple", "grey")  # further tokens, for worlds to come
+SPARE_WORDS = ("orange", "purple", "grey")  # tokens of no use yet
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -73,19 +73,19 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     return encoder
 
 
-def build_transformer(width: int = 160, layers: int = 6) -> SD3Transformer2DModel:
+def build_transformer(width: int = 144, layers: int = 6) -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
-        sample_size=16,
+        sample_size=8,
         patch_size=2,
-        in_channels=8,
-        out_channels=8,
+        in_channels=16,
+        out_channels=16,
         num_layers=layers,
-        attention_head_dim=width // 4,
-        num_attention_heads=4,
+        attention_head_dim=48,
+        num_attention_heads=width // 48,
         joint_attention_dim=2 * TEXT_WIDTH,
         caption_projection_dim=width,
         pooled_projection_dim=2 * TEXT_WIDTH,
-        pos_embed_max_size=16,
+        pos_embed_max_size=8,
         qk_norm="rms_norm",
     )
 
