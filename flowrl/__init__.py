@@ -3,6 +3,12 @@
 __version__ = "0.1.0"
 
 from flowrl.algorithm import FlowAlgorithm
+from flowrl.baselines.ddpo import DDPO
+from flowrl.baselines.dpok import DPOK
+from flowrl.baselines.flow_grpo import FlowGRPO
+from flowrl.baselines.kl import ExactKL
+from flowrl.baselines.raft import RAFT
+from flowrl.baselines.rwr import RWR
 from flowrl.config import FlowConfig
 from flowrl.envs import gaussians as _gaussians
 from flowrl.envs import text_to_image as _text_to_image
@@ -19,13 +25,19 @@ for _spec in (*_gaussians.SPECS, *_text_to_image.SPECS):
     register(_spec)
 
 __all__ = [
+    "DDPO",
+    "DPOK",
     "ORWCFM",
     "ORWCFMKL",
     "ORWCFMW2",
+    "RAFT",
+    "RWR",
     "Batch",
     "EvaluationResult",
+    "ExactKL",
     "FlowAlgorithm",
     "FlowConfig",
+    "FlowGRPO",
     "FlowPolicy",
     "GenerationEnv",
     "GenerationVecEnv",

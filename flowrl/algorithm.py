@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -104,6 +104,18 @@ class FlowAlgorithm(BaseAlgorithm):
         """What the update makes of the rewards: weights or advantages (B,), of all samples of an iteration."""
         return rollout.reward
 
+    def observe(self, rollout: Batch) -> None:
+        """Take the rewards of an iteration into running statistics, before `score`."""
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """Tensors that a checkpoint must keep besides the policy's: running statistics, a critic."""
+        return {}
+
+    def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take back what `extra_state` gave; by default in place."""
+        for name, tensor in self.extra_state().items():
+            tensor.copy_(tensors[name])
+
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scalar loss of a minibatch, and scalar metrics as tensors (never `.item()` here)."""
@@ -156,7 +168,7 @@ class FlowAlgorithm(BaseAlgorithm):
             weight_decay=config.weight_decay,
             fused=True,  # the other implementations read their step counter on the host
         )
-        self.buffer = RolloutBuffer(config.n_samples, self.policy.model.latent_shape, self.device)
+        self.buffer = RolloutBuffer(config.n_samples, self.policy.model.latent_shape, self.device, config.path_steps())
 
     def learn(
         self,
@@ -201,6 +213,14 @@ class FlowAlgorithm(BaseAlgorithm):
         n = len(self.env.core.contexts)
         return draw_contexts(n, self.config.n_samples, self.config.group_size, self.generator)
 
+    def draw_latents(self, contexts: torch.Tensor) -> torch.Tensor:
+        """Latents `x_1` (B, *latent_shape) of the behaviour policy for context indices (B,)."""
+        return self.policy.sample_latents(contexts, role=self.behaviour_role, generator=self.generator)
+
+    def minibatches(self) -> Iterator[Batch]:
+        """One pass over what `loss` is given."""
+        return self.buffer.minibatches(self.config.batch_size, self.generator)
+
     def collect(self, callback: BaseCallback) -> bool:
         """Fill the buffer with scored samples of the behaviour policy; False when a callback stops the run."""
         callback.on_rollout_start()
@@ -209,7 +229,7 @@ class FlowAlgorithm(BaseAlgorithm):
         shown: list[torch.Tensor] = []
         components: dict[str, list[torch.Tensor]] = {}
         for contexts in self.draw_contexts().split(self.env.num_envs):
-            x_1 = self.policy.sample_latents(contexts, role=self.behaviour_role, generator=self.generator)
+            x_1 = self.draw_latents(contexts)
             samples = self.policy.decode(x_1)
             output = self.env.core.evaluate(samples, contexts)
             self.buffer.add(x_1, contexts, output.reward)
@@ -222,6 +242,7 @@ class FlowAlgorithm(BaseAlgorithm):
             if not callback.on_step():
                 return False
         rollout = self.buffer.all()
+        self.observe(rollout)
         self.buffer.weight.copy_(self.score(rollout))
         self._rollout_metrics = self._measure(rollout, torch.cat(shown)[: metrics.DIVERSITY_SAMPLES], components)
         callback.on_rollout_end()
@@ -236,7 +257,7 @@ class FlowAlgorithm(BaseAlgorithm):
         norms: list[torch.Tensor] = []
         n_minibatches = n_pending = 0
         for _ in range(config.n_epochs):
-            for batch in self.buffer.minibatches(config.batch_size, self.generator):
+            for batch in self.minibatches():
                 loss, parts = self.loss(batch)
                 (loss / config.accumulation).backward()
                 n_minibatches, n_pending = n_minibatches + 1, n_pending + 1
@@ -310,6 +331,7 @@ class FlowAlgorithm(BaseAlgorithm):
         self.logger.record("time/samples_per_second", self.config.n_samples / max(seconds, sys.float_info.epsilon))
         self.logger.record("time/network_evaluations", self.policy.evaluations)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.last_logged = dict(self.logger.name_to_value)
         self.logger.dump(step=self.num_timesteps)
 
     def save(self, path: str | Path, exclude: Any = None, include: Any = None) -> None:  # type: ignore[override]

@@ -6,33 +6,41 @@ from collections.abc import Iterator
 
 import torch
 
-from flowrl.types import Batch
+from flowrl.types import Batch, Transitions
 
 
 class RolloutBuffer:
-    """Endpoint storage: sample, context, reward and weight; nothing of the path that led to the sample.
+    """Sample, context, reward and weight; and for algorithms that record paths, the sampler's noisy steps.
 
-    Its size does not depend on the number of sampler steps.
+    Endpoint storage does not grow with the number of sampler steps, path storage does.
 
     Args:
         capacity: Samples it holds.
         latent_shape: Shape of one sample in the space of the flow.
         device: Training device.
+        path_steps: Noisy sampler steps to keep of each sample; 0 keeps endpoints only.
     """
 
-    def __init__(self, capacity: int, latent_shape: tuple[int, ...], device: torch.device | str) -> None:
+    def __init__(
+        self, capacity: int, latent_shape: tuple[int, ...], device: torch.device | str, path_steps: int = 0
+    ) -> None:
         self.capacity = capacity
         self.device = torch.device(device)
         self.x_1 = torch.zeros(capacity, *latent_shape, device=self.device)
         self.contexts = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.reward = torch.zeros(capacity, device=self.device)
         self.weight = torch.ones(capacity, device=self.device)
+        self.path_steps = path_steps
+        if path_steps:
+            self.states = torch.zeros(capacity, path_steps + 1, *latent_shape, device=self.device)
+            self.log_prob = torch.zeros(capacity, path_steps, device=self.device)
+            self.first_step = torch.zeros((), dtype=torch.long, device=self.device)
         self.size = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes that the storage takes."""
-        return sum(t.nbytes for t in (self.x_1, self.contexts, self.reward, self.weight))
+        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, torch.Tensor))
 
     @property
     def full(self) -> bool:
@@ -57,6 +65,19 @@ class RolloutBuffer:
         self.reward[self.size : end].copy_(reward)
         self.size = end
 
+    def add_path(self, states: torch.Tensor, log_prob: torch.Tensor, first_step: int) -> None:
+        """Append the noisy steps of the batch that `add` appends next.
+
+        Args:
+            states: (B, path_steps + 1, *latent_shape).
+            log_prob: (B, path_steps), mean over dimensions.
+            first_step: Index of the first of them in the sampler; the same for the whole buffer.
+        """
+        here = slice(self.size, self.size + len(states))
+        self.states[here].copy_(states)
+        self.log_prob[here].copy_(log_prob)
+        self.first_step.fill_(first_step)
+
     def all(self) -> Batch:
         """Everything in the buffer, in order; views, no copies."""
         n = self.size
@@ -69,4 +90,21 @@ class RolloutBuffer:
         """
         order = torch.randperm(self.size, generator=generator, device=self.device)
         for index in order.split(batch_size):
-            yield Batch(self.x_1[index], self.contexts[index], self.reward[index], self.weight[index])
+            yield self.rows(index)
+
+    def rows(self, index: torch.Tensor) -> Batch:
+        """The samples of these indices (B,), without their paths."""
+        return Batch(self.x_1[index], self.contexts[index], self.reward[index], self.weight[index])
+
+    def transition_minibatches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """One pass over all recorded steps of all samples in random order, in minibatches of `batch_size` steps."""
+        order = torch.randperm(self.size * self.path_steps, generator=generator, device=self.device)
+        for chosen in order.split(batch_size):
+            index, step = chosen // self.path_steps, chosen % self.path_steps
+            steps = Transitions(
+                self.states[index, step],
+                self.states[index, step + 1],
+                self.first_step + step,
+                self.log_prob[index, step],
+            )
+            yield self.rows(index)._replace(transitions=steps)

@@ -5,6 +5,7 @@
     policy.safetensors  weights of every role ("current.NAME", "behaviour.NAME", ...)
     optimizer.safetensors
     random.safetensors  states of all random generators
+    algorithm.safetensors  what else an algorithm keeps (running statistics, a critic); only where it keeps any
 
 Loading reads numbers and strings only: a hostile folder cannot run code.
 """
@@ -139,6 +140,8 @@ def _write(model: FlowAlgorithm, folder: Path) -> None:
         "python": random.getstate(),
     }
     write_json(folder / "state.json", state)
+    if extra := model.extra_state():
+        _save_tensors(folder / "algorithm.safetensors", extra)
     if policy.lora is not None:  # small; the full weights would be written twice
         policy.export(folder)
 
@@ -299,6 +302,8 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
         if torch.cuda.is_available() and "cuda" in random_states:
             torch.cuda.set_rng_state(random_states["cuda"])
         np.random.set_state(("MT19937", random_states["numpy"].numpy().astype(np.uint32), *state["numpy"]))
+        if model.extra_state():
+            model.load_extra_state(read_tensors(folder / "algorithm.safetensors", model.device))
         version, internal, normal = state["python"]
         random.setstate((version, tuple(internal), normal))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

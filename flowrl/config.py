@@ -68,6 +68,10 @@ class FlowConfig:
         if not condition:
             raise ConfigError(message)
 
+    def path_steps(self) -> int:
+        """Sampler steps that the rollout buffer keeps of each sample; 0 for methods that need the sample alone."""
+        return 0
+
     def updates_per_iteration(self) -> int:
         """Gradient steps per iteration."""
         minibatches = self.n_epochs * -(-self.n_samples // self.batch_size)

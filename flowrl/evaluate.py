@@ -1,4 +1,4 @@
-"""Evaluate a run: `python -m flowrl.evaluate runs/NAME`.
+"""Evaluate a run: `python -m flowrl.evaluate runs/NAME`; or steer a flow that is not trained at all.
 
 The module can also be called, `flowrl.evaluate(model)`: it then is the function `flowrl.evaluation.evaluate`.
 """
@@ -9,17 +9,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from flowrl import evaluation, runfolder
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.checkpoint import algorithm_name, load_checkpoint
-from flowrl.errors import FlowRLError
+from flowrl.errors import ConfigError, FlowRLError
 from flowrl.registry import algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
 from flowrl.sampler import Solver
+from flowrl.steering import Steering
 
 PROGRAM = "python -m flowrl.evaluate"
 
@@ -28,8 +29,8 @@ PROGRAM = "python -m flowrl.evaluate"
 class EvaluateConfig:
     """Reward, diversity and drift of a trained flow beside its reference, at the same noise."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder, or a checkpoint folder."""
+    run: Annotated[Path | None, tyro.conf.Positional] = None
+    """Run folder, or a checkpoint folder. Without one, --steer works on the untrained flow of --env."""
     n_samples: int = 1024
     """Samples of each flow."""
     seed: int = 0
@@ -45,16 +46,20 @@ class EvaluateConfig:
     algo: str = ""
     """Algorithm of a run trained with a third-party class: module:Class."""
     env: str = ""
-    """Environment of a run trained on a third-party environment: module:name."""
+    """Environment of a run trained on a third-party environment: module:name; or, without a run, any environment."""
+    steer: Literal["none", "best_of_n", "smc"] = "none"
+    """Choose samples by their reward: the best of n, or sequential Monte Carlo with n particles."""
+    steer_n: int = 8
+    """Candidates or particles per sample."""
+    steer_temperature: float = 1.0
+    """Temperature lambda of smc, whose samples follow q exp(r / lambda)."""
 
 
 def main(args: list[str] | None = None) -> int:
     """The program; returns its exit code."""
     config = tyro.cli(EvaluateConfig, args=args, prog=PROGRAM)
     try:
-        cls: Any = algorithm_class(config.algo) if config.algo else FlowAlgorithm
-        env = environment_spec(config.env).name if config.env else None
-        model = load_checkpoint(cls, config.run, env=env, device=config.device)
+        model = _model(config)
         print(
             "\n".join(
                 [
@@ -65,8 +70,15 @@ def main(args: list[str] | None = None) -> int:
             )
         )
         sampling = {key: getattr(config, key) for key in ("steps", "solver", "guidance_scale")}
-        result = evaluation.evaluate(model, config.n_samples, seed=config.seed, **sampling)
+        steering = None
+        if config.steer != "none":
+            steering = Steering(config.steer, config.steer_n, config.steer_temperature)
+            print(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
+        result = evaluation.evaluate(model, config.n_samples, seed=config.seed, steering=steering, **sampling)
         print(result.table())
+        if config.run is None or steering is not None:
+            print(f"network evaluations per sample: {result.evaluations_per_sample:g}")
+            return 0
         runfolder.write_evaluation(config.run, result)
         picture = config.run / "before_after.png"
         save_before_after(result, model.env.core, picture)
@@ -76,6 +88,20 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _model(config: EvaluateConfig) -> FlowAlgorithm:
+    """The trained algorithm of a run; without a run one that has not been trained."""
+    env = environment_spec(config.env).name if config.env else None
+    if config.run is not None:
+        cls: Any = algorithm_class(config.algo) if config.algo else FlowAlgorithm
+        return load_checkpoint(cls, config.run, env=env, device=config.device)
+    if env is None or config.steer == "none":
+        raise ConfigError(
+            "Nothing to evaluate: name a run folder (flowrl.evaluate runs/NAME), or steer the untrained flow of an "
+            "environment (flowrl.evaluate --steer best_of_n --env gaussians-linear)."
+        )
+    return algorithm_class("orw")("FlowPolicy", env, seed=config.seed, device=config.device)
 
 
 class _CallableModule(ModuleType):

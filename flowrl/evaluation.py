@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from flowrl.envs.base import draw_contexts
 from flowrl.errors import ConfigError
 from flowrl.flow import interpolate, sample_time
 from flowrl.losses import effective_sample_size, squared_error
+from flowrl.steering import Steering, steer
 from flowrl.types import Batch, Role
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class EvaluationResult(SampleStatistics):
         drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
         ess: Effective share of the samples under the algorithm's own weights, in (0, 1].
         n_samples: Samples of each flow.
+        evaluations_per_sample: Network evaluations that a sample of the trained flow cost.
         reference: The same statistics of the reference, at the same noise and contexts.
         w2_floor: W2 of two independent sets of exact samples of that size: what `w2_to_optimum` can reach.
         samples: A few samples of the trained flow (for grids), decoded, on the CPU.
@@ -58,6 +61,7 @@ class EvaluationResult(SampleStatistics):
     drift: float = math.nan
     ess: float = math.nan
     n_samples: int = 0
+    evaluations_per_sample: float = math.nan
     reference: SampleStatistics | None = None
     w2_floor: float = math.nan
     samples: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
@@ -100,11 +104,13 @@ def evaluate(
     samples_per_context: int = 8,
     role: Role | None = None,
     n_kept: int | None = None,
+    steering: Steering | None = None,
     **sampling: Any,
 ) -> EvaluationResult:
     """Sample the trained flow and its reference at the same noise and contexts, and score both.
 
-    Training's own random state is left alone.
+    Training's own random state is left alone. With `steering` the trained flow's samples are chosen by their reward
+    while or after they are drawn, from noise of their own, at `evaluations_per_sample` as many network evaluations.
 
     Args:
         model: A trained (or loaded) algorithm.
@@ -114,6 +120,7 @@ def evaluate(
         samples_per_context: Samples of each drawn context, for diversity.
         role: Which copy to evaluate; None takes the moving average where there is one.
         n_kept: Samples to keep in the result; None keeps 64 images or 1024 points.
+        steering: Choose the trained flow's samples by their reward; the reference's are left as they are.
         **sampling: `steps`, `solver`, `guidance_scale` of the sampler.
     """
     policy, env = model.policy, model.env.core
@@ -127,24 +134,34 @@ def evaluate(
     role = role or policy.sampling_role
     n_kept = n_kept or (64 if env.flow.is_image else 1024)
 
-    outcomes = {
-        which: _sample_and_score(model, contexts, noise, which, batch_size, sampling) for which in (role, "reference")
-    }
-    x_1, samples, reward, _ = outcomes[role]
-    statistics = {which: _statistics(env, s, contexts, r, parts, seed) for which, (_, s, r, parts) in outcomes.items()}
+    def plain(c: torch.Tensor, x_0: torch.Tensor, which: Role) -> torch.Tensor:
+        return policy.sample_latents(c, role=which, x_0=x_0, **sampling)
+
+    def trained_sampler(c: torch.Tensor, x_0: torch.Tensor, which: Role) -> torch.Tensor:
+        if steering is None:
+            return plain(c, x_0, which)
+        return steer(model, steering, c, generator, which, **sampling)
+
+    chunk = batch_size if steering is None else max(1, batch_size // steering.n)
+    before = _sample_and_score(model, contexts, noise, "reference", batch_size, plain)
+    cost_before = policy.evaluations
+    after = _sample_and_score(model, contexts, noise, role, chunk, trained_sampler)
+    cost = (policy.evaluations - cost_before) / n_samples
+    x_1, samples, reward, components = after
+    trained = _statistics(env, samples, contexts, reward, components, seed)
     weight = model.score(Batch(x_1, contexts, reward, torch.ones_like(reward)))
     policy.evaluations, drift = spent, _drift(model, x_1, contexts, role, batch_size, generator)
     policy.evaluations = spent
-    trained = statistics[role]
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
-        drift=drift,
+        drift=drift if steering is None else math.nan,
         ess=(effective_sample_size(weight) / n_samples).item() if bool((weight > 0).all()) else math.nan,
         n_samples=n_samples,
-        reference=statistics["reference"],
+        evaluations_per_sample=cost,
+        reference=_statistics(env, before[1], contexts, before[2], before[3], seed),
         w2_floor=_w2_floor(env, n_samples, seed),
         samples=samples[:n_kept].cpu(),
-        reference_samples=outcomes["reference"][1][:n_kept].cpu(),
+        reference_samples=before[1][:n_kept].cpu(),
         sample_contexts=[env.contexts[i] for i in contexts[:n_kept].tolist()],
     )
 
@@ -155,11 +172,11 @@ def _sample_and_score(
     noise: torch.Tensor,
     role: Role,
     batch_size: int,
-    sampling: dict[str, Any],
+    sampler: Callable[[torch.Tensor, torch.Tensor, Role], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     latents, decoded, rewards, parts = [], [], [], []
     for c, x_0 in zip(contexts.split(batch_size), noise.split(batch_size)):
-        x_1 = model.policy.sample_latents(c, role=role, x_0=x_0, **sampling)
+        x_1 = sampler(c, x_0, role)
         samples = model.policy.decode(x_1)
         output = model.env.core.evaluate(samples, c)
         latents.append(x_1)

@@ -118,3 +118,31 @@ def kl_time_weight(t: torch.Tensor, maximum: float = 20.0) -> torch.Tensor:
     KL(p || q) = integral of t / (1 - t) E|v_p - v_q|^2 (squared norm summed over dimensions) dt.
     """
     return (t / (1 - t)).clamp_max(maximum)
+
+
+def group_advantage(reward: torch.Tensor, group_size: int, maximum: float = 5.0) -> torch.Tensor:
+    """Group-relative advantages (Shao et al. 2024): `(r - mean_g) / (std_g + 1e-4)`, clipped at `maximum`.
+
+    Args:
+        reward: (B,), in consecutive groups of `group_size` (the last may be smaller).
+        group_size: Samples per group.
+        maximum: Largest size.
+
+    Returns:
+        (B,); zero throughout a group whose rewards agree.
+    """
+    groups = torch.arange(len(reward), device=reward.device) // group_size
+    n_groups = -(-len(reward) // group_size)
+    centred = reward - group_mean(reward, groups, n_groups)
+    std = group_mean(centred.square(), groups, n_groups).sqrt()
+    return (centred / (std + 1e-4)).clamp(-maximum, maximum)
+
+
+def best_of_groups(reward: torch.Tensor, group_size: int, n_best: int = 1) -> torch.Tensor:
+    """Whether each sample is among the `n_best` of its group of `group_size` consecutive ones: bool (B,)."""
+    n_groups = -(-len(reward) // group_size)
+    padded = reward.new_full((n_groups * group_size,), -torch.inf)
+    padded[: len(reward)] = reward
+    best = padded.view(n_groups, group_size).topk(n_best, dim=1).indices
+    chosen = torch.zeros(n_groups, group_size, dtype=torch.bool, device=reward.device).scatter_(1, best, True)
+    return chosen.flatten()[: len(reward)]

@@ -7,7 +7,7 @@ fresh `x_0, t` minimise `w |v - u|^2 + alpha |v - v_ref|^2`; then `v_old <- v`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -63,7 +63,7 @@ class ORWCFMW2(FlowAlgorithm):
     config: ORWCFMW2Config
 
     @classmethod
-    def copies_for(cls, config: ORWCFMW2Config) -> set[Role]:
+    def copies_for(cls, config: Any) -> set[Role]:
         """The residual target also keeps `v_old`."""
         copies = super().copies_for(config)
         return copies | {"behaviour"} if config.target == "residual" else copies
@@ -88,7 +88,7 @@ class ORWCFMW2(FlowAlgorithm):
         v = self.policy.velocity(x_t, t, cond)
         v_ref = self.policy.velocity(x_t, t, cond, "reference") if self.config.alpha > 0 else None
         if self.config.target == "residual":
-            v_old = self.policy.velocity(x_t, t, cond, "behaviour")
+            v_old = self.policy.velocity(x_t, t, cond, self.behaviour_role)
             baseline = self.buffer.all().weight.mean()
             loss = residual_weighted_loss(v, u, batch.weight, baseline, v_old, v_ref, self.penalty(t))
         else:

@@ -16,8 +16,8 @@ from torch import nn
 from flowrl.errors import ConfigError
 from flowrl.lora import LoRA, add_adapters, switched
 from flowrl.models.base import VelocityModel
-from flowrl.sampler import Solver, evaluations_per_sample, ode_sample
-from flowrl.types import Condition, Field, Role
+from flowrl.sampler import SDE, GaussianStep, Solver, evaluations_per_sample, ode_sample, sde_sample
+from flowrl.types import Condition, Field, Role, Transitions
 
 
 class FlowPolicy(BasePolicy):
@@ -61,6 +61,7 @@ class FlowPolicy(BasePolicy):
         self.steps, self.solver, self.guidance_scale = steps, solver, guidance_scale
         self.contexts = list(contexts)
         self.lora = lora
+        self._times: torch.Tensor | None = None
         self.evaluations = 0  # network evaluations so far: a forward is 1 per sample, a backward 2
         device = torch.device(device)
         model.move_frozen(device)
@@ -100,12 +101,14 @@ class FlowPolicy(BasePolicy):
         return {name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name}
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role = "current") -> torch.Tensor:
-        """Velocity (B, *latent_shape) of a role's network. Only the current role carries gradients.
+        """Velocity (B, *latent_shape) of a role's network.
+
+        Only the current role's weights carry gradients; for `x_t` that asks for its own, every role gives them.
 
         Raises:
             ConfigError: The role was not asked for when the policy was made.
         """
-        with_grad = torch.is_grad_enabled() and role == "current"
+        with_grad = torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
         self.evaluations += len(x_t) * (3 if with_grad else 1)
         known = self._models if self.lora is None else (*self.roles, "reference")
         if role not in known:
@@ -174,6 +177,37 @@ class FlowPolicy(BasePolicy):
             self.condition(contexts.to(x_0.device)), len(contexts), role or self.sampling_role, guidance_scale
         )
         return ode_sample(field, x_0, times, solver or self.solver)
+
+    @torch.inference_mode()
+    def sample_path(
+        self,
+        contexts: torch.Tensor,
+        sde: SDE,
+        *,
+        role: Role = "current",
+        window: range | None = None,
+        generator: torch.Generator | None = None,
+        x_0: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents by the SDE, the states of its noisy steps, and their log-probabilities: see `sde_sample`."""
+        generator = generator or self.generator
+        x_0 = self.noise(len(contexts), generator) if x_0 is None else x_0
+        times = self.times()
+        field = self.field(self.condition(contexts), len(contexts), role)
+        return sde_sample(field, x_0, times, sde, generator, window)
+
+    def times(self) -> torch.Tensor:
+        """The sampler's own times (steps + 1,), on the device."""
+        if self._times is None:
+            self._times = self.model.times(self.steps).to(self.device)
+        return self._times
+
+    def transition(self, steps: Transitions, contexts: torch.Tensor, sde: SDE, role: Role = "current") -> GaussianStep:
+        """The law of recorded steps under a role's network now, with the sampler's own times and guidance."""
+        times = self.times()
+        t, t_next = times[steps.k], times[steps.k + 1]
+        v = self.field(self.condition(contexts), len(contexts), role)(steps.x_k, t)
+        return sde.step(v, steps.x_k, t, t_next)
 
     def sample(self, contexts: torch.Tensor | Sequence[Any] | None = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
         """Samples (B, *sample_shape), decoded.

@@ -59,15 +59,16 @@ def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> N
 
 def write_evaluation(folder: Path, result: EvaluationResult) -> None:
     """Write `evaluation.json`; numbers that do not exist are null."""
-    text = json.dumps(_without_nan(result.to_dict()), indent=1)
+    text = json.dumps(without_nan(result.to_dict()), indent=1)
     (folder / "evaluation.json").write_text(text + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same numbers, dicts and lists, with None for NaN: JSON has none."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -140,7 +141,8 @@ def plan(folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: Gener
     copies = {"reference", *algo.copies_for(config)}
     n_copies = len(copies - {"reference"}) if lora else len(copies)
     per_copy = trained if lora else frozen + trained
-    buffer = config.n_samples * (4 * math.prod(skeleton.latent_shape) + 16)
+    states = 1 + (config.path_steps() + 1 if config.path_steps() else 0)
+    buffer = config.n_samples * (4 * states * math.prod(skeleton.latent_shape) + 4 * config.path_steps() + 16)
     parts = {
         "weights": 4 * (frozen + trained),
         f"copies ({', '.join(sorted(copies))})": 4 * n_copies * per_copy,

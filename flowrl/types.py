@@ -30,6 +30,15 @@ class RewardOutput:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+class Transitions(NamedTuple):
+    """Steps of an SDE sampler, one per row: from `x_k` at its k-th time to `x_next` at the next."""
+
+    x_k: torch.Tensor  # (B, *latent_shape)
+    x_next: torch.Tensor  # (B, *latent_shape)
+    k: torch.Tensor  # (B,) int64, index into the sampler's times
+    log_prob: torch.Tensor  # (B,) of the step as it was drawn, mean over dimensions
+
+
 class Batch(NamedTuple):
     """A minibatch of the rollout buffer, on the training device."""
 
@@ -37,3 +46,4 @@ class Batch(NamedTuple):
     contexts: torch.Tensor  # (B,) int64, indices into the environment's contexts
     reward: torch.Tensor  # (B,)
     weight: torch.Tensor  # (B,) what the algorithm's `score` made of the reward
+    transitions: Transitions | None = None  # only where an algorithm records paths

@@ -20,9 +20,9 @@ LAYERS = [
     {"types", "errors", "registry"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config"},
     {"models", "lora", "policy", "buffer", "envs"},
-    {"algorithm", "evaluation", "checkpoint"},
+    {"algorithm", "transitions", "steering", "evaluation", "checkpoint"},
     {"orw_w2", "baselines"},
-    {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark"},
+    {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "suite", "comparison"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 

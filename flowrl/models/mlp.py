@@ -90,6 +90,4 @@ class FieldFlow(VelocityModel):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """The known field plus the correction."""
-        with torch.no_grad():
-            base = self.field(t, x_t)
-        return base + self.network(x_t, t)
+        return self.field(t, x_t) + self.network(x_t, t)

@@ -1,0 +1,130 @@
+"""Flow-GRPO (Liu et al., NeurIPS 2025, arXiv 2505.05470) and its published variants.
+
+Repeat: draw groups of samples of the same context step by step with noise, take their rewards relative to the group
+as advantages of all noisy steps, and follow PPO's clipped ratios with a KL penalty per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from flowrl.config import FlowConfig
+from flowrl.losses import group_advantage
+from flowrl.registry import register_algorithm
+from flowrl.sampler import GaussianStep
+from flowrl.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
+from flowrl.types import Batch, Role, Transitions
+
+
+@dataclass(frozen=True)
+class FlowGRPOConfig(TransitionConfig):
+    """Settings of Flow-GRPO."""
+
+    group_size: int = 8
+    """Samples of the same context per iteration, whose rewards are compared; must divide n_samples."""
+    beta: float = 0.04
+    """Strength of the KL divergence of every step from the reference's."""
+    window: int = 0
+    """Noisy (and trained) steps, all others being ODE steps (MixGRPO, Flow-GRPO-Fast); 0 takes all but the last."""
+    window_start: int = 0
+    """First step of the window."""
+    window_stride: int = 0
+    """Steps by which the window slides per iteration, back to `window_start` after the end; 0 leaves it."""
+    branch: bool = False
+    """Samples of a group share their noise up to the window, so that they differ by its noise alone (TempFlow)."""
+    step_weighting: Literal["none", "noise"] = "none"
+    """"noise" weights each step by the size of its noise, mean one (TempFlow)."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """"guard" takes the ratio whose logarithm has mean zero at every step (GRPO-Guard)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.beta >= 0, f"beta must not be negative, not {self.beta}.")
+        self.require(self.group_size > 1, "group_size must be at least 2: rewards are compared within a group.")
+        self.require(
+            self.window_start >= 0 and self.window >= 0 and self.window_stride >= 0,
+            "window, window_start and window_stride must not be negative.",
+        )
+        end = self.window_start + self.path_steps()
+        self.require(
+            end <= self.rollout_steps - 1,
+            f"The window of {self.path_steps()} steps from step {self.window_start} passes the last noisy step, "
+            f"{self.rollout_steps - 2}.",
+        )
+        chunk = self.rollout_batch_size or self.n_samples
+        self.require(
+            not self.branch or chunk % self.group_size == 0,
+            f"branch needs whole groups: group_size = {self.group_size} must divide rollout_batch_size = {chunk}.",
+        )
+
+    def path_steps(self) -> int:
+        """Noisy steps per sample."""
+        return self.window or self.rollout_steps - 1
+
+
+@register_algorithm("flow_grpo")
+class FlowGRPO(TransitionAlgorithm):
+    """Group-relative policy optimisation of a flow's SDE sampler."""
+
+    Config: ClassVar[type[FlowConfig]] = FlowGRPOConfig
+    config: FlowGRPOConfig
+
+    @classmethod
+    def copies_for(cls, config: FlowGRPOConfig) -> set[Role]:
+        """The guarded ratio compares with the means of the sampling network."""
+        copies = super().copies_for(config)
+        return copies | {"behaviour"} if config.ratio == "guard" else copies
+
+    def window(self) -> range:
+        """The noisy steps of this iteration."""
+        config, size = self.config, self.config.path_steps()
+        places = config.rollout_steps - size - config.window_start  # where the window can begin
+        start = config.window_start + self.iteration * config.window_stride % max(1, places)
+        return range(start, start + size)
+
+    def draw_noise(self, n: int) -> torch.Tensor:
+        """Noise (n, *latent_shape); the same for a whole group where samples branch."""
+        if not self.config.branch:
+            return super().draw_noise(n)
+        return super().draw_noise(n // self.config.group_size).repeat_interleave(self.config.group_size, dim=0)
+
+    def score(self, rollout: Batch) -> torch.Tensor:
+        """Advantages (B,) relative to the group; zero where all of a group agree."""
+        return group_advantage(rollout.reward, self.config.group_size, self.config.max_advantage)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
+        config = self.config
+        steps, step = self.recorded(batch)
+        ratio = self.ratio(batch, steps, step)
+        objective = clipped_objective(ratio, batch.weight, config.clip_range)
+        if config.step_weighting == "noise":
+            objective = objective * self.noise_weight(steps)
+        metrics = {"clip_fraction": clip_fraction(ratio, config.clip_range)}
+        if config.beta == 0:
+            return objective.mean(), metrics
+        kl = step.kl(self.reference_step(batch))
+        return (objective + config.beta * kl).mean(), {**metrics, "kl": kl.mean()}
+
+    def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
+        """Ratio (B,) of each step's probability now to when it was drawn."""
+        if self.config.ratio == "plain":
+            return (step.mean_log_prob(steps.x_next) - steps.log_prob).exp()
+        old = self.policy.transition(steps, batch.contexts, self.sde, "behaviour")
+        log_ratio = step.mean_log_prob(steps.x_next) - old.mean_log_prob(steps.x_next)
+        distance = (step.mean - old.mean).square().flatten(1).mean(1)
+        return (step.std * log_ratio + distance / (2 * step.std)).exp()
+
+    def noise_weight(self, steps: Transitions) -> torch.Tensor:
+        """Standard deviation of each step's noise (B,), in units of its mean over the window."""
+        times = self.policy.times()
+        window = torch.tensor(list(self.window()), device=times.device)
+
+        def std(k: torch.Tensor) -> torch.Tensor:
+            t, t_next = times[k], times[k + 1]
+            return self.sde.diffusion(t, t_next) * (t_next - t).sqrt()
+
+        return std(steps.k) / std(window).mean()

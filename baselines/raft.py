@@ -1,0 +1,66 @@
+"""RAFT (Dong et al., TMLR 2023, arXiv 2304.06767): fine-tune on the best samples only.
+
+Repeat: draw K samples per context, keep the best (or all above a threshold), and fit those by plain flow matching.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from flowrl.config import FlowConfig
+from flowrl.losses import best_of_groups
+from flowrl.orw_w2 import ORWCFMW2, ORWConfig
+from flowrl.registry import register_algorithm
+from flowrl.types import Batch
+
+
+@dataclass(frozen=True)
+class RAFTConfig(ORWConfig):
+    """Settings of RAFT; `tau` and the normalisation of weights have no effect."""
+
+    group_size: int = 8
+    """K: samples of the same context per iteration, of which the best are kept; must divide n_samples."""
+    target: Literal["residual", "plain"] = "plain"
+    """"plain", as published; "residual" also moves away from the samples that are not kept."""
+    n_best: int = 1
+    """How many of the K are kept."""
+    threshold: float = -math.inf
+    """Keeps only samples whose reward is above this, of the best."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            0 < self.n_best < self.group_size or (self.n_best == self.group_size and self.threshold > -math.inf),
+            f"n_best = {self.n_best} of group_size = {self.group_size} leaves nothing to choose: it must be smaller, "
+            "or equal with a threshold.",
+        )
+
+
+@register_algorithm("raft")
+class RAFT(ORWCFMW2):
+    """Reward-ranked fine-tuning."""
+
+    Config: ClassVar[type[FlowConfig]] = RAFTConfig
+    config: RAFTConfig
+
+    def score(self, rollout: Batch) -> torch.Tensor:
+        """Weights (B,): equal for the samples kept, zero for all others, mean one."""
+        kept = best_of_groups(rollout.reward, self.config.group_size, self.config.n_best)
+        weight = (kept & (rollout.reward > self.config.threshold)).float()
+        return weight / weight.mean().clamp_min(1e-6)
+
+    def minibatches(self) -> Iterator[Batch]:
+        """The plain target fits what is kept; the residual one also moves away from all others."""
+        if self.config.target == "residual":
+            yield from super().minibatches()
+            return
+        n_kept = self.buffer.size // self.config.group_size * self.config.n_best
+        kept = self.buffer.weight.topk(n_kept).indices
+        order = kept[torch.randperm(n_kept, generator=self.generator, device=self.device)]
+        for index in order.split(self.config.batch_size):
+            yield self.buffer.rows(index)

@@ -1,0 +1,105 @@
+"""RWR: reward-weighted regression (Peters and Schaal 2007; Lee et al. 2023, arXiv 2302.12192) for flows.
+
+Offline: draw samples of the reference once (or take given ones), then fit them with weights `exp(tau r)`: the result
+is `q_ref e^{tau r} / Z`. Online: draw anew from the fitted flow in every iteration, which is ORW-CFM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from flowrl.config import FlowConfig
+from flowrl.errors import ConfigError
+from flowrl.orw_w2 import ORWCFMW2, ORWConfig
+from flowrl.registry import register_algorithm
+from flowrl.types import Role
+
+
+@dataclass(frozen=True)
+class RWRConfig(ORWConfig):
+    """Settings of RWR."""
+
+    mode: Literal["offline", "online"] = "offline"
+    """"offline" fits samples of the reference (or of `data`), "online" those of the flow as it is fitted."""
+    data: str = ""
+    """File (safetensors) with given samples to fit offline: "x_1" (N, *latent_shape) and "contexts" (N,) int64."""
+    target: Literal["residual", "plain"] = "plain"
+    """"plain", as published; "residual" for what differs between rewards only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.mode in ("offline", "online"), f"mode must be 'offline' or 'online', not '{self.mode}'.")
+        self.require(not self.data or self.mode == "offline", "data is what mode 'offline' fits; it needs that mode.")
+        self.require(
+            not self.data or self.target == "plain",
+            "The residual target takes the samples to be the reference's own: data needs target 'plain'.",
+        )
+
+
+@register_algorithm("rwr")
+class RWR(ORWCFMW2):
+    """Reward-weighted regression."""
+
+    Config: ClassVar[type[FlowConfig]] = RWRConfig
+    config: RWRConfig
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.data = read_samples(Path(self.config.data), self) if self.config.data else None
+
+    @classmethod
+    def copies_for(cls, config: Any) -> set[Role]:
+        """Offline, the samples and `v_old` are the reference's: no further copy."""
+        copies = super().copies_for(config)
+        return copies - {"behaviour"} if config.mode == "offline" else copies
+
+    @property
+    def behaviour_role(self) -> Role:
+        """Offline, the reference draws the samples."""
+        return "reference" if self.config.mode == "offline" else super().behaviour_role
+
+    def draw_contexts(self) -> torch.Tensor:
+        """Given samples bring their own contexts."""
+        if self.data is None:
+            return super().draw_contexts()
+        _, contexts = self.data
+        self.rows = torch.randint(len(contexts), (self.config.n_samples,), generator=self.generator, device=self.device)
+        return contexts[self.rows]
+
+    def draw_latents(self, contexts: torch.Tensor) -> torch.Tensor:
+        """Latents of the reference, of the flow in training (online), or given ones."""
+        if self.data is None:
+            return super().draw_latents(contexts)
+        done = self.buffer.size
+        return self.data[0][self.rows[done : done + len(contexts)]]
+
+
+def read_samples(path: Path, model: RWR) -> tuple[torch.Tensor, torch.Tensor]:
+    """Given samples: `x_1` (N, *latent_shape), in the flow's own (latent) space, and `contexts` (N,).
+
+    Raises:
+        ConfigError: The file is missing or damaged, or its tensors do not fit the flow and the environment.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path, device=str(model.device))
+        x_1, contexts = tensors["x_1"].float(), tensors["contexts"].long()
+    except Exception as error:
+        raise ConfigError(
+            f"Cannot read samples from '{path}': {type(error).__name__} {error}. It must be a safetensors file with "
+            "'x_1' and 'contexts'."
+        ) from error
+    shape, n_contexts = model.policy.model.latent_shape, len(model.env.core.contexts)
+    if x_1.shape[1:] != shape or contexts.shape != x_1.shape[:1] or len(x_1) == 0:
+        raise ConfigError(
+            f"The samples in '{path}' do not fit: x_1 must be (N, {', '.join(map(str, shape))}) and contexts (N,), "
+            f"not {tuple(x_1.shape)} and {tuple(contexts.shape)}."
+        )
+    if not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
+        raise ConfigError(f"The contexts in '{path}' must be indices from 0 to {n_contexts - 1}.")
+    return x_1, contexts

@@ -1,0 +1,218 @@
+"""Baselines against closed forms, and what each of them needs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import flowrl
+from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward
+from flowrl.errors import ConfigError
+from flowrl.likelihood import log_prob
+from flowrl.metrics import wasserstein2
+from flowrl.steering import Steering, steer
+from flowrl.types import Batch
+
+N = 2000
+FIT = {"n_samples": 1024, "batch_size": 512, "n_epochs": 2, "rollout_steps": 10, "solver": "midpoint"}
+FIT |= {"learning_rate": 1e-3, "ema_decay": 0.98}
+
+
+def assert_matches(model, exact) -> None:
+    generator = torch.Generator().manual_seed(7)
+    floor = wasserstein2(exact(N, generator), exact(N, generator))
+    samples = model.policy.sample(n=N, steps=20, solver="midpoint")
+    assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
+
+
+@pytest.mark.parametrize("target", ["plain", "residual"])
+def test_offline_rwr_gives_the_tilt(target: str) -> None:
+    """C6: q_ref e^{tau r} / Z, however long it goes on."""
+    env = flowrl.make("gaussians-linear")
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", tau=0.8, target=target, **FIT)
+    model.learn(60 * 1024)
+    assert_matches(model, env.mixture.tilt(0.8, linear=(1.0, 0.0)).sample)
+
+
+def test_online_rwr_goes_on_tilting() -> None:
+    env = flowrl.make("gaussians-linear")
+    settings = {**FIT, "n_samples": 2048, "refresh_every": 40}
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", mode="online", tau=0.3, **settings)
+    model.learn(3 * 40 * 2048)
+    assert_matches(model, env.mixture.tilt(3 * 0.3, linear=(1.0, 0.0)).sample)
+
+
+def test_rwr_fits_given_samples(tmp_path) -> None:
+    """Samples of another law than the flow's, tilted: no sample of the flow is drawn."""
+    env, other = flowrl.make("gaussians-linear"), GaussianMixture([[1.0, 1.0]], [[[0.5, 0.2], [0.2, 0.3]]])
+    file = tmp_path / "samples.safetensors"
+    n = 20_000
+    save_file({"x_1": other.sample(n), "contexts": torch.zeros(n, dtype=torch.long)}, file)
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", tau=0.5, data=str(file), **FIT)
+    model.learn(150 * 1024)
+    assert_matches(model, other.tilt(0.5, linear=(1.0, 0.0)).sample)
+    assert model.policy.evaluations <= 150 * 1024 * 2 * 4  # updates and drift, no rollout
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"x_1": torch.zeros(4, 3), "contexts": torch.zeros(4, dtype=torch.long)}, r"x_1 must be \(N, 2\)"),
+        ({"x_1": torch.zeros(4, 2), "contexts": torch.ones(4, dtype=torch.long)}, "indices from 0 to 0"),
+        ({"x_1": torch.zeros(4, 2)}, "Cannot read samples"),
+    ],
+)
+def test_rwr_says_what_is_wrong_with_given_samples(tmp_path, tensors: dict, message: str) -> None:
+    save_file(tensors, tmp_path / "samples.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        flowrl.RWR("FlowPolicy", "gaussians-linear", device="cpu", data=str(tmp_path / "samples.safetensors"))
+
+
+def test_rwr_settings_that_contradict_each_other() -> None:
+    for settings in ({"mode": "online", "data": "x"}, {"target": "residual", "data": "x"}, {"mode": "both"}):
+        with pytest.raises(ConfigError):
+            flowrl.RWR.Config(**settings)
+
+
+@pytest.mark.parametrize("target", ["plain", "residual"])
+def test_raft_moves_as_far_as_the_best_of_k(target: str) -> None:
+    """One round on N(0, 1) with r = x gives the law of the largest of K: KL log K - (K - 1) / K to the reference."""
+    k = 4
+    env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
+    settings = {**FIT, "n_samples": 2048, "refresh_every": 10**6, "target": target}
+    model = flowrl.RAFT("FlowPolicy", env, seed=0, device="cpu", group_size=k, **settings)
+    model.learn(80 * 2048)
+    best = torch.randn(N, k).amax(1, keepdim=True)
+    samples = model.policy.sample(n=N, steps=20, solver="midpoint")
+    assert wasserstein2(samples, best) < 0.1
+    # of the reference's quantile u, the largest of K has density K u^(K-1): the KL is that of u to uniform
+    quantile = torch.special.ndtr(model.policy.sample(n=50_000, steps=20, solver="midpoint").flatten().double())
+    density = torch.histc(quantile.float(), 50, 0, 1) / 50_000 * 50
+    kl = (density * density.clamp_min(1e-9).log()).mean().item()
+    assert kl == pytest.approx(math.log(k) - (k - 1) / k, abs=0.06)
+
+
+def test_raft_weights_by_hand() -> None:
+    model = flowrl.RAFT("FlowPolicy", "gaussians-linear", device="cpu", group_size=4, n_best=2, threshold=0.5)
+    reward = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.1, 0.2, 0.3, 0.6])
+    weight = model.score(Batch(torch.zeros(8, 2), torch.zeros(8, dtype=torch.long), reward, reward))
+    assert weight.tolist() == pytest.approx([0, 0, 8 / 3, 8 / 3, 0, 0, 0, 8 / 3])
+
+
+def test_raft_fits_only_what_it_keeps() -> None:
+    model = flowrl.RAFT("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=64, group_size=8)
+    model.learn(64)
+    kept = torch.cat([batch.reward for batch in model.minibatches()])
+    assert sorted(kept.tolist()) == sorted(model.buffer.reward.view(8, 8).amax(1).tolist())
+
+
+@pytest.mark.parametrize("n_best", [0, 8, 9])
+def test_raft_must_choose(n_best: int) -> None:
+    with pytest.raises(ConfigError, match="leaves nothing to choose"):
+        flowrl.RAFT.Config(group_size=8, n_best=n_best)
+
+
+def steered(env, steering: Steering, n: int) -> torch.Tensor:
+    model = flowrl.ORWCFM("FlowPolicy", env, seed=0, device="cpu", rollout_steps=30)
+    generator = torch.Generator().manual_seed(3)
+    return steer(model, steering, torch.zeros(n, dtype=torch.long), generator)
+
+
+def test_best_of_n_is_the_law_of_the_best() -> None:
+    """KL log n - (n - 1) / n, and W2 to the largest of n normals."""
+    env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
+    n = 6
+    samples = steered(env, Steering("best_of_n", n), 10_000)
+    assert wasserstein2(samples[:N], torch.randn(N, n).amax(1, keepdim=True)) < 0.1
+    density = torch.histc(torch.special.ndtr(samples.flatten()), 50, 0, 1) / 10_000 * 50
+    kl = (density * density.clamp_min(1e-9).log()).mean().item()
+    assert kl == pytest.approx(math.log(n) - (n - 1) / n, abs=0.05)
+
+
+def test_smc_reaches_the_tilt() -> None:
+    """q_ref e^{r / lambda}; best-of-n with as many samples is somewhere else."""
+    env = flowrl.make("gaussians-linear")
+    exact = env.mixture.tilt(1 / 1.25, linear=(1.0, 0.0)).sample
+    samples = steered(env, Steering("smc", 16, temperature=1.25), N)
+    generator = torch.Generator().manual_seed(7)
+    floor = wasserstein2(exact(N, generator), exact(N, generator))
+    assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
+    best = steered(env, Steering("best_of_n", 16), N)
+    assert wasserstein2(best, exact(N, generator)) > 0.5
+
+
+def test_steering_of_one_is_no_steering() -> None:
+    env = flowrl.make("gaussians-linear")
+    for method in ("best_of_n", "smc"):
+        samples = steered(env, Steering(method, 1), N)
+        generator = torch.Generator().manual_seed(7)
+        exact = env.mixture.sample
+        assert (
+            wasserstein2(samples, exact(N, generator))
+            <= 1.5 * wasserstein2(exact(N, generator), exact(N, generator)) + 0.05
+        )
+
+
+def test_steering_keeps_contexts_apart() -> None:
+    model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device="cpu", rollout_steps=4)
+    contexts = torch.tensor([3, 7, 11])
+    for method in ("best_of_n", "smc"):
+        x_1 = steer(model, Steering(method, 3, 0.1), contexts, torch.Generator().manual_seed(0), guidance_scale=2.0)
+        assert x_1.shape == (3, *model.policy.model.latent_shape)
+        assert model.env.core.evaluate(model.policy.decode(x_1), contexts).reward.shape == (3,)
+
+
+@pytest.mark.parametrize("settings", [{"n": 0}, {"temperature": 0.0}, {"ess_threshold": 2.0}, {"method": "magic"}])
+def test_steering_settings(settings: dict) -> None:
+    with pytest.raises(ConfigError):
+        Steering(**settings)
+
+
+def test_evaluation_of_steering_counts_its_cost() -> None:
+    model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device="cpu", rollout_steps=10)
+    result = flowrl.evaluate(model, 256, steering=Steering("best_of_n", 5))
+    assert result.evaluations_per_sample == 50
+    assert result.reward_mean > result.reference.reward_mean + 0.5
+    assert flowrl.evaluate(model, 256).evaluations_per_sample == 10
+    assert model.policy.evaluations == 0
+
+
+def test_log_prob_of_the_exact_field() -> None:
+    """Against the mixture's own density; exact divergence and Hutchinson's estimate."""
+    mixture = GaussianMixture([[0.0, 1.0], [1.5, -0.5]], [[[0.3, 0.1], [0.1, 0.4]], [[0.2, 0.0], [0.0, 0.5]]])
+    x = mixture.sample(500, torch.Generator().manual_seed(0))
+    field = lambda x, t: mixture.velocity(t, x)  # noqa: E731
+    exact = log_prob(field, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(exact, mixture.log_prob(x), atol=2e-3, rtol=0)
+    generator = torch.Generator().manual_seed(1)
+    estimate = log_prob(field, x, divergence="hutchinson", n_probes=200, generator=generator)
+    assert (estimate - exact).mean().abs() < 0.02
+    assert (estimate - exact).std() < 0.2
+
+
+def test_likelihoods_give_the_divergence_between_mixtures() -> None:
+    """E_p[log p - log q] from the flows' likelihoods, and the integral of t / (1 - t) |v_p - v_q|^2 (orw_kl's)."""
+    p = GaussianMixture([[-1.0], [1.5]], [[[0.3]], [[0.2]]], [0.4, 0.6])
+    q = p.tilt(0.7, linear=(1.0,))
+    n = 20_000
+    x = p.sample(n, torch.Generator().manual_seed(0))
+    values = [log_prob(lambda x, t, m=m: m.velocity(t, x), x[:4000]) for m in (p, q)]
+    true = (p.log_prob(x) - q.log_prob(x)).mean().item()
+    assert (values[0] - values[1]).mean().item() == pytest.approx(true, abs=0.03)
+    t = torch.rand(n) * 0.999
+    x_t = (1 - t)[:, None] * torch.randn(n, 1) + t[:, None] * x
+    cheap = (t / (1 - t)) * (p.velocity(t, x_t) - q.velocity(t, x_t)).square().sum(1)
+    assert cheap.mean().item() == pytest.approx(true, abs=0.03)
+
+
+@pytest.mark.slow
+def test_exact_kl_agrees_with_the_cheap_one() -> None:
+    """`kl` with beta stops at q_ref e^{r / beta}."""
+    env = flowrl.make("gaussians-linear")
+    settings = {**FIT, "n_samples": 512, "n_epochs": 4}
+    model = flowrl.ExactKL("FlowPolicy", env, seed=0, device="cpu", beta=1.25, tau=0.5, **settings)
+    model.learn(40 * 512)
+    assert_matches(model, env.mixture.tilt(1 / 1.25, linear=(1.0, 0.0)).sample)
