@@ -1,0 +1,284 @@
+"""Tables, curves and frontiers of a benchmark's finished cells."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowrl.checkpoint import write_json
+from flowrl.suite import Cell
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Entry = dict[str, Any]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#BCBD22")
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Mean over seeds, half-width of its 95 % interval (Student's t), and interquartile mean."""
+    from scipy import stats
+
+    x = np.array([v for v in values if v is not None], dtype=float)
+    if len(x) == 0:
+        return {"mean": math.nan, "half_width": math.nan, "iqm": math.nan, "n": 0}
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    return {"mean": x.mean(), "half_width": float(half), "iqm": float(stats.trim_mean(x, 0.25)), "n": len(x)}
+
+
+def collect(cells: Sequence[Cell], root: Path) -> list[Entry]:
+    """One entry per row, environment and swept value, over its finished seeds."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.env, cell.label), []).append(cell)
+    entries = []
+    for (env, label), members in groups.items():
+        results = [_read(root / cell.folder / "result.json") for cell in members]
+        finished = [result for result in results if result is not None]
+        entry: Entry = {"env": env, "label": label, "row": members[0].row, "swept": members[0].swept}
+        entry |= {"settings": members[0].settings or members[0].steer, "seeds_finished": len(finished)}
+        entry["seeds_failed"] = sum((root / cell.folder / "error.txt").exists() for cell in members)
+        if finished:
+            for key in ("reward_mean", "diversity", "drift", "w2_to_optimum", "w2_floor"):
+                entry[key] = summary([r[key] for r in finished])
+            entry["components"] = {
+                k: summary([r["components"][k] for r in finished]) for k in finished[0]["components"]
+            }
+            for key in ("reward_mean", "diversity"):
+                entry[f"reference_{key}"] = summary([r["reference"][key] for r in finished])
+            entry["evaluations_per_sample"] = finished[0]["evaluations_per_sample"]
+            entry["cost"] = {key: float(np.mean([r["cost"][key] for r in finished])) for key in finished[0]["cost"]}
+            entry["curve"] = _curve([_read(root / cell.folder / "curve.json") or [] for cell in members])
+            entry["folders"] = [cell.folder for cell, result in zip(members, results) if result is not None]
+        entries.append(entry)
+    _add_speed(entries)
+    return entries
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _curve(curves: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Mean over seeds, iteration by iteration, as far as all have come."""
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return []
+    keys = ("evaluations", "seconds", "rollout/reward_mean", "rollout/diversity", "train/drift")
+    shortest = min(map(len, curves))
+    return [
+        {key: float(np.mean([curve[i][key] for curve in curves])) for key in keys if key in curves[0][i]}
+        for i in range(shortest)
+    ]
+
+
+def _add_speed(entries: Sequence[Entry]) -> None:
+    """Network evaluations until 90 % of the environment's best gain in reward, from the curves of training."""
+    for env in {entry["env"] for entry in entries}:
+        trained = [e for e in entries if e["env"] == env and e.get("curve")]
+        if not trained:
+            continue
+        start = trained[0]["reference_reward_mean"]["mean"]
+        goal = start + 0.9 * (max(e["reward_mean"]["mean"] for e in trained) - start)
+        for entry in trained:
+            reached = [p["evaluations"] for p in entry["curve"] if p["rollout/reward_mean"] >= goal]
+            entry["evaluations_to_90_percent"] = reached[0] if reached else None
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """One table per environment."""
+    parts = []
+    for env in dict.fromkeys(entry["env"] for entry in entries):
+        here = [entry for entry in entries if entry["env"] == env]
+        done = [entry for entry in here if entry["seeds_finished"]]
+        if not done:
+            parts.append(f"### {env}\n\nNo cell has finished.\n")
+            continue
+        exact = not math.isnan(done[0]["w2_to_optimum"]["mean"])
+        reference = done[0]["reference_reward_mean"]["mean"], done[0]["reference_diversity"]["mean"]
+        head = ["algorithm", "reward", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
+        head += [*done[0]["components"], "network evaluations", "to 90 %", "samples", "updates", "minutes", "seeds"]
+        lines = [f"### {env}", "", f"Before training: reward {reference[0]:.3g}, diversity {reference[1]:.3g}."]
+        if exact:
+            lines[-1] += f" W2 of exact samples against each other: {done[0]['w2_floor']['mean']:.3g}."
+        lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(_row(entry, exact, done[0])) + " |" for entry in here]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
+    if not entry["seeds_finished"]:
+        return [entry["label"], f"failed ({entry['seeds_failed']} seeds)"]
+    cost = entry["cost"]
+    cells = [entry["label"], _interval(entry["reward_mean"]), f"{entry['reward_mean']['iqm']:.3g}"]
+    cells += [_interval(entry["diversity"]), f"{entry['drift']['mean']:.2g}"]
+    cells += [_interval(entry["w2_to_optimum"])] if exact else []
+    cells += [f"{entry['components'][key]['mean']:.3g}" for key in example["components"]]
+    to_90 = entry.get("evaluations_to_90_percent")
+    cells.append(f"{cost['network_evaluations']:.2g}")
+    cells.append("" if to_90 is None else f"{to_90:.2g}")
+    cells += [f"{cost['samples']:.0f}", f"{cost['gradient_steps']:.0f}", f"{cost['training_seconds'] / 60:.1f}"]
+    return [*cells, str(entry["seeds_finished"])]
+
+
+def _interval(values: dict[str, float]) -> str:
+    half = values["half_width"]
+    return f"{values['mean']:.3g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
+
+
+def colours(entries: Sequence[Entry]) -> dict[str, str]:
+    """A colour for each row."""
+    rows = dict.fromkeys(entry["row"] for entry in entries)
+    return {row: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
+
+
+def learning_curves(entries: Sequence[Entry]) -> Figure:
+    """Reward and diversity of the rollouts against network evaluations, per environment."""
+    from matplotlib.figure import Figure
+
+    envs, colour = list(dict.fromkeys(entry["env"] for entry in entries)), colours(entries)
+    figure = Figure(figsize=(11, 3.6 * len(envs)), layout="constrained")
+    for i, env in enumerate(envs):
+        for j, (key, title) in enumerate((("rollout/reward_mean", "reward"), ("rollout/diversity", "diversity"))):
+            axes = figure.add_subplot(len(envs), 2, 2 * i + j + 1)
+            seen: set[str] = set()
+            for entry in entries:
+                points = entry.get("curve")
+                if entry["env"] != env or not points:
+                    continue
+                name = entry["row"] if entry["row"] not in seen else None
+                seen.add(entry["row"])
+                x, y = [p["evaluations"] for p in points], [p[key] for p in points]
+                axes.plot(x, y, color=colour[entry["row"]], label=name, linewidth=1.2, alpha=0.8)
+            axes.set(title=f"{env}: {title} of the rollouts", xlabel="network evaluations")
+            axes.grid(alpha=0.3)
+            if j == 0 and seen:
+                axes.legend(fontsize=7)
+    return figure
+
+
+def frontier(entries: Sequence[Entry]) -> Figure:
+    """Reward against diversity, per environment; the values of a sweep are joined."""
+    from matplotlib.figure import Figure
+
+    envs, colour = list(dict.fromkeys(entry["env"] for entry in entries)), colours(entries)
+    figure = Figure(figsize=(6.5, 4.4 * len(envs)), layout="constrained")
+    for i, env in enumerate(envs):
+        axes = figure.add_subplot(len(envs), 1, i + 1)
+        done = [entry for entry in entries if entry["env"] == env and entry["seeds_finished"]]
+        for row in dict.fromkeys(entry["row"] for entry in done):
+            points = [(e["diversity"]["mean"], e["reward_mean"]["mean"]) for e in done if e["row"] == row]
+            axes.plot(*zip(*points), "o-", color=colour[row], label=row, markersize=4, linewidth=1)
+        if done:
+            before = done[0]["reference_diversity"]["mean"], done[0]["reference_reward_mean"]["mean"]
+            axes.plot(*before, "k*", markersize=11, label="before training")
+            axes.legend(fontsize=7)
+        axes.set(title=env, xlabel="diversity", ylabel="reward")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _points(entries: Sequence[Entry], root: Path) -> str:
+    """The frontier of one environment as SVG; every point shows its settings and samples when pointed at."""
+    colour = colours(entries)
+    done = [entry for entry in entries if entry["seeds_finished"]]
+    xs, ys = ([e[key]["mean"] for e in done] for key in ("diversity", "reward_mean"))
+    xs.append(done[0]["reference_diversity"]["mean"])
+    ys.append(done[0]["reference_reward_mean"]["mean"])
+    width, height, margin = 760, 460, 50
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - min(xs)) / (max(xs) - min(xs) or 1)
+        up = (y - min(ys)) / (max(ys) - min(ys) or 1)
+        return margin + across * (width - 2 * margin), height - margin - up * (height - 2 * margin)
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="reward against diversity">']
+    parts.append(f'<text x="{width / 2}" y="{height - 8}" class="axis">diversity {min(xs):.3g} to {max(xs):.3g}</text>')
+    parts.append(f'<text x="12" y="24" class="left">reward {min(ys):.3g} to {max(ys):.3g}</text>')
+    for row in dict.fromkeys(entry["row"] for entry in done):
+        line = [place(e["diversity"]["mean"], e["reward_mean"]["mean"]) for e in done if e["row"] == row]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour[row]}" stroke-opacity="0.5"/>')
+    x, y = place(xs[-1], ys[-1])
+    parts.append(f'<text x="{x:.1f}" y="{y:.1f}" class="axis">★<title>before training</title></text>')
+    for entry in done:
+        x, y = place(entry["diversity"]["mean"], entry["reward_mean"]["mean"])
+        told = f"{entry['label']}\nreward {_interval(entry['reward_mean'])}, diversity {_interval(entry['diversity'])}"
+        told += f", drift {entry['drift']['mean']:.2g}\nsettings: {json.dumps(entry['settings'])}"
+        picture = base64.b64encode((root / entry["folders"][0] / "samples.png").read_bytes()).decode()
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour[entry["row"]]}" tabindex="0" '
+            f'data-told="{html.escape(told)}" data-picture="{picture}"><title>{html.escape(told)}</title></circle>'
+        )
+    return "\n".join([*parts, "</svg>"])
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
+svg {{ width: 100%; max-width: 760px; border: 1px solid #ccc; background: white; }}
+circle {{ cursor: pointer; }} circle:hover, circle:focus {{ stroke: black; stroke-width: 2; }}
+.axis {{ text-anchor: middle; font-size: 13px; }} .left {{ font-size: 13px; }}
+#shown {{ position: fixed; right: 1rem; top: 1rem; width: 19rem; background: white; color: black;
+  border: 1px solid #888; padding: .6rem; white-space: pre-wrap; font-size: 13px; }}
+#shown img {{ width: 100%; }} .key span {{ margin-right: 1rem; white-space: nowrap; }}
+</style></head><body>
+<h1>{title}</h1>
+<p>Each point is an algorithm at one setting, the mean over its seeds; lines join the values of a sweep. Point at one to
+see its settings and samples.</p>
+<p class="key">{key}</p>
+{body}
+<div id="shown">no point chosen</div>
+<script>
+const shown = document.getElementById("shown");
+for (const point of document.querySelectorAll("circle")) {{
+  const show = () => {{
+    shown.textContent = point.dataset.told;
+    const image = document.createElement("img");
+    image.src = "data:image/png;base64," + point.dataset.picture;
+    shown.append(image);
+  }};
+  point.addEventListener("mouseenter", show);
+  point.addEventListener("focus", show);
+}}
+</script>
+</body></html>
+"""
+
+
+def page(entries: Sequence[Entry], root: Path) -> str:
+    """The frontier as a self-contained HTML page."""
+    key = "".join(
+        f'<span style="color:{colour}">&#9679;</span><span>{html.escape(row)}</span>'
+        for row, colour in colours(entries).items()
+    )
+    body = []
+    for env in dict.fromkeys(entry["env"] for entry in entries):
+        here = [entry for entry in entries if entry["env"] == env]
+        if any(entry["seeds_finished"] for entry in here):
+            body.append(f"<h2>{html.escape(env)}</h2>\n{_points(here, root)}")
+    return PAGE.format(title=f"Benchmark {html.escape(root.name)}", key=key, body="\n".join(body))
+
+
+def write_comparison(cells: Sequence[Cell], root: Path) -> list[Path]:
+    """Write results.json, table.md, curves.png, frontier.png and frontier.html into `root`; returns their paths."""
+    entries = collect(cells, root)
+    paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
+    from flowrl.runfolder import without_nan
+
+    write_json(paths[0], without_nan(entries))
+    paths[1].write_text(markdown(entries))
+    learning_curves(entries).savefig(paths[2], dpi=110)
+    frontier(entries).savefig(paths[3], dpi=110)
+    paths[4].write_text(page(entries, root), encoding="utf-8")
+    return paths

@@ -1,0 +1,162 @@
+"""The benchmark program: suites, cells, failures, tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from flowrl.comparison import collect, markdown, page, summary
+from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.registry import ALGORITHMS
+from flowrl.suite import Cell, load_suite, suites
+
+SUITE = """
+description = "small"
+seeds = [0, 1]
+budget = 2_000
+eval_samples = 64
+
+[envs.gaussians-linear]
+
+[rows."ORW-CFM-W2"]
+algo = "orw_w2"
+settings = { n_samples = 64, rollout_steps = 4 }
+sweep = { alpha = [0.1, 3.0] }
+
+[rows."DDPO"]
+algo = "ddpo"
+settings = { n_samples = 64, rollout_steps = 4 }
+
+[rows."best of n"]
+steer = { method = "best_of_n", n = 3 }
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SUITE)
+    return path
+
+
+@pytest.mark.parametrize("name", suites())
+def test_shipped_suites_have_meaning_and_leave_no_algorithm_out(name: str) -> None:
+    cells = load_suite(name)
+    assert {cell.algo for cell in cells} - {""} == {
+        n for n, c in ALGORITHMS.items() if c.__module__.startswith("flowrl.")
+    }
+    assert len({cell.folder for cell in cells}) == len(cells)
+
+
+def test_choices_narrow_a_suite(suite: Path) -> None:
+    assert len(load_suite(str(suite))) == 8
+    cells = load_suite(str(suite), algos=["orw_w2"], seeds=[5], budget=7)
+    assert [(c.swept, c.seed, c.budget) for c in cells] == [({"alpha": 0.1}, 5, 7), ({"alpha": 3.0}, 5, 7)]
+    assert [c.steer for c in load_suite(str(suite), algos=["best_of_n"], seeds=[0])] == [
+        {"method": "best_of_n", "n": 3}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("budget = 2_000", "budgte = 2_000", "Did you mean 'budget'"),
+        ('algo = "ddpo"', 'algo = "ddp0"', "Did you mean 'ddpo'"),
+        ("[envs.gaussians-linear]", "[envs.gaussian-linear]", "Did you mean 'gaussians-linear'"),
+        ("alpha = [0.1, 3.0]", "alhpa = [0.1, 3.0]", "Did you mean 'alpha'"),
+        ("alpha = [0.1, 3.0]", "alpha = [-1.0]", "Row 'ORW-CFM-W2' on 'gaussians-linear': alpha must not be negative"),
+        ("alpha = [0.1, 3.0]", "alpha = [0.1], tau = [1.0]", "sweeps alpha, tau"),
+        ("n = 3", "m = 3", "setting of steering 'm'"),
+        ('algo = "ddpo"', "", "either an algo or how to steer"),
+        ("seeds = [0, 1]", "", "lacks 'seeds'"),
+        ("seeds = [0, 1]", "seeds = [0, 1", "damaged"),
+    ],
+)
+def test_mistakes_in_a_suite_stop_it(suite: Path, old: str, new: str, message: str) -> None:
+    suite.write_text(SUITE.replace(old, new, 1))
+    with pytest.raises((ConfigError, UnknownNameError), match=message):
+        load_suite(str(suite))
+
+
+def test_mistakes_in_a_choice() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'toy'"):
+        load_suite("toys")
+    with pytest.raises(UnknownNameError, match="Did you mean 'raft'"):
+        load_suite("toy", algos=["rafts"])
+    with pytest.raises(ConfigError, match="no suite file"):
+        load_suite("nowhere/mine.toml")
+
+
+def test_runs_resumes_and_compares(run_module, suite: Path, tmp_path: Path) -> None:
+    arguments = ("--suite", suite, "--workers", 2)
+    done = run_module("flowrl.benchmark", *arguments, "--seeds", 0, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    root = tmp_path / "benchmarks" / "small"
+    first = root / "cells" / "gaussians-linear" / "ddpo" / "seed-0" / "result.json"
+    written = first.stat().st_mtime_ns
+    result = json.loads(first.read_text())
+    assert result["cost"]["network_evaluations"] >= 2_000
+    assert result["cost"]["buffer_bytes"] > 64 * 2 * 4 * 4  # the path
+    done = run_module("flowrl.benchmark", *arguments, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 cells, 4 finished before" in done.stdout
+    assert first.stat().st_mtime_ns == written
+    entries = json.loads((root / "results.json").read_text())
+    assert [(e["label"], e["seeds_finished"]) for e in entries] == [
+        ("ORW-CFM-W2, alpha = 0.1", 2), ("ORW-CFM-W2, alpha = 3", 2), ("DDPO", 2), ("best of n", 2),
+    ]  # fmt: skip
+    table = (root / "table.md").read_text()
+    assert "| DDPO |" in table
+    assert "W2 to optimum" in table
+    frontier = (root / "frontier.html").read_text()
+    assert frontier.count("<circle") == 4
+    assert "http" not in frontier  # self-contained
+    for name in ("curves.png", "frontier.png"):
+        assert (root / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_cell_is_recorded_and_the_others_go_on(run_module, suite: Path, tmp_path: Path) -> None:
+    broken = SUITE.replace('algo = "ddpo"', 'algo = "rwr"').replace(
+        "settings = { n_samples = 64, rollout_steps = 4 }\n\n", 'settings = { data = "nowhere.safetensors" }\n\n'
+    )
+    suite.write_text(broken)
+    done = run_module("flowrl.benchmark", "--suite", suite, "--seeds", 0, "--algos", "rwr", "best_of_n", timeout=300)
+    assert done.returncode == 1
+    assert "FAILED" in done.stdout
+    root = tmp_path / "benchmarks" / "small"
+    error = root / "cells" / "gaussians-linear" / "ddpo" / "seed-0" / "error.txt"
+    assert "nowhere.safetensors" in error.read_text()
+    assert "| DDPO | failed (1 seeds) |" in (root / "table.md").read_text()
+    assert "| best of n |" in (root / "table.md").read_text()
+
+
+def test_no_arguments_and_dry_run(run_module, suite: Path, tmp_path: Path) -> None:
+    done = run_module("flowrl.benchmark")
+    assert done.returncode == 0
+    assert "suites: " in done.stdout
+    done = run_module("flowrl.benchmark", "--suite", suite, "--dry-run")
+    assert done.returncode == 0
+    assert "8 cells" in done.stdout
+    assert not (tmp_path / "benchmarks").exists()
+    done = run_module("flowrl.benchmark", "--suite", "tyo")
+    assert done.returncode == 2
+    assert "Did you mean 'toy'" in done.stderr
+
+
+def test_summary_by_hand() -> None:
+    values = summary([1.0, 2.0, 3.0, 10.0])
+    assert values["mean"] == 4.0
+    assert values["iqm"] == 2.5
+    assert values["half_width"] == pytest.approx(3.1824 * math.sqrt(16.6667) / 2, rel=1e-3)
+    assert math.isnan(summary([1.0])["half_width"])
+    assert summary([None, 2.0])["n"] == 1
+
+
+def test_nothing_finished_is_said(tmp_path: Path) -> None:
+    cells = [Cell("DDPO", "gaussians-linear", "ddpo", 0, 1, 1)]
+    entries = collect(cells, tmp_path)
+    assert "No cell has finished" in markdown(entries)
+    assert "<svg" not in page(entries, tmp_path)
