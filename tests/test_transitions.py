@@ -180,8 +180,16 @@ class Shift(nn.Module):
         return base + (self.b * (1 - t) * (t < self.until))[:, None]
 
 
-@pytest.mark.parametrize("cls", ALGORITHMS)
-def test_policy_gradient_is_the_gradient_of_the_expected_reward(cls: type) -> None:
+@pytest.mark.parametrize(
+    ("cls", "own"),
+    [
+        (flowrl.DDPO, {}),
+        (flowrl.DDPO, {"variant": "sf"}),
+        (flowrl.DPOK, {"critic": False, "beta": 0.0, "standardise": "none"}),
+        (flowrl.FlowGRPO, {"beta": 0.0, "group_size": 10}),
+    ],
+)
+def test_policy_gradient_is_the_gradient_of_the_expected_reward(cls: type, own: dict) -> None:
     """Against finite differences over the same noise, on a 1-D flow; the last step, which has no noise, is fixed."""
     n, n_steps = 40_000, 5
     until = time_grid(n_steps)[-2].item()
@@ -189,9 +197,7 @@ def test_policy_gradient_is_the_gradient_of_the_expected_reward(cls: type) -> No
         GaussianMixture([[0.0]], [[0.25]]), QuadraticReward(((1.0,),), (1.0,)), flow=lambda: Shift(until)
     )
     settings = {"n_samples": n, "rollout_steps": n_steps, "batch_size": 10**6}
-    settings |= {"critic": False, "beta": 0.0, "standardise": "none"} if cls is flowrl.DPOK else {}
-    settings |= {"beta": 0.0, "group_size": 10} if cls is flowrl.FlowGRPO else {}
-    model = recorded(cls, env, **settings)
+    model = recorded(cls, env, **settings, **own)
     reward = model.buffer.reward
     model.buffer.weight.copy_(reward - reward.mean())  # the plain advantage, not each method's scaling of it
     (batch,) = model.minibatches()
