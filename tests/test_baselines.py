@@ -216,3 +216,27 @@ def test_exact_kl_agrees_with_the_cheap_one() -> None:
     model = flowrl.ExactKL("FlowPolicy", env, seed=0, device="cpu", beta=1.25, tau=0.5, **settings)
     model.learn(40 * 512)
     assert_matches(model, env.mixture.tilt(1 / 1.25, linear=(1.0, 0.0)).sample)
+
+
+@pytest.mark.parametrize(
+    ("cls", "strength", "values", "own"),
+    [
+        (flowrl.ORWCFMW2, "alpha", (0.1, 1.0, 10.0), {"tau": 0.5}),
+        (flowrl.ORWCFMKL, "alpha", (0.1, 1.0, 10.0), {"tau": 0.5}),
+        (flowrl.DPOK, "beta", (0.0, 1.0, 30.0), {"clip_range": 0.1}),
+        (flowrl.FlowGRPO, "beta", (0.0, 1.0, 30.0), {"clip_range": 0.1}),
+        (flowrl.ExactKL, "beta", (0.1, 1.0, 10.0), {"tau": 0.3, "tolerance": 0.01}),
+    ],
+)
+def test_regularisation_trades_reward_for_closeness(cls: type, strength: str, values: tuple, own: dict) -> None:
+    """The stronger, the nearer to the reference and the lower the reward; the weakest gets far above it."""
+    settings = {"n_samples": 256, "batch_size": 256, "n_epochs": 2, "learning_rate": 1e-3, "rollout_steps": 8, **own}
+    drifts, rewards = [], []
+    for value in values:
+        model = cls("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **{strength: value}, **settings)
+        result = flowrl.evaluate(model.learn(10 * 256), 512)
+        drifts.append(result.drift)
+        rewards.append(result.reward_mean)
+    assert drifts == sorted(drifts, reverse=True)
+    assert rewards == sorted(rewards, reverse=True)
+    assert rewards[0] > rewards[-1] + 1.0
