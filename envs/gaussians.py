@@ -309,11 +309,17 @@ def _factory(kind: str) -> Callable[[GaussiansConfig], GaussiansEnv]:
     return make
 
 
+RECOMMENDED = {
+    f"{algo}.{name}": value
+    for algo in ("ddpo", "dpok", "flow_grpo")  # log-probabilities here are means over two dimensions only
+    for name, value in {"learning_rate": 1e-3, "clip_range": 0.1, "batch_size": 512}.items()
+}
 SPECS = [
     EnvSpec(
         name=f"gaussians-{kind}",
         factory=_factory(kind),
         config=GaussiansConfig(),
+        recommended=lambda config: RECOMMENDED,
         total_timesteps=50_000,
         summary=f"eight Gaussians in the plane; {what}; the exact optimum is known",
     )
