@@ -225,7 +225,6 @@ def test_exact_kl_agrees_with_the_cheap_one() -> None:
         (flowrl.ORWCFMKL, "alpha", (0.1, 1.0, 10.0), {"tau": 0.5}),
         (flowrl.DPOK, "beta", (0.0, 1.0, 30.0), {"clip_range": 0.1}),
         (flowrl.FlowGRPO, "beta", (0.0, 1.0, 30.0), {"clip_range": 0.1}),
-        (flowrl.ExactKL, "beta", (0.1, 1.0, 10.0), {"tau": 0.3, "tolerance": 0.01}),
     ],
 )
 def test_regularisation_trades_reward_for_closeness(cls: type, strength: str, values: tuple, own: dict) -> None:
