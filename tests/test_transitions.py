@@ -260,7 +260,8 @@ def test_ddpo_statistics_are_those_of_all_rewards_of_a_context() -> None:
 def test_score_function_needs_one_update_per_iteration() -> None:
     with pytest.raises(ConfigError, match="needs one gradient step per iteration, these settings make 36"):
         flowrl.DDPO("FlowPolicy", "gaussians-linear", variant="sf", batch_size=128)
-    flowrl.DDPO("FlowPolicy", "gaussians-linear", variant="sf", batch_size=128, accumulation=36, device="cpu").learn(512)
+    settings = {"variant": "sf", "batch_size": 128, "accumulation": 36}
+    flowrl.DDPO("FlowPolicy", "gaussians-linear", device="cpu", **settings).learn(512)
 
 
 def test_grpo_window_slides_and_returns() -> None:
