@@ -32,7 +32,7 @@ class DDPOConfig(TransitionConfig):
             self.variant == "is" or one_update,
             "The score function is right only for the policy that drew the samples: variant 'sf' needs one gradient "
             f"step per iteration, these settings make {self.updates_per_iteration()}. Set n_epochs = 1 and "
-            f"accumulation = {-(-self.n_samples * self.path_steps() // self.batch_size)}, or variant 'is'.",
+            f"accumulation = {-(-self.rows_per_epoch() // self.batch_size)}, or variant 'is'.",
         )
 
 

@@ -40,6 +40,10 @@ class RAFTConfig(ORWConfig):
             "or equal with a threshold.",
         )
 
+    def rows_per_epoch(self) -> int:
+        """The plain target fits what is kept, the residual one all samples."""
+        return self.n_samples if self.target == "residual" else self.n_samples // self.group_size * self.n_best
+
 
 @register_algorithm("raft")
 class RAFT(ORWCFMW2):
@@ -59,7 +63,7 @@ class RAFT(ORWCFMW2):
         if self.config.target == "residual":
             yield from super().minibatches()
             return
-        n_kept = self.buffer.size // self.config.group_size * self.config.n_best
+        n_kept = self.config.rows_per_epoch()
         kept = self.buffer.weight.topk(n_kept).indices
         order = kept[torch.randperm(n_kept, generator=self.generator, device=self.device)]
         for index in order.split(self.config.batch_size):

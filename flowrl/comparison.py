@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowrl.checkpoint import write_json
+from flowrl.runfolder import without_nan
 from flowrl.suite import Cell
 
 if TYPE_CHECKING:
@@ -274,8 +275,6 @@ def write_comparison(cells: Sequence[Cell], root: Path) -> list[Path]:
     """Write results.json, table.md, curves.png, frontier.png and frontier.html into `root`; returns their paths."""
     entries = collect(cells, root)
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
-    from flowrl.runfolder import without_nan
-
     write_json(paths[0], without_nan(entries))
     paths[1].write_text(markdown(entries))
     learning_curves(entries).savefig(paths[2], dpi=110)

@@ -72,7 +72,11 @@ class FlowConfig:
         """Sampler steps that the rollout buffer keeps of each sample; 0 for methods that need the sample alone."""
         return 0
 
+    def rows_per_epoch(self) -> int:
+        """What one pass of an iteration goes over: samples, or recorded steps of the sampler."""
+        return self.n_samples * max(1, self.path_steps())
+
     def updates_per_iteration(self) -> int:
         """Gradient steps per iteration."""
-        minibatches = self.n_epochs * -(-self.n_samples // self.batch_size)
+        minibatches = self.n_epochs * -(-self.rows_per_epoch() // self.batch_size)
         return -(-minibatches // self.accumulation)

@@ -150,11 +150,11 @@ def evaluate(
     x_1, samples, reward, components = after
     trained = _statistics(env, samples, contexts, reward, components, seed)
     weight = model.score(Batch(x_1, contexts, reward, torch.ones_like(reward)))
-    policy.evaluations, drift = spent, _drift(model, x_1, contexts, role, batch_size, generator)
+    drift = math.nan if steering else _drift(model, x_1, contexts, role, batch_size, generator)
     policy.evaluations = spent
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
-        drift=drift if steering is None else math.nan,
+        drift=drift,
         ess=(effective_sample_size(weight) / n_samples).item() if bool((weight > 0).all()) else math.nan,
         n_samples=n_samples,
         evaluations_per_sample=cost,

@@ -45,11 +45,6 @@ class TransitionConfig(FlowConfig):
         """Noisy steps per sample."""
         return self.rollout_steps - 1
 
-    def updates_per_iteration(self) -> int:
-        """Gradient steps per iteration."""
-        minibatches = self.n_epochs * -(-self.n_samples * self.path_steps() // self.batch_size)
-        return -(-minibatches // self.accumulation)
-
 
 class TransitionAlgorithm(FlowAlgorithm):
     """A `FlowAlgorithm` whose minibatches are steps of the sampler (`batch.transitions`), not samples."""

@@ -239,3 +239,10 @@ def test_regularisation_trades_reward_for_closeness(cls: type, strength: str, va
     assert drifts == sorted(drifts, reverse=True)
     assert rewards == sorted(rewards, reverse=True)
     assert rewards[0] > rewards[-1] + 1.0
+
+
+def test_raft_plans_the_updates_it_makes() -> None:
+    for target in ("plain", "residual"):
+        model = flowrl.RAFT("FlowPolicy", "gaussians-linear", seed=0, device="cpu", target=target, batch_size=16)
+        model.learn(512)
+        assert model._n_updates == model.config.updates_per_iteration() == (4 if target == "plain" else 32)

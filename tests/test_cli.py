@@ -360,6 +360,16 @@ def test_evaluate_gives_the_run_its_own_figures_again(run_module, three: Path, t
     assert "reference     trained" in done.stdout
 
 
+def test_evaluate_steers_an_untrained_flow(run_module, tmp_path: Path) -> None:
+    done = run_module("flowrl.evaluate", "--steer", "best_of_n", "--env", "sd3-count", "--n-samples", 8, "--steer-n", 2)
+    assert done.returncode == 0, done.stderr
+    assert "network evaluations per sample: 32" in done.stdout
+    assert not list(tmp_path.iterdir())
+    done = run_module("flowrl.evaluate", "--env", "sd3-count")
+    assert done.returncode == 2
+    assert "Nothing to evaluate" in done.stderr
+
+
 def test_evaluate_nothing(run_module) -> None:
     done = run_module("flowrl.evaluate", "nowhere")
     assert done.returncode == 2

@@ -20,7 +20,7 @@ OWN_ALGORITHMS = sorted(name for name, cls in ALGORITHMS.items() if cls.__module
 
 
 def make(name: str, env: str, **settings: object) -> flowrl.FlowAlgorithm:
-    own = {"tolerance": 0.3} if name == "kl" and env == "sd3-count" else {}  # else half a minute of likelihoods
+    own = {"tolerance": 0.3} if name == "kl" and env == "sd3-count" else {}  # likelihoods take most of the time
     return flowrl.algorithm_class(name)("FlowPolicy", env, seed=0, device="cpu", **{**SMALL[env], **own, **settings})
 
 
