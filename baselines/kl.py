@@ -28,7 +28,7 @@ class ExactKLConfig(ORWConfig):
     """Divergence of the velocity: exact, Hutchinson's estimate, or exact in low dimension ("auto")."""
     n_probes: int = 1
     """Random vectors of Hutchinson's estimate."""
-    tolerance: float = 1e-3
+    tolerance: float = 1e-2
     """Relative tolerance of the adaptive solver; the absolute one is a tenth of it."""
 
     def __post_init__(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import torch
 
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import ConfigError
 from flowrl.models.loading import FlowSource
 from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
 from flowrl.types import Contexts, RewardOutput
@@ -40,11 +40,7 @@ def make(name: str, *, render_mode: str | None = None, **settings: Any) -> Gener
         UnknownNameError: Unknown name or setting; names the closest.
     """
     spec = environment_spec(name)
-    known = [f.name for f in fields(spec.config)]
-    for key in settings:
-        if key not in known:
-            raise UnknownNameError.of(f"setting of environment '{spec.name}'", key, known)
-    config = replace(spec.config, **settings)
+    config = spec.configured(settings)
     env = spec.factory(config)
     if render_mode is not None and render_mode not in env.metadata["render_modes"]:
         raise ConfigError(f"'{spec.name}' renders {env.metadata['render_modes']}, not '{render_mode}'.")

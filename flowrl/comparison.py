@@ -167,7 +167,7 @@ def learning_curves(entries: Sequence[Entry]) -> Figure:
 
 
 def frontier(entries: Sequence[Entry]) -> Figure:
-    """Reward against diversity, per environment; the values of a sweep are joined."""
+    """Reward against diversity, per environment: the values of a sweep joined, or the training of a single setting."""
     from matplotlib.figure import Figure
 
     envs, colour = list(dict.fromkeys(entry["env"] for entry in entries)), colours(entries)
@@ -176,8 +176,10 @@ def frontier(entries: Sequence[Entry]) -> Figure:
         axes = figure.add_subplot(len(envs), 1, i + 1)
         done = [entry for entry in entries if entry["env"] == env and entry["seeds_finished"]]
         for row in dict.fromkeys(entry["row"] for entry in done):
-            points = [(e["diversity"]["mean"], e["reward_mean"]["mean"]) for e in done if e["row"] == row]
-            axes.plot(*zip(*points), "o-", color=colour[row], label=row, markersize=4, linewidth=1)
+            ends, path = _frontier_of([e for e in done if e["row"] == row])
+            axes.plot(*zip(*ends), "o-", color=colour[row], label=row, markersize=4, linewidth=1)
+            if path:
+                axes.plot(*zip(*path), ":", color=colour[row], linewidth=1)
         if done:
             before = done[0]["reference_diversity"]["mean"], done[0]["reference_reward_mean"]["mean"]
             axes.plot(*before, "k*", markersize=11, label="before training")
@@ -187,13 +189,23 @@ def frontier(entries: Sequence[Entry]) -> Figure:
     return figure
 
 
+def _frontier_of(entries: Sequence[Entry]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(diversity, reward) of one row's settings; and, where it has only one, on the way of its training."""
+    ends = [(e["diversity"]["mean"], e["reward_mean"]["mean"]) for e in entries]
+    curve = entries[0].get("curve") or [] if len(entries) == 1 else []
+    return ends, [(p["rollout/diversity"], p["rollout/reward_mean"]) for p in curve]
+
+
 def _points(entries: Sequence[Entry], root: Path) -> str:
     """The frontier of one environment as SVG; every point shows its settings and samples when pointed at."""
     colour = colours(entries)
     done = [entry for entry in entries if entry["seeds_finished"]]
-    xs, ys = ([e[key]["mean"] for e in done] for key in ("diversity", "reward_mean"))
-    xs.append(done[0]["reference_diversity"]["mean"])
-    ys.append(done[0]["reference_reward_mean"]["mean"])
+    lines = {
+        row: _frontier_of([entry for entry in done if entry["row"] == row])
+        for row in dict.fromkeys(entry["row"] for entry in done)
+    }
+    before = done[0]["reference_diversity"]["mean"], done[0]["reference_reward_mean"]["mean"]
+    xs, ys = zip(before, *(point for ends, path in lines.values() for point in [*ends, *path]))
     width, height, margin = 760, 460, 50
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -204,11 +216,12 @@ def _points(entries: Sequence[Entry], root: Path) -> str:
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="reward against diversity">']
     parts.append(f'<text x="{width / 2}" y="{height - 8}" class="axis">diversity {min(xs):.3g} to {max(xs):.3g}</text>')
     parts.append(f'<text x="12" y="24" class="left">reward {min(ys):.3g} to {max(ys):.3g}</text>')
-    for row in dict.fromkeys(entry["row"] for entry in done):
-        line = [place(e["diversity"]["mean"], e["reward_mean"]["mean"]) for e in done if e["row"] == row]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour[row]}" stroke-opacity="0.5"/>')
-    x, y = place(xs[-1], ys[-1])
+    for row, (ends, path) in lines.items():
+        for line, style in ((ends, ""), (path, ' stroke-dasharray="2 3"')):
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+            drawn = f'fill="none" stroke="{colour[row]}" stroke-opacity="0.5"{style}'
+            parts.append(f'<polyline points="{points}" {drawn}/>')
+    x, y = place(*before)
     parts.append(f'<text x="{x:.1f}" y="{y:.1f}" class="axis">★<title>before training</title></text>')
     for entry in done:
         x, y = place(entry["diversity"]["mean"], entry["reward_mean"]["mean"])
@@ -235,8 +248,8 @@ circle {{ cursor: pointer; }} circle:hover, circle:focus {{ stroke: black; strok
 #shown img {{ width: 100%; }} .key span {{ margin-right: 1rem; white-space: nowrap; }}
 </style></head><body>
 <h1>{title}</h1>
-<p>Each point is an algorithm at one setting, the mean over its seeds; lines join the values of a sweep. Point at one to
-see its settings and samples.</p>
+<p>Each point is an algorithm at one setting, the mean over its seeds; lines join the values of a sweep, dotted ones
+show the training of a single setting. Point at one to see its settings and samples.</p>
 <p class="key">{key}</p>
 {body}
 <div id="shown">no point chosen</div>

@@ -149,13 +149,14 @@ def evaluate(
     cost = (policy.evaluations - cost_before) / n_samples
     x_1, samples, reward, components = after
     trained = _statistics(env, samples, contexts, reward, components, seed)
-    weight = model.score(Batch(x_1, contexts, reward, torch.ones_like(reward)))
+    few = slice(ESS_SAMPLES)
+    weight = model.score(Batch(x_1[few], contexts[few], reward[few], torch.ones_like(reward[few])))
     drift = math.nan if steering else _drift(model, x_1, contexts, role, batch_size, generator)
     policy.evaluations = spent
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
         drift=drift,
-        ess=(effective_sample_size(weight) / n_samples).item() if bool((weight > 0).all()) else math.nan,
+        ess=(effective_sample_size(weight) / len(weight)).item() if bool((weight > 0).all()) else math.nan,
         n_samples=n_samples,
         evaluations_per_sample=cost,
         reference=_statistics(env, before[1], contexts, before[2], before[3], seed),
@@ -206,6 +207,8 @@ def _statistics(
     )
 
 
+ESS_SAMPLES = 256
+"""Samples weighed for the effective share; an algorithm's weights can be costly (likelihoods)."""
 W2_POINTS = 2048
 """Exact transport is cubic in the number of points; more than this is not used."""
 

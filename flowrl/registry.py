@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
@@ -41,6 +41,18 @@ class EnvSpec:
     def gymnasium_id(self) -> str:
         """The id for `gymnasium.make`."""
         return f"flowrl/{self.name}-v{self.version}"
+
+    def configured(self, settings: Mapping[str, Any]) -> Any:
+        """The config with these settings; nothing is made or loaded.
+
+        Raises:
+            UnknownNameError: An unknown setting; names the closest.
+        """
+        known = [f.name for f in fields(self.config)]
+        for key in settings:
+            if key not in known:
+                raise UnknownNameError.of(f"setting of environment '{self.name}'", key, known)
+        return replace(self.config, **settings)
 
 
 ALGORITHMS: dict[str, type] = {}

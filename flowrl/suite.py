@@ -127,7 +127,8 @@ def load_suite(
     for env in chosen_envs:
         about = content["envs"][env]
         _check_keys(about, ENV_KEYS, f"environment '{env}'")
-        spec, core = environment_spec(env), None
+        spec = environment_spec(env)
+        recommended = spec.recommended(spec.configured(about.get("settings", {})))
         for title, row in content["rows"].items():
             _check_keys(row, ROW_KEYS, f"row '{title}'")
             if (chosen_algos and _algo_of(row) not in chosen_algos) or env not in row.get("envs", [env]):
@@ -136,17 +137,10 @@ def load_suite(
                 for seed in list(seeds) or content["seeds"]:
                     cell = _cell(content, title, row, env, about, values, int(seed), budget)
                     cells.append(cell)
-                core = core or _make(spec.name, cell.env_settings)
-                _check(cell, core)
+                _check(cell, recommended)
     if not cells:
         raise ConfigError(f"Nothing is left of suite '{path.stem}' with this choice of algorithms and environments.")
     return cells
-
-
-def _make(name: str, settings: Mapping[str, Any]) -> Any:
-    from flowrl.envs.registration import make
-
-    return make(name, **settings)
 
 
 def _cell(
@@ -175,7 +169,7 @@ def _cell(
     )
 
 
-def _check(cell: Cell, env: Any) -> None:
+def _check(cell: Cell, recommended: Mapping[str, Any]) -> None:
     """Names and settings have meaning; nothing is trained or loaded."""
     try:
         if cell.steer:
@@ -186,7 +180,7 @@ def _check(cell: Cell, env: Any) -> None:
             Steering(**cell.steer)
         else:
             cls: type[FlowAlgorithm] = algorithm_class(cell.algo)
-            cls.configure(None, env.recommended, cell.settings)
+            cls.configure(None, recommended, cell.settings)
     except (ConfigError, UnknownNameError) as error:
         raise type(error)(f"Row '{cell.row}' on '{cell.env}': {error}") from error
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +120,32 @@ def test_runs_resumes_and_compares(run_module, suite: Path, tmp_path: Path) -> N
     assert "http" not in frontier  # self-contained
     for name in ("curves.png", "frontier.png"):
         assert (root / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(
+    run_module, program_environment: dict[str, str], suite: Path, tmp_path: Path
+) -> None:
+    choice = ["--suite", str(suite), "--algos", "best_of_n", "ddpo", "--seeds", "0", "--workers", "1"]
+    head, rows = SUITE.partition("[rows.")[0], SUITE.split("[rows.")[1:]
+    endless = "[rows.".join([head.replace("budget = 2_000", "budget = 2_000_000_000"), *reversed(rows)])
+    suite.write_text(endless)
+    program = [sys.executable, "-m", "flowrl.benchmark", *choice]
+    stream = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(program, cwd=tmp_path, env=program_environment, **stream) as process:
+        while "done" not in (line := process.stdout.readline()):
+            assert line, "ended without a finished cell"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=100)[0]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    (command,) = (line.partition("python -m flowrl.benchmark ")[2].split() for line in said.splitlines() if line)
+    assert command == choice
+    suite.write_text(SUITE)
+    done = run_module("flowrl.benchmark", *command)
+    assert done.returncode == 0, done.stderr
+    assert "2 cells, 1 finished before" in done.stdout
+    assert done.stdout.count("done (") == 1
 
 
 def test_a_failing_cell_is_recorded_and_the_others_go_on(run_module, suite: Path, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ OWN_ALGORITHMS = sorted(name for name, cls in ALGORITHMS.items() if cls.__module
 
 
 def make(name: str, env: str, **settings: object) -> flowrl.FlowAlgorithm:
-    own = {"tolerance": 0.3} if name == "kl" and env == "sd3-count" else {}  # likelihoods take most of the time
+    own: dict[str, object] = {}
+    if name == "kl" and env == "sd3-count":  # likelihoods take long
+        own = {"tolerance": 0.3, "n_samples": 4, "group_size": 2}
     return flowrl.algorithm_class(name)("FlowPolicy", env, seed=0, device="cpu", **{**SMALL[env], **own, **settings})
 
 

@@ -1,0 +1,88 @@
+"""One cell of a benchmark: train (or steer), evaluate, write what it cost and what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowrl.callbacks import IterationCallback
+from flowrl.checkpoint import write_json
+from flowrl.evaluation import evaluate
+from flowrl.registry import algorithm_class
+from flowrl.report import image_grid, save_picture
+from flowrl.runfolder import without_nan
+from flowrl.steering import Steering
+from flowrl.suite import Cell
+
+UNBOUNDED = 10**12
+
+
+class StopAtBudget(IterationCallback):
+    """Records cost and metrics of every iteration; ends the training when the budget is spent."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__()
+        self.budget = budget
+        self.rows: list[dict[str, float]] = []
+        self.started = time.monotonic()
+
+    def on_iteration_end(self) -> bool:
+        """One row per iteration."""
+        model: Any = self.model
+        logged = {key: value for key, value in model.last_logged.items() if isinstance(value, int | float)}
+        self.rows.append(
+            {**logged, "evaluations": model.policy.evaluations, "seconds": time.monotonic() - self.started}
+        )
+        return bool(model.policy.evaluations < self.budget)
+
+
+def run_cell(folder: Path) -> None:
+    """Train, evaluate, and write `curve.json`, `samples.png` and, last, `result.json`."""
+    cell = Cell(**json.loads((folder / "cell.json").read_text()))
+    algo = cell.algo or "orw"
+    model = algorithm_class(algo)(
+        "FlowPolicy", cell.env, seed=cell.seed, env_settings=cell.env_settings or None, **cell.settings
+    )
+    stop = StopAtBudget(cell.budget)
+    if cell.algo:
+        model.learn(UNBOUNDED, callback=stop)
+    training_seconds = time.monotonic() - stop.started
+    steering = Steering(**cell.steer) if cell.steer else None
+    result = evaluate(model, cell.eval_samples, seed=10_000 + cell.seed, steering=steering)
+    write_json(folder / "curve.json", stop.rows)
+    core = model.env.core
+    if core.flow.is_image:
+        image_grid(result.samples[:16], columns=4).save(folder / "samples.png")
+    else:
+        save_picture(result.samples, result.sample_contexts, core, folder / "samples.png")
+    cost = {
+        "network_evaluations": model.policy.evaluations,
+        "samples": model.num_timesteps,
+        "gradient_steps": model._n_updates,
+        "training_seconds": round(training_seconds, 1),
+        "buffer_bytes": model.buffer.nbytes,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+    }
+    write_json(folder / "result.json", without_nan({"cell": cell.to_dict(), "cost": cost, **result.to_dict()}))
+
+
+def run_logged(folder: Path) -> None:
+    """`run_cell` in a process of its own, which ends with 1 on an error; what it prints goes into `log.txt`."""
+    torch.set_num_threads(1)
+    with (folder / "log.txt").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    try:
+        run_cell(folder)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
