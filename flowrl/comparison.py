@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Entry = dict[str, Any]
+THUMBNAIL = 280  # pixels
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#BCBD22")
 
 
@@ -196,6 +198,16 @@ def _frontier_of(entries: Sequence[Entry]) -> tuple[list[tuple[float, float]], l
     return ends, [(p["rollout/diversity"], p["rollout/reward_mean"]) for p in curve]
 
 
+def _thumbnail(path: Path) -> str:
+    """A picture as a small JPEG in base64: a page may hold hundreds."""
+    from PIL import Image
+
+    picture, data = Image.open(path).convert("RGB"), io.BytesIO()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(data, "JPEG", quality=70)
+    return base64.b64encode(data.getvalue()).decode()
+
+
 def _points(entries: Sequence[Entry], root: Path) -> str:
     """The frontier of one environment as SVG; every point shows its settings and samples when pointed at."""
     colour = colours(entries)
@@ -227,7 +239,7 @@ def _points(entries: Sequence[Entry], root: Path) -> str:
         x, y = place(entry["diversity"]["mean"], entry["reward_mean"]["mean"])
         told = f"{entry['label']}\nreward {_interval(entry['reward_mean'])}, diversity {_interval(entry['diversity'])}"
         told += f", drift {entry['drift']['mean']:.2g}\nsettings: {json.dumps(entry['settings'])}"
-        picture = base64.b64encode((root / entry["folders"][0] / "samples.png").read_bytes()).decode()
+        picture = _thumbnail(root / entry["folders"][0] / "samples.png")
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour[entry["row"]]}" tabindex="0" '
             f'data-told="{html.escape(told)}" data-picture="{picture}"><title>{html.escape(told)}</title></circle>'
@@ -259,7 +271,7 @@ for (const point of document.querySelectorAll("circle")) {{
   const show = () => {{
     shown.textContent = point.dataset.told;
     const image = document.createElement("img");
-    image.src = "data:image/png;base64," + point.dataset.picture;
+    image.src = "data:image/jpeg;base64," + point.dataset.picture;
     shown.append(image);
   }};
   point.addEventListener("mouseenter", show);
