@@ -76,9 +76,8 @@ class DDPO(TransitionAlgorithm):
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`-A log p` or its clipped ratio, per step of the sampler."""
         steps, step = self.recorded(batch)
-        log_prob = step.mean_log_prob(steps.x_next)
         if self.config.variant == "sf":
-            return (-batch.weight * log_prob).mean(), {}
-        ratio = (log_prob - steps.log_prob).exp()
+            return (-batch.weight * step.mean_log_prob(steps.x_next)).mean(), {}
+        ratio = self.ratio(batch, steps, step)
         loss = clipped_objective(ratio, batch.weight, self.config.clip_range)
         return loss.mean(), {"clip_fraction": clip_fraction(ratio, self.config.clip_range)}

@@ -104,7 +104,7 @@ class DPOK(TransitionAlgorithm):
         """`lambda max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
         config = self.config
         steps, step = self.recorded(batch)
-        ratio = (step.mean_log_prob(steps.x_next) - steps.log_prob).exp()
+        ratio = self.ratio(batch, steps, step)
         kl = step.kl(self.reference_step(batch))
         advantage, metrics = batch.weight, {"kl": kl.mean(), "clip_fraction": clip_fraction(ratio, config.clip_range)}
         if config.critic:

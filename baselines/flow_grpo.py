@@ -110,9 +110,9 @@ class FlowGRPO(TransitionAlgorithm):
         return (objective + config.beta * kl).mean(), {**metrics, "kl": kl.mean()}
 
     def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
-        """Ratio (B,) of each step's probability now to when it was drawn."""
+        """Ratio (B,) of each step's probability now to when it was drawn, or its guarded form."""
         if self.config.ratio == "plain":
-            return (step.mean_log_prob(steps.x_next) - steps.log_prob).exp()
+            return super().ratio(batch, steps, step)
         old = self.policy.transition(steps, batch.contexts, self.sde, "behaviour")
         log_ratio = step.mean_log_prob(steps.x_next) - old.mean_log_prob(steps.x_next)
         distance = (step.mean - old.mean).square().flatten(1).mean(1)

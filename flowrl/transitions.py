@@ -93,6 +93,10 @@ class TransitionAlgorithm(FlowAlgorithm):
         assert batch.transitions is not None
         return self.policy.transition(batch.transitions, batch.contexts, self.sde, "reference")
 
+    def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
+        """Ratio (B,) of each step's probability now to when it was drawn."""
+        return (step.mean_log_prob(steps.x_next) - steps.log_prob).exp()
+
 
 def clipped_objective(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
     """PPO's pessimistic surrogate as a loss (B,): `max(-A rho, -A clip(rho, 1 - c, 1 + c))` (Schulman et al. 2017)."""

@@ -57,6 +57,17 @@ def test_rwr_fits_given_samples(tmp_path) -> None:
     assert model.policy.evaluations <= 150 * 1024 * 2 * 4  # updates and drift, no rollout
 
 
+def test_given_samples_keep_their_contexts(tmp_path) -> None:
+    contexts = torch.arange(100, 140)
+    x_1 = contexts.float().view(40, 1, 1, 1).repeat(1, 16, 8, 8)
+    save_file({"x_1": x_1, "contexts": contexts}, tmp_path / "samples.safetensors")
+    settings = {"n_samples": 16, "group_size": 1, "data": str(tmp_path / "samples.safetensors")}
+    model = flowrl.RWR("FlowPolicy", "sd3-count", seed=0, device="cpu", **settings)
+    drawn = model.draw_contexts()
+    assert len(drawn.unique()) > 8
+    assert torch.equal(model.draw_latents(drawn)[:, 0, 0, 0], drawn.float())
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
