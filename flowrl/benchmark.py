@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -102,8 +105,23 @@ def _processes() -> Any:
     return context
 
 
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, also where a shell started the program with Ctrl-C ignored."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit code."""
+    """The program; returns its exit code (0 done, 1 cells failed, 2 an error the message explains, 3 stopped)."""
     arguments = sys.argv[1:] if args is None else args
     if not arguments:
         tyro.extras.get_parser(BenchmarkConfig, prog=PROGRAM, description=__doc__).print_help()
@@ -117,14 +135,15 @@ def main(args: list[str] | None = None) -> int:
             print("\n".join(f"{c.env}, {c.label}, seed {c.seed}: {c.budget:,} network evaluations" for c in cells))
             print(f"{len(cells)} cells; results would go to {root}")
             return 0
-        failed = run_cells(cells, root, config.workers or os.cpu_count() or 1)
+        with _signals_interrupt():
+            failed = run_cells(cells, root, config.workers or os.cpu_count() or 1)
         written = write_comparison(cells, root)
     except FlowRLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {' '.join(arguments)}")
-        return 130
+        return 3
     print("written: " + ", ".join(map(str, written)))
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again", file=sys.stderr)
