@@ -53,46 +53,59 @@ class BenchmarkConfig:
 
 
 def run_cells(cells: list[Cell], root: Path, workers: int) -> list[Path]:
-    """Run what is not finished yet; returns the folders of failed cells. Ctrl-C keeps every finished cell."""
+    """Run what is not finished yet; returns the folders of failed cells.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C or SIGTERM; every finished cell is kept.
+    """
     waiting = [cell for cell in cells if not (root / cell.folder / "result.json").exists()]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before, {workers} at a time: {root}", flush=True)
     processes = _processes()
     running: dict[BaseProcess, tuple[Cell, float]] = {}
     failed: list[Path] = []
     n_done, total = 0, len(waiting)
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                cell = waiting.pop(0)
-                folder = root / cell.folder
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / "cell.json", cell.to_dict())
-                (folder / "error.txt").unlink(missing_ok=True)
-                process = processes.Process(target=run_logged, args=(folder,))
-                process.start()
-                running[process] = (cell, time.monotonic())
-            wait([process.sentinel for process in running])
-            for process in [process for process in running if not process.is_alive()]:
-                cell, started = running.pop(process)
-                n_done += 1
-                folder = root / cell.folder
-                good = process.exitcode == 0 and (folder / "result.json").exists()
-                if not good:
-                    failed.append(folder)
-                    log = (folder / "log.txt").read_text(errors="replace") if (folder / "log.txt").exists() else ""
-                    (folder / "error.txt").write_text(f"{log}\nexit code {process.exitcode}\n")
-                state = "done" if good else f"FAILED, see {folder / 'error.txt'}"
-                seconds = time.monotonic() - started
-                print(
-                    f"[{n_done}/{total}] {cell.env}, {cell.label}, seed {cell.seed}: {state} ({seconds:.0f} s)",
-                    flush=True,
-                )
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.join()
+    with _stop_signals() as received:
+        try:
+            while (waiting or running) and not received:
+                while waiting and len(running) < workers:
+                    cell = waiting.pop(0)
+                    running[_start(processes, cell, root / cell.folder)] = (cell, time.monotonic())
+                wait([process.sentinel for process in running], timeout=0.5)
+                for process in [process for process in running if not process.is_alive() and not received]:
+                    cell, started = running.pop(process)
+                    n_done += 1
+                    folder = root / cell.folder
+                    if not (good := _finished(process, folder)):
+                        failed.append(folder)
+                    state = "done" if good else f"FAILED, see {folder / 'error.txt'}"
+                    told = f"{cell.env}, {cell.label}, seed {cell.seed}: {state}"
+                    print(f"[{n_done}/{total}] {told} ({time.monotonic() - started:.0f} s)", flush=True)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join()
+    if received:
+        raise KeyboardInterrupt
     return failed
+
+
+def _start(processes: Any, cell: Cell, folder: Path) -> BaseProcess:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "cell.json", cell.to_dict())
+    (folder / "error.txt").unlink(missing_ok=True)
+    process: BaseProcess = processes.Process(target=run_logged, args=(folder,))
+    process.start()
+    return process
+
+
+def _finished(process: BaseProcess, folder: Path) -> bool:
+    """Whether an ended cell has its result; writes `error.txt` otherwise."""
+    if process.exitcode == 0 and (folder / "result.json").exists():
+        return True
+    log = (folder / "log.txt").read_text(errors="replace") if (folder / "log.txt").exists() else ""
+    (folder / "error.txt").write_text(f"{log}\nexit code {process.exitcode}\n")
+    return False
 
 
 def _processes() -> Any:
@@ -106,15 +119,12 @@ def _processes() -> Any:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt, also where a shell started the program with Ctrl-C ignored."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+def _stop_signals() -> Iterator[list[int]]:
+    """The stop signals received so far. None interrupts: a cell just being started could not be ended any more."""
+    received: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -135,8 +145,7 @@ def main(args: list[str] | None = None) -> int:
             print("\n".join(f"{c.env}, {c.label}, seed {c.seed}: {c.budget:,} network evaluations" for c in cells))
             print(f"{len(cells)} cells; results would go to {root}")
             return 0
-        with _signals_interrupt():
-            failed = run_cells(cells, root, config.workers or os.cpu_count() or 1)
+        failed = run_cells(cells, root, config.workers or os.cpu_count() or 1)
         written = write_comparison(cells, root)
     except FlowRLError as error:
         print(f"error: {error}", file=sys.stderr)
