@@ -12,6 +12,7 @@ import torch
 
 from flowrl.errors import NonFiniteError
 
+Baseline = Literal["clipped", "mean"]
 Normalisation = Literal["batch", "group", "none"]
 Standardisation = Literal["none", "batch", "group"]
 
@@ -104,11 +105,31 @@ def residual_weighted_loss(
 ) -> torch.Tensor:
     """Residual target: `(w - b) |v - u|^2 + b |v - v_old|^2 + penalty |v - v_ref|^2`, per sample (B,).
 
-    `baseline` b is the mean weight. Only differences of reward move the model: a constant reward gives a loss
-    whose gradient at v = v_old is exactly zero, where the plain target refits the sampler's own errors.
+    Only differences of reward move the model: a constant reward gives a loss whose gradient at v = v_old is exactly
+    zero, where the plain target refits the sampler's own errors.
+
+    Args:
+        v: Velocity in training (B, ...).
+        u: Velocity `x_1 - x_0` of the pair.
+        weight: w (B,), not negative.
+        baseline: b, a scalar (the mean weight) or (B,): see `residual_baseline`.
+        v_old: Velocity that drew the samples.
+        v_ref: Velocity of the reference; None without penalty.
+        penalty: Its coefficient (B,).
     """
     loss = (weight - baseline) * squared_error(v, u) + baseline * squared_error(v, v_old)
     return loss if v_ref is None else loss + penalty * squared_error(v, v_ref)
+
+
+def residual_baseline(weight: torch.Tensor, mean: torch.Tensor, kind: Baseline) -> torch.Tensor:
+    """Baseline b of `residual_weighted_loss`: the mean weight ("mean"), or never more than a sample's own ("clipped").
+
+    What `v_old` has too much over the field of its own samples comes through a refresh `E[b | x_t] / (E[w | x_t] +
+    alpha)` times as large. With the mean weight this is more than 1 wherever weights are low, and grows without bound
+    from refresh to refresh; clipped, it never is. In return samples of less than the mean weight no longer repel:
+    a refresh tilts a little less than the weights say.
+    """
+    return mean if kind == "mean" else torch.minimum(weight, mean)
 
 
 def kl_time_weight(t: torch.Tensor, maximum: float = 20.0) -> torch.Tensor:

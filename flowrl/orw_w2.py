@@ -15,9 +15,11 @@ from flowrl.algorithm import FlowAlgorithm
 from flowrl.config import FlowConfig
 from flowrl.flow import Coupling, interpolate, ot_permutation, sample_time
 from flowrl.losses import (
+    Baseline,
     Normalisation,
     Standardisation,
     kl_time_weight,
+    residual_baseline,
     residual_weighted_loss,
     reward_weighted_loss,
     reward_weights,
@@ -42,12 +44,16 @@ class ORWCFMW2Config(FlowConfig):
     """Give tau in units of the rewards' standard deviation, in the iteration ("batch") or per context ("group")."""
     target: Literal["residual", "plain"] = "residual"
     """"residual" moves only where rewards differ; "plain", as published, also refits the sampler's own errors."""
+    baseline: Baseline = "clipped"
+    """What the residual target takes off the weights: their mean ("mean"), which tilts exactly but lets errors grow
+    from refresh to refresh where w + alpha < 1; or the sample's own weight if that is less ("clipped")."""
     coupling: Coupling = "independent"
     """How noise is paired with samples: independent, or exact minibatch optimal transport ("ot")."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.alpha >= 0, f"alpha must not be negative, not {self.alpha}.")
+        self.require(self.baseline in ("clipped", "mean"), f"baseline must be clipped or mean, not '{self.baseline}'.")
         self.require(
             self.coupling == "independent" or self.target == "plain",
             "coupling 'ot' draws samples by their weight, which leaves the residual target nothing to weigh: "
@@ -89,7 +95,7 @@ class ORWCFMW2(FlowAlgorithm):
         v_ref = self.policy.velocity(x_t, t, cond, "reference") if self.config.alpha > 0 else None
         if self.config.target == "residual":
             v_old = self.policy.velocity(x_t, t, cond, self.behaviour_role)
-            baseline = self.buffer.all().weight.mean()
+            baseline = residual_baseline(batch.weight, self.buffer.all().weight.mean(), self.config.baseline)
             loss = residual_weighted_loss(v, u, batch.weight, baseline, v_old, v_ref, self.penalty(t))
         else:
             loss = reward_weighted_loss(v, u, batch.weight, v_ref, self.penalty(t))

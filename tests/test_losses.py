@@ -113,6 +113,12 @@ def test_plain_minimiser_is_the_weighted_mean_of_targets() -> None:
     assert _gradient_at(expected, lambda v: losses.reward_weighted_loss(v, u, w, v_ref.expand(500, 1), alpha)) < 1e-6
 
 
+def test_residual_baseline_by_hand() -> None:
+    w = torch.tensor([0.5, 1.0, 3.0])
+    assert losses.residual_baseline(w, w.mean(), "mean").item() == 1.5
+    assert losses.residual_baseline(w, w.mean(), "clipped").tolist() == [0.5, 1.0, 1.5]
+
+
 def test_residual_minimiser() -> None:
     """(E[w u] + b (v_old - E[u]) + alpha v_ref) / (E[w] + alpha), b the mean weight."""
     u, w, v_ref, v_old, alpha = (

@@ -10,7 +10,7 @@ import torch
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward, eight_gaussians
 from flowrl.flow import interpolate
-from flowrl.losses import kl_time_weight, residual_weighted_loss, reward_weighted_loss
+from flowrl.losses import kl_time_weight, residual_baseline, residual_weighted_loss, reward_weighted_loss
 from flowrl.metrics import wasserstein2
 from flowrl.types import Batch
 
@@ -18,7 +18,7 @@ N = 2000  # points in a comparison by optimal transport
 
 
 def trained(cls, env, iterations, *, refresh_every=1, n_samples=1024, n_epochs=2, seed=0, **settings):
-    """An algorithm after `iterations`, with raw weights and a second-order sampler."""
+    """An algorithm after `iterations`, with raw weights, exact tilts and a second-order sampler."""
     config = cls.Config(
         weight_normalisation="none",
         n_samples=n_samples,
@@ -29,7 +29,7 @@ def trained(cls, env, iterations, *, refresh_every=1, n_samples=1024, n_epochs=2
         learning_rate=1e-3,
         ema_decay=0.98,
         refresh_every=refresh_every,
-        **settings,
+        **{"baseline": "mean", **settings},
     )
     model = cls("FlowPolicy", env, config=config, seed=seed, device="cpu")
     return model.learn(iterations * n_samples)
@@ -130,6 +130,41 @@ def test_pointwise_minimiser(alpha):
     residual, c1, with_own_error = minimiser_on_a_grid("residual", alpha)
     torch.testing.assert_close(residual, with_own_error, atol=1e-3, rtol=0)
     assert (residual - c1).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_errors_of_the_field_grow_with_the_mean_baseline_only(alpha):
+    """What v_old has too much comes back E[b | x] / (E[w | x] + alpha) times as large; 1-D, t = 0.9, by regression."""
+    n, t = 200_000, 0.9
+    x_1 = torch.randn(n, 1)
+    x_t, u = interpolate(torch.randn(n, 1), x_1, torch.full((n,), t))
+    w = (0.8 * x_1[:, 0]).exp()
+    w = w / w.mean()
+    bins = torch.bucketize(x_t[:, 0], torch.linspace(-1.5, 1.5, 11))
+    zero = torch.zeros_like(u)
+    largest = {}
+    for kind in ("mean", "clipped"):
+        b, minimisers = residual_baseline(w, w.mean(), kind), []
+        for v_old in (zero, zero + 1):
+            v = torch.zeros(12, requires_grad=True)
+            loss = residual_weighted_loss(v[bins][:, None], u, w, b, v_old, zero, torch.full((n,), alpha)).sum()
+            (gradient,) = torch.autograd.grad(loss, v, create_graph=True)
+            (curvature,) = torch.autograd.grad(gradient.sum(), v)
+            minimisers.append((v - gradient / curvature).detach())
+        largest[kind] = (minimisers[1] - minimisers[0]).max().item()
+    assert largest["mean"] > 1.5
+    assert largest["clipped"] <= 1 + 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("baseline", "bounded"), [("clipped", True), ("mean", False)])
+def test_many_refreshes(baseline, bounded):
+    """60 refreshes with alpha + w < 1 for many samples: exact tilts run away in the end, clipped ones stay."""
+    settings = {"tau": 0.5, "alpha": 0.3, "learning_rate": 1e-3, "n_epochs": 2, "rollout_steps": 8}
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", baseline=baseline, **settings)
+    result = flowrl.evaluate(model.learn(60 * 512), 512)
+    assert (result.drift < 2) == bounded
+    assert (result.reward_mean > result.reference.reward_mean + 0.5) == bounded
 
 
 def test_flattened_weight_example():
