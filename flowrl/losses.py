@@ -121,15 +121,15 @@ def residual_weighted_loss(
     return loss if v_ref is None else loss + penalty * squared_error(v, v_ref)
 
 
-def residual_baseline(weight: torch.Tensor, mean: torch.Tensor, kind: Baseline) -> torch.Tensor:
-    """Baseline b of `residual_weighted_loss`: the mean weight ("mean"), or never more than a sample's own ("clipped").
+def residual_baseline(weight: torch.Tensor, mean: torch.Tensor, penalty: torch.Tensor, kind: Baseline) -> torch.Tensor:
+    """Baseline b of `residual_weighted_loss`: the mean weight ("mean"), or at most `w + penalty` ("clipped"), (B,).
 
     What `v_old` has too much over the field of its own samples comes through a refresh `E[b | x_t] / (E[w | x_t] +
-    alpha)` times as large. With the mean weight this is more than 1 wherever weights are low, and grows without bound
-    from refresh to refresh; clipped, it never is. In return samples of less than the mean weight no longer repel:
-    a refresh tilts a little less than the weights say.
+    penalty)` times as large. With the mean weight this is more than 1 wherever weights are low, and grows without bound
+    from refresh to refresh; clipped, it never is. In return samples of low weight repel less than the weights say. With
+    a penalty of the mean weight or more there is nothing to clip.
     """
-    return mean if kind == "mean" else torch.minimum(weight, mean)
+    return mean if kind == "mean" else torch.minimum(weight + penalty, mean)
 
 
 def kl_time_weight(t: torch.Tensor, maximum: float = 20.0) -> torch.Tensor:

@@ -95,8 +95,9 @@ class ORWCFMW2(FlowAlgorithm):
         v_ref = self.policy.velocity(x_t, t, cond, "reference") if self.config.alpha > 0 else None
         if self.config.target == "residual":
             v_old = self.policy.velocity(x_t, t, cond, self.behaviour_role)
-            baseline = residual_baseline(batch.weight, self.buffer.all().weight.mean(), self.config.baseline)
-            loss = residual_weighted_loss(v, u, batch.weight, baseline, v_old, v_ref, self.penalty(t))
+            mean, penalty = self.buffer.all().weight.mean(), self.penalty(t)
+            baseline = residual_baseline(batch.weight, mean, penalty, self.config.baseline)
+            loss = residual_weighted_loss(v, u, batch.weight, baseline, v_old, v_ref, penalty)
         else:
             loss = reward_weighted_loss(v, u, batch.weight, v_ref, self.penalty(t))
 

@@ -114,9 +114,9 @@ def test_plain_minimiser_is_the_weighted_mean_of_targets() -> None:
 
 
 def test_residual_baseline_by_hand() -> None:
-    w = torch.tensor([0.5, 1.0, 3.0])
-    assert losses.residual_baseline(w, w.mean(), "mean").item() == 1.5
-    assert losses.residual_baseline(w, w.mean(), "clipped").tolist() == [0.5, 1.0, 1.5]
+    w, penalty = torch.tensor([0.5, 1.0, 3.0]), torch.tensor([0.0, 0.2, 0.2])
+    assert losses.residual_baseline(w, w.mean(), penalty, "mean").item() == 1.5
+    assert losses.residual_baseline(w, w.mean(), penalty, "clipped").tolist() == pytest.approx([0.5, 1.2, 1.5])
 
 
 def test_residual_minimiser() -> None:

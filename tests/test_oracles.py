@@ -144,10 +144,11 @@ def test_errors_of_the_field_grow_with_the_mean_baseline_only(alpha):
     zero = torch.zeros_like(u)
     largest = {}
     for kind in ("mean", "clipped"):
-        b, minimisers = residual_baseline(w, w.mean(), kind), []
+        penalty, minimisers = torch.full((n,), alpha), []
+        b = residual_baseline(w, w.mean(), penalty, kind)
         for v_old in (zero, zero + 1):
             v = torch.zeros(12, requires_grad=True)
-            loss = residual_weighted_loss(v[bins][:, None], u, w, b, v_old, zero, torch.full((n,), alpha)).sum()
+            loss = residual_weighted_loss(v[bins][:, None], u, w, b, v_old, zero, penalty).sum()
             (gradient,) = torch.autograd.grad(loss, v, create_graph=True)
             (curvature,) = torch.autograd.grad(gradient.sum(), v)
             minimisers.append((v - gradient / curvature).detach())
