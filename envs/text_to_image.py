@@ -176,12 +176,16 @@ MINI_MODEL: Mapping[str, Any] = {
     "warmup_updates": 10,
     "standardise": "group",
     "tau": 1.0,
-    "orw_w2.alpha": 0.5,
+    "orw_w2.alpha": 0.25,
     "orw_kl.alpha": 0.5,
     "ema_decay": 0.9,
-    "baseline": "mean",  # measured over the 15 to 25 refreshes of a default run; long ones need "clipped"
 }
-RIGHT_OR_WRONG: Mapping[str, Any] = {"tau": 0.7, "orw_w2.alpha": 0.1, "orw_kl.alpha": 0.1}
+RIGHT_OR_WRONG: Mapping[str, Any] = {
+    "tau": 0.7,
+    "orw_w2.alpha": 0.1,
+    "orw_kl.alpha": 0.1,
+    "baseline": "mean",  # wrong samples must repel; measured over 25 refreshes, longer runs need "clipped"
+}
 LARGE_MODEL: Mapping[str, Any] = {
     **MINI_MODEL,
     "batch_size": 8,
@@ -189,7 +193,6 @@ LARGE_MODEL: Mapping[str, Any] = {
     "rollout_steps": 20,
     "guidance_scale": 4.5,
     "lora_rank": 32,
-    "baseline": "clipped",
 }
 
 SPECS = [
