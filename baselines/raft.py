@@ -26,7 +26,8 @@ class RAFTConfig(ORWConfig):
     group_size: int = 8
     """K: samples of the same context per iteration, of which the best are kept; must divide n_samples."""
     target: Literal["residual", "plain"] = "plain"
-    """"plain", as published; "residual" also moves away from the samples that are not kept."""
+    """"plain", as published; "residual" moves only where samples differ, and with baseline "mean" also away from
+    those that are not kept."""
     n_best: int = 1
     """How many of the K are kept."""
     threshold: float = -math.inf
@@ -59,7 +60,7 @@ class RAFT(ORWCFMW2):
         return weight / weight.mean().clamp_min(1e-6)
 
     def minibatches(self) -> Iterator[Batch]:
-        """The plain target fits what is kept; the residual one also moves away from all others."""
+        """The plain target fits what is kept; the residual one is given all samples."""
         if self.config.target == "residual":
             yield from super().minibatches()
             return

@@ -28,9 +28,8 @@ def measure(algo: str, steps: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     settings = {"n_samples": N_SAMPLES, "rollout_batch_size": 64, "batch_size": 64, "n_epochs": 1}
-    # the pass over recorded steps is cut short below: further minibatches take no more memory
     model = flowrl.algorithm_class(algo)("FlowPolicy", "sd3-count", seed=0, rollout_steps=steps, **settings)
-    whole_pass = model.minibatches
+    whole_pass = model.minibatches  # cut short: further minibatches take no more memory
     model.minibatches = lambda: (batch for batch, _ in zip(whole_pass(), range(4)))
     model.learn(N_SAMPLES)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

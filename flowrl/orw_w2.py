@@ -46,7 +46,7 @@ class ORWCFMW2Config(FlowConfig):
     """"residual" moves only where rewards differ; "plain", as published, also refits the sampler's own errors."""
     baseline: Baseline = "clipped"
     """What the residual target takes off the weights: their mean ("mean"), which tilts exactly but lets errors grow
-    from refresh to refresh where w + alpha < 1; or the sample's own weight if that is less ("clipped")."""
+    from refresh to refresh where w + alpha < 1; or at most w + penalty ("clipped"): then errors never grow."""
     coupling: Coupling = "independent"
     """How noise is paired with samples: independent, or exact minibatch optimal transport ("ot")."""
 
