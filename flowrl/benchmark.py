@@ -6,6 +6,7 @@ again; a failed one is recorded with its error, and tried again by the next call
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,7 @@ import tyro
 from flowrl.cell import run_logged
 from flowrl.checkpoint import write_json
 from flowrl.comparison import write_comparison
-from flowrl.errors import FlowRLError
+from flowrl.errors import ConfigError, FlowRLError
 from flowrl.suite import Cell, load_suite, suites
 
 PROGRAM = "python -m flowrl.benchmark"
@@ -56,9 +57,10 @@ def run_cells(cells: list[Cell], root: Path, workers: int) -> list[Path]:
     """Run what is not finished yet; returns the folders of failed cells.
 
     Raises:
+        ConfigError: A finished cell there was made with other settings.
         KeyboardInterrupt: On Ctrl-C or SIGTERM; every finished cell is kept.
     """
-    waiting = [cell for cell in cells if not (root / cell.folder / "result.json").exists()]
+    waiting = [cell for cell in cells if not _finished_before(cell, root)]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before, {workers} at a time: {root}", flush=True)
     processes = _processes()
     running: dict[BaseProcess, tuple[Cell, float]] = {}
@@ -88,6 +90,21 @@ def run_cells(cells: list[Cell], root: Path, workers: int) -> list[Path]:
     if received:
         raise KeyboardInterrupt
     return failed
+
+
+def _finished_before(cell: Cell, root: Path) -> bool:
+    path = root / cell.folder / "result.json"
+    if not path.exists():
+        return False
+    old, new = json.loads(path.read_text())["cell"], json.loads(json.dumps(cell.to_dict()))
+    old, new = (made.pop("config", {}) | made for made in (old, new))
+    changed = [f"{key} {old.get(key)}, not {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        raise ConfigError(
+            f"'{path.parent}' was finished with other settings ({'; '.join(changed)}). Choose another folder with "
+            "--out, or remove that one to run the cell again."
+        )
+    return True
 
 
 def _start(processes: Any, cell: Cell, folder: Path) -> BaseProcess:
@@ -142,7 +159,9 @@ def main(args: list[str] | None = None) -> int:
         cells = load_suite(config.suite, config.algos, config.envs, config.seeds, config.budget)
         root = config.out / Path(config.suite).stem
         if config.dry_run:
-            print("\n".join(f"{c.env}, {c.label}, seed {c.seed}: {c.budget:,} network evaluations" for c in cells))
+            for cell in cells:
+                plan = f"{cell.budget:,} network evaluations" if cell.budget else "nothing to train"
+                print(f"{cell.env}, {cell.label}, seed {cell.seed}: {plan}")
             print(f"{len(cells)} cells; results would go to {root}")
             return 0
         failed = run_cells(cells, root, config.workers or os.cpu_count() or 1)

@@ -20,7 +20,7 @@ from flowrl.registry import algorithm_class
 from flowrl.report import image_grid, save_picture
 from flowrl.runfolder import without_nan
 from flowrl.steering import Steering
-from flowrl.suite import Cell
+from flowrl.suite import UNTRAINED, Cell
 
 UNBOUNDED = 10**12
 
@@ -47,8 +47,7 @@ class StopAtBudget(IterationCallback):
 def run_cell(folder: Path) -> None:
     """Train, evaluate, and write `curve.json`, `samples.png` and, last, `result.json`."""
     cell = Cell(**json.loads((folder / "cell.json").read_text()))
-    algo = cell.algo or "orw"
-    model = algorithm_class(algo)(
+    model = algorithm_class(cell.algo or UNTRAINED)(
         "FlowPolicy", cell.env, seed=cell.seed, env_settings=cell.env_settings or None, **cell.settings
     )
     stop = StopAtBudget(cell.budget)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+UNTRAINED = "orw"  # whose policy steering samples from, without a step of training
 FOLDER = Path(__file__).parent / "suites"
 SUITE_KEYS = ("description", "seeds", "budget", "eval_samples", "envs", "rows")
 ENV_KEYS = ("settings", "budget")
@@ -51,12 +52,13 @@ class Cell:
         env: Name of the environment.
         algo: Name of the algorithm; empty for steering.
         seed: Seed of training and evaluation.
-        budget: Network evaluations of the training.
+        budget: Network evaluations of the training; 0 for steering.
         eval_samples: Samples of the final evaluation.
         settings: Of the algorithm.
         env_settings: Of the environment.
         steer: Fields of `Steering`; empty for training.
         swept: The swept setting and its value; empty without a sweep.
+        config: Every setting that the algorithm will have: its defaults, the environment's, the suite's.
     """
 
     row: str
@@ -69,6 +71,7 @@ class Cell:
     env_settings: dict[str, Any] = field(default_factory=dict)
     steer: dict[str, Any] = field(default_factory=dict)
     swept: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -136,8 +139,7 @@ def load_suite(
             for values in _swept(row, title):
                 for seed in list(seeds) or content["seeds"]:
                     cell = _cell(content, title, row, env, about, values, int(seed), budget)
-                    cells.append(cell)
-                _check(cell, recommended)
+                    cells.append(replace(cell, config=_config(cell, recommended)))
     if not cells:
         raise ConfigError(f"Nothing is left of suite '{path.stem}' with this choice of algorithms and environments.")
     return cells
@@ -160,7 +162,7 @@ def _cell(
         env=env,
         algo=row.get("algo", ""),
         seed=seed,
-        budget=budget or about.get("budget", suite["budget"]),
+        budget=0 if steer else budget or about.get("budget", suite["budget"]),
         eval_samples=suite.get("eval_samples", 1024),
         settings=settings,
         env_settings=about.get("settings", {}),
@@ -169,8 +171,8 @@ def _cell(
     )
 
 
-def _check(cell: Cell, recommended: Mapping[str, Any]) -> None:
-    """Names and settings have meaning; nothing is trained or loaded."""
+def _config(cell: Cell, recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of the algorithm; names and values have meaning. Nothing is trained or loaded."""
     try:
         if cell.steer:
             known = [f.name for f in fields(Steering)]
@@ -178,9 +180,8 @@ def _check(cell: Cell, recommended: Mapping[str, Any]) -> None:
                 if key not in known:
                     raise UnknownNameError.of("setting of steering", key, known)
             Steering(**cell.steer)
-        else:
-            cls: type[FlowAlgorithm] = algorithm_class(cell.algo)
-            cls.configure(None, recommended, cell.settings)
+        cls: type[FlowAlgorithm] = algorithm_class(cell.algo or UNTRAINED)
+        return asdict(cls.configure(None, recommended, cell.settings))
     except (ConfigError, UnknownNameError) as error:
         raise type(error)(f"Row '{cell.row}' on '{cell.env}': {error}") from error
 

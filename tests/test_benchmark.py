@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from flowrl.benchmark import run_cells
 from flowrl.comparison import collect, markdown, page, summary
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.registry import ALGORITHMS
@@ -120,6 +122,18 @@ def test_runs_resumes_and_compares(run_module, suite: Path, tmp_path: Path) -> N
     assert "http" not in frontier  # self-contained
     for name in ("curves.png", "frontier.png"):
         assert (root / name).read_bytes().startswith(b"\x89PNG")
+    done = run_module("flowrl.benchmark", *arguments, "--budget", 3_000)
+    assert done.returncode == 2
+    assert "finished with other settings (budget 2000, not 3000). Choose another folder with --out" in done.stderr
+
+
+def test_a_cell_finished_with_another_default_is_not_taken_for_this_one(suite: Path, tmp_path: Path) -> None:
+    cell = load_suite(str(suite), algos=["ddpo"], seeds=[0])[0]
+    made = replace(cell, config={**cell.config, "learning_rate": 0.5}).to_dict()
+    (tmp_path / cell.folder).mkdir(parents=True)
+    (tmp_path / cell.folder / "result.json").write_text(json.dumps({"cell": made}))
+    with pytest.raises(ConfigError, match=r"settings \(learning_rate 0.5, not 0.00"):
+        run_cells([cell], tmp_path, workers=1)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
