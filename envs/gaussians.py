@@ -309,10 +309,30 @@ def _factory(kind: str) -> Callable[[GaussiansConfig], GaussiansEnv]:
     return make
 
 
-RECOMMENDED = {
-    f"{algo}.{name}": value
-    for algo in ("ddpo", "dpok", "flow_grpo")  # log-probabilities here are means over two dimensions only
-    for name, value in {"learning_rate": 1e-3, "clip_range": 0.1, "batch_size": 512}.items()
+RECOMMENDED = {  # chosen by the exact W2 to the optimum, with benchmarks/tuning/toy.toml
+    "orw_w2.tau": 1.0,
+    "orw_w2.alpha": 0.3,
+    "orw_w2.learning_rate": 5e-4,
+    "orw_kl.tau": 1.0,
+    "orw_kl.alpha": 0.3,
+    "orw_kl.learning_rate": 5e-4,
+    "orw.tau": 0.03,
+    "rwr.tau": 1.0,
+    "rwr.learning_rate": 1e-3,
+    "kl.learning_rate": 1e-3,
+    "raft.group_size": 2,
+    "raft.learning_rate": 1e-4,
+    "ddpo.learning_rate": 3e-5,
+    "ddpo.clip_range": 0.02,
+    "ddpo.batch_size": 512,
+    "dpok.learning_rate": 1e-3,
+    "dpok.clip_range": 0.1,  # log-probabilities here are means over two dimensions only
+    "dpok.batch_size": 512,
+    "dpok.beta": 1.0,
+    "flow_grpo.learning_rate": 1e-3,
+    "flow_grpo.clip_range": 0.1,
+    "flow_grpo.batch_size": 512,
+    "flow_grpo.beta": 1.0,
 }
 SPECS = [
     EnvSpec(
