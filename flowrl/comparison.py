@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Entry = dict[str, Any]
-THUMBNAIL = 280  # pixels
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#BCBD22")
+THUMBNAIL = 220  # pixels
+CURVE_POINTS = 50
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F"),
+    *("#BCBD22", "#5D3A9B", "#E31A1C", "#17BECF", "#B15928", "#F781BF"),
+)
+MARKERS = "osD^v"
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -62,6 +67,8 @@ def collect(cells: Sequence[Cell], root: Path) -> list[Entry]:
             entry["folders"] = [cell.folder for cell, result in zip(members, results) if result is not None]
         entries.append(entry)
     _add_speed(entries)
+    for entry in entries:
+        entry["curve"] = _thinned(entry.get("curve", []))
     return entries
 
 
@@ -80,6 +87,12 @@ def _curve(curves: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
         {key: float(np.mean([curve[i][key] for curve in curves])) for key in keys if key in curves[0][i]}
         for i in range(shortest)
     ]
+
+
+def _thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    """At most `CURVE_POINTS` of its points, the first and the last among them."""
+    kept = sorted({round(i) for i in np.linspace(0, len(curve) - 1, CURVE_POINTS)}) if curve else []
+    return [curve[i] for i in kept]
 
 
 def _add_speed(entries: Sequence[Entry]) -> None:
@@ -143,28 +156,41 @@ def colours(entries: Sequence[Entry]) -> dict[str, str]:
     return {row: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
 
 
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Range of the values without those far out (Tukey: three quartile ranges): one diverged run must not hide all."""
+    x = np.array(values, dtype=float)
+    x = x[np.isfinite(x)]
+    low, high = np.percentile(x, (25, 75))
+    x = x[(x >= low - 3 * (high - low)) & (x <= high + 3 * (high - low))]
+    margin = 0.05 * (x.max() - x.min()) or 0.5
+    return float(x.min() - margin), float(x.max() + margin)
+
+
+def _legend(figure: Figure) -> None:
+    """One legend beside all axes, each row once."""
+    handles = {str(label): handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+
+
 def learning_curves(entries: Sequence[Entry]) -> Figure:
     """Reward and diversity of the rollouts against network evaluations, per environment."""
     from matplotlib.figure import Figure
 
     envs, colour = list(dict.fromkeys(entry["env"] for entry in entries)), colours(entries)
-    figure = Figure(figsize=(11, 3.6 * len(envs)), layout="constrained")
+    figure = Figure(figsize=(13, 3.6 * len(envs)), layout="constrained")
     for i, env in enumerate(envs):
+        trained = [entry for entry in entries if entry["env"] == env and entry.get("curve")]
         for j, (key, title) in enumerate((("rollout/reward_mean", "reward"), ("rollout/diversity", "diversity"))):
             axes = figure.add_subplot(len(envs), 2, 2 * i + j + 1)
-            seen: set[str] = set()
-            for entry in entries:
-                points = entry.get("curve")
-                if entry["env"] != env or not points:
-                    continue
-                name = entry["row"] if entry["row"] not in seen else None
-                seen.add(entry["row"])
-                x, y = [p["evaluations"] for p in points], [p[key] for p in points]
-                axes.plot(x, y, color=colour[entry["row"]], label=name, linewidth=1.2, alpha=0.8)
+            for entry in trained:
+                x, y = zip(*((p["evaluations"], p[key]) for p in entry["curve"]))
+                axes.plot(x, y, color=colour[entry["row"]], label=entry["row"], linewidth=1.2, alpha=0.8)
             axes.set(title=f"{env}: {title} of the rollouts", xlabel="network evaluations")
+            if trained:
+                axes.set_ylim(*_limits([p[key] for entry in trained for p in entry["curve"]]))
             axes.grid(alpha=0.3)
-            if j == 0 and seen:
-                axes.legend(fontsize=7)
+    _legend(figure)
     return figure
 
 
@@ -173,25 +199,47 @@ def frontier(entries: Sequence[Entry]) -> Figure:
     from matplotlib.figure import Figure
 
     envs, colour = list(dict.fromkeys(entry["env"] for entry in entries)), colours(entries)
-    figure = Figure(figsize=(6.5, 4.4 * len(envs)), layout="constrained")
+    marker = {row: MARKERS[i % len(MARKERS)] for i, row in enumerate(colour)}
+    figure = Figure(figsize=(9, 4.4 * len(envs)), layout="constrained")
     for i, env in enumerate(envs):
         axes = figure.add_subplot(len(envs), 1, i + 1)
-        done = [entry for entry in entries if entry["env"] == env and entry["seeds_finished"]]
-        for row in dict.fromkeys(entry["row"] for entry in done):
-            ends, path = _frontier_of([e for e in done if e["row"] == row])
-            axes.plot(*zip(*ends), "o-", color=colour[row], label=row, markersize=4, linewidth=1)
-            if path:
-                axes.plot(*zip(*path), ":", color=colour[row], linewidth=1)
-        if done:
-            before = done[0]["reference_diversity"]["mean"], done[0]["reference_reward_mean"]["mean"]
-            axes.plot(*before, "k*", markersize=11, label="before training")
-            axes.legend(fontsize=7)
         axes.set(title=env, xlabel="diversity", ylabel="reward")
         axes.grid(alpha=0.3)
+        done = [entry for entry in entries if entry["env"] == env and entry["seeds_finished"]]
+        if not done:
+            continue
+        for row, (ends, path) in _frontiers(done).items():
+            axes.plot(*zip(*ends), color=colour[row], label=row, marker=marker[row], markersize=4, linewidth=1)
+            if path:
+                axes.plot(*zip(*path), ":", color=colour[row], linewidth=1)
+        axes.plot(*_before(done), "k*", markersize=11, label="before training")
+        across, up = _frontier_limits(done)
+        axes.set(xlim=across, ylim=up)
+    _legend(figure)
     return figure
 
 
-def _frontier_of(entries: Sequence[Entry]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+Point = tuple[float, float]
+
+
+def _before(entries: Sequence[Entry]) -> Point:
+    """(diversity, reward) of the flow before training."""
+    return entries[0]["reference_diversity"]["mean"], entries[0]["reference_reward_mean"]["mean"]
+
+
+def _frontiers(entries: Sequence[Entry]) -> dict[str, tuple[list[Point], list[Point]]]:
+    """What `_frontier_of` says of each row."""
+    rows = dict.fromkeys(entry["row"] for entry in entries)
+    return {row: _frontier_of([entry for entry in entries if entry["row"] == row]) for row in rows}
+
+
+def _frontier_limits(entries: Sequence[Entry]) -> tuple[Point, Point]:
+    """Ranges of diversity and of reward that are shown."""
+    x, y = zip(_before(entries), *(p for ends, path in _frontiers(entries).values() for p in [*ends, *path]))
+    return _limits(x), _limits(y)
+
+
+def _frontier_of(entries: Sequence[Entry]) -> tuple[list[Point], list[Point]]:
     """(diversity, reward) of one row's settings; and, where it has only one, on the way of its training."""
     ends = [(e["diversity"]["mean"], e["reward_mean"]["mean"]) for e in entries]
     curve = entries[0].get("curve") or [] if len(entries) == 1 else []
@@ -204,7 +252,7 @@ def _thumbnail(path: Path) -> str:
 
     picture, data = Image.open(path).convert("RGB"), io.BytesIO()
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(data, "JPEG", quality=70)
+    picture.save(data, "JPEG", quality=60)
     return base64.b64encode(data.getvalue()).decode()
 
 
@@ -212,28 +260,25 @@ def _points(entries: Sequence[Entry], root: Path) -> str:
     """The frontier of one environment as SVG; every point shows its settings and samples when pointed at."""
     colour = colours(entries)
     done = [entry for entry in entries if entry["seeds_finished"]]
-    lines = {
-        row: _frontier_of([entry for entry in done if entry["row"] == row])
-        for row in dict.fromkeys(entry["row"] for entry in done)
-    }
-    before = done[0]["reference_diversity"]["mean"], done[0]["reference_reward_mean"]["mean"]
-    xs, ys = zip(before, *(point for ends, path in lines.values() for point in [*ends, *path]))
+    (left, right), (bottom, top) = _frontier_limits(done)
     width, height, margin = 760, 460, 50
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - min(xs)) / (max(xs) - min(xs) or 1)
-        up = (y - min(ys)) / (max(ys) - min(ys) or 1)
+    def place(x: float, y: float) -> Point:
+        across = (min(max(x, left), right) - left) / (right - left)
+        up = (min(max(y, bottom), top) - bottom) / (top - bottom)
         return margin + across * (width - 2 * margin), height - margin - up * (height - 2 * margin)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="reward against diversity">']
-    parts.append(f'<text x="{width / 2}" y="{height - 8}" class="axis">diversity {min(xs):.3g} to {max(xs):.3g}</text>')
-    parts.append(f'<text x="12" y="24" class="left">reward {min(ys):.3g} to {max(ys):.3g}</text>')
-    for row, (ends, path) in lines.items():
+    parts.append(f'<text x="{width / 2}" y="{height - 8}" class="axis">diversity {left:.3g} to {right:.3g}</text>')
+    parts.append(f'<text x="12" y="24" class="left">reward {bottom:.3g} to {top:.3g}</text>')
+    for row, (ends, path) in _frontiers(done).items():
         for line, style in ((ends, ""), (path, ' stroke-dasharray="2 3"')):
+            if len(line) < 2:
+                continue
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
             drawn = f'fill="none" stroke="{colour[row]}" stroke-opacity="0.5"{style}'
             parts.append(f'<polyline points="{points}" {drawn}/>')
-    x, y = place(*before)
+    x, y = place(*_before(done))
     parts.append(f'<text x="{x:.1f}" y="{y:.1f}" class="axis">★<title>before training</title></text>')
     for entry in done:
         x, y = place(entry["diversity"]["mean"], entry["reward_mean"]["mean"])
@@ -261,7 +306,8 @@ circle {{ cursor: pointer; }} circle:hover, circle:focus {{ stroke: black; strok
 </style></head><body>
 <h1>{title}</h1>
 <p>Each point is an algorithm at one setting, the mean over its seeds; lines join the values of a sweep, dotted ones
-show the training of a single setting. Point at one to see its settings and samples.</p>
+show the training of a single setting. Point at one to see its settings and samples. What lies far out is put on the
+border.</p>
 <p class="key">{key}</p>
 {body}
 <div id="shown">no point chosen</div>
@@ -296,11 +342,20 @@ def page(entries: Sequence[Entry], root: Path) -> str:
     return PAGE.format(title=f"Benchmark {html.escape(root.name)}", key=key, body="\n".join(body))
 
 
+def _rounded(value: Any) -> Any:
+    """All numbers in it to six digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def write_comparison(cells: Sequence[Cell], root: Path) -> list[Path]:
     """Write results.json, table.md, curves.png, frontier.png and frontier.html into `root`; returns their paths."""
     entries = collect(cells, root)
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
-    write_json(paths[0], without_nan(entries))
+    write_json(paths[0], _rounded(without_nan(entries)))
     paths[1].write_text(markdown(entries))
     learning_curves(entries).savefig(paths[2], dpi=110)
     frontier(entries).savefig(paths[3], dpi=110)

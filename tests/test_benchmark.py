@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flowrl.benchmark import run_cells
-from flowrl.comparison import collect, markdown, page, summary
+from flowrl.comparison import Entry, collect, frontier, learning_curves, markdown, page, summary
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.registry import ALGORITHMS
 from flowrl.suite import Cell, load_suite, suites
@@ -132,7 +134,7 @@ def test_a_cell_finished_with_another_default_is_not_taken_for_this_one(suite: P
     made = replace(cell, config={**cell.config, "learning_rate": 0.5}).to_dict()
     (tmp_path / cell.folder).mkdir(parents=True)
     (tmp_path / cell.folder / "result.json").write_text(json.dumps({"cell": made}))
-    with pytest.raises(ConfigError, match=r"settings \(learning_rate 0.5, not 0.00"):
+    with pytest.raises(ConfigError, match=r"settings \(learning_rate 0.5, not 3e-05\)"):
         run_cells([cell], tmp_path, workers=1)
 
 
@@ -204,3 +206,41 @@ def test_nothing_finished_is_said(tmp_path: Path) -> None:
     entries = collect(cells, tmp_path)
     assert "No cell has finished" in markdown(entries)
     assert "<svg" not in page(entries, tmp_path)
+
+
+def entry(row: str, diversity: float, reward: float) -> Entry:
+    point = {"evaluations": 100, "rollout/reward_mean": reward, "rollout/diversity": 1.0}
+    about = {"env": "e", "label": row, "row": row, "settings": {}, "seeds_finished": 1, "folders": ["f"]}
+    numbers = {"diversity": diversity, "reward_mean": reward, "drift": 0.1, "reference_diversity": 2.0}
+    summaries = {key: summary([value]) for key, value in {**numbers, "reference_reward_mean": 0.0}.items()}
+    return {**about, **summaries, "curve": [point]}
+
+
+def test_a_diverged_run_hides_nothing_in_the_plots(tmp_path: Path) -> None:
+    entries = [entry(f"a{i}", 1.0 + 0.1 * i, 0.1 * i) for i in range(9)] + [entry("far", 1e15, -1e30)]
+    (axes,) = frontier(entries).axes
+    assert axes.get_xlim()[1] < 3
+    assert -1 < axes.get_ylim()[0] < axes.get_ylim()[1] < 2
+    assert learning_curves(entries).axes[0].get_ylim()[0] > -1
+    (tmp_path / "f").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "f" / "samples.png")
+    places = [float(x) for x in re.findall(r'<circle cx="([-0-9.e+]+)"', page(entries, tmp_path))]
+    assert len(places) == 10
+    assert len({round(x) for x in places[:9]}) == 9, "the others are still told apart"
+    assert max(places) == places[9] <= 760
+
+
+def test_long_curves_are_thinned_and_keep_both_ends(tmp_path: Path) -> None:
+    cell = Cell("DDPO", "gaussians-linear", "ddpo", 0, 1, 1)
+    folder = tmp_path / cell.folder
+    folder.mkdir(parents=True)
+    numbers = dict.fromkeys(("reward_mean", "diversity", "drift", "w2_to_optimum", "w2_floor"), 1.0)
+    reference = {"reward_mean": 0.0, "diversity": 1.0}
+    result = {**numbers, "components": {}, "reference": reference, "evaluations_per_sample": 16, "cost": {}}
+    (folder / "result.json").write_text(json.dumps(result))
+    curve = [{"evaluations": i, "rollout/reward_mean": i / 200} for i in range(200)]
+    (folder / "curve.json").write_text(json.dumps(curve))
+    (told,) = collect([cell], tmp_path)
+    assert len(told["curve"]) == 50
+    assert [told["curve"][i]["evaluations"] for i in (0, -1)] == [0, 199]
+    assert told["evaluations_to_90_percent"] == 180, "measured on the whole curve"
