@@ -289,6 +289,7 @@ def test_without_regularisation_the_best_point_is_found(cls: type, own: dict) ->
 
 def test_raft_plans_the_updates_it_makes() -> None:
     for target in ("plain", "residual"):
-        model = flowrl.RAFT("FlowPolicy", "gaussians-linear", seed=0, device="cpu", target=target, batch_size=16)
+        settings = {"group_size": 8, "batch_size": 16, "target": target}
+        model = flowrl.RAFT("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
         model.learn(512)
         assert model._n_updates == model.config.updates_per_iteration() == (4 if target == "plain" else 32)
