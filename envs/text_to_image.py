@@ -166,7 +166,7 @@ def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
     return {**model, **RIGHT_OR_WRONG} if reward == "count" else model
 
 
-MINI_MODEL: Mapping[str, Any] = {
+IMAGES: Mapping[str, Any] = {
     "n_samples": 512,
     "group_size": 8,
     "batch_size": 64,
@@ -180,6 +180,15 @@ MINI_MODEL: Mapping[str, Any] = {
     "orw_kl.alpha": 0.5,
     "ema_decay": 0.9,
 }
+MINI_MODEL: Mapping[str, Any] = {
+    **IMAGES,
+    # of the baselines, by benchmarks/tuning/laptop.toml
+    "raft.n_epochs": 12,
+    "raft.learning_rate": 4e-4,
+    "ddpo.clip_range": 1e-3,
+    "dpok.clip_range": 1e-3,
+    "flow_grpo.clip_range": 1e-3,
+}
 RIGHT_OR_WRONG: Mapping[str, Any] = {
     "tau": 0.7,
     "orw_w2.alpha": 0.1,
@@ -187,7 +196,7 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "baseline": "mean",  # wrong samples must repel; measured over 25 refreshes, longer runs need "clipped"
 }
 LARGE_MODEL: Mapping[str, Any] = {
-    **MINI_MODEL,
+    **IMAGES,
     "batch_size": 8,
     "rollout_batch_size": 8,
     "rollout_steps": 20,
