@@ -183,6 +183,7 @@ IMAGES: Mapping[str, Any] = {
 MINI_MODEL: Mapping[str, Any] = {
     **IMAGES,
     # of the baselines, by benchmarks/tuning/laptop.toml
+    "kl.learning_rate": 4e-4,
     "raft.n_epochs": 12,
     "raft.learning_rate": 4e-4,
     "ddpo.clip_range": 1e-3,
