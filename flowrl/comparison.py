@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Entry = dict[str, Any]
-THUMBNAIL = 220  # pixels
-CURVE_POINTS = 50
+THUMBNAIL = 160  # pixels
+CURVE_POINTS = 20
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F"),
     *("#BCBD22", "#5D3A9B", "#E31A1C", "#17BECF", "#B15928", "#F781BF"),
@@ -120,7 +120,8 @@ def markdown(entries: Sequence[Entry]) -> str:
         exact = not math.isnan(done[0]["w2_to_optimum"]["mean"])
         reference = done[0]["reference_reward_mean"]["mean"], done[0]["reference_diversity"]["mean"]
         head = ["algorithm", "reward", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
-        head += [*done[0]["components"], "network evaluations", "to 90 %", "samples", "updates", "minutes", "seeds"]
+        head += [*done[0]["components"], "network evaluations", "to 90 %", "then per sample"]
+        head += ["samples", "updates", "minutes", "seeds"]
         lines = [f"### {env}", "", f"Before training: reward {reference[0]:.3g}, diversity {reference[1]:.3g}."]
         if exact:
             lines[-1] += f" W2 of exact samples against each other: {done[0]['w2_floor']['mean']:.3g}."
@@ -135,14 +136,19 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
         return [entry["label"], f"failed ({entry['seeds_failed']} seeds)"]
     cost = entry["cost"]
     cells = [entry["label"], _interval(entry["reward_mean"]), f"{entry['reward_mean']['iqm']:.3g}"]
-    cells += [_interval(entry["diversity"]), f"{entry['drift']['mean']:.2g}"]
+    cells += [_interval(entry["diversity"]), _number(entry["drift"]["mean"], 2)]
     cells += [_interval(entry["w2_to_optimum"])] if exact else []
     cells += [f"{entry['components'][key]['mean']:.3g}" for key in example["components"]]
     to_90 = entry.get("evaluations_to_90_percent")
     cells.append(f"{cost['network_evaluations']:.2g}")
     cells.append("" if to_90 is None else f"{to_90:.2g}")
+    cells.append(f"{entry['evaluations_per_sample']:.0f}")
     cells += [f"{cost['samples']:.0f}", f"{cost['gradient_steps']:.0f}", f"{cost['training_seconds'] / 60:.1f}"]
     return [*cells, str(entry["seeds_finished"])]
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def _interval(values: dict[str, float]) -> str:
@@ -252,7 +258,7 @@ def _thumbnail(path: Path) -> str:
 
     picture, data = Image.open(path).convert("RGB"), io.BytesIO()
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(data, "JPEG", quality=60)
+    picture.save(data, "JPEG", quality=50)
     return base64.b64encode(data.getvalue()).decode()
 
 
@@ -283,7 +289,7 @@ def _points(entries: Sequence[Entry], root: Path) -> str:
     for entry in done:
         x, y = place(entry["diversity"]["mean"], entry["reward_mean"]["mean"])
         told = f"{entry['label']}\nreward {_interval(entry['reward_mean'])}, diversity {_interval(entry['diversity'])}"
-        told += f", drift {entry['drift']['mean']:.2g}\nsettings: {json.dumps(entry['settings'])}"
+        told += f", drift {_number(entry['drift']['mean'], 2)}\nsettings: {json.dumps(entry['settings'])}"
         picture = _thumbnail(root / entry["folders"][0] / "samples.png")
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour[entry["row"]]}" tabindex="0" '
@@ -357,7 +363,7 @@ def write_comparison(cells: Sequence[Cell], root: Path) -> list[Path]:
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
     write_json(paths[0], _rounded(without_nan(entries)))
     paths[1].write_text(markdown(entries))
-    learning_curves(entries).savefig(paths[2], dpi=110)
+    learning_curves(entries).savefig(paths[2], dpi=80)
     frontier(entries).savefig(paths[3], dpi=110)
     paths[4].write_text(page(entries, root), encoding="utf-8")
     return paths

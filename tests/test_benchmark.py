@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from flowrl.benchmark import run_cells
-from flowrl.comparison import Entry, collect, frontier, learning_curves, markdown, page, summary
+from flowrl.comparison import CURVE_POINTS, Entry, collect, frontier, learning_curves, markdown, page, summary
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.registry import ALGORITHMS
 from flowrl.suite import Cell, load_suite, suites
@@ -241,6 +241,6 @@ def test_long_curves_are_thinned_and_keep_both_ends(tmp_path: Path) -> None:
     curve = [{"evaluations": i, "rollout/reward_mean": i / 200} for i in range(200)]
     (folder / "curve.json").write_text(json.dumps(curve))
     (told,) = collect([cell], tmp_path)
-    assert len(told["curve"]) == 50
+    assert len(told["curve"]) == CURVE_POINTS
     assert [told["curve"][i]["evaluations"] for i in (0, -1)] == [0, 199]
     assert told["evaluations_to_90_percent"] == 180, "measured on the whole curve"
