@@ -248,7 +248,7 @@ def _frontier_limits(entries: Sequence[Entry]) -> tuple[Point, Point]:
 def _frontier_of(entries: Sequence[Entry]) -> tuple[list[Point], list[Point]]:
     """(diversity, reward) of one row's settings; and, where it has only one, on the way of its training."""
     ends = [(e["diversity"]["mean"], e["reward_mean"]["mean"]) for e in entries]
-    curve = entries[0].get("curve") or [] if len(entries) == 1 else []
+    curve = entries[0]["curve"] if len(entries) == 1 else []
     return ends, [(p["rollout/diversity"], p["rollout/reward_mean"]) for p in curve]
 
 
