@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from flowrl.envs.base import GenerationEnv
+from flowrl.envs.rewards import make_reward
+from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
 from flowrl.errors import UnknownNameError
 from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
-
-ImageReward = Callable[[torch.Tensor, Sequence[str]], Any]
-"""`(images (B, 3, H, W) in [0, 1], B prompts) -> (B,)` or a `RewardOutput`."""
 
 PHOTO_PROMPTS = (
     "a photo of a cat",
@@ -38,15 +37,13 @@ class TextToImageConfig:
     """Flow to fine-tune: "mini-sd3" (ships with flowrl), a folder, or a hub name such as
     stabilityai/stable-diffusion-3.5-medium. "auto" takes mini-sd3 where there is no CUDA device."""
     reward: str = "auto"
-    """What to score: "auto" is the reward in the environment's name; or aesthetic, colourfulness, compress, count."""
+    """What to score: "auto" is the reward in the environment's name; or another registered one, or module:name."""
+    reward_options: tuple[str, ...] = ()
+    """Options of the reward, each as REWARD.OPTION=VALUE: aesthetic.head=FILE, aesthetic.clip=FOLDER."""
     prompts: tuple[str, ...] = ()
     """Prompts to train on, instead of the environment's own."""
     resolution: int | None = None
     """Height and width of the images in pixels; the pipeline's own when not given."""
-    aesthetic_head: str | None = None
-    """File with the LAION aesthetic head (safetensors or .pth); fetched from the hub when not given."""
-    clip: str = "openai/clip-vit-large-patch14"
-    """CLIP model of the aesthetic reward: a folder or a hub name."""
 
 
 class TextToImageEnv(GenerationEnv):
@@ -55,7 +52,7 @@ class TextToImageEnv(GenerationEnv):
     Args:
         flow: Source of the flow, see `FlowSource.of`.
         prompts: Prompts to draw contexts from.
-        reward: Scores images; see `ImageReward`.
+        reward: `(images (B, 3, H, W) in [0, 1], B prompts) -> (B,)`, or a `RewardOutput`.
         reward_name: What the head of a run says of the reward.
     """
 
@@ -63,7 +60,7 @@ class TextToImageEnv(GenerationEnv):
         self,
         flow: Any,
         prompts: Sequence[str],
-        reward: ImageReward,
+        reward: RewardFunction,
         *,
         name: str = "text-to-image",
         reward_name: str = "",
@@ -89,44 +86,6 @@ class TextToImageEnv(GenerationEnv):
         return (self._last.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
 
 
-def _aesthetic(config: TextToImageConfig, flow: FlowSource) -> ImageReward:
-    from flowrl.envs.rewards.aesthetic import AestheticReward
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AestheticReward(config.aesthetic_head, config.clip, device)
-
-
-def _colourfulness(config: TextToImageConfig, flow: FlowSource) -> ImageReward:
-    from flowrl.envs.rewards.aesthetic import ColourfulnessReward
-
-    return ColourfulnessReward()
-
-
-def _compress(config: TextToImageConfig, flow: FlowSource) -> ImageReward:
-    from flowrl.envs.rewards.compress import CompressReward
-
-    return CompressReward()
-
-
-def _count(config: TextToImageConfig, flow: FlowSource) -> ImageReward:
-    from flowrl.envs.rewards.count import count_components
-
-    def count(images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        parts = count_components(images, prompts)
-        return RewardOutput(parts.pop("score"), parts)
-
-    count.description = "share of background, colour, number and shape that are right"  # type: ignore[attr-defined]
-    return count
-
-
-REWARDS: dict[str, Callable[[TextToImageConfig, FlowSource], ImageReward]] = {
-    "aesthetic": _aesthetic,
-    "colourfulness": _colourfulness,
-    "compress": _compress,
-    "count": _count,
-}
-
-
 def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str]:
     """Prompts that suit the reward: the small world's own for mini-sd3 and for counting."""
     from flowrl.envs.shapes import full_prompts, open_prompts
@@ -140,13 +99,14 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
     def make(config: TextToImageConfig, render_mode: str | None = None) -> TextToImageEnv:
         flow = FlowSource.of(config.flow, resolution=config.resolution)
         wanted = reward if config.reward == "auto" else config.reward
-        if wanted not in REWARDS:
-            raise UnknownNameError.of("reward", wanted, REWARDS)
         chosen, note = wanted, ""
         if config.reward == "auto" and reward == "aesthetic" and flow.is_embedded:
             chosen = "colourfulness"
             note = "; the LAION predictor is not meant for drawings this small: choose it with --env.reward aesthetic"
-        scorer = REWARDS[chosen](config, flow)
+        options = parse_options(config.reward_options)
+        for name in options.keys() - {chosen}:
+            raise UnknownNameError.of("reward to give options to", name, [chosen])
+        scorer = make_reward(chosen, options.get(chosen))
         return TextToImageEnv(
             flow,
             config.prompts or _own_prompts(wanted, flow),

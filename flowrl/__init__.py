@@ -14,6 +14,7 @@ from flowrl.envs import gaussians as _gaussians
 from flowrl.envs import text_to_image as _text_to_image
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make, make_vec, register, register_env
+from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.evaluation import EvaluationResult, evaluate
 from flowrl.models.base import VelocityModel
 from flowrl.orw_w2 import ORWCFM, ORWCFMKL, ORWCFMW2
@@ -49,4 +50,5 @@ __all__ = [
     "make_vec",
     "register_algorithm",
     "register_env",
+    "register_reward",
 ]

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flowrl.envs.rewards.aesthetic import AestheticHead, AestheticReward, ColourfulnessReward, colourfulness
+from flowrl.envs.rewards.catalogue import REWARDS, make_reward, parse_options, register_reward
 from flowrl.envs.rewards.compress import CompressReward, jpeg_kilobytes
-from flowrl.errors import ModelLoadError
+from flowrl.errors import ConfigError, ModelLoadError, UnknownNameError
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 HEAD = SHARED / "laion_aesthetic_head.safetensors"
@@ -125,5 +126,61 @@ def test_a_head_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_missing_clip_names_the_way_out(tmp_path: Path) -> None:
     save_file(AestheticHead().state_dict(), tmp_path / "head.safetensors")
-    with pytest.raises(ModelLoadError, match=r"no-clip-here.*--env\.clip.*colourfulness"):
-        AestheticReward(tmp_path / "head.safetensors", str(tmp_path / "no-clip-here"))
+    with pytest.raises(ModelLoadError, match=r"no-clip-here.*aesthetic\.clip=FOLDER.*colourfulness"):
+        AestheticReward(str(tmp_path / "head.safetensors"), str(tmp_path / "no-clip-here"))
+
+
+def test_every_registered_reward_says_what_it_is() -> None:
+    assert {"aesthetic", "colourfulness", "compress", "count"} <= REWARDS.keys()
+    for name, entry in REWARDS.items():
+        assert entry.summary, name
+
+
+def test_options_take_the_type_of_the_parameter() -> None:
+    options = parse_options(["compress.quality=40", "aesthetic.head=a=b.pth", "aesthetic.clip=x"])
+    assert options == {"compress": {"quality": "40"}, "aesthetic": {"head": "a=b.pth", "clip": "x"}}
+    assert make_reward("compress", options["compress"]).quality == 40
+
+
+@pytest.mark.parametrize("text", ["quality=40", "compress.quality", "compress.=40", ".quality=40"])
+def test_an_option_of_another_form(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"REWARD\.OPTION=VALUE"):
+        parse_options([text])
+
+
+def test_wrong_names_and_values() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'compress'"):
+        make_reward("compres")
+    with pytest.raises(UnknownNameError, match="Did you mean 'quality'"):
+        make_reward("compress", {"qualty": "40"})
+    with pytest.raises(ConfigError, match=r"compress\.quality must be int, not 'high'"):
+        make_reward("compress", {"quality": "high"})
+    with pytest.raises(UnknownNameError, match="no_such_module"):
+        make_reward("no_such_module:reward")
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(ConfigError, match="'compress' is registered already"):
+
+        @register_reward("compress")
+        def other(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            """Something else."""
+            return images.mean((1, 2, 3))
+
+
+def test_a_reward_of_ones_own_module(run_in, tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "import flowrl\n\n\n"
+        '@flowrl.register_reward("dark")\n'
+        "def dark(images, prompts):\n"
+        '    """Minus the brightness."""\n'
+        "    return -images.mean((1, 2, 3))\n"
+    )
+    small = ["--algo.n-samples", 4, "--algo.group-size", 2, "--algo.rollout-steps", 2, "--total-timesteps", 4]
+    args = ["--algo", "orw_w2", "--env", "sd3-compress", "--env.reward", "my_rewards:dark", "--eval-samples", 4]
+    done = run_in(tmp_path, "flowrl.run", *args, *small)
+    assert done.returncode == 0, done.stderr
+    assert "reward: my_rewards:dark" in done.stdout
+    misdirected = run_in(tmp_path, "flowrl.run", *args, *small, "--env.reward-options", "compress.quality=40")
+    assert misdirected.returncode == 2
+    assert "reward to give options to 'compress'" in misdirected.stderr

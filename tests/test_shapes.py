@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowrl.envs.rewards.count import analyse, count_components, count_reward
+from flowrl.envs.rewards.count import analyse, count_components
 from flowrl.envs.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -120,7 +120,7 @@ def test_scorer_works_at_other_sizes():
     rng = np.random.default_rng(1)
     scenes = [all_scenes()[i] for i in rng.integers(len(all_scenes()), size=50)]
     images = to_tensor([draw(scene, rng, size=128) for scene in scenes])
-    assert count_reward(images, [scene.prompt for scene in scenes]).mean() >= 0.99
+    assert count_components(images, [scene.prompt for scene in scenes])["score"].mean() >= 0.99
 
 
 @pytest.mark.parametrize(
@@ -172,4 +172,4 @@ def test_scorer_notices_pictures_that_are_not_clean():
 
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
-        count_reward(torch.zeros(2, 3, 64, 64), ["stars"])
+        count_components(torch.zeros(2, 3, 64, 64), ["stars"])

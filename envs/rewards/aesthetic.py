@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.errors import ModelLoadError
 from flowrl.types import RewardOutput
 
@@ -29,6 +30,7 @@ def colourfulness(images: torch.Tensor) -> torch.Tensor:
     return spread + 0.3 * distance
 
 
+@register_reward("colourfulness")
 class ColourfulnessReward:
     """Hasler-Süsstrunk colourfulness, divided by 100."""
 
@@ -81,13 +83,13 @@ class AestheticHead(nn.Module):
         return head.eval().requires_grad_(False)
 
 
-class AestheticReward:
+@register_reward("aesthetic")
+class AestheticReward(ModelReward):
     """LAION aesthetic score of images: CLIP ViT-L/14 embedding, normalised, through the published head.
 
     Args:
-        head: File of the head's weights; None gets the published ones from the hub.
+        head: File of the head's weights (safetensors or .pth); None gets the published ones from the hub.
         clip: Folder or hub name of the CLIP model.
-        device: Where to compute.
 
     Raises:
         ModelLoadError: Weights cannot be had.
@@ -95,25 +97,25 @@ class AestheticReward:
 
     description = "LAION aesthetic predictor (CLIP ViT-L/14 and its published head)"
 
-    def __init__(self, head: str | Path | None, clip: str = CLIP, device: torch.device | str = "cpu") -> None:
+    def __init__(self, head: str | None = None, clip: str = CLIP) -> None:
         from transformers import CLIPVisionModelWithProjection
 
-        self.head = AestheticHead.load(head or _published_head()).to(device)
+        self.head = AestheticHead.load(head or _published_head())
         try:
             self.clip: Any = CLIPVisionModelWithProjection.from_pretrained(clip, use_safetensors=True)
         except Exception as error:
             raise ModelLoadError(
                 f"Cannot load CLIP '{clip}': {str(error).splitlines()[0]} Give its folder as "
-                "--env.clip FOLDER, or take --env.reward colourfulness."
+                "--env.reward-options aesthetic.clip=FOLDER, or take --env.reward colourfulness."
             ) from error
-        self.clip.eval().requires_grad_(False).to(device)
+        self.clip.eval().requires_grad_(False)
+        self.modules = (self.head, self.clip)
         self.size = int(cast(int, self.clip.config.image_size))
 
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
-        device = next(self.head.parameters()).device
         pixels = nn.functional.interpolate(
-            images.to(device),
+            images,
             size=(self.size, self.size),
             mode="bicubic",
             antialias=True,
@@ -121,9 +123,8 @@ class AestheticReward:
         ).clamp(0, 1)
         mean = pixels.new_tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
         std = pixels.new_tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-        with torch.no_grad():
-            embedding = self.clip(pixel_values=(pixels - mean) / std).image_embeds
-            return RewardOutput(self.head(nn.functional.normalize(embedding, dim=1)))
+        embedding = self.clip(pixel_values=(pixels - mean) / std).image_embeds
+        return RewardOutput(self.head(nn.functional.normalize(embedding, dim=1)))
 
 
 def _published_head() -> str:
@@ -134,5 +135,5 @@ def _published_head() -> str:
     except Exception as error:
         raise ModelLoadError(
             f"Cannot get the aesthetic head '{HEAD[1]}' of '{HEAD[0]}' from the hub: {str(error).splitlines()[0]} "
-            "Give its file as --env.aesthetic-head FILE, or take --env.reward colourfulness."
+            "Give its file as --env.reward-options aesthetic.head=FILE, or take --env.reward colourfulness."
         ) from error

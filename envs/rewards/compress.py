@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from PIL import Image
 
+from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.types import RewardOutput
 
 
@@ -26,6 +27,7 @@ def jpeg_kilobytes(images: torch.Tensor, quality: int = 95) -> torch.Tensor:
         return torch.tensor(list(pool.map(size, pixels)), dtype=torch.float32)
 
 
+@register_reward("compress")
 class CompressReward:
     """Minus the JPEG size in kB.
 

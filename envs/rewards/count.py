@@ -18,7 +18,9 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from ..shapes import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, parse_prompt
+from flowrl.envs.rewards.catalogue import register_reward
+from flowrl.envs.shapes import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, parse_prompt
+from flowrl.types import RewardOutput
 
 ATTRIBUTES = ("background", "colour", "count", "shape")
 
@@ -48,17 +50,16 @@ class Finding:
     clean: bool
 
 
-def count_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Mean of background, colour, count and shape being right.
+@register_reward("count")
+class CountReward:
+    """Share of background, colour, number and shape that are right."""
 
-    Args:
-        images: (B, 3, H, W) in [0, 1], any device.
-        prompts: B prompts; what they leave open counts as right.
+    description = "share of background, colour, number and shape that are right"
 
-    Returns:
-        (B,) float32 on the CPU, in [0, 1].
-    """
-    return count_components(images, prompts)["score"]
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+        """Reward of images (B, 3, H, W) in [0, 1], in [0, 1]; see `count_components`."""
+        parts = count_components(images, prompts)
+        return RewardOutput(parts.pop("score"), parts)
 
 
 def count_components(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

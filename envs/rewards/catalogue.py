@@ -1,0 +1,158 @@
+"""Rewards by name: `register_reward`, and `make_reward` for what `--env.reward` takes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.types import RewardOutput
+
+RewardFunction = Callable[[torch.Tensor, Sequence[Any]], Any]
+"""`(samples (B, ...), B contexts) -> (B,)`, or a `RewardOutput` with named components."""
+
+
+@dataclass(frozen=True)
+class RewardEntry:
+    """A registered reward.
+
+    Attributes:
+        name: What `--env.reward` takes.
+        factory: Makes the reward; its keyword parameters are the reward's options.
+        summary: One line for people.
+    """
+
+    name: str
+    factory: Callable[..., RewardFunction]
+    summary: str
+
+    def options(self) -> dict[str, Any]:
+        """Names and types of the options."""
+        hints = get_type_hints(self.factory.__init__ if inspect.isclass(self.factory) else self.factory)
+        return {name: hints.get(name, str) for name in inspect.signature(self.factory).parameters}
+
+
+REWARDS: dict[str, RewardEntry] = {}
+
+
+def register_reward(name: str) -> Callable[[Any], Any]:
+    """Decorator that makes a reward known to `--env.reward NAME`.
+
+    On a class, the constructor's parameters (all with defaults, of type str, int, float, bool or Path) are its
+    options: `--env.reward-options NAME.PARAMETER=VALUE`. On a function, the function itself is the reward.
+    """
+
+    def register(reward: Any) -> Any:
+        known = REWARDS.get(name)
+        summary = (reward.__doc__ or "").strip().partition("\n")[0]
+        factory: Any = reward if inspect.isclass(reward) else lambda: reward
+        if known is not None and known.summary != summary:
+            raise ConfigError(f"A reward '{name}' is registered already: {known.summary}")
+        REWARDS[name] = RewardEntry(name, factory, summary)
+        return reward
+
+    return register
+
+
+def reward_entry(name: str) -> RewardEntry:
+    """Entry of a registered name, or of `module:name` (the module registers it).
+
+    Raises:
+        UnknownNameError: No such name; names the closest.
+    """
+    if ":" in name:
+        module, _, name = name.partition(":")
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UnknownNameError(f"Cannot import '{module}' of the reward '{module}:{name}': {error}") from error
+    if name not in REWARDS:
+        raise UnknownNameError.of("reward", name, REWARDS)
+    return REWARDS[name]
+
+
+def make_reward(name: str, options: Mapping[str, str] | None = None) -> RewardFunction:
+    """Reward of a registered name.
+
+    Args:
+        name: "aesthetic", or "module:name".
+        options: Values of its options, as written on a command line.
+
+    Raises:
+        UnknownNameError: Unknown reward or option; names the closest.
+        ConfigError: A value of the wrong type.
+        ModelLoadError: Weights that the reward needs cannot be had.
+    """
+    entry = reward_entry(name)
+    types = entry.options()
+    values = {}
+    for key, text in (options or {}).items():
+        if key not in types:
+            raise UnknownNameError.of(f"option of the reward '{entry.name}'", key, types)
+        values[key] = _converted(text, types[key], f"{entry.name}.{key}")
+    return entry.factory(**values)
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, dict[str, str]]:
+    """`("aesthetic.head=a.pth", "clip.model=b")` -> `{"aesthetic": {"head": "a.pth"}, "clip": {"model": "b"}}`.
+
+    Raises:
+        ConfigError: Not of the form REWARD.OPTION=VALUE.
+    """
+    options: dict[str, dict[str, str]] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        reward, dot, option = key.rpartition(".")
+        if not (equals and dot and reward and option):
+            raise ConfigError(
+                f"A reward option is written REWARD.OPTION=VALUE, not '{text}'; e.g. aesthetic.head=FILE."
+            )
+        options.setdefault(reward, {})[option] = value
+    return options
+
+
+def _converted(text: str, kind: Any, name: str) -> Any:
+    """`text` as the first of the types of an annotation (`int`, `str | None`, ...) that it can be read as."""
+    kinds = [k for k in get_args(kind) or (kind,) if k is not type(None)]
+    for k in (bool, int, float, Path, str):
+        if k not in kinds:
+            continue
+        if k is bool:
+            if text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            continue
+        try:
+            return k(text)
+        except ValueError:
+            continue
+    expected = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
+    raise ConfigError(f"The reward option {name} must be {expected}, not '{text}'.")
+
+
+class ModelReward:
+    """Base of rewards that hold networks: they follow the samples to their device.
+
+    A subclass keeps its frozen networks in `self.modules` and writes `score`.
+    """
+
+    modules: Sequence[torch.nn.Module] = ()
+    _device: torch.device | None = None
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+        """Reward of images (B, 3, H, W) in [0, 1] with their prompts."""
+        if images.device != self._device:
+            for module in self.modules:
+                module.to(images.device)
+            self._device = images.device
+        with torch.no_grad():
+            return self.score(images, prompts)
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+        """As `__call__`, with the networks where the images are."""
+        raise NotImplementedError
