@@ -24,6 +24,7 @@ from flowrl.errors import ConfigError, DeviceError, UnknownNameError
 from flowrl.flow import interpolate, sample_time
 from flowrl.lora import LoRA
 from flowrl.losses import effective_sample_size, squared_error
+from flowrl.optimizers import make_optimizer
 from flowrl.policy import FlowPolicy
 from flowrl.types import Batch, Role
 
@@ -150,25 +151,26 @@ class FlowAlgorithm(BaseAlgorithm):
         self.policy = cast(type[FlowPolicy], self.policy_class)(
             self.observation_space,
             self.action_space,
-            model=core.flow.load(),
+            model=core.flow.load(*weight_dtypes(config)),
             contexts=core.contexts,
             copies=self.copies_for(config),
             lora=LoRA.of(config),
             steps=config.rollout_steps,
             solver=config.solver,
             guidance_scale=config.guidance_scale,
+            guidance=config.guidance,
+            precision=getattr(torch, config.precision),
+            gradient_checkpointing=config.gradient_checkpointing,
+            compile=config.compile,
             device=self.device,
             seed=None if self.seed is None else self.seed + 1,
             **self.policy_kwargs,
         )
         self.lr_schedule = lambda progress_remaining: config.learning_rate
-        self.policy.optimizer = torch.optim.AdamW(
-            list(self.policy.parameters_of("current").values()),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,  # the other implementations read their step counter on the host
+        self.policy.optimizer = make_optimizer(config, self.policy.parameters_of("current").values())
+        self.buffer = RolloutBuffer(
+            config.n_samples, self.policy.model.latent_shape, self.device, config.path_steps(), config.half_buffer
         )
-        self.buffer = RolloutBuffer(config.n_samples, self.policy.model.latent_shape, self.device, config.path_steps())
 
     def learn(
         self,
@@ -252,6 +254,8 @@ class FlowAlgorithm(BaseAlgorithm):
         """Gradient steps on the buffer; metrics are means over minibatches, still on the device."""
         config, policy = self.config, self.policy
         policy.set_training_mode(True)
+        if config.offload:
+            policy.model.offload()
         parameters = list(policy.parameters_of("current").values())
         totals: dict[str, torch.Tensor] = {}
         norms: list[torch.Tensor] = []
@@ -403,6 +407,12 @@ def recommended_settings(cls: type[FlowAlgorithm], recommended: Mapping[str, Any
     prefix = f"{cls.name}."
     own = {key.removeprefix(prefix): value for key, value in recommended.items() if key.startswith(prefix)}
     return {**general, **own}
+
+
+def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Types of the network's weights and of the frozen parts around it: weights that are trained stay in float32."""
+    dtype = getattr(torch, config.precision)
+    return (dtype if config.lora_rank else torch.float32), dtype
 
 
 def check_device(device: torch.device | str) -> None:

@@ -19,14 +19,22 @@ class RolloutBuffer:
         latent_shape: Shape of one sample in the space of the flow.
         device: Training device.
         path_steps: Noisy sampler steps to keep of each sample; 0 keeps endpoints only.
+        half: Keep samples in float16; paths stay in float32, their log-probabilities are of those very states.
     """
 
     def __init__(
-        self, capacity: int, latent_shape: tuple[int, ...], device: torch.device | str, path_steps: int = 0
+        self,
+        capacity: int,
+        latent_shape: tuple[int, ...],
+        device: torch.device | str,
+        path_steps: int = 0,
+        half: bool = False,
     ) -> None:
         self.capacity = capacity
         self.device = torch.device(device)
-        self.x_1 = torch.zeros(capacity, *latent_shape, device=self.device)
+        self.x_1 = torch.zeros(
+            capacity, *latent_shape, device=self.device, dtype=torch.float16 if half else torch.float32
+        )
         self.contexts = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.reward = torch.zeros(capacity, device=self.device)
         self.weight = torch.ones(capacity, device=self.device)
@@ -79,9 +87,9 @@ class RolloutBuffer:
         self.first_step.fill_(first_step)
 
     def all(self) -> Batch:
-        """Everything in the buffer, in order; views, no copies."""
+        """Everything in the buffer, in order; views, no copies (but of samples kept in float16)."""
         n = self.size
-        return Batch(self.x_1[:n], self.contexts[:n], self.reward[:n], self.weight[:n])
+        return Batch(self.x_1[:n].float(), self.contexts[:n], self.reward[:n], self.weight[:n])
 
     def minibatches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One pass in random order, in minibatches of `batch_size` (the last may be smaller).
@@ -94,7 +102,7 @@ class RolloutBuffer:
 
     def rows(self, index: torch.Tensor) -> Batch:
         """The samples of these indices (B,), without their paths."""
-        return Batch(self.x_1[index], self.contexts[index], self.reward[index], self.weight[index])
+        return Batch(self.x_1[index].float(), self.contexts[index], self.reward[index], self.weight[index])
 
     def transition_minibatches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One pass over all recorded steps of all samples in random order, in minibatches of `batch_size` steps."""

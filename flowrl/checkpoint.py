@@ -116,12 +116,13 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(model: FlowAlgorithm, folder: Path) -> None:
     write_json(folder / "config.json", description(model))
-    optimizer, policy = model.policy.optimizer.state_dict(), model.policy
+    policy = model.policy
     tensors = {f"{role}.{name}": tensor for role in policy.roles for name, tensor in _own(policy, role).items()}
     if not model.env.core.flow.reloadable:
         tensors |= {f"frozen.{name}": tensor for name, tensor in policy.frozen_state().items()}
     _save_tensors(folder / "policy.safetensors", tensors)
-    moments = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
+    states = [policy.optimizer.state.get(p, {}) for p in policy.parameters_of("current").values()]
+    moments = {f"{i}.{k}": torch.as_tensor(v) for i, entry in enumerate(states) for k, v in entry.items()}
     _save_tensors(folder / "optimizer.safetensors", moments)
     numpy_state: Any = np.random.get_state(legacy=False)
     random_states = {
@@ -135,7 +136,7 @@ def _write(model: FlowAlgorithm, folder: Path) -> None:
     _save_tensors(folder / "random.safetensors", random_states)
     state = {name: getattr(model, name) for name in COUNTERS} | {
         "evaluations": policy.evaluations,
-        "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
+        "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in policy.optimizer.param_groups],
         "numpy": [int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])],
         "python": random.getstate(),
     }
@@ -289,7 +290,7 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
         for key, value in moments.items():
             index, _, name = key.partition(".")
             entries.setdefault(int(index), {})[name] = value
-        _check_moments(entries, model.policy, folder)
+        _check_moments(entries, model, folder)
         groups = model.policy.optimizer.state_dict()["param_groups"]
         merged = [{**stored, "params": g["params"]} for stored, g in zip(state["param_groups"], groups)]
         model.policy.optimizer.load_state_dict({"state": entries, "param_groups": merged})
@@ -310,15 +311,17 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
         raise CheckpointError(f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}.") from error
 
 
-def _check_moments(entries: Mapping[int, Mapping[str, torch.Tensor]], policy: FlowPolicy, folder: Path) -> None:
-    shapes = [p.shape for p in policy.parameters_of("current").values()]
+def _check_moments(entries: dict[int, dict[str, Any]], model: FlowAlgorithm, folder: Path) -> None:
+    from flowrl.optimizers import state_shapes
+
+    parameters = list(model.policy.parameters_of("current").values())
     for index, entry in entries.items():
-        fits = index < len(shapes) and entry.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        if not fits or any(entry[key].shape != shapes[index] for key in ("exp_avg", "exp_avg_sq")):
-            raise CheckpointError(
-                f"'{folder / 'optimizer.safetensors'}' does not fit this flow: the state of parameter {index} has "
-                f"{ {key: tuple(value.shape) for key, value in entry.items()} }."
-            )
+        shapes = {key: tuple(value.shape) for key, value in entry.items()}
+        if index >= len(parameters) or shapes != state_shapes(model.config, parameters[index]):
+            file = folder / "optimizer.safetensors"
+            raise CheckpointError(f"'{file}' does not fit this flow: the state of parameter {index} has {shapes}.")
+        if model.config.optimizer == "adamw8bit":
+            entry["step"] = int(entry["step"])  # bitsandbytes counts in Python
 
 
 def _copy_into(

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from flowrl.errors import ConfigError
 from flowrl.flow import TimeSampling
-from flowrl.sampler import SOLVERS, Solver
+from flowrl.sampler import GUIDANCES, SOLVERS, Guidance, Solver
+
+Precision = Literal["float32", "bfloat16"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
+
+
+CHOICES = {
+    "solver": SOLVERS,
+    "guidance": GUIDANCES,
+    "optimizer": get_args(OptimizerKind),
+    "precision": get_args(Precision),
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,9 @@ class FlowConfig:
     solver: Solver = "euler"
     """ODE solver of the rollouts: euler, heun, midpoint or rk4."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance of the rollouts; 1 is none."""
+    """Guidance of the rollouts, classifier-free or (FLUX.1-dev) distilled into the network; 1 is none."""
+    guidance: Guidance = "cfg"
+    """Classifier-free guidance as it is ("cfg"), or CFG-Zero* ("cfg_zero")."""
     time_sampling: TimeSampling = "uniform"
     """How the loss draws flow times: uniform, or logit_normal as Stable Diffusion 3 was trained."""
     refresh_every: int = 1
@@ -49,6 +63,23 @@ class FlowConfig:
     """Rank of LoRA adapters; 0 fine-tunes all weights."""
     lora_alpha: float = 0.0
     """Scale of LoRA adapters; 0 takes twice the rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the trained adapter, in updates only."""
+    lora_targets: tuple[str, ...] = ()
+    """Modules that LoRA adapts, by the ends of their names; the flow's own choice when not given."""
+    optimizer: OptimizerKind = "adamw"
+    """AdamW, or with moments in 8 bits ("adamw8bit", needs bitsandbytes)."""
+    precision: Precision = "float32"
+    """Type that networks compute in; losses, weights and samplers stay in float32. With LoRA the frozen weights are
+    kept in it too."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the network (torch.compile): slow to start, then faster."""
+    offload: bool = False
+    """Keep the autoencoder on the host while the network trains."""
+    half_buffer: bool = False
+    """Keep the buffer's samples in float16."""
 
     def __post_init__(self) -> None:
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
@@ -56,8 +87,11 @@ class FlowConfig:
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         for name in ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
+        self.require(0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), not {self.lora_dropout}.")
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            self.require(value in known, f"{name} must be one of {', '.join(known)}, not '{value}'.")
         self.require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}.")
-        self.require(self.solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}, not '{self.solver}'.")
         for name in ("group_size", "rollout_batch_size"):
             value = getattr(self, name) or self.n_samples
             self.require(self.n_samples % value == 0, f"{name} = {value} must divide n_samples = {self.n_samples}.")

@@ -16,37 +16,59 @@ from flowrl.types import Role
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adaptation (Hu et al. 2021): rank and scale of the adapters."""
+    """Low-rank adaptation (Hu et al. 2021).
+
+    Attributes:
+        rank: Rank of the adapters.
+        alpha: Their scale; they count `alpha / rank` times.
+        dropout: Dropout before the trained adapter.
+        targets: Ends of the names of adapted modules; the flow's own choice when empty.
+    """
 
     rank: int
     alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
 
     @staticmethod
     def of(config: Any) -> LoRA | None:
         """The adapters that an algorithm's config asks for; None for full fine-tuning."""
         rank = config.lora_rank
-        return LoRA(rank, config.lora_alpha or 2.0 * rank) if rank else None
+        if not rank:
+            return None
+        return LoRA(rank, config.lora_alpha or 2.0 * rank, config.lora_dropout, config.lora_targets)
 
 
 def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any]:
-    """Put LoRA adapters into the network (in place); only the first is trainable."""
+    """Put LoRA adapters into the network (in place); only the first is trainable.
+
+    Raises:
+        ConfigError: There are no such modules, or LoRA cannot adapt them.
+    """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    targets = model.lora_targets or _linear_layers(model.network)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=targets, init_lora_weights="gaussian"
-    )
+    targets = list(lora.targets) or model.lora_targets or _linear_layers(model.network)
     model.network.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant here
         for name in names:
+            config = LoraConfig(
+                r=lora.rank,
+                lora_alpha=cast(int, lora.alpha),
+                lora_dropout=lora.dropout if name == "current" else 0.0,
+                target_modules=targets,
+                init_lora_weights="gaussian",
+            )
             try:
                 inject_adapter_in_model(config, model.network, adapter_name=name)
             except ValueError as error:
                 raise ConfigError(f"LoRA cannot be put on this network: {error}") from error
     adapters = [m for m in model.network.modules() if isinstance(m, BaseTunerLayer)]
     _activate(adapters, "current")
+    for layer in adapters:  # in float32, whatever the base network's type
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
     state = {n: p for n, p in model.network.named_parameters()}
     with torch.no_grad():
         for name, parameter in state.items():

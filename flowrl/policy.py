@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from torch import nn
 from flowrl.errors import ConfigError
 from flowrl.lora import LoRA, add_adapters, switched
 from flowrl.models.base import VelocityModel
-from flowrl.sampler import SDE, GaussianStep, Solver, evaluations_per_sample, ode_sample, sde_sample
+from flowrl.sampler import (
+    SDE,
+    GaussianStep,
+    Guidance,
+    Solver,
+    evaluations_per_sample,
+    guided_velocity,
+    ode_sample,
+    sde_sample,
+)
 from flowrl.types import Condition, Field, Role, Transitions
 
 
@@ -36,7 +46,11 @@ class FlowPolicy(BasePolicy):
         lora: Adapters instead of full fine-tuning.
         steps: Default number of solver steps when sampling.
         solver: Default solver.
-        guidance_scale: Default classifier-free guidance; 1 is none.
+        guidance_scale: Default guidance; 1 is none.
+        guidance: Kind of classifier-free guidance.
+        precision: Type that the networks compute in.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        compile: Compile the networks.
         device: Where everything lives.
         seed: Seed of the generator that `sample` and `predict` draw noise from.
     """
@@ -54,11 +68,16 @@ class FlowPolicy(BasePolicy):
         steps: int = 16,
         solver: Solver = "euler",
         guidance_scale: float = 1.0,
+        guidance: Guidance = "cfg",
+        precision: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
         device: torch.device | str = "cpu",
         seed: int | None = None,
     ) -> None:
         super().__init__(observation_space, action_space)
-        self.steps, self.solver, self.guidance_scale = steps, solver, guidance_scale
+        self.steps, self.solver = steps, solver
+        self.guidance_scale, self.guidance = guidance_scale, guidance
         self.contexts = list(contexts)
         self.lora = lora
         self._times: torch.Tensor | None = None
@@ -67,8 +86,10 @@ class FlowPolicy(BasePolicy):
         model.move_frozen(device)
         model.network.to(device)
         self.model = model  # submodules of `model` are the current network
-        self._condition = model.encode(self.contexts)
-        self._null = model.null_condition() if guidance_scale != 1 else None
+        self.precision = precision
+        self._condition = self._encode(self.contexts)
+        self._null = model.null_condition() if guidance_scale != 1 and not model.distilled_guidance else None
+        model.release_encoders()
         self.generator = torch.Generator(device)
         self.generator.manual_seed(torch.seed() if seed is None else seed)
         roles: list[Role] = [role for role in ("behaviour", "ema") if role in copies]
@@ -82,6 +103,11 @@ class FlowPolicy(BasePolicy):
         self._parameters_of = {role: self._collect(role) for role in self.roles}
         if not self._parameters_of["current"]:
             raise ConfigError("This flow has no trainable parameters.")
+        if gradient_checkpointing:
+            model.checkpoint_gradients()
+        if compile:
+            for network in {id(m.network): m.network for m in (model, *self._models.values())}.values():
+                network.compile(dynamic=True)
 
     def _full_copies(self, model: VelocityModel, roles: list[Role], reference: bool) -> dict[Role, VelocityModel]:
         models: dict[Role, VelocityModel] = {"current": model}
@@ -113,38 +139,40 @@ class FlowPolicy(BasePolicy):
         known = self._models if self.lora is None else (*self.roles, "reference")
         if role not in known:
             raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(known)}.")
-        if self.lora is not None:
-            return self._adapted_velocity(x_t, t, cond, role, with_grad)
-        with torch.set_grad_enabled(with_grad):
-            return self._models[role](x_t, t, cond)
+        low = self.precision != torch.float32
+        with (
+            torch.set_grad_enabled(with_grad),
+            torch.autocast(x_t.device.type, self.precision) if low else nullcontext(),
+            nullcontext() if self.lora is None or role == "current" else switched(self._adapters, role),
+        ):
+            return self._models.get(role, self.model)(x_t, t, cond).float()
 
-    def _adapted_velocity(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role, with_grad: bool
-    ) -> torch.Tensor:
-        if role == "current":
-            return self.model(x_t, t, cond)
-        with switched(self._adapters, role), torch.set_grad_enabled(with_grad):
-            return self.model(x_t, t, cond)
+    def _encode(self, contexts: Sequence[Any]) -> Condition:
+        """Encoded contexts, with the default scale where guidance is distilled."""
+        return self.model.with_guidance(self.model.encode(contexts), self.guidance_scale)
 
     def condition(self, contexts: torch.Tensor) -> Condition:
         """Encoded contexts for indices (B,)."""
         return tuple(part[contexts] for part in self._condition)
 
     def field(self, cond: Condition, n: int, role: Role = "current", guidance_scale: float | None = None) -> Field:
-        """Velocity field of `n` samples with their condition bound, with classifier-free guidance.
+        """Velocity field of `n` samples with their condition bound, with guidance.
 
-        Guidance is `v_null + s (v - v_null)` (Ho and Salimans 2022), both halves in one forward pass.
+        Classifier-free guidance takes both halves in one forward pass; see `guided_velocity`.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if self.model.distilled_guidance:
+            cond, scale = self.model.with_guidance(cond, scale), 1.0
         if scale == 1:
             return lambda x, t: self.velocity(x, t, cond, role)
         if self._null is None:
             self._null = self.model.null_condition()
+            self.model.release_encoders()
         both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
 
         def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             v, v_null = self.velocity(torch.cat([x, x]), torch.cat([t, t]), both, role).chunk(2)
-            return v_null + scale * (v - v_null)
+            return guided_velocity(v, v_null, scale, t, self.guidance)
 
         return guided
 
@@ -224,7 +252,8 @@ class FlowPolicy(BasePolicy):
             known = {_key(c): i for i, c in enumerate(self.contexts)}
             new = [c for c in dict.fromkeys(contexts) if _key(c) not in known]
             if new:
-                encoded = self.model.encode(new)
+                encoded = self._encode(new)
+                self.model.release_encoders()
                 self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, encoded))
                 self.contexts += new
                 known = {_key(c): i for i, c in enumerate(self.contexts)}
@@ -238,7 +267,8 @@ class FlowPolicy(BasePolicy):
 
     def evaluations_per_sample(self) -> int:
         """Network evaluations that one sample costs with the default settings."""
-        return evaluations_per_sample(self.solver, self.steps) * (1 if self.guidance_scale == 1 else 2)
+        halves = 1 if self.guidance_scale == 1 or self.model.distilled_guidance else 2
+        return evaluations_per_sample(self.solver, self.steps) * halves
 
     def predict(
         self,

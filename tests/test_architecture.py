@@ -18,7 +18,7 @@ else:
 
 LAYERS = [
     {"types", "errors", "registry"},
-    {"flow", "sampler", "losses", "metrics", "likelihood", "config"},
+    {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
     {"algorithm", "transitions", "steering", "evaluation", "checkpoint"},
     {"orw_w2", "baselines"},

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flowrl.errors import ConfigError
 from flowrl.sampler import time_grid
 from flowrl.types import Condition, Contexts
 
@@ -24,12 +25,14 @@ class VelocityModel(nn.Module):
         sample_shape: Shape of one decoded sample, the space the reward sees.
         lora_targets: Names (or a regular expression) of the modules that LoRA adapts, as peft takes them;
             None adapts every linear layer.
+        distilled_guidance: The guidance scale is part of the condition; see `with_guidance`.
     """
 
     network: nn.Module
     latent_shape: tuple[int, ...]
     sample_shape: tuple[int, ...]
     lora_targets: list[str] | str | None = None
+    distilled_guidance: bool = False
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, *latent_shape), float32, at `x_t` (B, *latent_shape) and `t` (B,)."""
@@ -42,6 +45,10 @@ class VelocityModel(nn.Module):
     def null_condition(self) -> Condition:
         """Condition of one empty context, for classifier-free guidance."""
         raise NotImplementedError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
+
+    def with_guidance(self, cond: Condition, scale: float) -> Condition:
+        """The condition with a guidance scale in it, where guidance is distilled into the network."""
+        return cond
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Latents (B, *latent_shape) -> samples (B, *sample_shape)."""
@@ -60,6 +67,23 @@ class VelocityModel(nn.Module):
 
     def move_frozen(self, device: torch.device) -> None:
         """Move the parts that are no submodules to `device`."""
+
+    def release_encoders(self) -> None:
+        """Give back the memory of what `encode` alone needs; `encode` gets it again."""
+
+    def offload(self) -> None:
+        """Move what `decode` alone needs to the host; `decode` gets it back."""
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        Raises:
+            ConfigError: The network cannot.
+        """
+        enable = getattr(self.network, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise ConfigError(f"A {type(self.network).__name__} has no gradient checkpointing: leave it off.")
+        enable()
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
         """Write the network (or its LoRA weights) into `folder` as other libraries load it; optional."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
 from flowrl.models.base import VelocityModel
+from flowrl.models.pipeline import DEFAULTS, PipelineOptions
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
@@ -28,7 +29,8 @@ class FlowSource:
         source: "gaussians", "mini-sd3", a folder, a hub name, or "" for a factory.
         description: One line for people.
         sample_shape: Shape of one decoded sample.
-        load: Builds a fresh model on the CPU.
+        load: Builds a fresh model on the CPU. Takes the types of the network's weights and of the frozen parts',
+            both float32 by default.
         skeleton: Builds a model without weights (meta device), to count parameters.
         reloadable: The same weights can be had again from `source` (not so for a factory).
         is_image: Samples are images with values in [0, 1].
@@ -37,7 +39,7 @@ class FlowSource:
     source: str
     description: str
     sample_shape: tuple[int, ...]
-    load: Callable[[], VelocityModel]
+    load: Callable[..., VelocityModel]
     skeleton: Callable[[], VelocityModel]
     reloadable: bool = True
     is_image: bool = False
@@ -48,14 +50,14 @@ class FlowSource:
         return self.source in EMBEDDED
 
     @staticmethod
-    def of(flow: Any, sample_shape: tuple[int, ...] | None = None, resolution: int | None = None) -> FlowSource:
+    def of(flow: Any, sample_shape: tuple[int, ...] | None = None, pipeline: PipelineOptions = DEFAULTS) -> FlowSource:
         """Source from what a user may give as `flow=`.
 
         Args:
             flow: "sd3" or "auto" (mini-sd3 without CUDA, Stable Diffusion 3.5 with it), a shipped name, a
                 folder, a hub name, or a factory `() -> VelocityModel | nn.Module`.
             sample_shape: Needed when a factory returns a plain module.
-            resolution: Height and width of images, for a text-to-image pipeline.
+            pipeline: How a text-to-image pipeline is used.
 
         Raises:
             ModelLoadError: No such name or folder, or the folder is missing files.
@@ -70,13 +72,18 @@ class FlowSource:
                 f"flow must be a name, a folder or a factory (a function that returns a model), not a "
                 f"{type(flow).__name__}. Wrap a model as `flow=lambda: model`."
             )
-        return _from_name(str(flow), resolution)
+        return _from_name(str(flow), pipeline)
 
 
 def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | None) -> FlowSource:
     from flowrl.models.mlp import ModuleFlow
 
-    def load() -> VelocityModel:
+    def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
+        model = build()
+        model.network.to(network_dtype)
+        return model
+
+    def build() -> VelocityModel:
         model = copy.deepcopy(factory())  # `lambda: model` gives the same object every time
         if isinstance(model, VelocityModel):
             return model
@@ -90,9 +97,9 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
             )
         return ModuleFlow(model, tuple(shape))
 
-    shape = sample_shape or load().sample_shape
+    shape = sample_shape or build().sample_shape
     name = getattr(factory, "__qualname__", type(factory).__name__)
-    return FlowSource("", f"from factory {name}", tuple(shape), load, load, reloadable=False)
+    return FlowSource("", f"from factory {name}", tuple(shape), load, build, reloadable=False)
 
 
 def chosen_sd3() -> str:
@@ -100,9 +107,9 @@ def chosen_sd3() -> str:
     return DEFAULT_SD3 if torch.cuda.is_available() else "mini-sd3"
 
 
-def _from_name(name: str, resolution: int | None) -> FlowSource:
+def _from_name(name: str, options: PipelineOptions) -> FlowSource:
     if name in ("auto", "sd3"):
-        source = _from_name(chosen_sd3(), resolution)
+        source = _from_name(chosen_sd3(), options)
         cuda = torch.cuda.is_available()
         why = "a CUDA device is there" if cuda else "there is no CUDA device"
         other = "mini-sd3" if cuda else DEFAULT_SD3
@@ -118,10 +125,10 @@ def _from_name(name: str, resolution: int | None) -> FlowSource:
             f"There is no flow '{name}': not a shipped name ({', '.join(EMBEDDED)}), not a folder here, and not "
             f"a hub name (OWNER/NAME).{did_you_mean(name, EMBEDDED)}"
         )
-    from flowrl.models.sd3 import sd3_source
+    from flowrl.models.diffusers_loading import pipeline_source
 
-    kind = "the embedded small Stable Diffusion 3" if name == "mini-sd3" else "a Stable Diffusion 3 pipeline"
-    return sd3_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, resolution)
+    kind = "the embedded small Stable Diffusion 3" if name == "mini-sd3" else "a {}"
+    return pipeline_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, options)
 
 
 def _mlp_source(folder: Path, name: str) -> FlowSource:
@@ -138,7 +145,7 @@ def _mlp_source(folder: Path, name: str) -> FlowSource:
 
         return ModuleFlow(MLP(dim, int(config["width"]), int(config["depth"])), (dim,))
 
-    def load() -> VelocityModel:
+    def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
         from safetensors.torch import load_file
 
         model = build()
@@ -147,6 +154,7 @@ def _mlp_source(folder: Path, name: str) -> FlowSource:
             model.network.load_state_dict({key: value.float() for key, value in state.items()})
         except Exception as error:
             raise ModelLoadError(f"Cannot read '{folder / 'model.safetensors'}': {error}") from error
+        model.network.to(network_dtype)
         return model
 
     def skeleton() -> VelocityModel:

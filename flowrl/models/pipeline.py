@@ -1,0 +1,207 @@
+"""Text-to-image pipelines of diffusers as velocity models: what Stable Diffusion 3 and FLUX share.
+
+diffusers runs time backwards (sigma = 1 - t) and predicts noise - data = -v. Adapters convert both, here and in
+the subclasses, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from flowrl.errors import ConfigError
+from flowrl.models.base import VelocityModel
+from flowrl.types import Condition, Contexts
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+PROMPTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How a text-to-image pipeline is used.
+
+    Attributes:
+        resolution: Height and width of the images in pixels; the pipeline's own when None.
+        decode_batch: Images that the autoencoder decodes at once.
+        vae_tiling: Decode large images in tiles, for little memory.
+        t5: Load the T5 text encoder where the pipeline can do without it (Stable Diffusion 3).
+    """
+
+    resolution: int | None = None
+    decode_batch: int = 64
+    vae_tiling: bool = False
+    t5: bool = True
+
+
+DEFAULTS = PipelineOptions()
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a pipeline's configuration says: shapes of one latent and of one image."""
+
+    latent: tuple[int, int, int]
+    sample: tuple[int, int, int]
+
+
+class PipelineFlow(VelocityModel):
+    """A text-to-image pipeline; its transformer is what is fine-tuned.
+
+    Args:
+        pipeline: A loaded diffusers pipeline.
+        shapes: Shapes of its latents and images.
+        options: How it is used.
+        max_sequence_length: Tokens of the T5 context; as in the pipeline's own call when None.
+        load_encoders: Loads a pipeline that holds text encoders and tokenizers only. Without it they cannot be had
+            again, so they are moved to the host instead of being released.
+    """
+
+    PIPELINE: ClassVar[str]
+    """Class name of the pipeline in diffusers."""
+    TRANSFORMER: ClassVar[str]
+    """Class name of its transformer."""
+    NEEDS_T5: ClassVar[bool]
+    """Whether it cannot do without T5."""
+    SEQUENCE_LENGTH: ClassVar[int]
+    """Tokens of the T5 context in the pipeline's own call."""
+    MAX_SHIFT: ClassVar[float]
+    """The pipeline's own default of `max_shift` in a schedule that depends on the resolution."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        shapes: Shapes,
+        options: PipelineOptions = PipelineOptions(),
+        max_sequence_length: int | None = None,
+        load_encoders: Callable[[], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_sequence_length = max_sequence_length or self.SEQUENCE_LENGTH
+        self.pipeline = pipeline
+        self.network = pipeline.transformer
+        self.latent_shape, self.sample_shape = shapes.latent, shapes.sample
+        self.decode_batch = options.decode_batch
+        self.load_encoders = load_encoders
+        self.device = torch.device("cpu")
+        vae = getattr(pipeline, "vae", None)
+        if options.vae_tiling and vae is not None:
+            if not hasattr(vae, "enable_tiling"):
+                raise ConfigError(f"The autoencoder of this pipeline ({type(vae).__name__}) has no tiling.")
+            vae.enable_tiling()
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:
+        """Shapes from the transformer's configuration and the autoencoder's reduction of height and width."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Embeddings of prompts, by the pipeline's own text encoders."""
+
+    @property
+    @abstractmethod
+    def sequence_length(self) -> int:
+        """Tokens of one image in the transformer; a schedule may be shifted by it."""
+
+    @torch.no_grad()
+    def encode(self, contexts: Contexts) -> Condition:
+        """Embeddings of prompts by the pipeline's own text encoders."""
+        for prompt in contexts:
+            if not isinstance(prompt, str):
+                raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
+        self._place_encoders()
+        chunks = [
+            self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
+            for i in range(0, len(contexts), PROMPTS_AT_ONCE)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*chunks))
+
+    def null_condition(self) -> Condition:
+        """Embeddings of the empty prompt, as the pipeline's own guidance uses it."""
+        return self.encode([""])
+
+    def _place_encoders(self) -> None:
+        """The text encoders on the device, loaded again where they had been released."""
+        if self.load_encoders is not None and self.pipeline.text_encoder is None:
+            loaded = self.load_encoders()
+            for name in ENCODERS:
+                if getattr(loaded, name, None) is not None:
+                    setattr(self.pipeline, name, getattr(loaded, name))
+        for encoder in self._encoders().values():
+            encoder.to(self.device)
+
+    def release_encoders(self) -> None:
+        """Give back the memory of the text encoders; they come back when a new prompt is to be encoded."""
+        for name, encoder in self._encoders().items():
+            if self.load_encoders is None:
+                encoder.to("cpu")
+            else:
+                setattr(self.pipeline, name, None)
+
+    def _encoders(self) -> dict[str, torch.nn.Module]:
+        return {name: part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
+
+    @torch.no_grad()
+    def decode(self, x_1: torch.Tensor) -> torch.Tensor:
+        """Latents -> images (B, 3, H, W), float32 in [0, 1]."""
+        vae: Any = self.pipeline.vae
+        vae.to(self.device)
+        latents = (x_1 / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        decode: Callable[..., Any] = vae.decode
+        images = [decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
+        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+
+    def offload(self) -> None:
+        """Move the autoencoder to the host until samples are decoded again."""
+        self.pipeline.vae.to("cpu")
+
+    def times(self, steps: int) -> torch.Tensor:
+        """The times of the pipeline's own schedule."""
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        config = scheduler.config
+        shift = {}
+        if config.get("use_dynamic_shifting"):
+            least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            low, high = config.get("base_shift", 0.5), config.get("max_shift", self.MAX_SHIFT)
+            shift["mu"] = low + (high - low) * (self.sequence_length - least) / (most - least)
+        scheduler.set_timesteps(steps, sigmas=self.sigmas(steps, config), **shift)
+        return 1 - scheduler.sigmas.float().cpu()
+
+    def sigmas(self, steps: int, config: Mapping[str, Any]) -> np.ndarray | None:
+        """Noise levels that the pipeline's call hands to its scheduler; None leaves them to the scheduler."""
+        return None
+
+    def move_frozen(self, device: torch.device) -> None:
+        """From now on compute on `device`; text encoders and autoencoder follow when they are used."""
+        self.device = device
+
+    def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
+        """LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
+        if lora_state is None:
+            network: Any = self.network
+            network.save_pretrained(folder / "transformer", safe_serialization=True)
+        else:
+            type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
+
+
+def square(size: int | None, default: int, scale: int, patch: int) -> int:
+    """Height (and width) of the latents for images of `size` pixels, or `default` where no size is asked for.
+
+    Raises:
+        ConfigError: The transformer cannot cut such images into patches.
+    """
+    if size is None:
+        return default
+    step = scale * patch
+    if size <= 0 or size % step:
+        near = max(1, round(size / step)) * step
+        raise ConfigError(f"resolution must be a multiple of {step} pixels for this pipeline, not {size}; e.g. {near}.")
+    return size // scale

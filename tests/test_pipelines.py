@@ -1,0 +1,172 @@
+"""The adapters of diffusers' pipelines: our sampler with the pipeline's schedule gives the pipeline's own latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import small_pipelines
+import torch
+from small_pipelines import PROMPTS
+
+from flowrl.errors import ConfigError, ModelLoadError
+from flowrl.models.diffusers_loading import ADAPTERS
+from flowrl.models.flux import FluxFlow, pack, unpack
+from flowrl.models.loading import FlowSource
+from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.policy import FlowPolicy
+
+KINDS = {
+    "sd3": lambda folder: small_pipelines.sd3(folder),
+    "sd3-shifted-by-resolution": lambda folder: small_pipelines.sd3(folder, use_dynamic_shifting=True),
+    "sd3-without-t5": lambda folder: small_pipelines.sd3(folder, t5=False),
+    "flux-dev": lambda folder: small_pipelines.flux(folder),
+    "flux-schnell": lambda folder: small_pipelines.flux(folder, guidance_embeds=False),
+}
+OPTIONS = PipelineOptions(resolution=16)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return KINDS[request.param](tmp_path_factory.mktemp("pipelines") / request.param)
+
+
+def load(folder: Path, options: PipelineOptions = OPTIONS, **dtypes: torch.dtype) -> PipelineFlow:
+    model = FlowSource.of(str(folder), pipeline=options).load(**dtypes)
+    assert isinstance(model, PipelineFlow)
+    model.pipeline.set_progress_bar_config(disable=True)
+    return model
+
+
+def policy_of(folder: Path, scale: float = 1.0) -> FlowPolicy:
+    from gymnasium import spaces
+
+    model = load(folder)
+    box = spaces.Box(0, 1, model.sample_shape)
+    return FlowPolicy(spaces.Discrete(3), box, model=model, contexts=PROMPTS, guidance_scale=scale, seed=0)
+
+
+def call_pipeline(flow: PipelineFlow, x_0: torch.Tensor, scale: float, output: str = "latent") -> torch.Tensor:
+    """What the pipeline's own call gives for this noise, as latents (B, C, H, W) or images."""
+    size = flow.sample_shape[1]
+    call = {"num_inference_steps": 6, "height": size, "width": size, "output_type": output}
+    if isinstance(flow, FluxFlow):
+        guidance = {"guidance_scale": scale} if flow.distilled_guidance else {}
+        if scale != 1 and not flow.distilled_guidance:
+            guidance = {"true_cfg_scale": scale, "negative_prompt": [""] * len(PROMPTS)}
+        result = flow.pipeline(PROMPTS, latents=pack(x_0), **guidance, **call).images
+        return unpack(result, size // 4, size // 4) if output == "latent" else result
+    return flow.pipeline(PROMPTS, latents=x_0, guidance_scale=scale, **call).images
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+def test_euler_gives_the_pipelines_latents(folder: Path, scale: float) -> None:
+    policy = policy_of(folder, scale)
+    x_0 = policy.noise(3)
+    ours = policy.sample_latents(torch.arange(3), x_0=x_0, steps=6, solver="euler")
+    plain = policy.sample_latents(torch.arange(3), x_0=x_0, steps=6, solver="euler", guidance_scale=1.0)
+    expected = call_pipeline(load(folder), x_0, scale)
+    assert expected.dtype == torch.float32
+    assert (ours - expected).abs().max() <= 1e-4
+    assert (expected - x_0).abs().max() > 0.5
+    assert scale == 1 or (ours - plain).abs().max() > 0.01  # guidance does something
+    other = policy.sample_latents(torch.tensor([1, 2, 0]), x_0=x_0, steps=6)
+    assert (ours - other).abs().max() > 0.01  # and so do prompts
+
+
+def test_decoding_gives_the_pipelines_images(folder: Path) -> None:
+    flow = load(folder)
+    x_0 = torch.randn(3, *flow.latent_shape)
+    expected = call_pipeline(flow, x_0, 1.0, "pt")
+    ours = flow.decode(call_pipeline(flow, x_0, 1.0))
+    assert ours.shape == (3, *flow.sample_shape)
+    assert (ours - expected).abs().max() <= 1e-5
+
+
+def test_the_schedule_depends_on_the_resolution_where_the_pipelines_does(folder: Path) -> None:
+    small, large = load(folder).times(4), load(folder, PipelineOptions(resolution=24)).times(4)
+    dynamic = load(folder).pipeline.scheduler.config.use_dynamic_shifting
+    assert torch.equal(small, large) != dynamic
+
+
+def test_velocity_sees_time_and_prompt_per_sample(folder: Path) -> None:
+    flow = load(folder)
+    x, t, cond = torch.randn(3, *flow.latent_shape), torch.tensor([0.1, 0.5, 0.9]), flow.encode(PROMPTS)
+    with torch.no_grad():
+        whole = flow(x, t, cond)
+        for i in range(3):
+            one = flow(x[i : i + 1], t[i : i + 1], tuple(part[i : i + 1] for part in cond))
+            torch.testing.assert_close(whole[i : i + 1], one, rtol=1e-4, atol=1e-5)
+
+
+def test_skeleton_has_the_shapes_and_parameters(folder: Path) -> None:
+    source, flow = FlowSource.of(str(folder), pipeline=OPTIONS), load(folder)
+    skeleton = source.skeleton()
+    assert (skeleton.latent_shape, skeleton.sample_shape) == (flow.latent_shape, flow.sample_shape)
+    sizes = [{n: p.shape for n, p in model.network.named_parameters()} for model in (skeleton, flow)]
+    assert sizes[0] == sizes[1]
+    assert source.sample_shape == flow.sample_shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("size", [10, 0, -16])
+def test_a_resolution_that_cannot_be_drawn(folder: Path, size: int) -> None:
+    with pytest.raises(ConfigError, match=r"multiple of 4 pixels"):
+        FlowSource.of(str(folder), pipeline=PipelineOptions(resolution=size))
+
+
+def test_encoders_are_released_and_come_back(folder: Path) -> None:
+    flow = load(folder)
+    before = flow.encode(PROMPTS)
+    flow.release_encoders()
+    assert all(getattr(flow.pipeline, name, None) is None for name in ("text_encoder", "text_encoder_2"))
+    for part, again in zip(before, flow.encode(PROMPTS)):
+        assert torch.equal(part, again)
+
+
+def test_a_pipeline_that_cannot_be_loaded_again_keeps_its_encoders(folder: Path) -> None:
+    flow = load(folder)
+    flow.load_encoders = None
+    before = flow.encode(PROMPTS)
+    flow.release_encoders()
+    for part, again in zip(before, flow.encode(PROMPTS)):
+        assert torch.equal(part, again)
+
+
+def test_weights_in_the_types_asked_for(folder: Path) -> None:
+    flow = load(folder, network_dtype=torch.float32, frozen_dtype=torch.bfloat16)
+    assert flow.network.dtype == torch.float32
+    assert flow.pipeline.vae.dtype == flow.pipeline.text_encoder.dtype == torch.bfloat16
+    assert load(folder, network_dtype=torch.bfloat16).network.dtype == torch.bfloat16
+
+
+def test_tiled_decoding_is_asked_for(folder: Path) -> None:
+    assert not load(folder).pipeline.vae.use_tiling
+    assert load(folder, PipelineOptions(resolution=16, vae_tiling=True)).pipeline.vae.use_tiling
+
+
+def test_t5_can_be_left_out(tmp_path: Path) -> None:
+    with_t5 = small_pipelines.sd3(tmp_path / "sd3")
+    without = load(with_t5, PipelineOptions(resolution=16, t5=False))
+    assert without.pipeline.text_encoder_3 is None
+    full = load(with_t5).encode(PROMPTS)[0]
+    zeros = without.encode(PROMPTS)[0][:, 16:]
+    assert zeros.count_nonzero() == 0
+    assert full[:, 16:].count_nonzero() > 0
+    with pytest.raises(ConfigError, match=r"FluxPipeline.*cannot do without T5"):
+        FlowSource.of(str(small_pipelines.flux(tmp_path / "flux")), pipeline=PipelineOptions(t5=False))
+
+
+def test_packing_is_the_pipelines_own() -> None:
+    from diffusers import FluxPipeline
+
+    x = torch.randn(2, 4, 6, 8)
+    tokens = pack(x)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(x, 2, 4, 6, 8))
+    assert torch.equal(unpack(tokens, 3, 4), x)
+
+
+def test_a_pipeline_of_another_kind_names_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ModelLoadError, match=r"StableDiffusionXLPipeline.*StableDiffusion3Pipeline and FluxPipeline"):
+        FlowSource.of(str(tmp_path))
+    assert {adapter.TRANSFORMER for adapter in ADAPTERS.values()} == {"SD3Transformer2DModel", "FluxTransformer2DModel"}
