@@ -27,6 +27,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.evaluation import EvaluationResult
 from flowrl.lora import LoRA, count_parameters
+from flowrl.memory import predict_memory
 
 
 def create(out: Path, name: str, env_name: str) -> Path:
@@ -135,30 +136,21 @@ def _work(config: FlowConfig, total: int) -> str:
 
 def plan(folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, total: int) -> str:
     """What a run would do, for `--dry-run`: reads configurations, loads no weights."""
-    lora = LoRA.of(config)
-    skeleton = env.flow.skeleton()
-    frozen, trained = count_parameters(skeleton, lora)
-    copies = {"reference", *algo.copies_for(config)}
-    n_copies = len(copies - {"reference"}) if lora else len(copies)
-    per_copy = trained if lora else frozen + trained
-    states = 1 + (config.path_steps() + 1 if config.path_steps() else 0)
-    buffer = config.n_samples * (4 * states * math.prod(skeleton.latent_shape) + 4 * config.path_steps() + 16)
-    parts = {
-        "weights": 4 * (frozen + trained),
-        f"copies ({', '.join(sorted(copies))})": 4 * n_copies * per_copy,
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "rollout buffer": buffer,
-    }
+    frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config))
+    memory = predict_memory(algo, config, env)
     lines = [
         f"algorithm: {algorithm_name(algo)}, settings that differ from its defaults: {_differences(config)}",
         f"environment: {env.name}",
         *env.describe(),
         _work(config, total),
         f"trainable parameters: {trained:,} of {frozen + trained:,} in the velocity network",
-        "memory beside activations and frozen parts (text encoders, autoencoder):",
-        *(f"  {name}: {_bytes(size)}" for name, size in parts.items()),
-        f"  together: {_bytes(sum(parts.values()))}",
+        "memory of the network and its training, by part:",
+        *(f"  {name}: {_bytes(size)}" for name, size in memory.parts.items()),
+        "most memory at once, by phase (those parts, activations, autoencoder, text encoders):",
+        *(f"  {name}: {_bytes(size)}" for name, size in memory.phases.items()),
+        f"  peak: {_bytes(memory.peak)} of tensors; on the CPU with {_bytes(memory.libraries)} of libraries "
+        f"{_bytes(memory.peak + memory.libraries)}",
+        *([f"  phases after these could not be tried ({memory.missing})"] if memory.missing else []),
         f"files: {folder}{os.sep} (config.json, metrics.csv, samples/, checkpoints/, final/, report.html)",
         "dry run: nothing was written",
     ]

@@ -20,7 +20,7 @@ LAYERS = [
     {"types", "errors", "registry"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
-    {"algorithm", "transitions", "steering", "evaluation", "checkpoint"},
+    {"algorithm", "transitions", "steering", "evaluation", "checkpoint", "memory"},
     {"orw_w2", "baselines"},
     {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "suite", "cell", "comparison"},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from flowrl.models.flux import FluxFlow
 from flowrl.models.loading import FlowSource, read_json
 from flowrl.models.pipeline import ENCODERS, PipelineFlow, PipelineOptions
 from flowrl.models.sd3 import SD3Flow
+from flowrl.sampler import time_grid
 
 ADAPTERS: dict[str, type[PipelineFlow]] = {adapter.PIPELINE: adapter for adapter in (SD3Flow, FluxFlow)}
+CLIP_TOKENS = 77
 VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")
 
 
@@ -37,7 +40,8 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     """
     fetch = _fetcher(location)
     what = f"pipeline '{name}'"
-    kind = read_json(fetch("model_index.json"), what).get("_class_name")
+    index = read_json(fetch("model_index.json"), what)
+    kind = index.get("_class_name")
     if kind not in ADAPTERS:
         raise ModelLoadError(f"'{name}' is a {kind}; flowrl has adapters for {' and '.join(ADAPTERS)}.")
     adapter = ADAPTERS[kind]
@@ -69,7 +73,39 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
             network = getattr(diffusers, adapter.TRANSFORMER).from_config(transformer)
         return adapter(SimpleNamespace(transformer=network), shapes)
 
-    return FlowSource(name, description.format(kind), shapes.sample, load, skeleton, is_image=True)
+    def imitation(network_dtype: torch.dtype, frozen_dtype: torch.dtype) -> VelocityModel:
+        pipeline = SimpleNamespace(
+            transformer=_unloaded(fetch, index, "transformer", network_dtype),
+            vae=_unloaded(fetch, index, "vae", frozen_dtype),
+            tokenizer_max_length=_tokens(read_json(fetch("tokenizer/tokenizer_config.json"), what)),
+        )
+        encoders = [part for part in ENCODERS if index.get(part, [None])[0] and (options.t5 or part != ENCODERS[2])]
+        for part in encoders:
+            setattr(pipeline, part, _unloaded(fetch, index, part, frozen_dtype))
+        model = adapter(pipeline, shapes, options, length, load_encoders=lambda: None)
+        model.encode_prompts = model.imitate_prompts  # type: ignore[method-assign]
+        model.times = time_grid  # type: ignore[method-assign,assignment]
+        return model
+
+    return FlowSource(name, description.format(kind), shapes.sample, load, skeleton, imitation, is_image=True)
+
+
+def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dtype: torch.dtype) -> Any:
+    """A part of a pipeline as its configuration says, with the weights that it is initialised with."""
+    library, name = index[part]
+    cls = getattr(importlib.import_module(library), name)
+    config = read_json(fetch(f"{part}/config.json"), part)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        module = cls.from_config(config) if library == "diffusers" else cls(cls.config_class.from_dict(config))
+    finally:
+        torch.set_default_dtype(default)
+    return module.eval() if part == "transformer" else module.eval().requires_grad_(False)
+
+
+def _tokens(tokenizer: dict[str, Any]) -> int:
+    return min(int(tokenizer.get("model_max_length") or CLIP_TOKENS), CLIP_TOKENS)
 
 
 def _fetcher(location: str) -> Callable[[str], Path]:

@@ -79,6 +79,11 @@ class FluxFlow(PipelineFlow):
         )
         return prompt_embeds, pooled, torch.ones(len(prompts), device=self.device)
 
+    def condition_shapes(self) -> list[tuple[int, ...]]:
+        """Of the context, of the pooled embedding, and of the guidance scale."""
+        config = self.network.config
+        return [(self.max_sequence_length, config.joint_attention_dim), (config.pooled_projection_dim,), ()]
+
     @property
     def sequence_length(self) -> int:
         """Tokens of one image."""

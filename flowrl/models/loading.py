@@ -32,6 +32,7 @@ class FlowSource:
         load: Builds a fresh model on the CPU. Takes the types of the network's weights and of the frozen parts',
             both float32 by default.
         skeleton: Builds a model without weights (meta device), to count parameters.
+        imitation: As `load`, with any weights, to predict memory: it is called where tensors have no storage.
         reloadable: The same weights can be had again from `source` (not so for a factory).
         is_image: Samples are images with values in [0, 1].
     """
@@ -41,6 +42,7 @@ class FlowSource:
     sample_shape: tuple[int, ...]
     load: Callable[..., VelocityModel]
     skeleton: Callable[[], VelocityModel]
+    imitation: Callable[..., VelocityModel]
     reloadable: bool = True
     is_image: bool = False
 
@@ -99,7 +101,7 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
 
     shape = sample_shape or build().sample_shape
     name = getattr(factory, "__qualname__", type(factory).__name__)
-    return FlowSource("", f"from factory {name}", tuple(shape), load, build, reloadable=False)
+    return FlowSource("", f"from factory {name}", tuple(shape), load, build, load, reloadable=False)
 
 
 def chosen_sd3() -> str:
@@ -161,7 +163,12 @@ def _mlp_source(folder: Path, name: str) -> FlowSource:
         with torch.device("meta"):
             return build()
 
-    return FlowSource(name, f"{name} ({config.get('description', 'MLP')})", (dim,), load, skeleton)
+    def imitation(network_dtype: torch.dtype, frozen_dtype: torch.dtype) -> VelocityModel:
+        model = build()
+        model.network.to(network_dtype)
+        return model
+
+    return FlowSource(name, f"{name} ({config.get('description', 'MLP')})", (dim,), load, skeleton, imitation)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -106,6 +106,18 @@ class PipelineFlow(VelocityModel):
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Embeddings of prompts, by the pipeline's own text encoders."""
 
+    def imitate_prompts(self, prompts: list[str]) -> Condition:
+        """Embeddings without meaning, of the shapes and types that `encode_prompts` gives, at the same cost."""
+        for encoder in self._encoders().values():
+            length = self.max_sequence_length if "T5" in type(encoder).__name__ else self.pipeline.tokenizer_max_length
+            encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
+        types = [self.pipeline.vae.dtype if shape else torch.float32 for shape in self.condition_shapes()]
+        return tuple(torch.zeros(len(prompts), *s, dtype=t) for s, t in zip(self.condition_shapes(), types))
+
+    @abstractmethod
+    def condition_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the parts of one encoded prompt; single numbers are in float32."""
+
     @property
     @abstractmethod
     def sequence_length(self) -> int:

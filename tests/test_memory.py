@@ -1,0 +1,123 @@
+"""Predicted memory: of tensors against arithmetic, and of a whole run against what a process really took."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_pipelines
+import torch
+from conftest import REPOSITORY
+
+import flowrl
+from flowrl.memory import MemoryPlan, predict_memory
+
+MIB = 2**20
+
+
+def predict(algo: str, env: str, env_settings: dict[str, Any] | None = None, **settings: Any) -> MemoryPlan:
+    core = flowrl.make(env, **(env_settings or {}))
+    cls = flowrl.algorithm_class(algo)
+    return predict_memory(cls, cls.configure(recommended=core.recommended, settings=settings), core)
+
+
+def test_parts_by_arithmetic() -> None:
+    plan = predict("orw_w2", "gaussians-linear", ema_decay=0.9, n_samples=1000)
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", device="cpu", ema_decay=0.9, n_samples=1000, seed=0)
+    n = 4 * sum(p.numel() for p in model.policy.parameters_of("current").values())
+    assert plan.missing == ""
+    assert plan.parts["trained weights"] == plan.parts["frozen weights"] == plan.parts["gradients"] == n
+    assert plan.parts["copies of them"] == 2 * n  # behaviour (residual target) and moving average
+    assert 2 * n <= plan.parts["optimizer"] <= 2 * n + 1000  # and a step counter for each parameter
+    assert plan.parts["rollout buffer"] == model.buffer.nbytes
+    assert sum(plan.parts.values()) <= plan.phases["training"] <= plan.peak
+
+
+def test_nothing_is_computed_and_no_random_state_is_used() -> None:
+    before = torch.get_rng_state()
+    predict("ddpo", "gaussians-linear")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(torch.zeros(1)) is torch.Tensor
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_the_parts_of_a_pipeline_are_those_that_are_loaded(kind: str, tmp_path: Path) -> None:
+    folder = getattr(small_pipelines, kind)(tmp_path / kind)
+    env = {"flow": str(folder), "prompts": tuple(small_pipelines.PROMPTS), "resolution": 16}
+    settings = {"n_samples": 4, "group_size": 2, "rollout_batch_size": 4, "batch_size": 2, "lora_rank": 4}
+    plan = predict("orw_w2", "sd3-compress", env, **settings)
+    model = flowrl.ORWCFMW2("FlowPolicy", "sd3-compress", env_settings=env, device="cpu", seed=0, **settings)
+    policy = model.policy
+    assert plan.missing == ""
+    condition = policy.condition(torch.arange(3))
+    assert plan.parts["encoded prompts"] == sum(part.nbytes for part in condition)
+    sizes = {role: sum(p.nbytes for p in policy.parameters_of(role).values()) for role in policy.roles}
+    assert plan.parts["trained weights"] == sizes["current"]
+    assert plan.parts["frozen weights"] == sum(p.nbytes for p in policy.parameters()) - sum(sizes.values())
+    phases = ["loading, encoding prompts", "drawing samples", "decoding samples", "training"]
+    assert list(plan.phases) == phases
+    assert all(size > plan.parts["frozen weights"] for size in plan.phases.values())
+
+
+def test_gradient_checkpointing_and_precision_show() -> None:
+    settings = {"batch_size": 64, "n_samples": 64, "lora_rank": 4}
+    plain = predict("orw_w2", "sd3-compress", **settings).phases["training"]
+    saved = predict("orw_w2", "sd3-compress", gradient_checkpointing=True, **settings).phases["training"]
+    low = predict("orw_w2", "sd3-compress", precision="bfloat16", **settings).phases["training"]
+    assert saved < 0.6 * plain
+    assert low < 0.75 * plain
+
+
+def test_what_cannot_be_tried_is_said() -> None:
+    pytest.importorskip("ot")
+    plan = predict("orw_w2", "gaussians-linear", coupling="ot", target="plain")
+    assert "DataDependent" in plan.missing
+    assert plan.parts["trained weights"] > 0
+
+
+MEASURE = """
+import json, resource, sys
+import torch, flowrl
+torch.set_num_threads(1)
+settings = json.loads(sys.argv[1])
+model = flowrl.algorithm_class("orw_w2")("FlowPolicy", "sd3-compress", device="cpu", seed=0, **settings)
+model.learn(settings["n_samples"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="peak memory is read by getrusage")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_samples": 256, "batch_size": 256, "n_epochs": 2, "rollout_steps": 2},
+        {"n_samples": 256, "batch_size": 256, "n_epochs": 2, "rollout_steps": 2, "lora_rank": 8},
+    ],
+    ids=["full", "lora"],
+)
+def test_the_peak_is_within_15_percent_of_the_measured_one(settings: dict[str, Any]) -> None:
+    script = (
+        "import json, sys, flowrl; from flowrl.memory import predict_memory; cls = flowrl.ORWCFMW2;"
+        "env = flowrl.make('sd3-compress'); settings = json.loads(sys.argv[1]);"
+        "plan = predict_memory(cls, cls.configure(recommended=env.recommended, settings=settings), env);"
+        "print(plan.peak + plan.libraries)"
+    )
+    values = []
+    for program in (script, MEASURE):
+        done = subprocess.run(
+            [sys.executable, "-c", program, json.dumps(settings)],
+            cwd=REPOSITORY,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},  # glibc keeps what is freed in smaller pieces
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        values.append(int(done.stdout.split()[-1]))
+    predicted, measured = values
+    assert predicted == pytest.approx(measured, rel=0.15)
