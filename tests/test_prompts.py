@@ -1,4 +1,4 @@
-"""Prompts as data: files and their faults, the held-out split, weighted draws, shipped sets."""
+"""Prompts as data: files and their faults, the held-out split, weighted draws, shipped sets, evaluation."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from flowrl.envs.prompts import Prompt, PromptSet, prompts_from, shares_of, ship
 from flowrl.envs.registration import CustomConfig
 from flowrl.envs.text_to_image import TextToImageConfig
 from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.evaluate import main as evaluate_main
 from flowrl.models.mlp import MLP
 from flowrl.registry import ENVIRONMENTS
 from flowrl.run import main
@@ -328,6 +329,55 @@ def test_prompts_and_a_file_are_too_much(shapes: Path) -> None:
         flowrl.make("sd3-count", flow="mini-sd3", prompts=("stars",), prompt_file=str(shapes))
 
 
+def test_held_out_prompts_are_evaluated_as_any_others(shapes: Path) -> None:
+    """The figures are those of a model that has these prompts as its own; the model is left as it was."""
+    algorithm = model(prompt_file=str(shapes))
+    encoded, n, state = algorithm.policy._condition, algorithm.policy.evaluations, algorithm.generator.get_state()
+    held_out = flowrl.evaluate(algorithm, 8, prompts="held_out", samples_per_context=2)
+    assert set(held_out.sample_contexts) == {entry["prompt"] for entry in SHAPES[3:]}
+    assert (held_out.prompts, held_out.n_prompts) == ("held_out", 2)
+    assert "prompts: held_out (2)" in held_out.table()
+    assert math.isnan(held_out.ess)
+    own = flowrl.evaluate(model(prompts=tuple(entry["prompt"] for entry in SHAPES[3:])), 8, samples_per_context=2)
+    assert own.prompts == "train"
+    torch.testing.assert_close(held_out.samples, own.samples)
+    assert held_out.reward_mean == pytest.approx(own.reward_mean)
+    assert algorithm.policy._condition is encoded
+    assert algorithm.policy.evaluations == n
+    assert torch.equal(algorithm.generator.get_state(), state)
+    assert algorithm.env.core.contexts == [entry["prompt"] for entry in SHAPES[:3]]
+
+
+def test_evaluation_weighs_and_takes_lists_and_files(shapes: Path) -> None:
+    algorithm = model(prompts=("stars",))
+    given = [Prompt("two stars", weight=3), "one circle on red"]
+    result = flowrl.evaluate(algorithm, 8, prompts=given, samples_per_context=1, steps=1)
+    assert sorted(result.sample_contexts) == ["one circle on red"] * 2 + ["two stars"] * 6
+    assert (result.prompts, result.n_prompts) == ("given", 2)
+    assert flowrl.evaluate(algorithm, 4, prompts=shapes, steps=1).n_prompts == 5
+
+
+def test_statistics_per_context_do_not_hinder_evaluation(shapes: Path) -> None:
+    """DDPO keeps a row per context it trains on; there are more prompts here."""
+    settings = {key: value for key, value in SMALL.items() if key != "ema_decay"}
+    algorithm = flowrl.DDPO(
+        "FlowPolicy", "sd3-count", env_settings={"flow": "mini-sd3", "prompts": ("stars",)}, seed=0, **settings
+    )
+    assert flowrl.evaluate(algorithm, 10, prompts=shapes, samples_per_context=2, steps=1).n_prompts == 5
+
+
+def test_nothing_to_evaluate_on() -> None:
+    algorithm = model(prompts=("stars",))
+    with pytest.raises(ConfigError, match=r"holds no prompts out.*--env\.held-out-share"):
+        flowrl.evaluate(algorithm, 4, prompts="held_out")
+    with pytest.raises(ConfigError, match="the list is empty"):
+        flowrl.evaluate(algorithm, 4, prompts=[])
+    unconditional = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0)
+    with pytest.raises(ConfigError, match="unconditional"):
+        flowrl.evaluate(unconditional, 4, prompts=["stars"])
+    assert "prompts" not in flowrl.evaluate(unconditional, 4).table()
+
+
 PARTS = {
     "animals": ["animal", "scene"],
     "colours": ["colour", "object"],
@@ -403,13 +453,31 @@ def test_dry_run_says_which_prompts(run_module: Run, shapes: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [shapes]
 
 
-def test_a_run_on_a_file(run_module: Run, shapes: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_file_and_its_evaluation_on_held_out_prompts(
+    run_module: Run,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The evaluation in this process, to save time."""
     arguments = [*CHOICE, "--env.prompt-file", "shapes.jsonl", *TINY, "--total-timesteps", 16, "--name", "r"]
     done = run_module("flowrl.run", *arguments)
     assert done.returncode == 0, done.stderr
+    assert "prompts: train (3)" in done.stdout
     folder = tmp_path / "runs" / "r"
     settings = json.loads((folder / "config.json").read_text())["environment"]["settings"]
     assert settings == {"flow": "mini-sd3", "prompt_file": "shapes.jsonl"}
+    before = (folder / "evaluation.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_main(["runs/r", "--prompts", "held_out", "--n-samples", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "prompts: held_out (2)" in printed
+    assert "report-held_out.html" in printed
+    result = json.loads((folder / "evaluation-held_out.json").read_text())
+    assert (result["prompts"], result["n_prompts"]) == ("held_out", 2)
+    assert "prompts: held_out (2)" in (folder / "report-held_out.html").read_text()
+    assert (folder / "evaluation.json").read_text() == before
 
 
 @pytest.mark.parametrize(
