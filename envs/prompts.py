@@ -106,6 +106,14 @@ def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
     return weights / weights.sum()
 
 
+def fingerprint(contexts: Sequence[Any]) -> str | None:
+    """Hash of prompts with their weights and fields, in order; None where contexts are no prompts."""
+    if not all(isinstance(context, Prompt) for context in contexts):
+        return None
+    entries = [[context, context.weight, sorted(context.fields.items())] for context in contexts]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
 def shipped_sets() -> list[str]:
     """Names of the prompt sets that ship with flowrl."""
     return sorted(path.stem for path in SETS.glob("*.jsonl"))

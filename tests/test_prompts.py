@@ -22,10 +22,10 @@ from scipy import stats
 import flowrl
 from flowrl.envs import prompts as module
 from flowrl.envs.base import draw_contexts
-from flowrl.envs.prompts import Prompt, PromptSet, prompts_from, shares_of, shipped_sets
+from flowrl.envs.prompts import Prompt, PromptSet, fingerprint, prompts_from, shares_of, shipped_sets
 from flowrl.envs.registration import CustomConfig
 from flowrl.envs.text_to_image import TextToImageConfig
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import CheckpointError, ConfigError, UnknownNameError
 from flowrl.evaluate import main as evaluate_main
 from flowrl.models.mlp import MLP
 from flowrl.registry import ENVIRONMENTS
@@ -376,6 +376,17 @@ def test_nothing_to_evaluate_on() -> None:
     with pytest.raises(ConfigError, match="unconditional"):
         flowrl.evaluate(unconditional, 4, prompts=["stars"])
     assert "prompts" not in flowrl.evaluate(unconditional, 4).table()
+
+
+def test_a_changed_prompt_file_is_noticed(shapes: Path, tmp_path: Path) -> None:
+    model(prompt_file=str(shapes)).save(tmp_path / "saved")
+    again = flowrl.ORWCFMW2.load(tmp_path / "saved", device="cpu")
+    assert fingerprint(again.env.core.contexts) == fingerprint(prompts_from(shapes).train)
+    write(shapes, *map(json.dumps, [{**SHAPES[0], "weight": 2}, *SHAPES[1:]]))
+    with pytest.raises(CheckpointError, match="other prompts than 'sd3-count' has now"):
+        flowrl.ORWCFMW2.load(tmp_path / "saved", device="cpu")
+    other = flowrl.make("sd3-count", flow="mini-sd3", prompt_file=str(shapes))
+    assert flowrl.ORWCFMW2.load(tmp_path / "saved", env=other, device="cpu").env.core is other
 
 
 PARTS = {
