@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from flowrl.envs.prompts import shares_of
 from flowrl.errors import ConfigError, RewardError
 from flowrl.models.loading import FlowSource
 from flowrl.types import Contexts, RewardOutput
@@ -25,10 +26,12 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
 
     Args:
         flow: Where the flow model that generates samples comes from.
-        contexts: What samples are conditioned on: prompts, labels, or `[None]`.
+        contexts: What samples are conditioned on: prompts, labels, or `[None]`. A `Prompt` is drawn in proportion to
+            its weight.
         low: Lower bound of a sample's values.
         high: Upper bound.
         name: Name in messages and run folders.
+        held_out: Contexts that are never drawn, for `evaluate(model, prompts="held_out")`.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (Gymnasium's own convention)
@@ -42,11 +45,16 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         high: float,
         name: str,
         render_mode: str | None = None,
+        held_out: Sequence[Any] = (),
     ) -> None:
         if len(contexts) == 0:
+            if held_out:
+                raise ConfigError(f"All {len(held_out)} prompts of '{name}' are held out: none is left to train on.")
             raise ConfigError(f"Environment '{name}' needs at least one context; use [None] for none.")
         self.flow = flow
         self.contexts = list(contexts)
+        self.held_out = list(held_out)
+        self.shares = shares_of(self.contexts)  # (n,) of what is drawn, None when all are equal
         self.name = name
         self.render_mode = render_mode
         self.sample_shape = flow.sample_shape
@@ -102,11 +110,17 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         }
         return RewardOutput(reward, components, output.info)
 
+    def draw(self, rng: np.random.Generator, size: int | None = None) -> Any:
+        """Indices of contexts, drawn independently by their shares: an array (size,), or one number."""
+        if self.shares is None:
+            return rng.integers(len(self.contexts), size=size)
+        return rng.choice(len(self.contexts), size=size, p=self.shares)
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.int64, dict]:
-        """Draw a context uniformly; `options={"context": i}` asks for one."""
+        """Draw a context; `options={"context": i}` asks for one."""
         super().reset(seed=seed)
         drawn = (options or {}).get("context")
-        self._context = int(self.np_random.integers(len(self.contexts)) if drawn is None else drawn)
+        self._context = int(self.draw(self.np_random) if drawn is None else drawn)
         return np.int64(self._context), {"context": self.contexts[self._context]}
 
     def step(self, action: np.ndarray) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
@@ -131,19 +145,36 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         return picture
 
 
-def draw_contexts(n_contexts: int, n_samples: int, group_size: int, generator: torch.Generator) -> torch.Tensor:
+def draw_contexts(
+    n_contexts: int,
+    n_samples: int,
+    group_size: int,
+    generator: torch.Generator,
+    shares: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Context indices (n_samples,) on the generator's device, each drawn context repeated `group_size` times.
 
-    Contexts are shuffled; none comes again before all have come.
+    Without `shares` contexts are shuffled; none comes again before all have come. With `shares` (n_contexts,), positive
+    float32 with sum 1 on that device, G groups are drawn by systematic sampling (Madow 1949) in random order, from a
+    random start: context i gets `G shares[i]` groups, rounded up or down at random so that this is its mean, and every
+    group by itself follows `shares`.
     """
     n_groups = -(-n_samples // group_size)
+    device = generator.device
     if n_contexts == 1:
-        return torch.zeros(n_samples, dtype=torch.long, device=generator.device)
-    rounds = [
-        torch.randperm(n_contexts, generator=generator, device=generator.device)
-        for _ in range(-(-n_groups // n_contexts))
-    ]
-    return torch.cat(rounds)[:n_groups].repeat_interleave(group_size)[:n_samples]
+        return torch.zeros(n_samples, dtype=torch.long, device=device)
+    if shares is None:
+        rounds = [
+            torch.randperm(n_contexts, generator=generator, device=device) for _ in range(-(-n_groups // n_contexts))
+        ]
+        drawn = torch.cat(rounds)[:n_groups]
+    else:
+        order = torch.randperm(n_contexts, generator=generator, device=device)
+        edges = shares[order].cumsum(0)
+        start = torch.rand(1, generator=generator, device=device)
+        points = (start + torch.arange(n_groups, device=device) / n_groups) % 1 * edges[-1]
+        drawn = order[torch.searchsorted(edges, points, right=True).clamp_max(n_contexts - 1)]
+    return drawn.repeat_interleave(group_size)[:n_samples]
 
 
 def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: str) -> torch.Tensor:
@@ -237,5 +268,5 @@ class GenerationVecEnv(VecEnv):
         return [False] * len(list(self._get_indices(indices)))
 
     def _draw(self) -> np.ndarray:
-        self._contexts = self._rng.integers(len(self.core.contexts), size=self.num_envs)
+        self._contexts = self.core.draw(self._rng, self.num_envs)
         return self._contexts.copy()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import torch
 
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+from flowrl.envs.prompts import prompts_from
 from flowrl.errors import ConfigError
 from flowrl.models.loading import FlowSource
 from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
@@ -61,13 +63,27 @@ class CustomConfig:
 
     flow: str | None = None
     """Flow to fine-tune: a name, a folder, a hub name; the registered one when not given."""
+    prompt_file: str = ""
+    """Prompts from a file (.txt or .jsonl) or a shipped set (animals, colours, counts, spatial, words); the registered
+    ones when not given."""
+    held_out_share: float = 0.0
+    """Share of the prompts to keep out of training, for evaluation; a file may say itself which."""
 
 
 class CustomEnv(GenerationEnv):
     """A flow and any function of samples and contexts as the reward."""
 
-    def __init__(self, flow: FlowSource, contexts: Sequence[Any], reward: Callable, name: str, low: float, high: float):
-        super().__init__(flow, contexts, low=low, high=high, name=name)
+    def __init__(
+        self,
+        flow: FlowSource,
+        contexts: Sequence[Any],
+        reward: Callable,
+        name: str,
+        low: float,
+        high: float,
+        held_out: Sequence[Any] = (),
+    ):
+        super().__init__(flow, contexts, low=low, high=high, name=name, held_out=held_out)
         self.reward = reward
 
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
@@ -80,7 +96,7 @@ def register_env(
     name: str,
     *,
     flow: Any,
-    prompts: Sequence[Any] | None = None,
+    prompts: str | Path | Sequence[Any] | None = None,
     sample_shape: tuple[int, ...] | None = None,
     bounds: tuple[float, float] = (-10.0, 10.0),
     recommended: Mapping[str, Any] | None = None,
@@ -95,7 +111,8 @@ def register_env(
         name: The environment's name.
         flow: A flow's name ("sd3", "mini-sd3", "gaussians"), a folder, a hub name, or a factory that returns a
             `VelocityModel` or any `torch.nn.Module` mapping `(x_t, t)` to a velocity.
-        prompts: Contexts to draw from; None for an unconditional flow.
+        prompts: Contexts to draw from; or a prompt file or the name of a shipped set (docs/prompts.md), read when the
+            environment is made; None for an unconditional flow.
         sample_shape: Needed for a factory that returns a plain module without that attribute.
         bounds: Least and greatest value of the action space; images always have (0, 1).
         recommended: Algorithm settings that suit this environment.
@@ -107,10 +124,10 @@ def register_env(
             from flowrl.envs.text_to_image import TextToImageEnv
 
             source = FlowSource.of(config.flow or flow, sample_shape=sample_shape)
-            contexts: list[Any] = [None] if prompts is None else list(prompts)
+            chosen = prompts_from(config.prompt_file or ([None] if prompts is None else prompts), config.held_out_share)
             if source.is_image:
-                return TextToImageEnv(source, contexts, reward, name=name)
-            return CustomEnv(source, contexts, reward, name, *bounds)
+                return TextToImageEnv(source, chosen.train, reward, name=name, held_out=chosen.held_out)
+            return CustomEnv(source, chosen.train, reward, name, *bounds, held_out=chosen.held_out)
 
         doc = (reward.__doc__ or f"reward {reward.__qualname__}").strip().splitlines()[0]
         register(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flowrl.envs.base import GenerationEnv
+from flowrl.envs.prompts import PromptSet, prompts_from
 from flowrl.envs.rewards import make_reward
 from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
 from flowrl.errors import ConfigError, UnknownNameError
@@ -43,6 +44,10 @@ class TextToImageConfig:
     """Options of the reward, each as REWARD.OPTION=VALUE: aesthetic.head=FILE, aesthetic.clip=FOLDER."""
     prompts: tuple[str, ...] = ()
     """Prompts to train on, instead of the environment's own."""
+    prompt_file: str = ""
+    """Prompts from a file (.txt or .jsonl) or a shipped set: animals, colours, counts, spatial, words."""
+    held_out_share: float = 0.0
+    """Share of the prompts to keep out of training, for evaluation; a file may say itself which."""
     resolution: int | None = None
     """Height and width of the images in pixels; the pipeline's own when not given."""
     decode_batch: int = 64
@@ -69,6 +74,7 @@ class TextToImageEnv(GenerationEnv):
         prompts: Prompts to draw contexts from.
         reward: `(images (B, 3, H, W) in [0, 1], B prompts) -> (B,)`, or a `RewardOutput`.
         reward_name: What the head of a run says of the reward.
+        held_out: Prompts that are never drawn, for evaluation.
     """
 
     def __init__(
@@ -80,8 +86,17 @@ class TextToImageEnv(GenerationEnv):
         name: str = "text-to-image",
         reward_name: str = "",
         render_mode: str | None = None,
+        held_out: Sequence[str] = (),
     ) -> None:
-        super().__init__(FlowSource.of(flow), contexts=prompts, low=0.0, high=1.0, name=name, render_mode=render_mode)
+        super().__init__(
+            FlowSource.of(flow),
+            contexts=prompts,
+            low=0.0,
+            high=1.0,
+            name=name,
+            render_mode=render_mode,
+            held_out=held_out,
+        )
         self.reward = reward
         self.reward_name = reward_name or getattr(reward, "description", getattr(reward, "__name__", "custom"))
 
@@ -92,7 +107,10 @@ class TextToImageEnv(GenerationEnv):
 
     def describe(self) -> list[str]:
         """Lines for the head of a run."""
-        return [*super().describe(), f"reward: {self.reward_name}", f"prompts: {len(self.contexts)}"]
+        prompts = f"prompts: {len(self.contexts)}"
+        prompts += f" to train on, {len(self.held_out)} held out" if self.held_out else ""
+        prompts += "" if self.shares is None else ", drawn in proportion to their weights"
+        return [*super().describe(), f"reward: {self.reward_name}", prompts]
 
     def render(self) -> np.ndarray | None:
         """The last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"."""
@@ -110,6 +128,12 @@ def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str]:
     return open_prompts() if flow.is_embedded else PHOTO_PROMPTS
 
 
+def _prompts(config: TextToImageConfig, own: Sequence[str]) -> PromptSet:
+    if config.prompts and config.prompt_file:
+        raise ConfigError("--env.prompts and --env.prompt-file both say what to train on: give one of them.")
+    return prompts_from(config.prompt_file or config.prompts or own, config.held_out_share)
+
+
 def _factory(reward: str) -> Callable[..., TextToImageEnv]:
     def make(config: TextToImageConfig, render_mode: str | None = None) -> TextToImageEnv:
         flow = FlowSource.of(config.flow, pipeline=config.pipeline())
@@ -122,13 +146,15 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
         for name in options.keys() - {chosen}:
             raise UnknownNameError.of("reward to give options to", name, [chosen])
         scorer = make_reward(chosen, options.get(chosen))
+        prompts = _prompts(config, _own_prompts(wanted, flow))
         return TextToImageEnv(
             flow,
-            config.prompts or _own_prompts(wanted, flow),
+            prompts.train,
             scorer,
             name=f"sd3-{reward}",
             reward_name=getattr(scorer, "description", chosen) + note,
             render_mode=render_mode,
+            held_out=prompts.held_out,
         )
 
     return make

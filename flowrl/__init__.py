@@ -13,6 +13,7 @@ from flowrl.config import FlowConfig
 from flowrl.envs import gaussians as _gaussians
 from flowrl.envs import text_to_image as _text_to_image
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+from flowrl.envs.prompts import Prompt
 from flowrl.envs.registration import make, make_vec, register, register_env
 from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.evaluation import EvaluationResult, evaluate
@@ -42,6 +43,7 @@ __all__ = [
     "FlowPolicy",
     "GenerationEnv",
     "GenerationVecEnv",
+    "Prompt",
     "RewardOutput",
     "VelocityModel",
     "algorithm_class",

@@ -144,6 +144,7 @@ class FlowAlgorithm(BaseAlgorithm):
 
     def _setup_model(self) -> None:
         config, core = self.config, self.env.core
+        self.shares = None if core.shares is None else torch.from_numpy(core.shares).float().to(self.device)
         if self.seed is not None:
             self.set_random_seed(self.seed)
         self.generator = torch.Generator(self.device)
@@ -213,7 +214,7 @@ class FlowAlgorithm(BaseAlgorithm):
     def draw_contexts(self) -> torch.Tensor:
         """Context indices (n_samples,) of an iteration: each drawn context repeated `group_size` times."""
         n = len(self.env.core.contexts)
-        return draw_contexts(n, self.config.n_samples, self.config.group_size, self.generator)
+        return draw_contexts(n, self.config.n_samples, self.config.group_size, self.generator, self.shares)
 
     def draw_latents(self, contexts: torch.Tensor) -> torch.Tensor:
         """Latents `x_1` (B, *latent_shape) of the behaviour policy for context indices (B,)."""

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
 
@@ -91,6 +92,7 @@ def description(model: FlowAlgorithm) -> dict[str, Any]:
         "algorithm": algorithm_name(cls),
         "settings": asdict(model.config),
         "environment": None if origin is None else {"name": origin[0], "settings": _plain(origin[1])},
+        "prompts": fingerprint(model.env.core.contexts),
         "flow": model.env.core.flow.source,
         "seed": model.seed,
     }
@@ -252,6 +254,11 @@ def load_checkpoint(
         env_settings=env_settings,
         **kwargs,
     )
+    if env_settings is not None and config.get("prompts") not in (None, fingerprint(model.env.core.contexts)):
+        raise CheckpointError(
+            f"'{folder}' was trained on other prompts than '{model.env.core.name}' has now: bring back its prompt "
+            "file as it was, or give the environment to go on with as env= (an object)."
+        )
     load_state(model, folder)
     return model
 

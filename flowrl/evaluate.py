@@ -33,6 +33,8 @@ class EvaluateConfig:
     """Run folder, or a checkpoint folder. Without one, --steer works on the untrained flow of --env."""
     n_samples: int = 1024
     """Samples of each flow."""
+    prompts: str = "train"
+    """Prompts to evaluate on: train, held_out (those that training never drew), a prompt file, or a shipped set."""
     seed: int = 0
     """Seed of noise and contexts."""
     steps: int | None = None
@@ -74,20 +76,28 @@ def main(args: list[str] | None = None) -> int:
         if config.steer != "none":
             steering = Steering(config.steer, config.steer_n, config.steer_temperature)
             print(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
-        result = evaluation.evaluate(model, config.n_samples, seed=config.seed, steering=steering, **sampling)
+        result = evaluation.evaluate(
+            model, config.n_samples, prompts=config.prompts, seed=config.seed, steering=steering, **sampling
+        )
         print(result.table())
         if config.run is None or steering is not None:
             print(f"network evaluations per sample: {result.evaluations_per_sample:g}")
             return 0
-        runfolder.write_evaluation(config.run, result)
-        picture = config.run / "before_after.png"
-        save_before_after(result, model.env.core, picture)
-        print(f"\nwritten: {config.run / 'evaluation.json'}, {picture}", end="")
-        print(f", {write_report(config.run, result)}" if (config.run / "metrics.csv").exists() else "")
+        print(f"\nwritten: {', '.join(map(str, _write(config.run, model, result, config.prompts)))}")
     except FlowRLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _write(folder: Path, model: FlowAlgorithm, result: evaluation.EvaluationResult, prompts: str) -> list[Path]:
+    """Write figures, picture and report; those of other prompts than the trained ones into files of their own."""
+    tag = "" if prompts == "train" else f"-{Path(prompts).stem}"
+    files = [runfolder.write_evaluation(folder, result, tag), folder / f"before_after{tag}.png"]
+    save_before_after(result, model.env.core, files[1])
+    if (folder / "metrics.csv").exists():
+        files.append(write_report(folder, result, tag))
+    return files
 
 
 def _model(config: EvaluateConfig) -> FlowAlgorithm:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flowrl import metrics
-from flowrl.envs.base import draw_contexts
+from flowrl.envs.base import GenerationEnv, draw_contexts
+from flowrl.envs.prompts import prompts_from, shares_of
 from flowrl.errors import ConfigError
 from flowrl.flow import interpolate, sample_time
 from flowrl.losses import effective_sample_size, squared_error
@@ -48,8 +51,11 @@ class EvaluationResult(SampleStatistics):
 
     Attributes:
         drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
-        ess: Effective share of the samples under the algorithm's own weights, in (0, 1].
+        ess: Effective share of the samples under the algorithm's own weights, in (0, 1]; NaN for prompts that training
+            does not draw, which an algorithm may have no weights for.
         n_samples: Samples of each flow.
+        prompts: What they were conditioned on: "train", "held_out", a file or set, or "given".
+        n_prompts: How many prompts these are; 0 for an unconditional flow.
         evaluations_per_sample: Network evaluations that a sample of the trained flow cost.
         reference: The same statistics of the reference, at the same noise and contexts.
         w2_floor: W2 of two independent sets of exact samples of that size: what `w2_to_optimum` can reach.
@@ -61,6 +67,8 @@ class EvaluationResult(SampleStatistics):
     drift: float = math.nan
     ess: float = math.nan
     n_samples: int = 0
+    prompts: str = "train"
+    n_prompts: int = 0
     evaluations_per_sample: float = math.nan
     reference: SampleStatistics | None = None
     w2_floor: float = math.nan
@@ -90,6 +98,8 @@ class EvaluationResult(SampleStatistics):
         low, high = self.reward_ci
         lines.append(f"reward of trained, 95 % interval: {low:.4g} to {high:.4g} ({self.n_samples} samples)")
         lines.append(f"drift E|v - v_ref|^2: {self.drift:.4g}    effective sample share: {self.ess:.3f}")
+        if self.n_prompts:
+            lines.append(f"prompts: {self.prompts} ({self.n_prompts})")
         if not math.isnan(self.w2_floor):
             lines.append(f"W2 floor (exact samples against each other): {self.w2_floor:.4g}")
         return "\n".join(lines)
@@ -99,6 +109,7 @@ def evaluate(
     model: FlowAlgorithm,
     n_samples: int = 1024,
     *,
+    prompts: str | Path | Sequence[Any] = "train",
     seed: int = 0,
     batch_size: int = 256,
     samples_per_context: int = 8,
@@ -115,6 +126,8 @@ def evaluate(
     Args:
         model: A trained (or loaded) algorithm.
         n_samples: Samples of each flow.
+        prompts: What to condition on: "train", the contexts that training draws; "held_out", those it never draws; a
+            prompt file or a shipped set (all of it); or prompts themselves. Weights count as in training.
         seed: Seed of noise and contexts.
         batch_size: Samples drawn at once.
         samples_per_context: Samples of each drawn context, for diversity.
@@ -122,14 +135,21 @@ def evaluate(
         n_kept: Samples to keep in the result; None keeps 64 images or 1024 points.
         steering: Choose the trained flow's samples by their reward; the reference's are left as they are.
         **sampling: `steps`, `solver`, `guidance_scale` of the sampler.
+
+    Raises:
+        ConfigError: There are no such prompts, or the flow takes none.
     """
+    is_trained_on = isinstance(prompts, str) and prompts == "train"
+    if not is_trained_on:
+        model = _conditioned_on(model, _chosen(model.env.core, prompts))
     policy, env = model.policy, model.env.core
     if "reference" not in (*policy.roles, *policy.networks) and policy.lora is None:
         raise ConfigError("This algorithm keeps no reference to compare with.")
     spent = policy.evaluations
     generator = torch.Generator(model.device)
     generator.manual_seed(seed)
-    contexts = draw_contexts(len(env.contexts), n_samples, samples_per_context, generator)
+    shares = None if env.shares is None else torch.from_numpy(env.shares).float().to(model.device)
+    contexts = draw_contexts(len(env.contexts), n_samples, samples_per_context, generator, shares)
     noise = policy.noise(n_samples, generator)
     role = role or policy.sampling_role
     n_kept = n_kept or (64 if env.flow.is_image else 1024)
@@ -149,15 +169,16 @@ def evaluate(
     cost = (policy.evaluations - cost_before) / n_samples
     x_1, samples, reward, components = after
     trained = _statistics(env, samples, contexts, reward, components, seed)
-    few = slice(ESS_SAMPLES)
-    weight = model.score(Batch(x_1[few], contexts[few], reward[few], torch.ones_like(reward[few])))
+    ess = _ess(model, x_1, contexts, reward) if is_trained_on else math.nan
     drift = math.nan if steering else _drift(model, x_1, contexts, role, batch_size, generator)
     policy.evaluations = spent
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
         drift=drift,
-        ess=(effective_sample_size(weight) / len(weight)).item() if bool((weight > 0).all()) else math.nan,
+        ess=ess,
         n_samples=n_samples,
+        prompts=str(prompts) if isinstance(prompts, str | Path) else "given",
+        n_prompts=0 if env.contexts == [None] else len(env.contexts),
         evaluations_per_sample=cost,
         reference=_statistics(env, before[1], contexts, before[2], before[3], seed),
         w2_floor=_w2_floor(env, n_samples, seed),
@@ -165,6 +186,32 @@ def evaluate(
         reference_samples=before[1][:n_kept].cpu(),
         sample_contexts=[env.contexts[i] for i in contexts[:n_kept].tolist()],
     )
+
+
+def _chosen(env: GenerationEnv, prompts: str | Path | Sequence[Any]) -> list[Any]:
+    if isinstance(prompts, str) and prompts == "held_out":
+        if not env.held_out:
+            raise ConfigError(
+                f"'{env.name}' holds no prompts out. Train with --env.held-out-share 0.2 or with a prompt file that "
+                "says which to hold out (docs/prompts.md); or evaluate with --prompts FILE."
+            )
+        return env.held_out
+    if env.contexts == [None]:
+        raise ConfigError(f"The flow of '{env.name}' is unconditional: it takes no prompts.")
+    chosen = prompts_from(prompts)
+    return [*chosen.train, *chosen.held_out]
+
+
+def _conditioned_on(model: FlowAlgorithm, contexts: list[Any]) -> FlowAlgorithm:
+    """A view of the model with these contexts in place of its own; networks are shared, the model itself is left."""
+    if not contexts:
+        raise ConfigError("There are no prompts to evaluate on: the list is empty.")
+    view = copy.copy(model)
+    view.policy, view.env = copy.copy(model.policy), copy.copy(model.env)
+    view.env.core = copy.copy(model.env.core)
+    view.env.core.contexts, view.env.core.shares = contexts, shares_of(contexts)
+    view.policy.contexts, view.policy._condition = contexts, model.policy.model.encode(contexts)
+    return view
 
 
 def _sample_and_score(
@@ -227,6 +274,12 @@ def _w2_floor(env: Any, n_samples: int, seed: int) -> float:
         return math.nan
     n = min(n_samples, W2_POINTS)
     return metrics.wasserstein2(_exact(env, n, seed + 1), _exact(env, n, seed + 2))
+
+
+def _ess(model: FlowAlgorithm, x_1: torch.Tensor, contexts: torch.Tensor, reward: torch.Tensor) -> float:
+    few = slice(ESS_SAMPLES)
+    weight = model.score(Batch(x_1[few], contexts[few], reward[few], torch.ones_like(reward[few])))
+    return (effective_sample_size(weight) / len(weight)).item() if bool((weight > 0).all()) else math.nan
 
 
 @torch.no_grad()

@@ -100,17 +100,18 @@ def curves(rows: Sequence[dict[str, float]]) -> Figure:
     return figure
 
 
-def write_report(folder: Path, result: EvaluationResult) -> Path:
-    """Self-contained `report.html` of a run: what was run, curves, before and after.
+def write_report(folder: Path, result: EvaluationResult, tag: str = "") -> Path:
+    """Self-contained `report{tag}.html` of a run: what was run, curves, before and after.
 
     Args:
-        folder: Run folder with config.json, metrics.csv and before_after.png.
+        folder: Run folder with config.json, metrics.csv and before_after{tag}.png.
         result: Final evaluation.
+        tag: End of the files' names, for an evaluation beside the run's own.
     """
     config = json.loads((folder / "config.json").read_text())
     stream = io.BytesIO()
     curves(read_metrics(folder / "metrics.csv")).savefig(stream, format="png", dpi=110)
-    before_after = (folder / "before_after.png").read_bytes()
+    before_after = (folder / f"before_after{tag}.png").read_bytes()
     title = html.escape(folder.resolve().name)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -130,7 +131,7 @@ img {{ max-width: 100%; background: white; }} pre {{ overflow-x: auto; }}
 <pre>{html.escape(json.dumps(config, indent=1))}</pre>
 </body></html>
 """
-    path = folder / "report.html"
+    path = folder / f"report{tag}.html"
     path.write_text(page, encoding="utf-8")
     return path
 

@@ -58,10 +58,12 @@ def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> N
     write_json(folder / "config.json", {**description(model), **extra, "device": str(model.device)})
 
 
-def write_evaluation(folder: Path, result: EvaluationResult) -> None:
-    """Write `evaluation.json`; numbers that do not exist are null."""
+def write_evaluation(folder: Path, result: EvaluationResult, tag: str = "") -> Path:
+    """Write `evaluation{tag}.json`; numbers that do not exist are null."""
     text = json.dumps(without_nan(result.to_dict()), indent=1)
-    (folder / "evaluation.json").write_text(text + "\n")
+    path = folder / f"evaluation{tag}.json"
+    path.write_text(text + "\n")
+    return path
 
 
 def without_nan(value: Any) -> Any:

@@ -1,0 +1,236 @@
+"""Prompts as data: texts with weights and fields, prompt files, shipped sets, and the held-out split.
+
+Formats and sets: docs/prompts.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from flowrl.errors import ConfigError, UnknownNameError, did_you_mean
+
+SETS = Path(__file__).resolve().parent / "prompt_sets"
+MAX_BYTES = 4_000_000
+MAX_CHARACTERS = 10_000
+
+Scalar = str | int | float | bool
+
+
+class Prompt(str):
+    """A prompt: the text itself, with a weight and with fields that a reward can read.
+
+    It is a string wherever one is expected, with the string's own equality, hash and representation: prompts of the
+    same text are the same context, whatever their weights and fields.
+
+    Args:
+        text: What the flow is asked for.
+        fields: What else is known of it, by name: `{"count": 3, "object": "apple"}`. Read-only.
+        weight: How often training draws it, relative to the others.
+
+    Raises:
+        ConfigError: The weight is not a finite positive number, or a field is no scalar.
+    """
+
+    fields: Mapping[str, Scalar]
+    weight: float
+
+    def __new__(cls, text: str, fields: Mapping[str, Scalar] | None = None, weight: float = 1.0) -> Prompt:
+        """A new string, with what belongs to it."""
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight <= sys.float_info.max:
+            raise ConfigError(f"the weight must be a finite number above 0, not {weight!r}")
+        for name, value in (fields or {}).items():
+            if not isinstance(value, Scalar) or (isinstance(value, float) and not math.isfinite(value)):
+                raise ConfigError(f"the field '{name}' must be a text, a finite number, true or false, not {value!r}")
+        prompt = super().__new__(cls, text)
+        prompt.fields = MappingProxyType(dict(fields or {}))
+        prompt.weight = float(weight)
+        return prompt
+
+    def __deepcopy__(self, memo: Any) -> Prompt:
+        return self  # nothing in it can change
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What training draws from, and what it never sees."""
+
+    train: tuple[Any, ...]
+    held_out: tuple[Any, ...] = ()
+
+
+def prompts_from(prompts: str | Path | Sequence[Any], held_out_share: float = 0.0) -> PromptSet:
+    """The prompts of a file, of a shipped set, or of a list, split into those for training and those held out.
+
+    Args:
+        prompts: A `.txt` or `.jsonl` file, the name of a shipped set, or contexts themselves; strings among these
+            become `Prompt`s.
+        held_out_share: About which share to hold out where the prompts do not say so themselves. A hash of the text
+            decides about each prompt alone: the same ones are held out everywhere, in any order, whatever is added.
+
+    Raises:
+        UnknownNameError: No such file or set; names the closest.
+        ConfigError: A file that cannot be read (names the line), or a share without meaning.
+    """
+    if not 0 <= held_out_share < 1:
+        raise ConfigError(f"held_out_share must be in [0, 1), not {held_out_share}.")
+    if not isinstance(prompts, str | Path):
+        return _split([Prompt(p) if type(p) is str else p for p in prompts], held_out_share)
+    path = _located(prompts)
+    entries = _read(path)
+    if not any(split for _, split in entries):
+        return _split([prompt for prompt, _ in entries], held_out_share)
+    if held_out_share:
+        raise ConfigError(f"'{path}' says itself which prompts are held out: leave held_out_share at 0.")
+    held_out = tuple(prompt for prompt, split in entries if split == "held_out")
+    return PromptSet(tuple(prompt for prompt, split in entries if split != "held_out"), held_out)
+
+
+def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
+    """Share of each context in what training draws, (n,) float64 with sum 1; None when all are equal."""
+    weights = np.array([c.weight if isinstance(c, Prompt) else 1.0 for c in contexts])
+    if (weights == weights[0]).all():
+        return None
+    weights /= weights.max()  # sums of very large ones would overflow
+    return weights / weights.sum()
+
+
+def fingerprint(contexts: Sequence[Any]) -> str | None:
+    """Hash of prompts with their weights and fields, in order; None where contexts are no prompts."""
+    if not all(isinstance(context, Prompt) for context in contexts):
+        return None
+    entries = [[context, context.weight, sorted(context.fields.items())] for context in contexts]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def shipped_sets() -> list[str]:
+    """Names of the prompt sets that ship with flowrl."""
+    return sorted(path.stem for path in SETS.glob("*.jsonl"))
+
+
+def _split(prompts: list[Any], held_out_share: float) -> PromptSet:
+    if held_out_share == 0:
+        return PromptSet(tuple(prompts))
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ConfigError(f"held_out_share splits prompts (str), and {prompt!r} is none.")
+    held_out = tuple(prompt for prompt in prompts if _position(prompt) < held_out_share)
+    train = tuple(prompt for prompt in prompts if _position(prompt) >= held_out_share)
+    if not (train and held_out):
+        raise ConfigError(
+            f"held_out_share = {held_out_share:g} of {len(prompts)} prompts holds out {len(held_out)} and leaves "
+            f"{len(train)} to train on: a hash of each text decides. Take another share, or say which are held out "
+            'with "split" in a .jsonl file.'
+        )
+    return PromptSet(train, held_out)
+
+
+def _position(text: str) -> float:
+    """Where a text lies in [0, 1), by its SHA-256: the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def _located(name: str | Path) -> Path:
+    """The file of a shipped set, or a file of the user's."""
+    known = shipped_sets()
+    if str(name) in known:
+        return SETS / f"{name}.jsonl"
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in _PARSERS and not os.path.exists(path):
+        raise UnknownNameError(
+            f"There is no prompt file and no prompt set '{name}'.{did_you_mean(str(name), known)} Shipped sets: "
+            f"{', '.join(known)}. A file ends in .txt (one prompt a line) or .jsonl (one JSON object a line)."
+        )
+    return path
+
+
+def _read(path: Path) -> list[tuple[Prompt, str | None]]:
+    """Prompts of a file with their split, in order."""
+    if path.suffix.lower() not in _PARSERS:
+        raise ConfigError(
+            f"A prompt file ends in .txt (one prompt a line) or .jsonl (one JSON object a line); '{path}' does not."
+        )
+    parse = _PARSERS[path.suffix.lower()]
+    entries: list[tuple[Prompt, str | None]] = []
+    first: dict[str, int] = {}
+    for number, line in _lines(path):
+        try:
+            entry = parse(_decoded(line))
+            if entry is None:
+                continue
+            if entry[0] in first:
+                raise ConfigError(f"the prompt {str(entry[0])!r} is in line {first[entry[0]]} already")
+        except ConfigError as error:
+            raise ConfigError(f"'{path}', line {number}: {error}.") from error
+        first[entry[0]] = number
+        entries.append(entry)
+    if not entries:
+        raise ConfigError(f"The prompt file '{path}' holds no prompt.")
+    return entries
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"Cannot read the prompt file '{path}': {error.strerror}.") from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError(
+            f"The prompt file '{path}' is larger than {MAX_BYTES / 1e6:g} MB. All prompts are encoded and kept in "
+            "memory before training: take fewer."
+        )
+    return enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"{len(text)} characters; a line may have {MAX_CHARACTERS}")
+    return text
+
+
+def _text_line(line: str) -> tuple[Prompt, str | None] | None:
+    return None if not line or line.startswith("#") else (Prompt(line), None)
+
+
+def _json_line(line: str) -> tuple[Prompt, str | None] | None:
+    if not line:
+        return None
+    expected = 'expected a JSON object such as {"prompt": "a red car", "weight": 2}'
+    try:
+        entry = json.loads(line, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{expected}; this is not JSON ({error})") from error
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{expected}, not {line[:60]!r}")
+    text = entry.pop("prompt", None)
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f'{expected}: "prompt" must be a text that is not empty, not {text!r}')
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError('"prompt" holds half of a surrogate pair: no text encoder can read it')
+    split = entry.pop("split", None)
+    if split not in (None, "train", "held_out"):
+        raise ConfigError(f'"split" must be "train" or "held_out", not {split!r}')
+    return Prompt(text.strip(), weight=entry.pop("weight", 1.0), fields=entry), split
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_PARSERS = {".txt": _text_line, ".jsonl": _json_line}
