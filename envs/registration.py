@@ -69,6 +69,7 @@ class CustomEnv(GenerationEnv):
     def __init__(self, flow: FlowSource, contexts: Sequence[Any], reward: Callable, name: str, low: float, high: float):
         super().__init__(flow, contexts, low=low, high=high, name=name)
         self.reward = reward
+        self.groupwise = getattr(reward, "groupwise", False)
 
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """What the registered function says."""

@@ -35,6 +35,7 @@ class ColourfulnessReward:
     """Hasler-Süsstrunk colourfulness, divided by 100."""
 
     description = "colourfulness (Hasler and Süsstrunk 2003) / 100"
+    scale = 0.3
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
