@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from flowrl.envs.prompts import shares_of
-from flowrl.errors import ConfigError, RewardError
+from flowrl.errors import ConfigError, FlowRLError, RewardError
 from flowrl.models.loading import FlowSource
 from flowrl.types import Contexts, RewardOutput
 
@@ -35,6 +35,8 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (Gymnasium's own convention)
+    groupwise: bool = False
+    """Whether `score` compares samples of the same context, and so needs several of each in a call."""
 
     def __init__(
         self,
@@ -70,16 +72,30 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of samples (B, *sample_shape) on any device, with one context per sample."""
 
+    def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        """As `score`, of samples of training: where a reward has running statistics, they take them in."""
+        return self.score(samples, contexts)
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """Tensors that a checkpoint must keep: what `observe` has changed."""
+        return {}
+
+    def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take back what `extra_state` gave; by default in place."""
+        for name, tensor in self.extra_state().items():
+            tensor.copy_(tensors[name])
+
     def describe(self) -> list[str]:
         """Lines for the head of a run: which flow and which reward, and how to choose others."""
         return [f"flow: {self.flow.description}"]
 
-    def evaluate(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
+    def evaluate(self, samples: torch.Tensor, contexts: torch.Tensor, *, observe: bool = False) -> RewardOutput:
         """Score a batch: the environment's core, on torch tensors where they are.
 
         Args:
             samples: (B, *sample_shape).
             contexts: (B,) int64, indices into `self.contexts`.
+            observe: Whether these are samples of training, which running statistics of rewards take in.
 
         Returns:
             Reward and components as (B,) float32 on the samples' device.
@@ -87,6 +103,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         Raises:
             RewardError: The reward raised, or is not one finite float per sample; names the reward, the
                 sample and its context.
+            ConfigError: The environment is `groupwise`, and a context has a single sample.
         """
         if tuple(samples.shape[1:]) != self.sample_shape:
             raise RewardError(
@@ -95,8 +112,8 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
             )
         asked = [self.contexts[i] for i in contexts.tolist()]
         try:
-            output = self.score(samples, asked)
-        except RewardError:
+            output = self.observe(samples, asked) if observe else self.score(samples, asked)
+        except FlowRLError:
             raise
         except Exception as error:
             raise RewardError(

@@ -85,6 +85,7 @@ class CustomEnv(GenerationEnv):
     ):
         super().__init__(flow, contexts, low=low, high=high, name=name, held_out=held_out)
         self.reward = reward
+        self.groupwise = getattr(reward, "groupwise", False)
 
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """What the registered function says."""

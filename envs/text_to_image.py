@@ -11,9 +11,9 @@ import torch
 
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.prompts import PromptSet, prompts_from
-from flowrl.envs.rewards import make_reward
 from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.envs.rewards.mixture import MixtureReward, make_mixture, parse_mixture
+from flowrl.errors import ConfigError
 from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3
 from flowrl.models.pipeline import PipelineOptions
 from flowrl.registry import EnvSpec
@@ -39,9 +39,11 @@ class TextToImageConfig:
     """Flow to fine-tune: "mini-sd3" (ships with flowrl), a folder, or a hub name such as
     stabilityai/stable-diffusion-3.5-medium. "auto" takes mini-sd3 where there is no CUDA device."""
     reward: str = "auto"
-    """What to score: "auto" is the reward in the environment's name; or another registered one, or module:name."""
+    """What to score: "auto" is the reward in the environment's name; or another registered one, module:name,
+    winrate(NAME) (share of the samples of the same prompt that are beaten), or a weighted sum of them written
+    NAME[:WEIGHT[:NORMALISATION]]+..., as clip:0.7+aesthetic:0.3; NORMALISATION is fixed, running or group."""
     reward_options: tuple[str, ...] = ()
-    """Options of the reward, each as REWARD.OPTION=VALUE: aesthetic.head=FILE, aesthetic.clip=FOLDER."""
+    """Options of rewards, each as REWARD.OPTION=VALUE: aesthetic.head=FILE, clip.model=FOLDER."""
     prompts: tuple[str, ...] = ()
     """Prompts to train on, instead of the environment's own."""
     prompt_file: str = ""
@@ -98,12 +100,23 @@ class TextToImageEnv(GenerationEnv):
             held_out=held_out,
         )
         self.reward = reward
+        self.groupwise = getattr(reward, "groupwise", False)
         self.reward_name = reward_name or getattr(reward, "description", getattr(reward, "__name__", "custom"))
 
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of images (B, 3, H, W)."""
         output = self.reward(samples, contexts)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
+
+    def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        """Reward of images (B, 3, H, W) of training, after a mixture's running statistics have taken them in."""
+        if isinstance(self.reward, MixtureReward):
+            return self.reward.observe(samples, contexts)
+        return self.score(samples, contexts)
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """Running statistics of a mixture."""
+        return self.reward.extra_state() if isinstance(self.reward, MixtureReward) else {}
 
     def describe(self) -> list[str]:
         """Lines for the head of a run."""
@@ -123,7 +136,7 @@ def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str]:
     """Prompts that suit the reward: the small world's own for mini-sd3 and for counting."""
     from flowrl.envs.shapes import full_prompts, open_prompts
 
-    if reward == "count":
+    if any(part.name == "count" for part in parse_mixture(reward)):
         return full_prompts()
     return open_prompts() if flow.is_embedded else PHOTO_PROMPTS
 
@@ -142,10 +155,7 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
         if config.reward == "auto" and reward == "aesthetic" and flow.is_embedded:
             chosen = "colourfulness"
             note = "; the LAION predictor is not meant for drawings this small: choose it with --env.reward aesthetic"
-        options = parse_options(config.reward_options)
-        for name in options.keys() - {chosen}:
-            raise UnknownNameError.of("reward to give options to", name, [chosen])
-        scorer = make_reward(chosen, options.get(chosen))
+        scorer = make_mixture(chosen, parse_options(config.reward_options))
         prompts = _prompts(config, _own_prompts(wanted, flow))
         return TextToImageEnv(
             flow,

@@ -76,6 +76,8 @@ class FlowAlgorithm(BaseAlgorithm):
         core = as_generation_env(env, env_settings)
         self.config = self.configure(config, core.recommended, settings)
         chunk = self.config.rollout_batch_size or self.config.n_samples
+        if core.groupwise:
+            check_groups(self.config.group_size, chunk)
         super().__init__(
             policy,
             GenerationVecEnv(core, chunk),
@@ -234,7 +236,7 @@ class FlowAlgorithm(BaseAlgorithm):
         for contexts in self.draw_contexts().split(self.env.num_envs):
             x_1 = self.draw_latents(contexts)
             samples = self.policy.decode(x_1)
-            output = self.env.core.evaluate(samples, contexts)
+            output = self.env.core.evaluate(samples, contexts, observe=True)
             self.buffer.add(x_1, contexts, output.reward)
             for key, value in output.components.items():
                 components.setdefault(key, []).append(value)
@@ -414,6 +416,20 @@ def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
     """Types of the network's weights and of the frozen parts around it: weights that are trained stay in float32."""
     dtype = getattr(torch, config.precision)
     return (dtype if config.lora_rank else torch.float32), dtype
+
+
+def check_groups(group_size: int, chunk: int) -> None:
+    """Whether the samples that are scored at once are whole groups, for rewards that compare within groups.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if group_size < 2 or chunk % group_size != 0:
+        raise ConfigError(
+            "This reward compares samples of the same context: group_size must be 2 or more and divide "
+            f"rollout_batch_size (or n_samples, where that is 0); not group_size = {group_size} with {chunk} samples "
+            "scored at once."
+        )
 
 
 def check_device(device: torch.device | str) -> None:

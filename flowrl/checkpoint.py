@@ -6,6 +6,7 @@
     optimizer.safetensors
     random.safetensors  states of all random generators
     algorithm.safetensors  what else an algorithm keeps (running statistics, a critic); only where it keeps any
+    environment.safetensors  what an environment keeps (running statistics of its reward); only where it keeps any
 
 Loading reads numbers and strings only: a hostile folder cannot run code.
 """
@@ -145,6 +146,8 @@ def _write(model: FlowAlgorithm, folder: Path) -> None:
     write_json(folder / "state.json", state)
     if extra := model.extra_state():
         _save_tensors(folder / "algorithm.safetensors", extra)
+    if extra := model.env.core.extra_state():
+        _save_tensors(folder / "environment.safetensors", extra)
     if policy.lora is not None:  # small; the full weights would be written twice
         policy.export(folder)
 
@@ -312,6 +315,8 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
         np.random.set_state(("MT19937", random_states["numpy"].numpy().astype(np.uint32), *state["numpy"]))
         if model.extra_state():
             model.load_extra_state(read_tensors(folder / "algorithm.safetensors", model.device))
+        if model.env.core.extra_state():
+            model.env.core.load_extra_state(read_tensors(folder / "environment.safetensors"))
         version, internal, normal = state["python"]
         random.setstate((version, tuple(internal), normal))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

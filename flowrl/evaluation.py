@@ -130,7 +130,7 @@ def evaluate(
             prompt file or a shipped set (all of it); or prompts themselves. Weights count as in training.
         seed: Seed of noise and contexts.
         batch_size: Samples drawn at once.
-        samples_per_context: Samples of each drawn context, for diversity.
+        samples_per_context: Samples of each drawn context, for diversity and for rewards that compare them.
         role: Which copy to evaluate; None takes the moving average where there is one.
         n_kept: Samples to keep in the result; None keeps 64 images or 1024 points.
         steering: Choose the trained flow's samples by their reward; the reference's are left as they are.
@@ -163,6 +163,8 @@ def evaluate(
         return steer(model, steering, c, generator, which, **sampling)
 
     chunk = batch_size if steering is None else max(1, batch_size // steering.n)
+    if env.groupwise:  # samples that are compared are scored together
+        batch_size, chunk = (max(1, n // samples_per_context) * samples_per_context for n in (batch_size, chunk))
     before = _sample_and_score(model, contexts, noise, "reference", batch_size, plain)
     cost_before = policy.evaluations
     after = _sample_and_score(model, contexts, noise, role, chunk, trained_sampler)

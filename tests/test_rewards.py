@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from flowrl.envs.rewards.aesthetic import AestheticHead, AestheticReward, ColourfulnessReward, colourfulness
 from flowrl.envs.rewards.catalogue import REWARDS, make_reward, parse_options, register_reward
-from flowrl.envs.rewards.compress import CompressReward, jpeg_kilobytes
+from flowrl.envs.rewards.compress import CompressReward, IncompressReward, jpeg_kilobytes
 from flowrl.errors import ConfigError, ModelLoadError, UnknownNameError
 
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -69,6 +69,7 @@ def test_jpeg_size_is_pillows(quality: int) -> None:
         expected.append(len(stream.getvalue()) / 1000)
     assert jpeg_kilobytes(pictures(), quality).tolist() == pytest.approx(expected, rel=1e-6)
     assert CompressReward(quality)(pictures(), [""] * 3).reward.tolist() == pytest.approx([-e for e in expected])
+    assert IncompressReward(quality)(pictures(), [""] * 3).reward.tolist() == pytest.approx(expected)
 
 
 def test_noise_compresses_worse_than_flat() -> None:
@@ -131,7 +132,8 @@ def test_missing_clip_names_the_way_out(tmp_path: Path) -> None:
 
 
 def test_every_registered_reward_says_what_it_is() -> None:
-    assert {"aesthetic", "colourfulness", "compress", "count"} <= REWARDS.keys()
+    shipped = {"aesthetic", "classifier", "clip", "colourfulness", "compress", "count", "hpsv2", "imagereward"}
+    assert shipped | {"incompress", "pickscore"} <= REWARDS.keys()
     for name, entry in REWARDS.items():
         assert entry.summary, name
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
 
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
-from flowrl.errors import ModelLoadError
+from flowrl.envs.rewards.pretrained import ImagePreprocessing, load_model, load_state, published_file, read_state
 from flowrl.types import RewardOutput
 
 CLIP = "openai/clip-vit-large-patch14"
+OTHERWISE = ", or take --env.reward colourfulness"
 HEAD = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
 
 
@@ -35,6 +35,7 @@ class ColourfulnessReward:
     """Hasler-Süsstrunk colourfulness, divided by 100."""
 
     description = "colourfulness (Hasler and Süsstrunk 2003) / 100"
+    scale = 0.3
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
@@ -44,13 +45,13 @@ class ColourfulnessReward:
 class AestheticHead(nn.Module):
     """Head of the LAION aesthetic predictor (improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE).
 
-    Five linear layers without activations, on normalised CLIP ViT-L/14 image embeddings (B, 768) -> (B,).
+    Five linear layers without activations, on normalised CLIP ViT-L/14 image embeddings (B, width) -> (B,).
     The published weights are Apache-2.0; they do not ship with flowrl.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 768) -> None:
         super().__init__()
-        widths = (768, 1024, 128, 64, 16, 1)
+        widths = (width, 1024, 128, 64, 16, 1)
         layers: list[nn.Module] = []
         for i, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Linear(n_in, n_out))
@@ -69,17 +70,8 @@ class AestheticHead(nn.Module):
         Raises:
             ModelLoadError: The file is missing or does not fit.
         """
-        from safetensors.torch import load_file
-
         head = cls()
-        try:
-            if Path(file).suffix == ".safetensors":
-                state = load_file(file)
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-            head.load_state_dict(state)
-        except Exception as error:
-            raise ModelLoadError(f"Cannot load the aesthetic head from '{file}': {error}") from error
+        load_state(head, read_state(file), file)
         return head.eval().requires_grad_(False)
 
 
@@ -96,44 +88,17 @@ class AestheticReward(ModelReward):
     """
 
     description = "LAION aesthetic predictor (CLIP ViT-L/14 and its published head)"
+    scale = 0.5
 
     def __init__(self, head: str | None = None, clip: str = CLIP) -> None:
         from transformers import CLIPVisionModelWithProjection
 
-        self.head = AestheticHead.load(head or _published_head())
-        try:
-            self.clip: Any = CLIPVisionModelWithProjection.from_pretrained(clip, use_safetensors=True)
-        except Exception as error:
-            raise ModelLoadError(
-                f"Cannot load CLIP '{clip}': {str(error).splitlines()[0]} Give its folder as "
-                "--env.reward-options aesthetic.clip=FOLDER, or take --env.reward colourfulness."
-            ) from error
-        self.clip.eval().requires_grad_(False)
+        self.head = AestheticHead.load(head or published_file(*HEAD, "aesthetic.head", OTHERWISE))
+        self.clip = load_model(CLIPVisionModelWithProjection, clip, "aesthetic.clip", OTHERWISE)
         self.modules = (self.head, self.clip)
-        self.size = int(cast(int, self.clip.config.image_size))
+        self.preprocessing = ImagePreprocessing.of_clip(self.clip.config.image_size)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
-        pixels = nn.functional.interpolate(
-            images,
-            size=(self.size, self.size),
-            mode="bicubic",
-            antialias=True,
-            align_corners=False,
-        ).clamp(0, 1)
-        mean = pixels.new_tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-        std = pixels.new_tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-        embedding = self.clip(pixel_values=(pixels - mean) / std).image_embeds
+        embedding = self.clip(pixel_values=self.preprocessing(images)).image_embeds
         return RewardOutput(self.head(nn.functional.normalize(embedding, dim=1)))
-
-
-def _published_head() -> str:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(*HEAD)
-    except Exception as error:
-        raise ModelLoadError(
-            f"Cannot get the aesthetic head '{HEAD[1]}' of '{HEAD[0]}' from the hub: {str(error).splitlines()[0]} "
-            "Give its file as --env.reward-options aesthetic.head=FILE, or take --env.reward colourfulness."
-        ) from error

@@ -46,6 +46,11 @@ def register_reward(name: str) -> Callable[[Any], Any]:
 
     On a class, the constructor's parameters (all with defaults, of type str, int, float, bool or Path) are its
     options: `--env.reward-options NAME.PARAMETER=VALUE`. On a function, the function itself is the reward.
+
+    Attributes that a reward may have: `description` (one line for the head of a run), `scale` (a typical standard
+    deviation, by which mixtures divide), `groupwise = True` (compares samples of the same context, so that a call must
+    hold whole groups), `pairwise = True` (called with images_a, images_b and prompts, gives the probability that a is
+    better; its reward is the mean over the samples of the same context).
     """
 
     def register(reward: Any) -> Any:

@@ -43,3 +43,21 @@ class CompressReward:
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
         return RewardOutput(-jpeg_kilobytes(images, self.quality))
+
+
+@register_reward("incompress")
+class IncompressReward:
+    """The JPEG size in kB.
+
+    Args:
+        quality: JPEG quality, 1 to 100.
+    """
+
+    description = "JPEG size in kB at quality 95"
+
+    def __init__(self, quality: int = 95) -> None:
+        self.quality = quality
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+        """Reward of images (B, 3, H, W) in [0, 1]."""
+        return RewardOutput(jpeg_kilobytes(images, self.quality))

@@ -55,6 +55,7 @@ class CountReward:
     """Share of background, colour, number and shape that are right."""
 
     description = "share of background, colour, number and shape that are right"
+    scale = 0.15
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1], in [0, 1]; see `count_components`."""
