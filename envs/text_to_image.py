@@ -11,8 +11,7 @@ import torch
 
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.rewards import make_reward
-from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
-from flowrl.errors import UnknownNameError
+from flowrl.envs.rewards.catalogue import RewardFunction, options_for
 from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
@@ -103,10 +102,7 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
         if config.reward == "auto" and reward == "aesthetic" and flow.is_embedded:
             chosen = "colourfulness"
             note = "; the LAION predictor is not meant for drawings this small: choose it with --env.reward aesthetic"
-        options = parse_options(config.reward_options)
-        for name in options.keys() - {chosen}:
-            raise UnknownNameError.of("reward to give options to", name, [chosen])
-        scorer = make_reward(chosen, options.get(chosen))
+        scorer = make_reward(chosen, options_for(chosen, config.reward_options))
         return TextToImageEnv(
             flow,
             config.prompts or _own_prompts(wanted, flow),
