@@ -30,7 +30,7 @@ ENCODINGS = ("png", "float16", "float32")
 MAX_VALUES = 2**28  # numbers in the samples of a request: 1 GiB once decoded to float32
 MAX_DIMENSIONS = 8
 
-_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 _MAX_FLOAT32 = float(torch.finfo(torch.float32).max)
 _PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # signature, chunk length, "IHDR", width, height, bit depth, colour type
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
