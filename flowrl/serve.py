@@ -136,15 +136,15 @@ def _main(args: list[str]) -> int:
         )
     )
     with _listening(config.host, config.port) as sock:
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        print(f"reward: {getattr(reward, 'description', config.reward)}, on {scorer.device}")
-        print(f"serving {config.reward} on http://{host}:{sock.getsockname()[1]}", flush=True)
 
         def stop(number: int, frame: FrameType | None) -> None:
             server.should_exit = True
 
         for number in (signal.SIGINT, signal.SIGTERM):  # before uvicorn's own are there, and when it has stopped
             signal.signal(number, stop)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        print(f"reward: {getattr(reward, 'description', config.reward)}, on {scorer.device}")
+        print(f"serving {config.reward} on http://{host}:{sock.getsockname()[1]}", flush=True)
         server.run(sockets=[sock])
     print("stopped")
     return 0
