@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 
 from flowrl.envs.base import GenerationEnv
@@ -173,6 +175,16 @@ def test_written_and_read_again(encoding: str, tolerance: float) -> None:
     reply = wire.decode_reply(wire.encode_reply(output), 3)
     assert torch.equal(reply.reward, output.reward)
     assert torch.equal(reply.components["part"], output.components["part"])
+
+
+def test_the_documented_examples() -> None:
+    """The page's request, reply and error, in this order."""
+    page = (REPOSITORY / "docs" / "remote-rewards.md").read_text(encoding="utf-8")
+    request, reply, error = (block.encode() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL))
+    samples, contexts = wire.decode_request(request, 2)
+    assert (samples.tolist(), contexts) == ([[1, 2], [3, 5]], ["a prompt", None])
+    assert wire.decode_reply(reply, 2).reward.tolist() == [1.5, 4]
+    assert wire.decode_error(error) == "'samples[0] is not base64.' (request '4513464d168f4771859c85eaf76a774f')"
 
 
 @pytest.mark.parametrize(
