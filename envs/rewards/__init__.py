@@ -1,6 +1,6 @@
 """Rewards: functions of samples and their contexts, one file each. Importing this package registers them."""
 
-from flowrl.envs.rewards import aesthetic, classifier, clip, compress, count, hpsv2, imagereward, pickscore
+from flowrl.envs.rewards import aesthetic, classifier, clip, compress, count, hpsv2, imagereward, pickscore, remote
 from flowrl.envs.rewards.catalogue import REWARDS, make_reward, register_reward
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "make_reward",
     "pickscore",
     "register_reward",
+    "remote",
 ]

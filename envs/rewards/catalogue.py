@@ -122,6 +122,18 @@ def parse_options(texts: Sequence[str]) -> dict[str, dict[str, str]]:
     return options
 
 
+def options_for(reward: str, texts: Sequence[str]) -> dict[str, str]:
+    """Options as in `parse_options`, of the one reward that is chosen.
+
+    Raises:
+        UnknownNameError: An option of another reward.
+    """
+    options = parse_options(texts)
+    for name in options.keys() - {reward}:
+        raise UnknownNameError.of("reward to give options to", name, [reward])
+    return options.get(reward, {})
+
+
 def _converted(text: str, kind: Any, name: str) -> Any:
     """`text` as the first of the types of an annotation (`int`, `str | None`, ...) that it can be read as."""
     kinds = [k for k in get_args(kind) or (kind,) if k is not type(None)]
