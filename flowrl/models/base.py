@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flowrl.errors import ConfigError
 from flowrl.sampler import time_grid
 from flowrl.types import Condition, Contexts
 
@@ -41,7 +42,7 @@ class VelocityModel(nn.Module):
 
     def null_condition(self) -> Condition:
         """Condition of one empty context, for classifier-free guidance."""
-        raise NotImplementedError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
+        raise ConfigError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Latents (B, *latent_shape) -> samples (B, *sample_shape)."""
