@@ -267,6 +267,10 @@ class FlowPolicy(BasePolicy):
         """A role's own parameters by name: the whole network, or the adapter."""
         return self._parameters_of[role]
 
+    def model_of(self, role: Role) -> VelocityModel:
+        """The flow around a role's own network; with LoRA all roles share one."""
+        return self.model if self.lora is not None else self._models[role]
+
     def frozen_state(self) -> dict[str, torch.Tensor]:
         """Everything of the velocity network that no role trains: what a flow from a factory cannot give again.
 
