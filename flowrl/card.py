@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from inspect import getdoc
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from flowrl.report import curves, read_metrics
 
 Kind = Literal["lora", "transformer", "pipeline"]
 """What is shared: LoRA weights, the fine-tuned network alone, or a whole pipeline."""
+NOT_EVALUATED = "This state of the run has not been evaluated.\n"
 PROMPTS = 20
 """Prompts that the card lists."""
 LIMITATIONS = (
@@ -57,16 +59,13 @@ def write_card(
             "noise and prompts.\n"
         )
     parts += ["## Use\n", _use(model, kind, name, sampling)]
-    parts += ["## Training\n", _training(model, run)]
+    parts += ["## Training\n", _training(model)]
     if rows := read_metrics(run / "metrics.csv"):
         curves(rows).savefig(folder / "curves.png", dpi=110)
         parts.append("![training curves](curves.png)\n")
     parts += ["## Results\n", _results(read_json(run / "evaluation.json")) if evaluated else NOT_EVALUATED]
     parts += ["## Limitations\n", LIMITATIONS]
     (folder / "README.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
-
-
-NOT_EVALUATED = "This state of the run has not been evaluated.\n"
 
 
 def _front_matter(model: FlowAlgorithm, kind: Kind) -> str:
@@ -143,8 +142,9 @@ def _base_code(model: FlowAlgorithm) -> str:
     return json.dumps(hub_name(flow) or Path(flow.source).name or "BASE")
 
 
-def _training(model: FlowAlgorithm, run: Path) -> str:
+def _training(model: FlowAlgorithm) -> str:
     core, policy = model.env.core, model.policy
+    what = (getdoc(type(model)) or "").partition("\n")[0]
     listed = [json.dumps(prompt, ensure_ascii=False) for prompt in core.contexts[:PROMPTS]]
     more = len(core.contexts) - len(listed)
     prompts = ", ".join(listed) + (f", and {more} more" if more > 0 else "")
@@ -157,7 +157,7 @@ def _training(model: FlowAlgorithm, run: Path) -> str:
     whole = json.dumps(_without_folders(settings), indent=1, ensure_ascii=False, default=str)
     return "\n".join(
         [
-            f"- algorithm: `{algorithm_name(type(model))}`: {(type(model).__doc__ or '').strip().splitlines()[0]}",
+            f"- algorithm: `{algorithm_name(type(model))}`: {what}",
             f"- reward: {_reward(core)}",
             f"- length: {model.num_timesteps:,} generated samples, {model._n_updates:,} gradient steps, "
             f"{policy.evaluations:,} network evaluations (a forward is 1 per sample, a backward 2)",
@@ -178,7 +178,7 @@ def _without_folders(value: Any) -> Any:
     if not isinstance(value, str | Path):
         return value
     key, equals, path = str(value).rpartition("=")
-    return key + equals + Path(path).name if Path(path).expanduser().is_absolute() else str(value)
+    return key + equals + Path(path).name if path.startswith("~") or Path(path).is_absolute() else str(value)
 
 
 def _results(result: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ class ExportConfig:
     public: bool = False
     """Let everybody see the repository; without it, it is private."""
     dry_run: bool = False
-    """List what would be uploaded, with sizes, and where to; uses no network."""
+    """Write FOLDER, list what would be uploaded, with sizes, and where to; use no network."""
     device: str = "auto"
     """Where to load the weights."""
     algo: str = ""

@@ -7,7 +7,8 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,7 +55,7 @@ class SampleConfig:
     out: Path = Path("sampled")
     """Folder to write; a number is added when it is there already."""
     batch_size: int = 16
-    """Samples drawn at once: a matter of memory and speed, not of what is drawn."""
+    """Samples drawn at once: a matter of memory and speed, not of what they are."""
     device: str = "auto"
     """Where to compute."""
     algo: str = ""
@@ -78,6 +79,7 @@ def main(args: list[str] | None = None) -> int:
     """The program; returns its exit code."""
     try:
         config = tyro.cli(SampleConfig, args=args, prog=PROGRAM)
+        config = replace(config, run=checkpoint_folder(config.run))  # a run that goes on has another newest one soon
         model = runfolder.load_model(config.run, config.algo, config.env, config.device)
         contexts = chosen_contexts(model.env.core, config.prompt)
         print("\n".join(f"written: {path}" for path in write_samples(model, contexts, config)))
@@ -161,11 +163,10 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
     folder = runfolder.new_folder(out.parent, out.name)
     try:
         write = _write_images if env.flow.is_image else _write_points
-        entries, picture = write(folder, env, each, seeds, _chain(first, batches), n)
+        entries, picture = write(folder, env, each, seeds, chain([first], batches), n)
         about = {
             "flowrl": flowrl.__version__,
-            "run": str(config.run),
-            "checkpoint": str(checkpoint_folder(config.run)),
+            "checkpoint": str(config.run),
             "trained_on_samples": model.num_timesteps,
             "algorithm": algorithm_name(type(model)),
             "environment": env.name,
@@ -182,11 +183,6 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
     except (OSError, SafetensorError) as error:
         raise runfolder.cannot_write(folder, error) from error
     return [folder, picture, folder / "samples.json"]
-
-
-def _chain(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    yield first
-    yield from rest
 
 
 def _write_images(
