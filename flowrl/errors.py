@@ -36,6 +36,10 @@ class CheckpointError(FlowRLError, OSError):
     """A checkpoint or run folder that is damaged, incomplete or does not fit."""
 
 
+class HubError(FlowRLError, OSError):
+    """An upload that did not reach the Hugging Face hub, or that the hub refused."""
+
+
 class DeviceError(FlowRLError, RuntimeError):
     """A device that this machine does not have."""
 

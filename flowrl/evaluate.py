@@ -9,13 +9,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from flowrl import evaluation, runfolder
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, load_checkpoint
+from flowrl.checkpoint import algorithm_name
 from flowrl.errors import ConfigError, FlowRLError
 from flowrl.registry import algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
@@ -102,15 +102,14 @@ def _write(folder: Path, model: FlowAlgorithm, result: evaluation.EvaluationResu
 
 def _model(config: EvaluateConfig) -> FlowAlgorithm:
     """The trained algorithm of a run; without a run one that has not been trained."""
-    env = environment_spec(config.env).name if config.env else None
     if config.run is not None:
-        cls: Any = algorithm_class(config.algo) if config.algo else FlowAlgorithm
-        return load_checkpoint(cls, config.run, env=env, device=config.device)
-    if env is None or config.steer == "none":
+        return runfolder.load_model(config.run, config.algo, config.env, config.device)
+    if not config.env or config.steer == "none":
         raise ConfigError(
             "Nothing to evaluate: name a run folder (flowrl.evaluate runs/NAME), or steer the untrained flow of an "
             "environment (flowrl.evaluate --steer best_of_n --env gaussians-linear)."
         )
+    env = environment_spec(config.env).name
     return algorithm_class("orw")("FlowPolicy", env, seed=config.seed, device=config.device)
 
 

@@ -212,7 +212,7 @@ def _conditioned_on(model: FlowAlgorithm, contexts: list[Any]) -> FlowAlgorithm:
     view.policy, view.env = copy.copy(model.policy), copy.copy(model.env)
     view.env.core = copy.copy(model.env.core)
     view.env.core.contexts, view.env.core.shares = contexts, shares_of(contexts)
-    view.policy.contexts, view.policy._condition = contexts, model.policy.model.encode(contexts)
+    view.policy.contexts, view.policy._condition = contexts, model.policy.encode(contexts)
     return view
 
 

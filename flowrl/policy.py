@@ -87,9 +87,8 @@ class FlowPolicy(BasePolicy):
         model.network.to(device)
         self.model = model  # submodules of `model` are the current network
         self.precision = precision
-        self._condition = self._encode(self.contexts)
         self._null = model.null_condition() if guidance_scale != 1 and not model.distilled_guidance else None
-        model.release_encoders()
+        self._condition = self.encode(self.contexts)
         self.generator = torch.Generator(device)
         self.generator.manual_seed(torch.seed() if seed is None else seed)
         roles: list[Role] = [role for role in ("behaviour", "ema") if role in copies]
@@ -147,9 +146,11 @@ class FlowPolicy(BasePolicy):
         ):
             return self._models.get(role, self.model)(x_t, t, cond).float()
 
-    def _encode(self, contexts: Sequence[Any]) -> Condition:
-        """Encoded contexts, with the default scale where guidance is distilled."""
-        return self.model.with_guidance(self.model.encode(contexts), self.guidance_scale)
+    def encode(self, contexts: Sequence[Any]) -> Condition:
+        """Encoded contexts, with the default scale where guidance is distilled; what encodes them does not stay."""
+        encoded = self.model.encode(contexts)
+        self.model.release_encoders()
+        return self.model.with_guidance(encoded, self.guidance_scale)
 
     def condition(self, contexts: torch.Tensor) -> Condition:
         """Encoded contexts for indices (B,)."""
@@ -252,8 +253,7 @@ class FlowPolicy(BasePolicy):
             known = {_key(c): i for i, c in enumerate(self.contexts)}
             new = [c for c in dict.fromkeys(contexts) if _key(c) not in known]
             if new:
-                encoded = self._encode(new)
-                self.model.release_encoders()
+                encoded = self.encode(new)
                 self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, encoded))
                 self.contexts += new
                 known = {_key(c): i for i, c in enumerate(self.contexts)}
@@ -296,6 +296,10 @@ class FlowPolicy(BasePolicy):
     def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
         """A role's own parameters by name: the whole network, or the adapter."""
         return self._parameters_of[role]
+
+    def model_of(self, role: Role) -> VelocityModel:
+        """The flow around a role's own network; with LoRA all roles share one."""
+        return self.model if self.lora is not None else self._models[role]
 
     def frozen_state(self) -> dict[str, torch.Tensor]:
         """Everything of the velocity network that no role trains: what a flow from a factory cannot give again.

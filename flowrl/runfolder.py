@@ -21,13 +21,14 @@ from stable_baselines3.common.logger import (
 )
 
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, description, write_json
+from flowrl.checkpoint import algorithm_name, description, load_checkpoint, write_json
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.evaluation import EvaluationResult
 from flowrl.lora import LoRA, count_parameters
 from flowrl.memory import predict_memory
+from flowrl.registry import algorithm_class, environment_spec
 
 
 def create(out: Path, name: str, env_name: str) -> Path:
@@ -36,21 +37,55 @@ def create(out: Path, name: str, env_name: str) -> Path:
     Raises:
         ConfigError: It cannot be created or written; says why.
     """
+    folder = new_folder(out, name)
+    try:
+        (folder / "config.json").touch()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return folder
+
+
+def new_folder(out: Path, name: str) -> Path:
+    """Make the folder `out/name`, or `out/name-2`, ... when there is something of that name already.
+
+    Raises:
+        ConfigError: It cannot be created; says why.
+    """
     folder, n = out / name, 1
     try:
         out.mkdir(parents=True, exist_ok=True)
         while True:
             try:
                 folder.mkdir()
-                break
+                return folder
             except FileExistsError:
                 n += 1
                 folder = out / f"{name}-{n}"
-        probe = folder / "config.json"
-        probe.touch()
     except OSError as error:
-        raise ConfigError(f"Cannot write to '{folder}': {error.strerror}. Choose another place with --out.") from error
-    return folder
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(folder: Path, error: Exception) -> ConfigError:
+    """The error for a folder that takes no files: read-only, full, no such place."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return ConfigError(f"Cannot write to '{folder}': {reason}. Choose another place with --out.")
+
+
+def load_model(path: Path, algo: str = "", env: str = "", device: str = "auto") -> FlowAlgorithm:
+    """The trained algorithm of a run folder (its newest state) or of a checkpoint folder.
+
+    Args:
+        path: The folder.
+        algo: `module:Class` of a third-party algorithm; by default that in the checkpoint, which must be registered.
+        env: `module:name` of a third-party environment; likewise.
+        device: Where to compute.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged or does not fit.
+        UnknownNameError: No such algorithm or environment.
+    """
+    cls: Any = algorithm_class(algo) if algo else FlowAlgorithm
+    return load_checkpoint(cls, path, env=environment_spec(env).name if env else None, device=device)
 
 
 def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> None:

@@ -58,3 +58,27 @@ def run_in(program_environment: dict[str, str]) -> Run:
 def run_module(run_in: Run, tmp_path: Path) -> Run:
     """`run_module("flowrl.run", *args)`, in `tmp_path`."""
     return lambda module, *args, **kwargs: run_in(tmp_path, module, *args, **kwargs)
+
+
+TINY_SD3 = [
+    "--algo", "orw_w2", "--env", "sd3-compress", "--env.flow", "mini-sd3", "--algo.n-samples", "8",
+    "--algo.group-size", "2", "--algo.batch-size", "4", "--algo.n-epochs", "2", "--algo.rollout-steps", "3",
+    "--algo.warmup-updates", "0", "--algo.ema-decay", "0.9", "--total-timesteps", "16", "--eval-samples", "8",
+    "--picture-every", "100", "--checkpoint-every", "100", "--seed", "3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished runs "lora", "full" (both of mini-sd3) and "points", with learning rates that show; read only."""
+    from flowrl.run import main
+
+    out = tmp_path_factory.mktemp("tiny")
+    kinds = {
+        "lora": [*TINY_SD3, "--algo.learning-rate", "2e-2", "--algo.lora-rank", "4"],
+        "full": [*TINY_SD3, "--algo.learning-rate", "2e-3"],
+        "points": ["--algo", "orw", "--env", "gaussians-linear", "--algo.n-samples", "32", "--total-timesteps", "32"],
+    }
+    for name, arguments in kinds.items():
+        assert main([*arguments, "--out", str(out), "--name", name]) == 0
+    return {name: out / name for name in kinds}

@@ -22,7 +22,8 @@ LAYERS = [
     {"models", "lora", "policy", "buffer", "envs"},
     {"algorithm", "transitions", "steering", "evaluation", "checkpoint", "memory"},
     {"orw_w2", "baselines"},
-    {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite", "cell", "comparison"},
+    {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite", "cell", "comparison"}
+    | {"sample", "export", "card", "hub"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -196,7 +196,7 @@ def test_guidance() -> None:
 
 def test_guidance_without_an_empty_context() -> None:
     policy = algorithm("gaussians").policy
-    with pytest.raises(NotImplementedError, match="guidance_scale"):
+    with pytest.raises(ConfigError, match="guidance_scale"):
         policy.sample(n=2, guidance_scale=2.0)
 
 

@@ -44,7 +44,7 @@ class VelocityModel(nn.Module):
 
     def null_condition(self) -> Condition:
         """Condition of one empty context, for classifier-free guidance."""
-        raise NotImplementedError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
+        raise ConfigError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
         """The condition with a guidance scale in it, where guidance is distilled into the network."""

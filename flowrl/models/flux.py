@@ -81,7 +81,7 @@ class FluxFlow(PipelineFlow):
 
     def condition_shapes(self) -> list[tuple[int, ...]]:
         """Of the context, of the pooled embedding, and of the guidance scale."""
-        config = self.network.config
+        config: Any = self.network.config
         return [(self.max_sequence_length, config.joint_attention_dim), (config.pooled_projection_dim,), ()]
 
     @property

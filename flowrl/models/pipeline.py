@@ -171,6 +171,12 @@ class PipelineFlow(VelocityModel):
         images = [decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
+    def with_encoders(self, network: torch.nn.Module) -> Any:
+        """The whole pipeline around a network, text encoders included, to be saved."""
+        self._place_encoders()
+        parts = {name: network if part is self.network else part for name, part in self.pipeline.components.items()}
+        return type(self.pipeline)(**parts)
+
     def offload(self) -> None:
         """Move the autoencoder to the host until samples are decoded again."""
         self.pipeline.vae.to("cpu")

@@ -62,7 +62,7 @@ class SD3Flow(PipelineFlow):
 
     def condition_shapes(self) -> list[tuple[int, ...]]:
         """Of the context and of the pooled embedding."""
-        config = self.network.config
+        config: Any = self.network.config
         tokens = self.pipeline.tokenizer_max_length + self.max_sequence_length
         return [(tokens, config.joint_attention_dim), (config.pooled_projection_dim,)]
 

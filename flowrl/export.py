@@ -1,0 +1,169 @@
+"""Make a folder to share out of a run: `python -m flowrl.export runs/NAME FOLDER [--push-to-hub OWNER/NAME]`.
+
+What a folder holds, listed in its `export.json`:
+
+- after LoRA: `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(FOLDER)`;
+- after full fine-tuning of a pipeline in a local folder, or of one that ships with flowrl: the whole pipeline;
+- after full fine-tuning of a pipeline from the hub: `transformer/` alone, the rest is on the hub;
+- a model card (`README.md`) with its pictures, and `sampling.json`: how the run sampled.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from safetensors import SafetensorError
+
+import flowrl
+from flowrl import hub, runfolder
+from flowrl.algorithm import FlowAlgorithm
+from flowrl.card import Kind, hub_name, write_card
+from flowrl.checkpoint import replace_folder, write_json
+from flowrl.errors import ConfigError, FlowRLError
+
+PROGRAM = "python -m flowrl.export"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the trained weights as diffusers loads them, with a model card; upload them to the Hugging Face hub."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Run folder or checkpoint folder; or a folder that was exported before, to upload it."""
+    folder: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder to write; must not be there yet."""
+    push_to_hub: str = ""
+    """Upload to this repository, OWNER/NAME. The token is that of HF_TOKEN or of `hf auth login`."""
+    public: bool = False
+    """Let everybody see the repository; without it, it is private."""
+    dry_run: bool = False
+    """Write FOLDER, list what would be uploaded, with sizes, and where to; use no network."""
+    device: str = "auto"
+    """Where to load the weights."""
+    algo: str = ""
+    """Algorithm of a run trained with a third-party class: module:Class."""
+    env: str = ""
+    """Environment of a run trained on a third-party environment: module:name."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    try:
+        config = tyro.cli(ExportConfig, args=args, prog=PROGRAM)
+        if config.push_to_hub:
+            hub.check_name(config.push_to_hub)
+        elif config.dry_run or config.public:
+            raise ConfigError("--dry-run and --public go with --push-to-hub OWNER/NAME.")
+        folder = _folder(config)
+        if config.push_to_hub:
+            print(hub.push(folder, config.push_to_hub, private=not config.public, dry_run=config.dry_run))
+    except FlowRLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _folder(config: ExportConfig) -> Path:
+    """The exported folder: written now, or before."""
+    if (config.source / hub.MANIFEST).is_file():
+        if config.folder is not None or not config.push_to_hub:
+            raise ConfigError(f"'{config.source}' was exported already: upload it with --push-to-hub OWNER/NAME.")
+        return config.source
+    if config.folder is None:
+        raise ConfigError(f"Say where to write: {PROGRAM} {config.source} FOLDER.")
+    _must_be_new(config.folder)
+    model = runfolder.load_model(config.source, config.algo, config.env, config.device)
+    files = export(model, config.source, config.folder, name=config.push_to_hub)
+    print(f"written: {config.folder}")
+    if not config.push_to_hub:
+        print(hub.table(config.folder, files))
+    return config.folder
+
+
+def export(model: FlowAlgorithm, run: Path, folder: Path, name: str = "") -> list[str]:
+    """Write the weights that `sample` uses into a new folder, with a model card.
+
+    Args:
+        model: The run's trained algorithm.
+        run: The run folder, for the card's results and curves (left out where there are none).
+        folder: Folder to write.
+        name: What the card says to load: a name on the hub; the folder's own name when empty.
+
+    Returns:
+        The files written, relative to `folder`.
+
+    Raises:
+        ConfigError: The flow is no diffusers pipeline, or the folder is there already or cannot be written.
+    """
+    folder = folder.resolve()
+    _must_be_new(folder)
+    if getattr(model.policy.model, "pipeline", None) is None:
+        raise ConfigError(
+            f"The flow of '{model.env.core.name}' is no diffusers pipeline: there is nothing that other libraries "
+            "could load. flowrl itself loads the checkpoint in the run folder's final/."
+        )
+    name = name or folder.name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            kind = _write_weights(model, temporary)
+            sampling = sampling_settings(model)
+            write_json(temporary / "sampling.json", sampling)
+            write_card(temporary, model, run, name, kind, sampling)
+            files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
+            files.append(hub.MANIFEST)
+            about = {"flowrl": flowrl.__version__, "name": name, "kind": kind, "files": files}
+            write_json(temporary / hub.MANIFEST, about)
+            replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except FlowRLError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"Cannot write '{folder}': {reason}. Nothing is left there; choose another place.") from error
+    return files
+
+
+def sampling_settings(model: FlowAlgorithm) -> dict[str, Any]:
+    """What a diffusers pipeline has to be told to sample as the run did."""
+    policy = model.policy
+    height, width = policy.model.sample_shape[1:]
+    settings = {
+        "num_inference_steps": policy.steps,
+        "guidance_scale": policy.guidance_scale,
+        "height": height,
+        "width": width,
+    }
+    length = getattr(policy.model, "max_sequence_length", None)
+    return settings if length is None else {**settings, "max_sequence_length": length}
+
+
+def _must_be_new(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise ConfigError(f"'{folder}' is there already, and nothing is overwritten: choose another folder.")
+
+
+def _write_weights(model: FlowAlgorithm, folder: Path) -> Kind:
+    policy = model.policy
+    if policy.lora is not None:
+        policy.export(folder)
+        return "lora"
+    if hub_name(model.env.core.flow):
+        policy.export(folder)
+        return "transformer"
+    flow: Any = policy.model
+    flow.with_encoders(policy.model_of(policy.sampling_role).network).save_pretrained(folder, safe_serialization=True)
+    flow.release_encoders()
+    return "pipeline"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

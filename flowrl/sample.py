@@ -1,0 +1,232 @@
+"""Draw samples from a run: `python -m flowrl.sample runs/NAME --prompt "three red stars on blue"`."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+import flowrl
+from flowrl import runfolder
+from flowrl.algorithm import FlowAlgorithm
+from flowrl.checkpoint import algorithm_name, checkpoint_folder, write_json
+from flowrl.config import FlowConfig
+from flowrl.envs.base import GenerationEnv
+from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
+from flowrl.policy import FlowPolicy
+from flowrl.report import image_grid, save_picture
+
+PROGRAM = "python -m flowrl.sample"
+OWN_PROMPTS = 8
+"""How many of a run's own prompts are drawn when none is given."""
+GRID = 64
+"""Images in grid.png at most."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Samples of a trained flow, for new prompts or those it was trained on."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or a checkpoint folder."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to draw; give it several times for several prompts. Without it, up to eight of the run's own."""
+    n: Annotated[int | None, tyro.conf.arg(aliases=("-n",))] = None
+    """Samples of each prompt; 4 images or 1024 points when not given."""
+    steps: int | None = None
+    """Solver steps; as in training when not given."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; as in training when not given."""
+    seed: int = 0
+    """Sample k (from 0) of each prompt starts from the noise of seed + k, whatever else is drawn."""
+    role: Literal["current", "ema", "reference"] | None = None
+    """Weights: as trained last, their moving average, or before training. The average where there is one."""
+    out: Path = Path("sampled")
+    """Folder to write; a number is added when it is there already."""
+    batch_size: int = 16
+    """Samples drawn at once: a matter of memory and speed, not of what they are."""
+    device: str = "auto"
+    """Where to compute."""
+    algo: str = ""
+    """Algorithm of a run trained with a third-party class: module:Class."""
+    env: str = ""
+    """Environment of a run trained on a third-party environment: module:name."""
+
+    def __post_init__(self) -> None:
+        for key in ("n", "steps", "batch_size"):
+            value = getattr(self, key)
+            name = key.replace("_", "-")
+            FlowConfig.require(value is None or value > 0, f"--{name} must be positive, not {value}.")
+        FlowConfig.require(0 <= self.seed < 2**62, f"--seed must be in [0, 2^62), not {self.seed}.")
+        scale = self.guidance_scale
+        FlowConfig.require(scale is None or math.isfinite(scale), f"--guidance-scale must be finite, not {scale}.")
+        for prompt in self.prompt:
+            FlowConfig.require(_is_text(prompt), f"--prompt takes text, not {prompt!r}.")
+
+
+def main(args: list[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    try:
+        config = tyro.cli(SampleConfig, args=args, prog=PROGRAM)
+        config = replace(config, run=checkpoint_folder(config.run))  # a run that goes on has another newest one soon
+        model = runfolder.load_model(config.run, config.algo, config.env, config.device)
+        contexts = chosen_contexts(model.env.core, config.prompt)
+        print("\n".join(f"written: {path}" for path in write_samples(model, contexts, config)))
+    except FlowRLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def chosen_contexts(env: GenerationEnv, prompts: Sequence[str]) -> list[Any]:
+    """Contexts that the prompts of a command line mean; without any, some of the environment's own.
+
+    Raises:
+        ConfigError: A prompt for an unconditional flow.
+        UnknownNameError: A flow conditioned on something other than text has no such context.
+    """
+    own = env.contexts
+    if own == [None]:
+        if prompts:
+            raise ConfigError(f"The flow of '{env.name}' is unconditional and takes no prompt: leave out --prompt.")
+        return [None]
+    if not prompts:
+        return own[:: math.ceil(len(own) / OWN_PROMPTS)]
+    asked = list(dict.fromkeys(prompts))
+    if all(isinstance(context, str) for context in own):
+        return asked
+    labels = {str(context): context for context in own}
+    for prompt in asked:
+        if prompt not in labels:
+            raise UnknownNameError.of(f"context of '{env.name}'", prompt, labels)
+    return [labels[prompt] for prompt in asked]
+
+
+def seeded_noise(seeds: Sequence[int], latent_shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal noise (B, *latent_shape) on the CPU, each row from a generator with its own seed.
+
+    A diffusers pipeline that is given `generator=torch.Generator().manual_seed(seed)` starts from the same noise.
+    """
+    return torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def draw(
+    policy: FlowPolicy, contexts: Sequence[Any], seeds: Sequence[int], batch_size: int = 16, **sampling: Any
+) -> Iterator[torch.Tensor]:
+    """Decoded samples on the CPU, a batch (b, *sample_shape) at a time.
+
+    Args:
+        policy: A trained policy.
+        contexts: A context for each sample; prompts may be new.
+        seeds: A seed for each sample; see `seeded_noise`.
+        batch_size: Samples at a time. It changes samples by no more than the arithmetic's rounding.
+        **sampling: `role`, `steps`, `solver`, `guidance_scale`, as in `FlowPolicy.sample_latents`.
+    """
+    for i in range(0, len(seeds), batch_size):
+        x_0 = seeded_noise(seeds[i : i + batch_size], policy.model.latent_shape).to(policy.device)
+        yield policy.sample(contexts[i : i + batch_size], x_0=x_0, **sampling).cpu()
+
+
+def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleConfig) -> list[Path]:
+    """Draw samples of contexts into a new folder: their files, a picture of all, and `samples.json`.
+
+    Returns:
+        The files that matter to people, the folder first.
+
+    Raises:
+        ConfigError: The role is not kept, or the folder cannot be written.
+    """
+    policy, env = model.policy, model.env.core
+    n = config.n or (4 if env.flow.is_image else 1024)
+    each = [context for context in contexts for _ in range(n)]
+    seeds = [config.seed + k for k in range(n)] * len(contexts)
+    sampling = {
+        "role": config.role or policy.sampling_role,
+        "steps": config.steps or policy.steps,
+        "solver": policy.solver,
+        "guidance_scale": policy.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+    }
+    batches = draw(policy, each, seeds, config.batch_size, **sampling)
+    first = next(batches)  # before there is a folder: most errors come now
+    out = config.out.resolve()
+    folder = runfolder.new_folder(out.parent, out.name)
+    try:
+        write = _write_images if env.flow.is_image else _write_points
+        entries, picture = write(folder, env, each, seeds, chain([first], batches), n)
+        about = {
+            "flowrl": flowrl.__version__,
+            "checkpoint": str(config.run),
+            "trained_on_samples": model.num_timesteps,
+            "algorithm": algorithm_name(type(model)),
+            "environment": env.name,
+            "flow": env.flow.source,
+            **sampling,
+            "device": str(model.device),
+            "batch_size": config.batch_size,
+            "noise": "torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)), on the CPU",
+            "samples": entries,
+        }
+        write_json(folder / "samples.json", about)
+    except FlowRLError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise runfolder.cannot_write(folder, error) from error
+    return [folder, picture, folder / "samples.json"]
+
+
+def _write_images(
+    folder: Path, env: GenerationEnv, contexts: list[Any], seeds: list[int], batches: Iterator[torch.Tensor], n: int
+) -> tuple[list[dict[str, Any]], Path]:
+    """A PNG for each image, `grid.png` with a row for each prompt; entries for `samples.json` and the grid's path."""
+    entries: list[dict[str, Any]] = []
+    shown: list[torch.Tensor] = []
+    for batch in batches:
+        for image in batch:
+            number = len(entries)
+            context, seed = contexts[number], seeds[number]
+            name = f"{number:04d}-{slug(context)}-seed{seed}.png"
+            image_grid(image[None], pad=0).save(folder / name)
+            entries.append({"file": name, "prompt": context, "seed": seed})
+        shown += batch[: GRID - len(shown)]
+    image_grid(torch.stack(shown), columns=n if 1 < n < len(contexts) else 0).save(folder / "grid.png")
+    return entries, folder / "grid.png"
+
+
+def _write_points(
+    folder: Path, env: GenerationEnv, contexts: list[Any], seeds: list[int], batches: Iterator[torch.Tensor], n: int
+) -> tuple[list[dict[str, Any]], Path]:
+    """`samples.safetensors` with samples (B, *sample_shape) and seeds (B,), and `scatter.png` of them."""
+    samples = torch.cat(list(batches))
+    save_file({"samples": samples.contiguous(), "seeds": torch.tensor(seeds)}, folder / "samples.safetensors")
+    save_picture(samples, contexts, env, folder / "scatter.png")
+    entries = [
+        {"file": "samples.safetensors", "rows": [i, i + n], "prompt": contexts[i], "seeds": [seeds[i], seeds[i] + n]}
+        for i in range(0, len(contexts), n)
+    ]
+    return entries, folder / "scatter.png"
+
+
+def slug(context: Any, longest: int = 40) -> str:
+    """A context as part of a file name: lower-case ASCII letters, digits and hyphens."""
+    plain = unicodedata.normalize("NFKD", str(context)).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:longest].rstrip("-") or "sample"
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether it says anything, and is no broken encoding of the command line's."""
+    return bool(prompt.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
