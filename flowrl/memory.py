@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -56,11 +55,9 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     One iteration is tried: prompts encoded, a batch drawn and decoded, two gradient steps. Work that depends on the
     values of tensors (adaptive solvers, optimal transport) cannot be tried; `missing` says so.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     tracker = _Tracker()
     random_state = torch.get_rng_state()
-    with _conversions_of_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), tracker:
+    with _without_storage(), tracker:
         parts, missing = _try(cls, config, env, tracker)
     torch.set_rng_state(random_state)
     gc.collect()
@@ -153,9 +150,38 @@ class _Tracker(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
+def _replace_tensors(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply` that puts new tensors into a module; torch's own swaps fake ones in place, or refuses to."""
+    for child in module.children() if recurse else ():
+        _replace_tensors(child, fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                converted = fn(parameter)
+            if converted is not parameter:
+                module._parameters[name] = torch.nn.Parameter(converted, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else fn(buffer)
+    return module
+
+
+def _copy_of(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """`deepcopy` of a tensor without storage; torch's own reads the storage that is not there."""
+    copied = torch.empty_like(tensor, requires_grad=False)
+    if isinstance(tensor, torch.nn.Parameter):
+        copied = torch.nn.Parameter(copied, tensor.requires_grad)
+    memo[id(tensor)] = copied
+    return copied
+
+
 @contextlib.contextmanager
-def _conversions_of_fake_tensors() -> Iterator[None]:
-    """`module.to(dtype)` swaps tensors without storage, and refuses where there are weak references, as there are."""
-    with warnings.catch_warnings(), mock.patch("torch.utils.weakref.getweakrefs", return_value=[]):
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by deepcopy
+def _without_storage() -> Iterator[None]:
+    """Tensors are made without storage; modules can be converted and copied all the same."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with (
+        mock.patch("torch.nn.Module._apply", _replace_tensors),
+        mock.patch.object(FakeTensor, "__deepcopy__", _copy_of),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
         yield
