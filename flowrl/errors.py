@@ -44,6 +44,10 @@ class DeviceError(FlowRLError, RuntimeError):
     """A device that this machine does not have."""
 
 
+class OutOfMemoryError(FlowRLError, MemoryError):
+    """The device has no memory left."""
+
+
 class NonFiniteError(FlowRLError, FloatingPointError):
     """A weight, loss or gradient that is not finite."""
 

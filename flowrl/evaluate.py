@@ -16,6 +16,7 @@ import tyro
 from flowrl import evaluation, runfolder
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.checkpoint import algorithm_name
+from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import ConfigError, FlowRLError
 from flowrl.registry import algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
@@ -43,6 +44,10 @@ class EvaluateConfig:
     """ODE solver; as in training when not given."""
     guidance_scale: float | None = None
     """Classifier-free guidance; as in training when not given."""
+    eval_rewards: tuple[str, ...] = ()
+    """Rewards that training did not see, to score both flows with; warns when they fall while the trained one rises."""
+    reward_options: tuple[str, ...] = ()
+    """Options of those rewards, each as REWARD.OPTION=VALUE."""
     device: str = "auto"
     """Where to compute."""
     algo: str = ""
@@ -77,7 +82,13 @@ def main(args: list[str] | None = None) -> int:
             steering = Steering(config.steer, config.steer_n, config.steer_temperature)
             print(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
         result = evaluation.evaluate(
-            model, config.n_samples, prompts=config.prompts, seed=config.seed, steering=steering, **sampling
+            model,
+            config.n_samples,
+            prompts=config.prompts,
+            seed=config.seed,
+            steering=steering,
+            eval_rewards=make_rewards(config.eval_rewards, config.reward_options),
+            **sampling,
         )
         print(result.table())
         if config.run is None or steering is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ import torch
 from flowrl import metrics
 from flowrl.envs.base import GenerationEnv, draw_contexts
 from flowrl.envs.prompts import prompts_from, shares_of
+from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError
 from flowrl.flow import interpolate, sample_time
 from flowrl.losses import effective_sample_size, squared_error
+from flowrl.side_effects import compare, held_out, looks
 from flowrl.steering import Steering, steer
 from flowrl.types import Batch, Role
 
@@ -35,6 +37,7 @@ class SampleStatistics:
         components: Mean of each component of the reward.
         diversity: Mean Euclidean distance of two samples of the same context (flattened).
         w2_to_optimum: Exact W2 to equally many exact samples of the environment's optimum; NaN without an oracle.
+        side: Means of what was measured beside the reward: held-out rewards, and looks of images.
     """
 
     reward_mean: float
@@ -43,6 +46,7 @@ class SampleStatistics:
     components: dict[str, float]
     diversity: float
     w2_to_optimum: float = math.nan
+    side: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class EvaluationResult(SampleStatistics):
 
     Attributes:
         drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
+        velocity_ratio: `E|v| / E|v_ref|` over flow time, norms over all dimensions.
+        warnings: What fell while the reward rose: signs of a reward that is exploited.
         ess: Effective share of the samples under the algorithm's own weights, in (0, 1]; NaN for prompts that training
             does not draw, which an algorithm may have no weights for.
         n_samples: Samples of each flow.
@@ -65,6 +71,8 @@ class EvaluationResult(SampleStatistics):
     """
 
     drift: float = math.nan
+    velocity_ratio: float = math.nan
+    warnings: tuple[str, ...] = ()
     ess: float = math.nan
     n_samples: int = 0
     prompts: str = "train"
@@ -91,10 +99,12 @@ class EvaluationResult(SampleStatistics):
         rows = [("reward", before.reward_mean, self.reward_mean)]
         rows += [(name, before.components[name], value) for name, value in self.components.items()]
         rows += [("diversity", before.diversity, self.diversity)]
+        rows += [(name, before.side[name], value) for name, value in self.side.items()]
         if not math.isnan(self.w2_to_optimum):
             rows += [("W2 to optimum", before.w2_to_optimum, self.w2_to_optimum)]
-        lines = [f"{'':16s}{'reference':>12s}{'trained':>12s}{'change':>12s}"]
-        lines += [f"{name:16s}{a:12.4g}{b:12.4g}{b - a:+12.4g}" for name, a, b in rows]
+        width = max(16, *(len(name) + 1 for name, _, _ in rows))
+        lines = [f"{'':{width}s}{'reference':>12s}{'trained':>12s}{'change':>12s}"]
+        lines += [f"{name:{width}s}{a:12.4g}{b:12.4g}{b - a:+12.4g}" for name, a, b in rows]
         low, high = self.reward_ci
         lines.append(f"reward of trained, 95 % interval: {low:.4g} to {high:.4g} ({self.n_samples} samples)")
         lines.append(f"drift E|v - v_ref|^2: {self.drift:.4g}    effective sample share: {self.ess:.3f}")
@@ -102,6 +112,7 @@ class EvaluationResult(SampleStatistics):
             lines.append(f"prompts: {self.prompts} ({self.n_prompts})")
         if not math.isnan(self.w2_floor):
             lines.append(f"W2 floor (exact samples against each other): {self.w2_floor:.4g}")
+        lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
 
@@ -116,6 +127,7 @@ def evaluate(
     role: Role | None = None,
     n_kept: int | None = None,
     steering: Steering | None = None,
+    eval_rewards: Mapping[str, RewardFunction] | None = None,
     **sampling: Any,
 ) -> EvaluationResult:
     """Sample the trained flow and its reference at the same noise and contexts, and score both.
@@ -134,6 +146,8 @@ def evaluate(
         role: Which copy to evaluate; None takes the moving average where there is one.
         n_kept: Samples to keep in the result; None keeps 64 images or 1024 points.
         steering: Choose the trained flow's samples by their reward; the reference's are left as they are.
+        eval_rewards: Rewards that training did not see, by name, to score both with; `warnings` says which of them fell
+            while the trained reward rose.
         **sampling: `steps`, `solver`, `guidance_scale` of the sampler.
 
     Raises:
@@ -172,17 +186,26 @@ def evaluate(
     x_1, samples, reward, components = after
     trained = _statistics(env, samples, contexts, reward, components, seed)
     ess = _ess(model, x_1, contexts, reward) if is_trained_on else math.nan
-    drift = math.nan if steering else _drift(model, x_1, contexts, role, batch_size, generator)
+    drift, ratio = (math.nan,) * 2 if steering else _drift(model, x_1, contexts, role, batch_size, generator)
     policy.evaluations = spent
+    reference = _statistics(env, before[1], contexts, before[2], before[3], seed)
+    asked = [env.contexts[i] for i in contexts.tolist()]
+    sides = tuple(
+        (looks(s) if env.flow.is_image else {}) | held_out(eval_rewards or {}, s, asked) for s in (before[1], samples)
+    )
+    side = compare((before[2], reward), sides, (reference.diversity, trained.diversity), ratio)
+    trained, reference = replace(trained, side=side.after), replace(reference, side=side.before)
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
         drift=drift,
+        velocity_ratio=ratio,
+        warnings=side.warnings,
         ess=ess,
         n_samples=n_samples,
         prompts=str(prompts) if isinstance(prompts, str | Path) else "given",
         n_prompts=0 if env.contexts == [None] else len(env.contexts),
         evaluations_per_sample=cost,
-        reference=_statistics(env, before[1], contexts, before[2], before[3], seed),
+        reference=reference,
         w2_floor=_w2_floor(env, n_samples, seed),
         samples=samples[:n_kept].cpu(),
         reference_samples=before[1][:n_kept].cpu(),
@@ -292,12 +315,15 @@ def _drift(
     role: Role,
     batch_size: int,
     generator: torch.Generator,
-) -> float:
+) -> tuple[float, float]:
+    """`E|v - v_ref|^2` (mean over dimensions), and `E|v| / E|v_ref|`."""
     policy = model.policy
-    total = torch.zeros((), device=x_1.device)
+    totals = torch.zeros(3, device=x_1.device)
     for x, c in zip(x_1.split(batch_size), contexts.split(batch_size)):
         t = sample_time(len(x), "uniform", generator)
         x_t, _ = interpolate(policy.noise(len(x), generator), x, t)
         cond = policy.condition(c)
-        total += squared_error(policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")).sum()
-    return (total / len(x_1)).item()
+        v, v_ref = (policy.velocity(x_t, t, cond, r) for r in (role, "reference"))
+        totals += torch.stack([squared_error(v, v_ref).sum(), *(u.flatten(1).norm(dim=1).sum() for u in (v, v_ref))])
+    drift, length, length_ref = totals.tolist()
+    return drift / len(x_1), length / length_ref if length_ref else math.nan

@@ -49,6 +49,28 @@ class MemoryPlan:
         return max(self.phases.values())
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on whichever device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def ways_to_save(config: FlowConfig) -> list[str]:
+    """Settings that lower the memory of a run, in the order to try them: first what costs time only."""
+    large = config.batch_size > 1
+    ways = {
+        "--algo.precision bfloat16": config.precision == "float32",
+        "--algo.gradient-checkpointing": not config.gradient_checkpointing,
+        f"--algo.batch-size {max(1, config.batch_size // 2)} --algo.accumulation {2 * config.accumulation}": large,
+        "a smaller --algo.rollout-batch-size": config.rollout_batch_size != 1,
+        "--env.decode-batch 1 or --env.vae-tiling": True,
+        "--algo.offload": not config.offload,
+        "--algo.lora-rank 32": not config.lora_rank,
+        "--algo.optimizer adamw8bit": config.optimizer == "adamw",
+        "a smaller --env.resolution": True,
+    }
+    return [way for way, applies in ways.items() if applies]
+
+
 def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv) -> MemoryPlan:
     """Memory of a run with these settings, from the flow's configuration alone: no weight is read.
 

@@ -33,6 +33,26 @@ def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.sqrt(max(0.0, float(ot.emd2([], [], cost.cpu().numpy(), numItermax=2_000_000))))
 
 
+def grey(images: torch.Tensor) -> torch.Tensor:
+    """Luma (B, H, W) of images (B, 3, H, W), ITU-R BT.601."""
+    return (images.float() * images.new_tensor([0.299, 0.587, 0.114]).float()[:, None, None]).sum(1)
+
+
+def entropy(images: torch.Tensor) -> torch.Tensor:
+    """Shannon entropy in bits of the histogram of 256 grey levels: images (B, 3, H, W) in [0, 1] -> (B,), 0 to 8."""
+    levels = (255 * grey(images).clamp(0, 1)).round().long().flatten(1)
+    one = torch.full_like(levels, 1 / levels.shape[1], dtype=torch.float32)
+    share = torch.zeros(len(images), 256, device=images.device).scatter_add_(1, levels, one)
+    return -(share * share.clamp_min(1e-12).log2()).sum(1)
+
+
+def edge_density(images: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
+    """Share of pixels where grey changes by more than `threshold` per pixel: images (B, 3, H, W) in [0, 1] -> (B,)."""
+    values = grey(images)
+    right, down = values[:, :-1, 1:] - values[:, :-1, :-1], values[:, 1:, :-1] - values[:, :-1, :-1]
+    return ((right.square() + down.square()).sqrt() > threshold).float().mean((1, 2))
+
+
 def mean_interval(values: torch.Tensor) -> tuple[float, float]:
     """95 % confidence interval of the mean of independent values (B,), normal approximation."""
     if len(values) < 2:

@@ -18,8 +18,10 @@ from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint, read_json
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
-from flowrl.errors import CheckpointError, ConfigError, FlowRLError
+from flowrl.envs.rewards.mixture import make_rewards
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError
 from flowrl.evaluation import evaluate
+from flowrl.memory import is_out_of_memory, ways_to_save
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
 
@@ -57,6 +59,11 @@ class RunConfig:
     """Iterations between two checkpoints."""
     eval_samples: int = 512
     """Samples of the final evaluation, of the trained flow and of the reference each."""
+    eval_rewards: tuple[str, ...] = ()
+    """Rewards that training does not see, for the final evaluation: a warning when they fall while the trained one
+    rises."""
+    eval_reward_options: tuple[str, ...] = ()
+    """Options of those rewards, each as REWARD.OPTION=VALUE."""
     progress: bool = True
     """Show a progress bar with the time left (on a terminal only)."""
 
@@ -150,7 +157,8 @@ def _resume(args: list[str], folder: Path) -> int:
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
         raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
-    before = RunConfig(**{f.name: stored[f.name] for f in fields(RunConfig) if f.name in stored and f.name in KEPT})
+    kept = {f.name: stored[f.name] for f in fields(RunConfig) if f.name in stored and f.name in KEPT}
+    before = RunConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()})
     run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
     cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
     spec = environment_spec(run.env) if run.env else None
@@ -178,7 +186,16 @@ def _is_finished(folder: Path, total: int) -> bool:
     return read_json(final).get("num_timesteps", 0) >= total
 
 
-KEPT = ("total_timesteps", "log_every", "picture_every", "checkpoint_every", "eval_samples", "progress")
+KEPT = (
+    "total_timesteps",
+    "log_every",
+    "picture_every",
+    "checkpoint_every",
+    "eval_samples",
+    "eval_rewards",
+    "eval_reward_options",
+    "progress",
+)
 """What a resumed run takes over from before."""
 
 
@@ -188,6 +205,7 @@ def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int
 
 
 def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
+    held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
     print(runfolder.header(model, folder, total), flush=True)
     for outdated in ("evaluation.json", "report.html"):
         (folder / outdated).unlink(missing_ok=True)
@@ -203,8 +221,17 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
                 reset_num_timesteps=False,
                 progress_bar=run.progress and sys.stdout.isatty(),
             )
-        except FlowRLError as error:
-            raise type(error)(f"{error}\nWhat was computed is in {folder}; {_resume_hint(folder)}") from error
+        except Exception as error:
+            what = f"What was computed is in {folder}; {_resume_hint(folder)}"
+            if is_out_of_memory(error):
+                ways = "\n".join(f"  {way}" for way in ways_to_save(model.config))
+                raise OutOfMemoryError(
+                    f"{model.device} has no memory left ({str(error).splitlines()[0]}). Lower what the run needs, in "
+                    f"this order; --dry-run predicts how much that is:\n{ways}\n{what}"
+                ) from error
+            if isinstance(error, FlowRLError):
+                raise type(error)(f"{error}\n{what}") from error
+            raise
     if stop.received is not None:
         checkpoints.write()
         print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
@@ -213,7 +240,7 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     if model.policy.lora is None:
         model.policy.export(folder / "final")
     print("evaluating ...", flush=True)
-    result = evaluate(model, run.eval_samples)
+    result = evaluate(model, run.eval_samples, eval_rewards=held_out)
     runfolder.write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
     report = write_report(folder, result)

@@ -20,7 +20,7 @@ LAYERS = [
     {"types", "errors", "registry"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
-    {"algorithm", "transitions", "steering", "evaluation", "checkpoint", "memory"},
+    {"algorithm", "transitions", "steering", "evaluation", "side_effects", "checkpoint", "memory"},
     {"orw_w2", "baselines"},
     {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite", "cell", "comparison"}
     | {"sample", "export", "card", "hub"},

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from conftest import REPOSITORY
 
 import flowrl
-from flowrl.memory import MemoryPlan, predict_memory
+from flowrl.memory import MemoryPlan, predict_memory, ways_to_save
 
 MIB = 2**20
 
@@ -78,6 +79,41 @@ def test_what_cannot_be_tried_is_said() -> None:
     plan = predict("orw_w2", "gaussians-linear", coupling="ot", target="plain")
     assert "DataDependent" in plan.missing
     assert plan.parts["trained weights"] > 0
+
+
+def test_ways_to_save_are_those_that_are_left() -> None:
+    config = flowrl.ORWCFMW2.Config(batch_size=64, accumulation=2)
+    ways = ways_to_save(config)
+    assert ways[:3] == [
+        "--algo.precision bfloat16",
+        "--algo.gradient-checkpointing",
+        "--algo.batch-size 32 --algo.accumulation 4",
+    ]
+    low = replace(config, precision="bfloat16", gradient_checkpointing=True, batch_size=1, lora_rank=8, offload=True)
+    assert ways_to_save(low)[0] == "a smaller --algo.rollout-batch-size"
+    assert not {"--algo.offload", "--algo.lora-rank 32"} & set(ways_to_save(low))
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "torch.zeros(10**15)"])
+def test_out_of_memory_says_what_to_lower_and_keeps_the_run(run_in, tmp_path: Path, error: str) -> None:
+    (tmp_path / "greedy.py").write_text(
+        "import flowrl, torch\n\n\n"
+        '@flowrl.register_algorithm("greedy")\n'
+        "class Greedy(flowrl.ORWCFMW2):\n"
+        '    """Takes too much in its second iteration."""\n\n'
+        "    def loss(self, batch):\n"
+        "        if self.iteration == 1:\n"
+        f"            {'raise ' if 'Error' in error else ''}{error}\n"
+        "        return super().loss(batch)\n"
+    )
+    args = ["--algo", "greedy:Greedy", "--env", "gaussians-linear", "--algo.n-samples", 32, "--total-timesteps", 96]
+    done = run_in(tmp_path, "flowrl.run", *args, "--checkpoint-every", 1)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "no memory left" in done.stderr
+    order = [done.stderr.index(way) for way in ("--algo.precision", "--algo.batch-size", "--algo.lora-rank")]
+    assert order == sorted(order)
+    assert "go on with: python -m flowrl.run --resume" in done.stderr
 
 
 MEASURE = """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.metrics import diversity, mean_interval, wasserstein2
+from flowrl.metrics import diversity, edge_density, entropy, mean_interval, wasserstein2
 
 
 def test_diversity_by_brute_force() -> None:
@@ -61,3 +61,21 @@ def test_mean_interval_covers_the_mean_95_times_in_100() -> None:
         low, high = mean_interval(torch.randn(100) + 2)
         inside += low < 2 < high
     assert 925 <= inside <= 970
+
+
+def test_entropy_of_known_histograms() -> None:
+    flat = torch.full((1, 3, 16, 16), 0.3)
+    assert entropy(flat).item() == pytest.approx(0, abs=1e-4)
+    levels = (torch.arange(256) / 255).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert entropy(levels).item() == pytest.approx(8, abs=1e-3)
+    half = flat.clone()
+    half[..., :8] = 0.8
+    assert entropy(torch.cat([half, flat])).tolist() == pytest.approx([1, 0], abs=1e-4)
+
+
+def test_edge_density_counts_the_pixels_at_a_step() -> None:
+    image = torch.zeros(1, 3, 11, 11)
+    assert edge_density(image).item() == 0
+    image[..., 5:] = 1.0  # one column of ten sees the step
+    assert edge_density(image).item() == pytest.approx(0.1)
+    assert edge_density(0.09 * image).item() == 0  # weaker than the threshold

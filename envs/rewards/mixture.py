@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from flowrl.envs.rewards.catalogue import RewardFunction, make_reward
+from flowrl.envs.rewards.catalogue import RewardFunction, make_reward, parse_options
 from flowrl.envs.rewards.groups import PairwiseReward, WinRateReward, groups_of, raw_values
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.types import RewardOutput
@@ -223,3 +223,16 @@ class MixtureReward:
         if part.normalisation == "running" and self.running[part.label].state[0] > 0:
             return self.running[part.label].standard_score(values)
         return values / part.scale
+
+
+def make_rewards(names: Sequence[str], options: Sequence[str]) -> dict[str, RewardFunction]:
+    """Several rewards by name, each as `--env.reward` takes it, with options as on a command line.
+
+    Raises:
+        UnknownNameError: Unknown reward, or options of none of them.
+    """
+    given = parse_options(options)
+    parts = {name: {part.name for part in parse_mixture(name)} for name in names}
+    for reward in given.keys() - set().union(*parts.values()):
+        raise UnknownNameError.of("reward to give options to", reward, set().union(*parts.values()))
+    return {name: make_mixture(name, {r: given[r] for r in own & given.keys()}) for name, own in parts.items()}

@@ -1,0 +1,162 @@
+"""One iteration of ORW-CFM-W2 on the architecture of Stable Diffusion 3 medium, with random weights, on the CPU.
+
+    python benchmarks/full_size.py --out figures.json
+
+Whether the full size fits and works, what it takes, and how near the prediction of a dry run comes: 24 layers of 24
+heads of 64, bfloat16, 512 x 512 pixels, LoRA rank 32; 2 samples, 2 sampler steps, 1 gradient step. No weight is
+downloaded; T5 is left out, as Stable Diffusion 3 allows. Takes minutes and about 10 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "262144")  # glibc would keep what is freed in smaller pieces
+
+GIB = 2**30
+CLIP: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "model_type": "clip_text_model"}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "model_index.json": {
+        "_class_name": "StableDiffusion3Pipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": [None, None],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    },
+    "transformer/config.json": {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+    },
+    "vae/config.json": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder/config.json": {
+        **CLIP,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "text_encoder_2/config.json": {
+        **CLIP,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+    },
+    "tokenizer/tokenizer_config.json": {"model_max_length": 77},
+}
+SETTINGS: dict[str, Any] = {
+    "n_samples": 2,
+    "rollout_batch_size": 2,
+    "group_size": 2,
+    "batch_size": 2,
+    "n_epochs": 1,
+    "rollout_steps": 2,
+    "guidance_scale": 1.0,
+    "lora_rank": 32,
+    "precision": "bfloat16",
+}
+
+
+def main() -> None:
+    """Predict, run, print, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again")
+    parser.add_argument("--predict-only", action="store_true", help="only what the dry run predicts")
+    args = parser.parse_args()
+
+    import flowrl
+    from flowrl.memory import predict_memory
+
+    settings = {**SETTINGS, "gradient_checkpointing": args.gradient_checkpointing}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, config in CONFIGS.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(json.dumps(config))
+        prompts = ("a photo of a cat", "a photo of a dog")
+        env = flowrl.make("sd3-compress", flow=name, resolution=512, prompts=prompts, t5=False)
+        config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
+        plan = predict_memory(flowrl.ORWCFMW2, config, env)
+        figures: dict[str, Any] = {"predicted": {**plan.parts, **plan.phases, "libraries": plan.libraries}}
+        for key, size in figures["predicted"].items():
+            print(f"predicted {key}: {size / GIB:.2f} GiB", flush=True)
+        if plan.missing:
+            sys.exit(f"could not be predicted: {plan.missing}")
+        figures["predicted_peak"] = plan.peak + plan.libraries
+        if not args.predict_only:
+            figures["phases"] = run(flowrl, env, config)
+            figures["measured_peak"] = peak()
+            ratio = figures["predicted_peak"] / figures["measured_peak"]
+            print(f"peak: {peak() / GIB:.2f} GiB, predicted {plan.peak / GIB + plan.libraries / GIB:.2f} ({ratio:.2f})")
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def run(flowrl: Any, env: Any, config: Any) -> dict[str, dict[str, float]]:
+    """Seconds of each phase, and the most memory until its end."""
+    env.flow = replace(env.flow, load=env.flow.imitation)  # outside of a prediction: real modules, random weights
+    phases: dict[str, dict[str, float]] = {}
+
+    def timed(name: str, work: Any) -> Any:
+        started = time.perf_counter()
+        result = work()
+        phases[name] = {"seconds": time.perf_counter() - started, "peak_bytes": peak()}
+        print(f"{name}: {phases[name]['seconds']:.0f} s, {peak() / GIB:.2f} GiB at most so far", flush=True)
+        return result
+
+    from stable_baselines3.common.callbacks import CallbackList
+
+    model = timed("building, encoding prompts", lambda: flowrl.ORWCFMW2("FlowPolicy", env, config=config, seed=0))
+    parameters = sum(p.numel() for p in model.policy.model.network.parameters())
+    print(f"{parameters / 1e9:.2f} billion parameters, adapters included")
+    callback = CallbackList([])
+    model._setup_learn(config.n_samples, callback, True, "", False)
+    timed("drawing, decoding, scoring", lambda: model.collect(callback))
+    measured = timed("training", model.update)
+    print({key: round(value.item(), 4) for key, value in measured.items()})
+    assert all(bool(value.isfinite()) for value in measured.values())
+    return phases
+
+
+def peak() -> int:
+    """The most that this process ever held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

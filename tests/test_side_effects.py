@@ -1,0 +1,111 @@
+"""What training did besides raising its reward, and when that is a warning."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowrl
+from flowrl.envs.rewards.mixture import make_rewards
+from flowrl.errors import RewardError, UnknownNameError
+from flowrl.side_effects import compare, held_out, looks
+
+SMALL = ["--algo.n-samples", 8, "--algo.group-size", 2, "--algo.rollout-steps", 2, "--total-timesteps", 8]
+
+
+def normal(mean: float, n: int = 200) -> torch.Tensor:
+    return mean + 0.1 * torch.randn(n, generator=torch.Generator().manual_seed(round(1000 * abs(mean))))
+
+
+RISEN, SAME = (normal(1.0), normal(1.5)), (normal(1.0), normal(1.0) + 1e-6)
+
+
+def test_nothing_to_warn_of() -> None:
+    parts = {"held-out other": normal(2.0)}, {"held-out other": normal(2.1)}
+    found = compare(RISEN, parts, (5.0, 4.0), 1.1)
+    assert found.warnings == ()
+    assert found.before["held-out other"] == pytest.approx(2.0, abs=0.03)
+    assert found.after["held-out other"] == pytest.approx(2.1, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "warned"),
+    [
+        ("held-out other", 2.0, 1.9, True),  # little, but sure
+        ("entropy", 2.0, 1.9, False),  # sure, but little
+        ("entropy", 2.0, 1.4, True),
+        ("entropy", 1.4, 2.0, False),
+    ],
+)
+def test_a_fall_beside_a_rise(name: str, old: float, new: float, warned: bool) -> None:
+    parts = {name: normal(old)}, {name: normal(new)}
+    found = compare(RISEN, parts, (5.0, 5.0), 1.0).warnings
+    assert bool(found) == warned
+    assert all(text.startswith(f"the reward rose while {name} fell from ") for text in found)
+    assert compare(SAME, parts, (5.0, 5.0), 1.0).warnings == ()  # only beside a reward that rose
+
+
+def test_a_fall_within_the_noise_is_none() -> None:
+    few = {"held-out other": normal(2.0, 4)}, {"held-out other": normal(1.95, 4)}
+    assert compare(RISEN, few, (5.0, 5.0), 1.0).warnings == ()
+
+
+@pytest.mark.parametrize(("diversity", "ratio", "what"), [(3.7, 1.0, "diversity"), (5.0, 1.3, "velocities")])
+def test_diversity_and_velocities(diversity: float, ratio: float, what: str) -> None:
+    (warning,) = compare(RISEN, ({}, {}), (5.0, diversity), ratio).warnings
+    assert what in warning
+    assert compare(RISEN, ({}, {}), (5.0, 3.8), 0.81).warnings == ()
+    assert compare(RISEN, ({}, {}), (5.0, 5.0), math.nan).warnings == ()
+
+
+def test_looks_fall_when_pictures_turn_flat() -> None:
+    busy = torch.rand(3, 3, 16, 16)
+    flat = torch.full((3, 3, 16, 16), 0.5)
+    for name, value in looks(busy).items():
+        assert value.shape == (3,)
+        assert (value > looks(flat)[name]).all()
+
+
+def test_held_out_rewards_are_held_to_the_contract() -> None:
+    samples = torch.zeros(3, 3, 8, 8)
+    assert held_out({"one": lambda x, c: x.mean((1, 2, 3)) + 1}, samples, [""] * 3)["held-out one"].tolist() == [1] * 3
+    with pytest.raises(RewardError, match="bad"):
+        held_out({"bad": lambda x, c: torch.full((3,), torch.nan)}, samples, [""] * 3)
+
+
+def test_rewards_with_options() -> None:
+    rewards = make_rewards(["compress", "colourfulness"], ["compress.quality=40"])
+    assert list(rewards) == ["compress", "colourfulness"]
+    assert rewards["compress"].quality == 40
+    with pytest.raises(UnknownNameError, match="'compres'"):
+        make_rewards(["compress"], ["compres.quality=40"])
+
+
+def test_velocity_ratio_of_a_longer_velocity() -> None:
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", ema_decay=0.0)
+    assert flowrl.evaluate(model, 64).velocity_ratio == pytest.approx(1)
+    with torch.no_grad():
+        for parameter in list(model.policy.model.network.output.parameters()):
+            parameter.mul_(1.5)
+    assert flowrl.evaluate(model, 64).velocity_ratio == pytest.approx(1.5, rel=1e-3)
+
+
+def test_a_run_scores_with_rewards_that_it_did_not_see(run_in, tmp_path: Path) -> None:
+    args = ["--algo", "orw_w2", "--env", "sd3-aesthetic", "--name", "run", *SMALL, "--eval-samples", 8]
+    held = ["--eval-rewards", "compress", "--eval-reward-options", "compress.quality=40"]
+    done = run_in(tmp_path, "flowrl.run", *args, *held)
+    assert done.returncode == 0, done.stderr
+    assert "held-out compress" in done.stdout
+    assert "edge density" in done.stdout
+    side = json.loads((tmp_path / "runs" / "run" / "evaluation.json").read_text())["side"]
+    assert side.keys() == {"entropy", "edge density", "colourfulness", "held-out compress"}
+    done = run_in(tmp_path, "flowrl.evaluate", "runs/run", "--n-samples", 8, "--eval-rewards", "incompress")
+    assert done.returncode == 0, done.stderr
+    assert "held-out incompress" in done.stdout
+    wrong = run_in(tmp_path, "flowrl.run", *args, "--eval-rewards", "compres")
+    assert wrong.returncode == 2
+    assert "Did you mean 'compress'" in wrong.stderr
