@@ -190,10 +190,10 @@ def evaluate(
     policy.evaluations = spent
     reference = _statistics(env, before[1], contexts, before[2], before[3], seed)
     asked = [env.contexts[i] for i in contexts.tolist()]
-    sides = tuple(
+    sides = [
         (looks(s) if env.flow.is_image else {}) | held_out(eval_rewards or {}, s, asked) for s in (before[1], samples)
-    )
-    side = compare((before[2], reward), sides, (reference.diversity, trained.diversity), ratio)
+    ]
+    side = compare((before[2], reward), (sides[0], sides[1]), (reference.diversity, trained.diversity), ratio)
     trained, reference = replace(trained, side=side.after), replace(reference, side=side.before)
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},

@@ -157,8 +157,9 @@ def _resume(args: list[str], folder: Path) -> int:
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
         raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
-    kept = {f.name: stored[f.name] for f in fields(RunConfig) if f.name in stored and f.name in KEPT}
-    before = RunConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()})
+    kept: dict[str, Any] = {f.name: stored[f.name] for f in fields(RunConfig) if f.name in stored and f.name in KEPT}
+    kept |= {key: tuple(value) for key, value in kept.items() if isinstance(value, list)}
+    before = RunConfig(**kept)
     run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
     cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
     spec = environment_spec(run.env) if run.env else None
