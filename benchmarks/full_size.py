@@ -20,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "262144")  # glibc would keep what is freed in smaller pieces
-
 GIB = 2**30
 CLIP: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "model_type": "clip_text_model"}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -159,4 +157,7 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        # glibc would keep what is freed in pieces below 32 MB; it reads this when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"})
     main()
