@@ -20,62 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import architectures
+
 GIB = 2**30
-CLIP: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "model_type": "clip_text_model"}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "model_index.json": {
-        "_class_name": "StableDiffusion3Pipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_3": [None, None],
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    },
-    "transformer/config.json": {
-        "_class_name": "SD3Transformer2DModel",
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 192,
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder/config.json": {
-        **CLIP,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-    },
-    "text_encoder_2/config.json": {
-        **CLIP,
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-    },
-    "tokenizer/tokenizer_config.json": {"model_max_length": 77},
-}
 SETTINGS: dict[str, Any] = {
     "n_samples": 2,
     "rollout_batch_size": 2,
@@ -102,12 +49,9 @@ def main() -> None:
 
     settings = {**SETTINGS, "gradient_checkpointing": args.gradient_checkpointing}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file, config in CONFIGS.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(json.dumps(config))
+        flow = architectures.write("stabilityai/stable-diffusion-3-medium-diffusers", Path(name))
         prompts = ("a photo of a cat", "a photo of a dog")
-        env = flowrl.make("sd3-compress", flow=name, resolution=512, prompts=prompts, t5=False)
+        env = flowrl.make("sd3-compress", flow=flow, resolution=512, prompts=prompts, t5=False)
         config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
         plan = predict_memory(flowrl.ORWCFMW2, config, env)
         figures: dict[str, Any] = {"predicted": {**plan.parts, **plan.phases, "libraries": plan.libraries}}

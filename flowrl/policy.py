@@ -84,11 +84,11 @@ class FlowPolicy(BasePolicy):
         self.evaluations = 0  # network evaluations so far: a forward is 1 per sample, a backward 2
         device = torch.device(device)
         model.move_frozen(device)
-        model.network.to(device)
         self.model = model  # submodules of `model` are the current network
         self.precision = precision
         self._null = model.null_condition() if guidance_scale != 1 and not model.distilled_guidance else None
         self._condition = self.encode(self.contexts)
+        model.network.to(device)  # now: text encoders can be as large as the network
         self.generator = torch.Generator(device)
         self.generator.manual_seed(torch.seed() if seed is None else seed)
         roles: list[Role] = [role for role in ("behaviour", "ema") if role in copies]

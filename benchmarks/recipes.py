@@ -1,0 +1,51 @@
+"""Predicted memory of the recipes in docs/recipes.md, as a Markdown table. Reads and downloads no weights.
+
+python benchmarks/recipes.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import architectures
+
+import flowrl
+from flowrl.memory import predict_memory
+
+GIB = 2**30
+RECIPES: list[tuple[str, str, int, dict[str, Any]]] = [
+    # GPU, pipeline, resolution, settings beside those recommended for large models
+    ("24 GB", "stabilityai/stable-diffusion-3.5-medium", 512, {}),
+    ("24 GB", "stabilityai/stable-diffusion-3.5-medium", 1024, {"batch_size": 2, "rollout_batch_size": 4}),
+    ("48 GB", "stabilityai/stable-diffusion-3.5-large", 512, {}),
+    ("48 GB", "black-forest-labs/FLUX.1-dev", 512, {"batch_size": 4, "guidance_scale": 3.5}),
+    ("80 GB", "stabilityai/stable-diffusion-3.5-large", 1024, {}),
+    ("80 GB", "black-forest-labs/FLUX.1-dev", 1024, {"batch_size": 4, "guidance_scale": 3.5}),
+]
+
+
+def main() -> None:
+    """Print the table."""
+    print("| GPU | pipeline | pixels | settings | encoding | drawing | decoding | training | parameters trained |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for gpu, name, resolution, settings in RECIPES:
+        with tempfile.TemporaryDirectory() as folder:
+            flow = architectures.write(name, Path(folder))
+            decode = {"decode_batch": 4 if resolution <= 512 else 1}
+            env = flowrl.make("sd3-compress", flow=flow, resolution=resolution, **decode)
+            config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
+            plan = predict_memory(flowrl.ORWCFMW2, config, env)
+        if plan.missing:
+            raise SystemExit(f"{name}: {plan.missing}")
+        shown = ", ".join(f"`{key} {value}`" for key, value in settings.items()) or "as recommended"
+        phases = " | ".join(f"{size / GIB:.1f}" for size in plan.phases.values())
+        print(
+            f"| {gpu} | `{name}` | {resolution} | {shown} | {phases} | {plan.parts['trained weights'] // 4:,} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
