@@ -1,6 +1,6 @@
 """Rewards: functions of samples and their contexts, one file each. Importing this package registers them."""
 
-from flowrl.envs.rewards import aesthetic, classifier, clip, compress, count, hpsv2, imagereward, pickscore, remote
+from flowrl.envs.rewards import aesthetic, classifier, clip, compress, count, hpsv2, imagereward, ocr, pickscore, remote
 from flowrl.envs.rewards.catalogue import REWARDS, make_reward, register_reward
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "hpsv2",
     "imagereward",
     "make_reward",
+    "ocr",
     "pickscore",
     "register_reward",
     "remote",
