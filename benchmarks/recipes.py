@@ -28,7 +28,7 @@ RECIPES: list[tuple[str, str, int, dict[str, Any]]] = [
 
 def main() -> None:
     """Print the table."""
-    print("| GPU | pipeline | pixels | settings | encoding | drawing | decoding | training | parameters trained |")
+    print("| GPU | pipeline | pixels | settings | loading | drawing | decoding | training | parameters trained |")
     print("|---|---|---|---|---|---|---|---|---|")
     for gpu, name, resolution, settings in RECIPES:
         with tempfile.TemporaryDirectory() as folder:
