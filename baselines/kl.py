@@ -43,6 +43,7 @@ class ExactKL(ORWCFMW2):
     """Reward-weighted flow matching whose reward is less the exact log-likelihood ratio."""
 
     Config: ClassVar[type[FlowConfig]] = ExactKLConfig
+    unpredictable = "likelihoods, by a solver with adaptive steps"
     config: ExactKLConfig
 
     def score(self, rollout: Batch) -> torch.Tensor:

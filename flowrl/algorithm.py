@@ -53,6 +53,8 @@ class FlowAlgorithm(BaseAlgorithm):
 
     Config: ClassVar[type[FlowConfig]] = FlowConfig
     name: ClassVar[str] = ""
+    unpredictable: ClassVar[str] = ""
+    """Work whose memory a dry run cannot try, since it depends on the values of tensors."""
     policy_aliases: ClassVar[dict[str, Any]] = {"FlowPolicy": FlowPolicy}
     policy: FlowPolicy
     env: GenerationVecEnv

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flowrl.config import FlowConfig
     from flowrl.envs.base import GenerationEnv
 
-STEPS = 3
+STEPS = 2
 """Sampler steps that are tried; what an ODE sampler holds does not depend on their number."""
 
 
@@ -74,7 +74,7 @@ def ways_to_save(config: FlowConfig) -> list[str]:
 def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv) -> MemoryPlan:
     """Memory of a run with these settings, from the flow's configuration alone: no weight is read.
 
-    One iteration is tried: prompts encoded, a batch drawn and decoded, two gradient steps. Work that depends on the
+    One iteration is tried: prompts encoded, a batch drawn and decoded, a gradient step. Work that depends on the
     values of tensors (adaptive solvers, optimal transport) cannot be tried; `missing` says so.
     """
     tracker = _Tracker()
@@ -94,7 +94,7 @@ def _try(
     with tracker.phase("loading, encoding prompts"):
         model: Any = cls("FlowPolicy", env, config=config, device="cpu")
     policy, buffer = model.policy, model.buffer
-    missing = ""
+    missing = cls.unpredictable
     contexts = draw_contexts(len(env.contexts), model.env.num_envs, config.group_size, model.generator)
     try:
         with tracker.phase("drawing samples"):
@@ -109,9 +109,12 @@ def _try(
             policy.decode(x_1)
         rows = config.batch_size * config.accumulation
         buffer.size = min(config.n_samples, -(-rows // max(1, config.path_steps())))
-        for _ in range(2):  # the optimizer's moments are there from the second on
-            with tracker.phase("training"):
-                model.update()
+        for parameter in policy.parameters_of("current").values():
+            parameter.grad = torch.zeros_like(parameter)
+        policy.optimizer.step()  # its moments are there from the first step on
+        policy.optimizer.zero_grad()
+        with tracker.phase("training"):
+            model.update()
     except Exception as error:
         missing = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return _parts(model), missing

@@ -187,7 +187,7 @@ def plan(folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: Gener
         *(f"  {name}: {_bytes(size)}" for name, size in memory.phases.items()),
         f"  peak: {_bytes(memory.peak)} of tensors; on the CPU with {_bytes(memory.libraries)} of libraries "
         f"{_bytes(memory.peak + memory.libraries)}",
-        *([f"  phases after these could not be tried ({memory.missing})"] if memory.missing else []),
+        *([f"  not tried: {memory.missing}"] if memory.missing else []),
         f"files: {folder}{os.sep} (config.json, metrics.csv, samples/, checkpoints/, final/, report.html)",
         "dry run: nothing was written",
     ]
