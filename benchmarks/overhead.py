@@ -138,7 +138,8 @@ def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, f
             rollout_steps=steps,
             guidance_scale=scale,
         )
-        pipeline = model.policy.model.pipeline
+        flow = model.policy.model
+        pipeline = flow.with_encoders(flow.network)  # flowrl releases them once prompts are encoded
         pipeline.set_progress_bar_config(disable=True)
         prompts, index = model.env.core.contexts[:n], torch.arange(n)
 

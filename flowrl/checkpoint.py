@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError
+from flowrl.optimizers import state_shapes
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
 
 if TYPE_CHECKING:
@@ -324,8 +325,6 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
 
 
 def _check_moments(entries: dict[int, dict[str, Any]], model: FlowAlgorithm, folder: Path) -> None:
-    from flowrl.optimizers import state_shapes
-
     parameters = list(model.policy.parameters_of("current").values())
     for index, entry in entries.items():
         shapes = {key: tuple(value.shape) for key, value in entry.items()}

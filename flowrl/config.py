@@ -73,9 +73,9 @@ class FlowConfig:
     """Type that networks compute in; losses, weights and samplers stay in float32. With LoRA the frozen weights are
     kept in it too."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Compute activations again in the backward pass: less memory, one more forward pass for each backward."""
     compile: bool = False
-    """Compile the network (torch.compile): slow to start, then faster."""
+    """Compile the networks with torch.compile."""
     offload: bool = False
     """Keep the autoencoder on the host while the network trains."""
     half_buffer: bool = False

@@ -177,7 +177,9 @@ def evaluate(
         return steer(model, steering, c, generator, which, **sampling)
 
     chunk = batch_size if steering is None else max(1, batch_size // steering.n)
-    if env.groupwise:  # samples that are compared are scored together
+    eval_rewards = eval_rewards or {}
+    if any(getattr(judge, "groupwise", False) for judge in (env, *eval_rewards.values())):
+        # samples that are compared are scored together
         batch_size, chunk = (max(1, n // samples_per_context) * samples_per_context for n in (batch_size, chunk))
     before = _sample_and_score(model, contexts, noise, "reference", batch_size, plain)
     cost_before = policy.evaluations
@@ -189,11 +191,8 @@ def evaluate(
     drift, ratio = (math.nan,) * 2 if steering else _drift(model, x_1, contexts, role, batch_size, generator)
     policy.evaluations = spent
     reference = _statistics(env, before[1], contexts, before[2], before[3], seed)
-    asked = [env.contexts[i] for i in contexts.tolist()]
-    sides = [
-        (looks(s) if env.flow.is_image else {}) | held_out(eval_rewards or {}, s, asked) for s in (before[1], samples)
-    ]
-    side = compare((before[2], reward), (sides[0], sides[1]), (reference.diversity, trained.diversity), ratio)
+    sides = (_side(env, eval_rewards, s, contexts, batch_size) for s in (before[1], samples))
+    side = compare((before[2], reward), (next(sides), next(sides)), (reference.diversity, trained.diversity), ratio)
     trained, reference = replace(trained, side=side.after), replace(reference, side=side.before)
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
@@ -277,6 +276,21 @@ def _statistics(
         diversity=metrics.diversity(samples[:n_pairs], contexts[:n_pairs]).item(),
         w2_to_optimum=math.nan if env.oracle is None else _w2_to_optimum(env, samples, seed),
     )
+
+
+def _side(
+    env: GenerationEnv,
+    eval_rewards: Mapping[str, RewardFunction],
+    samples: torch.Tensor,
+    contexts: torch.Tensor,
+    batch_size: int,
+) -> dict[str, torch.Tensor]:
+    """Held-out rewards and looks (n_samples,) by name; in batches, as networks and large images need."""
+    parts: list[dict[str, torch.Tensor]] = []
+    for batch, indices in zip(samples.split(batch_size), contexts.split(batch_size)):
+        asked = [env.contexts[i] for i in indices.tolist()]
+        parts.append((looks(batch) if env.flow.is_image else {}) | held_out(eval_rewards, batch, asked))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 ESS_SAMPLES = 256

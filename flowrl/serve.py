@@ -27,7 +27,7 @@ from flowrl.algorithm import check_device
 from flowrl.config import FlowConfig
 from flowrl.envs.base import check_reward
 from flowrl.envs.rewards import REWARDS, make_reward, wire
-from flowrl.envs.rewards.catalogue import RewardFunction, options_for
+from flowrl.envs.rewards.catalogue import RewardFunction, check_options, parse_options
 from flowrl.errors import ConfigError, FlowRLError, RewardError
 from flowrl.types import RewardOutput
 
@@ -117,7 +117,9 @@ def _main(args: list[str]) -> int:
         raise ConfigError(f"flowrl.serve needs {error.name}: pip install 'flowrl-torch[server]'") from error
     token = _token(config)
     check_device(config.device)
-    reward = make_reward(config.reward, options_for(config.reward, config.reward_options))
+    options = parse_options(config.reward_options)
+    check_options(options, [config.reward])
+    reward = make_reward(config.reward, options.get(config.reward))
     scorer = Scorer(config.reward, reward, get_device(config.device))
     service = Service(scorer, token, max_batch=config.max_batch, max_body=int(config.max_body_mb * 1e6))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")

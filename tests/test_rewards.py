@@ -72,6 +72,10 @@ def test_jpeg_size_is_pillows(quality: int) -> None:
     assert IncompressReward(quality)(pictures(), [""] * 3).reward.tolist() == pytest.approx(expected)
 
 
+def test_the_description_names_the_quality_that_is_used() -> None:
+    assert CompressReward(40).description == "minus the JPEG size in kB at quality 40"
+
+
 def test_noise_compresses_worse_than_flat() -> None:
     flat, ramp, noise = jpeg_kilobytes(pictures()).tolist()
     assert flat < ramp < noise

@@ -109,3 +109,19 @@ def test_a_run_scores_with_rewards_that_it_did_not_see(run_in, tmp_path: Path) -
     wrong = run_in(tmp_path, "flowrl.run", *args, "--eval-rewards", "compres")
     assert wrong.returncode == 2
     assert "Did you mean 'compress'" in wrong.stderr
+
+
+def test_rewards_of_an_evaluation_are_asked_in_batches_of_whole_groups() -> None:
+    sizes = []
+
+    def judge(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        sizes.append(len(images))
+        assert all(prompts.count(prompt) % 2 == 0 for prompt in prompts)
+        return images.mean((1, 2, 3))
+
+    judge.groupwise = True
+    settings = {"n_samples": 4, "group_size": 2, "rollout_steps": 2, "batch_size": 4}
+    model = flowrl.ORWCFMW2("FlowPolicy", "sd3-compress", seed=0, device="cpu", **settings)
+    result = flowrl.evaluate(model, 10, batch_size=5, samples_per_context=2, eval_rewards={"judge": judge})
+    assert sizes == [4, 4, 2] * 2  # of the reference and of the trained flow
+    assert result.side["held-out judge"] == pytest.approx(result.reference.side["held-out judge"], abs=1e-4)

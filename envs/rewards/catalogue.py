@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -122,16 +123,10 @@ def parse_options(texts: Sequence[str]) -> dict[str, dict[str, str]]:
     return options
 
 
-def options_for(reward: str, texts: Sequence[str]) -> dict[str, str]:
-    """Options as in `parse_options`, of the one reward that is chosen.
-
-    Raises:
-        UnknownNameError: An option of another reward.
-    """
-    options = parse_options(texts)
-    for name in options.keys() - {reward}:
-        raise UnknownNameError.of("reward to give options to", name, [reward])
-    return options.get(reward, {})
+def check_options(options: Iterable[str], chosen: Iterable[str]) -> None:
+    """Raise `UnknownNameError` where options are given to a reward that is not chosen."""
+    for name in set(options) - set(chosen):
+        raise UnknownNameError.of("reward to give options to", name, chosen)
 
 
 def _converted(text: str, kind: Any, name: str) -> Any:
@@ -152,7 +147,7 @@ def _converted(text: str, kind: Any, name: str) -> Any:
     raise ConfigError(f"The reward option {name} must be {expected}, not '{text}'.")
 
 
-class ModelReward:
+class ModelReward(ABC):
     """Base of rewards that hold networks: they follow the samples to their device.
 
     A subclass keeps its frozen networks in `self.modules` and writes `score`.
@@ -170,6 +165,6 @@ class ModelReward:
         with torch.no_grad():
             return self.score(images, prompts)
 
+    @abstractmethod
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """As `__call__`, with the networks where the images are."""
-        raise NotImplementedError

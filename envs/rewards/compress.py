@@ -27,24 +27,6 @@ def jpeg_kilobytes(images: torch.Tensor, quality: int = 95) -> torch.Tensor:
         return torch.tensor(list(pool.map(size, pixels)), dtype=torch.float32)
 
 
-@register_reward("compress")
-class CompressReward:
-    """Minus the JPEG size in kB.
-
-    Args:
-        quality: JPEG quality, 1 to 100.
-    """
-
-    description = "minus the JPEG size in kB at quality 95"
-
-    def __init__(self, quality: int = 95) -> None:
-        self.quality = quality
-
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1]."""
-        return RewardOutput(-jpeg_kilobytes(images, self.quality))
-
-
 @register_reward("incompress")
 class IncompressReward:
     """The JPEG size in kB.
@@ -53,11 +35,23 @@ class IncompressReward:
         quality: JPEG quality, 1 to 100.
     """
 
-    description = "JPEG size in kB at quality 95"
+    sign, what = 1, "the JPEG size in kB"
 
     def __init__(self, quality: int = 95) -> None:
         self.quality = quality
+        self.description = f"{self.what} at quality {quality}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
-        return RewardOutput(jpeg_kilobytes(images, self.quality))
+        return RewardOutput(self.sign * jpeg_kilobytes(images, self.quality))
+
+
+@register_reward("compress")
+class CompressReward(IncompressReward):
+    """Minus the JPEG size in kB.
+
+    Args:
+        quality: JPEG quality, 1 to 100.
+    """
+
+    sign, what = -1, "minus the JPEG size in kB"

@@ -10,9 +10,9 @@ from typing import Literal, get_args
 
 import torch
 
-from flowrl.envs.rewards.catalogue import RewardFunction, make_reward, parse_options
+from flowrl.envs.rewards.catalogue import RewardFunction, check_options, make_reward, parse_options
 from flowrl.envs.rewards.groups import PairwiseReward, WinRateReward, groups_of, raw_values
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import ConfigError
 from flowrl.types import RewardOutput
 
 Normalisation = Literal["fixed", "running", "group"]
@@ -92,8 +92,7 @@ def make_mixture(text: str, options: Mapping[str, Mapping[str, str]] | None = No
     options = options or {}
     specs = parse_mixture(text)
     names = list(dict.fromkeys(spec.name for spec in specs))
-    for name in options.keys() - set(names):
-        raise UnknownNameError.of("reward to give options to", name, names)
+    check_options(options, names)
     rewards = {name: _made(name, options.get(name)) for name in names}
     parts = [
         Part(
@@ -233,6 +232,5 @@ def make_rewards(names: Sequence[str], options: Sequence[str]) -> dict[str, Rewa
     """
     given = parse_options(options)
     parts = {name: {part.name for part in parse_mixture(name)} for name in names}
-    for reward in given.keys() - set().union(*parts.values()):
-        raise UnknownNameError.of("reward to give options to", reward, set().union(*parts.values()))
+    check_options(given, set().union(*parts.values()))
     return {name: make_mixture(name, {r: given[r] for r in own & given.keys()}) for name, own in parts.items()}

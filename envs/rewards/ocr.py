@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +141,7 @@ def _recogniser() -> tuple[Any, list[str]]:
     if not files:
         raise ModelLoadError("rapidocr came without its recogniser (models/*rec*.onnx): install it again.")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() or os.cpu_count() or 1
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(files[-1]), options, providers=["CPUExecutionProvider"])
     known = session.get_modelmeta().custom_metadata_map.get("character", "").splitlines()
     letters = ["", *known, " "]

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowrl.models.pipeline import PipelineFlow, Shapes, square
+from flowrl.models.pipeline import ATTENTION, PipelineFlow, Shapes, square
 from flowrl.types import Condition
 
+LORA_TARGETS = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 LATENTS = 128
 """Height and width of the latents when no resolution is asked for; the pipeline states it in code only."""
 
@@ -27,20 +28,7 @@ class FluxFlow(PipelineFlow):
     NEEDS_T5 = True
     SEQUENCE_LENGTH = 512
     MAX_SHIFT = 1.15
-    lora_targets = [  # noqa: RUF012  (as in the base class)
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    ]
+    lora_targets = LORA_TARGETS
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:

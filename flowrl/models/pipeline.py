@@ -22,6 +22,17 @@ from flowrl.types import Condition, Contexts
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PROMPTS_AT_ONCE = 64
+ATTENTION = [
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+]
+"""Projections of the attention of image and text, which LoRA adapts."""
 
 
 @dataclass(frozen=True)

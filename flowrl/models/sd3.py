@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowrl.models.pipeline import PipelineFlow, Shapes, square
+from flowrl.models.pipeline import ATTENTION, PipelineFlow, Shapes, square
 from flowrl.types import Condition
 
 
@@ -19,16 +19,7 @@ class SD3Flow(PipelineFlow):
     NEEDS_T5 = False
     SEQUENCE_LENGTH = 256
     MAX_SHIFT = 1.16
-    lora_targets = [  # noqa: RUF012  (as in the base class)
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    ]
+    lora_targets = ATTENTION
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 import string
 from pathlib import Path
@@ -139,6 +140,9 @@ def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         edit_config(new / name, dtype="float32")  # else a plain from_pretrained mixes float16 and float32
     edit_config(new / "vae", block_out_channels=None)  # derived; AutoencoderTiny warns when it finds it
+    for path in new.rglob("*.json"):  # folders of this machine, and a name that only transformers 5 has
+        text = re.sub(r'\n *"_name_or_path": "[^"]*",?', "", path.read_text())
+        path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     (new / "sampling.json").write_text(json.dumps(SAMPLING, indent=2) + "\n")
     shutil.copy(Path(__file__).with_name("MODEL_CARD.md"), new / "README.md")
     if folder.exists():
