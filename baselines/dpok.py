@@ -119,4 +119,5 @@ class DPOK(TransitionAlgorithm):
     def _improve_critic(self, error: torch.Tensor) -> None:
         self.critic_optimizer.zero_grad()
         error.backward()
+        self.ranks.average_gradients(self.critic.parameters())
         self.critic_optimizer.step()

@@ -60,6 +60,16 @@ class FlowGRPOConfig(TransitionConfig):
             f"branch needs whole groups: group_size = {self.group_size} must divide rollout_batch_size = {chunk}.",
         )
 
+    def check_ranks(self, count: int) -> None:
+        """Branching also needs whole groups on every rank."""
+        super().check_ranks(count)
+        own = (self.rollout_batch_size or self.n_samples) // count
+        self.require(
+            not self.branch or own % self.group_size == 0,
+            f"branch needs whole groups on each of {count} processes: group_size = {self.group_size} must divide their "
+            f"{own} samples of rollout_batch_size.",
+        )
+
     def path_steps(self) -> int:
         """Noisy steps per sample."""
         return self.window or self.rollout_steps - 1

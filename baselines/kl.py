@@ -15,7 +15,7 @@ from flowrl.config import FlowConfig
 from flowrl.likelihood import Divergence, log_prob
 from flowrl.orw_w2 import ORWCFMW2, ORWConfig
 from flowrl.registry import register_algorithm
-from flowrl.types import Batch, Role
+from flowrl.types import Role
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,23 @@ class ExactKL(ORWCFMW2):
     unpredictable = "likelihoods, by a solver with adaptive steps"
     config: ExactKLConfig
 
-    def score(self, rollout: Batch) -> torch.Tensor:
-        """Weights `exp(tau (r - beta (log p_theta - log p_ref)))` (B,)."""
-        ratio = self.log_prob(rollout, self.behaviour_role) - self.log_prob(rollout, "reference")
-        return super().score(rollout._replace(reward=rollout.reward - self.config.beta * ratio))
+    def objective(self, x_1: torch.Tensor, contexts: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+        """`r - beta (log p_theta - log p_ref)` (B,), which is then weighted as a reward is."""
+        ratio = self.log_prob(x_1, contexts, self.behaviour_role) - self.log_prob(x_1, contexts, "reference")
+        return reward - self.config.beta * ratio
 
-    def log_prob(self, rollout: Batch, role: Role) -> torch.Tensor:
+    def log_prob(self, x_1: torch.Tensor, contexts: torch.Tensor, role: Role) -> torch.Tensor:
         """Log-likelihood (B,) of samples, in the space of the flow; the same random signs for every role."""
-        config, chunk = self.config, self.config.batch_size
+        config, chunk = self.config, self.config.batch_size // self.ranks.count
+        first = self.buffer.size + self.ranks.index * len(x_1)  # among the samples of the iteration
         parts = []
-        for i, (x_1, contexts) in enumerate(zip(rollout.x_1.split(chunk), rollout.contexts.split(chunk))):
-            generator = torch.Generator(x_1.device).manual_seed(self.iteration * 100_003 + i)
-            field = self.policy.field(self.policy.condition(contexts), len(x_1), role)
+        for i, (samples, c) in enumerate(zip(x_1.split(chunk), contexts.split(chunk))):
+            generator = torch.Generator(x_1.device).manual_seed(self.iteration * 100_003 + first + i)
+            field = self.policy.field(self.policy.condition(c), len(samples), role)
             parts.append(
                 log_prob(
                     field,
-                    x_1,
+                    samples,
                     divergence=config.divergence,
                     n_probes=config.n_probes,
                     rtol=config.tolerance,

@@ -67,5 +67,4 @@ class RAFT(ORWCFMW2):
         n_kept = self.config.rows_per_epoch()
         kept = self.buffer.weight.topk(n_kept).indices
         order = kept[torch.randperm(n_kept, generator=self.generator, device=self.device)]
-        for index in order.split(self.config.batch_size):
-            yield self.buffer.rows(index)
+        yield from self.buffer.batches(order, self.config.batch_size)

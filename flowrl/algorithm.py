@@ -6,6 +6,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -26,6 +27,7 @@ from flowrl.lora import LoRA
 from flowrl.losses import effective_sample_size, squared_error
 from flowrl.optimizers import make_optimizer
 from flowrl.policy import FlowPolicy
+from flowrl.ranks import Ranks, SharedGenerator, join
 from flowrl.types import Batch, Role
 
 
@@ -43,6 +45,7 @@ class FlowAlgorithm(BaseAlgorithm):
         verbose: 1 prints a table per logged iteration.
         tensorboard_log: Folder for TensorBoard.
         env_settings: Settings of a named environment.
+        ranks: The processes that train together; None joins those that a launcher started.
         **settings: Single fields of `Config`.
 
     Raises:
@@ -71,29 +74,36 @@ class FlowAlgorithm(BaseAlgorithm):
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         env_settings: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
         _init_setup_model: bool = True,
         **settings: Any,
     ) -> None:
         check_device(device)
+        self.ranks = join(device) if ranks is None else ranks
         core = as_generation_env(env, env_settings)
         self.config = self.configure(config, core.recommended, settings)
+        self.config.check_ranks(self.ranks.count)
         chunk = self.config.rollout_batch_size or self.config.n_samples
         if core.groupwise:
-            check_groups(self.config.group_size, chunk)
+            check_groups(self.config.group_size, chunk // self.ranks.count)
+        if self.ranks.count > 1 and seed is None:
+            seed = int(self.ranks.same(str(torch.seed() % 2**31)))
         super().__init__(
             policy,
             GenerationVecEnv(core, chunk),
             learning_rate=self.config.learning_rate,
             policy_kwargs=policy_kwargs,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            device=device,
+            tensorboard_log=tensorboard_log if self.ranks.is_main else None,
+            verbose=verbose if self.ranks.is_main else 0,
+            device=self.ranks.device or device,
             support_multi_env=True,
             seed=seed,
         )
         self.iteration = 0
         if _init_setup_model:
             self._setup_model()
+            if self.ranks.index:
+                torch.manual_seed(cast(int, self.seed) + self.ranks.index)  # dropout is not drawn for all
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:
@@ -105,8 +115,16 @@ class FlowAlgorithm(BaseAlgorithm):
             copies.add("ema")
         return copies
 
+    def objective(self, x_1: torch.Tensor, contexts: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+        """What `score` is given as reward (B,): the reward itself, or less what depends on the samples."""
+        return reward
+
     def score(self, rollout: Batch) -> torch.Tensor:
-        """What the update makes of the rewards: weights or advantages (B,), of all samples of an iteration."""
+        """What the update makes of the rewards: weights or advantages (B,), of all samples of an iteration.
+
+        With several ranks `rollout.x_1` has this rank's samples only, the rest of `rollout` all of them: what needs
+        the samples themselves belongs to `objective`.
+        """
         return rollout.reward
 
     def observe(self, rollout: Batch) -> None:
@@ -151,12 +169,14 @@ class FlowAlgorithm(BaseAlgorithm):
         self.shares = None if core.shares is None else torch.from_numpy(core.shares).float().to(self.device)
         if self.seed is not None:
             self.set_random_seed(self.seed)
-        self.generator = torch.Generator(self.device)
+        self.generator = SharedGenerator(self.device, self.ranks)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
+        with self.ranks.main_first():
+            flow = core.flow.load(*weight_dtypes(config))
         self.policy = cast(type[FlowPolicy], self.policy_class)(
             self.observation_space,
             self.action_space,
-            model=core.flow.load(*weight_dtypes(config)),
+            model=flow,
             contexts=core.contexts,
             copies=self.copies_for(config),
             lora=LoRA.of(config),
@@ -173,8 +193,10 @@ class FlowAlgorithm(BaseAlgorithm):
         )
         self.lr_schedule = lambda progress_remaining: config.learning_rate
         self.policy.optimizer = make_optimizer(config, self.policy.parameters_of("current").values())
+        self.policy.train_through(self.ranks.prepare(self.policy.model.network, self.policy.optimizer))
+        shape = self.policy.model.latent_shape
         self.buffer = RolloutBuffer(
-            config.n_samples, self.policy.model.latent_shape, self.device, config.path_steps(), config.half_buffer
+            config.n_samples, shape, self.device, config.path_steps(), config.half_buffer, self.ranks
         )
 
     def learn(
@@ -190,6 +212,7 @@ class FlowAlgorithm(BaseAlgorithm):
 
         The other arguments are stable-baselines3's; `log_interval` counts iterations.
         """
+        progress_bar &= self.ranks.is_main
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or self.name, progress_bar
         )
@@ -205,7 +228,7 @@ class FlowAlgorithm(BaseAlgorithm):
             if self.iteration % log_interval == 0:
                 self._log(logged, time.perf_counter() - started)
             callback.update_locals(locals())
-            if not _iteration_ended(callback):
+            if self.ranks.any(not _iteration_ended(callback)):
                 break
         callback.on_training_end()
         return self
@@ -216,7 +239,7 @@ class FlowAlgorithm(BaseAlgorithm):
         return "behaviour" if "behaviour" in self.policy.roles else "current"
 
     def draw_contexts(self) -> torch.Tensor:
-        """Context indices (n_samples,) of an iteration: each drawn context repeated `group_size` times."""
+        """Context indices (n_samples,) of an iteration, over all ranks: each drawn one repeated `group_size` times."""
         n = len(self.env.core.contexts)
         return draw_contexts(n, self.config.n_samples, self.config.group_size, self.generator, self.shares)
 
@@ -233,25 +256,27 @@ class FlowAlgorithm(BaseAlgorithm):
         callback.on_rollout_start()
         self.policy.set_training_mode(False)
         self.buffer.reset()
-        shown: list[torch.Tensor] = []
+        shown: list[tuple[torch.Tensor, torch.Tensor]] = []
         components: dict[str, list[torch.Tensor]] = {}
-        for contexts in self.draw_contexts().split(self.env.num_envs):
+        for drawn in self.draw_contexts().split(self.env.num_envs):
+            contexts = self.ranks.mine(drawn)
             x_1 = self.draw_latents(contexts)
             samples = self.policy.decode(x_1)
             output = self.env.core.evaluate(samples, contexts, observe=True)
-            self.buffer.add(x_1, contexts, output.reward)
+            self.buffer.add(x_1, contexts, output.reward, self.objective(x_1, contexts, output.reward))
             for key, value in output.components.items():
                 components.setdefault(key, []).append(value)
-            if sum(map(len, shown)) < metrics.DIVERSITY_SAMPLES:
-                shown.append(samples)
-            self.num_timesteps += len(contexts)
+            if len(contexts) * len(shown) * self.ranks.count < metrics.DIVERSITY_SAMPLES:
+                shown.append((samples, contexts))
+            self.num_timesteps += len(drawn)
             callback.update_locals(locals())
-            if not callback.on_step():
+            if self.ranks.any(not callback.on_step()):
                 return False
+        self.buffer.share()
         rollout = self.buffer.all()
         self.observe(rollout)
-        self.buffer.weight.copy_(self.score(rollout))
-        self._rollout_metrics = self._measure(rollout, torch.cat(shown)[: metrics.DIVERSITY_SAMPLES], components)
+        self.buffer.weight.copy_(self.score(rollout._replace(reward=rollout.weight.clone())))
+        self._rollout_metrics = self._measure(self.buffer.all(), self._diversity(shown), components)
         callback.on_rollout_end()
         return True
 
@@ -262,13 +287,15 @@ class FlowAlgorithm(BaseAlgorithm):
         if config.offload:
             policy.model.offload()
         parameters = list(policy.parameters_of("current").values())
+        is_last = config.accumulation - 1  # of the minibatches of a step; the ranks agree on its gradient there
         totals: dict[str, torch.Tensor] = {}
         norms: list[torch.Tensor] = []
         n_minibatches = n_pending = 0
         for _ in range(config.n_epochs):
             for batch in self.minibatches():
-                loss, parts = self.loss(batch)
-                (loss / config.accumulation).backward()
+                with nullcontext() if n_pending == is_last else self.ranks.no_sync(policy.trained):
+                    loss, parts = self.loss(batch)
+                    (loss / config.accumulation).backward()
                 n_minibatches, n_pending = n_minibatches + 1, n_pending + 1
                 if n_pending == config.accumulation:
                     norms.append(self._step(parameters))
@@ -276,6 +303,7 @@ class FlowAlgorithm(BaseAlgorithm):
                 for key, value in {"loss": loss, **parts}.items():
                     totals[key] = totals.get(key, 0) + value.detach()
         if n_pending:
+            self.ranks.average_gradients(parameters)
             norms.append(self._step(parameters))
         means = {key: value / n_minibatches for key, value in totals.items()}
         means["grad_norm"] = torch.stack(norms).mean()
@@ -314,7 +342,7 @@ class FlowAlgorithm(BaseAlgorithm):
             self.policy.update_copy("behaviour")
 
     def _measure(
-        self, rollout: Batch, shown: torch.Tensor, components: dict[str, list[torch.Tensor]]
+        self, rollout: Batch, diversity: torch.Tensor, components: dict[str, list[torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         reward = rollout.reward
         measured = {
@@ -322,23 +350,30 @@ class FlowAlgorithm(BaseAlgorithm):
             "rollout/reward_std": reward.std(correction=0),
             "rollout/reward_min": reward.min(),
             "rollout/reward_max": reward.max(),
-            "rollout/diversity": metrics.diversity(shown, rollout.contexts[: len(shown)]),
+            "rollout/diversity": diversity,
             "rollout/ess": effective_sample_size(rollout.weight) / len(reward),
         }
         for key, values in components.items():
             measured[f"rollout/{key}"] = torch.cat(values).mean()
         return measured
 
+    def _diversity(self, shown: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Of some samples of the iteration, of all ranks in equal parts; a scalar tensor."""
+        n = max(1, metrics.DIVERSITY_SAMPLES // self.ranks.count)
+        samples, contexts = (torch.cat(parts)[:n] for parts in zip(*shown))
+        total = len(samples) * self.ranks.count
+        return metrics.diversity(self.ranks.all(samples, total), self.ranks.all(contexts, total))
+
     def _log(self, updates: dict[str, torch.Tensor], seconds: float) -> None:
         measured = {**self._rollout_metrics, **{f"train/{key}": value for key, value in updates.items()}}
-        values = torch.stack([value.float() for value in measured.values()]).tolist()
+        values = self.ranks.mean_(torch.stack([value.float() for value in measured.values()])).tolist()
         for key, value in zip(measured, values):
             self.logger.record(key, value)
         self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
         self.logger.record("train/n_updates", self._n_updates)
         self.logger.record("time/iteration", self.iteration)
         self.logger.record("time/samples_per_second", self.config.n_samples / max(seconds, sys.float_info.epsilon))
-        self.logger.record("time/network_evaluations", self.policy.evaluations)
+        self.logger.record("time/network_evaluations", self.policy.evaluations * self.ranks.count)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.last_logged = dict(self.logger.name_to_value)
         self.logger.dump(step=self.num_timesteps)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
+from flowrl.ranks import Ranks
 from flowrl.types import Batch, Transitions
 
 
 class RolloutBuffer:
     """Sample, context, reward and weight; and for algorithms that record paths, the sampler's noisy steps.
 
-    Endpoint storage does not grow with the number of sampler steps, path storage does.
+    Endpoint storage does not grow with the number of sampler steps, path storage does. With several ranks each keeps
+    the samples and paths that it drew, and the vectors (contexts, reward, weight, log-probabilities) of all samples;
+    a minibatch is dealt out evenly, whoever drew its samples.
 
     Args:
-        capacity: Samples it holds.
+        capacity: Samples it holds, over all ranks.
         latent_shape: Shape of one sample in the space of the flow.
         device: Training device.
         path_steps: Noisy sampler steps to keep of each sample; 0 keeps endpoints only.
         half: Keep samples in float16; paths stay in float32, their log-probabilities are of those very states.
+        ranks: The processes that fill it together; they divide `capacity`.
     """
 
     def __init__(
@@ -29,20 +34,24 @@ class RolloutBuffer:
         device: torch.device | str,
         path_steps: int = 0,
         half: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.capacity = capacity
+        self.ranks = Ranks() if ranks is None else ranks
+        self.own_capacity = capacity // self.ranks.count
         self.device = torch.device(device)
         self.x_1 = torch.zeros(
-            capacity, *latent_shape, device=self.device, dtype=torch.float16 if half else torch.float32
+            self.own_capacity, *latent_shape, device=self.device, dtype=torch.float16 if half else torch.float32
         )
         self.contexts = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.reward = torch.zeros(capacity, device=self.device)
         self.weight = torch.ones(capacity, device=self.device)
         self.path_steps = path_steps
         if path_steps:
-            self.states = torch.zeros(capacity, path_steps + 1, *latent_shape, device=self.device)
+            self.states = torch.zeros(self.own_capacity, path_steps + 1, *latent_shape, device=self.device)
             self.log_prob = torch.zeros(capacity, path_steps, device=self.device)
             self.first_step = torch.zeros((), dtype=torch.long, device=self.device)
+        self.place = [0] * capacity  # of each sample: rank * own_capacity + row there
         self.size = 0
 
     @property
@@ -58,19 +67,40 @@ class RolloutBuffer:
     def reset(self) -> None:
         """Forget the contents; the storage stays."""
         self.size = 0
+        if self.ranks.count > 1:  # `share` adds the ranks' vectors up
+            for vector in self._vectors():
+                vector.zero_()
 
-    def add(self, x_1: torch.Tensor, contexts: torch.Tensor, reward: torch.Tensor) -> None:
-        """Append a batch: (B, *latent_shape), (B,), (B,).
+    def add(
+        self, x_1: torch.Tensor, contexts: torch.Tensor, reward: torch.Tensor, objective: torch.Tensor | None = None
+    ) -> None:
+        """Append a scored batch; of a batch that ranks divided, this rank's rows.
+
+        Args:
+            x_1: (B, *latent_shape).
+            contexts: (B,) int64.
+            reward: (B,).
+            objective: (B,), what weights will be made of, kept in their place.
 
         Raises:
             IndexError: The batch does not fit.
         """
-        end = self.size + len(x_1)
+        n, ranks = len(x_1), self.ranks
+        end = self.size + n * ranks.count
         if end > self.capacity:
-            raise IndexError(f"The buffer holds {self.capacity} samples, {self.size} are in it; {len(x_1)} do not fit.")
-        self.x_1[self.size : end].copy_(x_1)
-        self.contexts[self.size : end].copy_(contexts)
-        self.reward[self.size : end].copy_(reward)
+            raise IndexError(
+                f"The buffer holds {self.capacity} samples, {self.size} are in it; {end - self.size} do not fit."
+            )
+        own = self._own_rows(n)
+        self.x_1[own].copy_(x_1)
+        here = self._own_positions(n)
+        self.contexts[here].copy_(contexts)
+        self.reward[here].copy_(reward)
+        if objective is not None:
+            self.weight[here].copy_(objective)
+        for rank in range(ranks.count):
+            first, row = self.size + rank * n, rank * self.own_capacity + own.start
+            self.place[first : first + n] = range(row, row + n)
         self.size = end
 
     def add_path(self, states: torch.Tensor, log_prob: torch.Tensor, first_step: int) -> None:
@@ -81,38 +111,95 @@ class RolloutBuffer:
             log_prob: (B, path_steps), mean over dimensions.
             first_step: Index of the first of them in the sampler; the same for the whole buffer.
         """
-        here = slice(self.size, self.size + len(states))
-        self.states[here].copy_(states)
-        self.log_prob[here].copy_(log_prob)
+        self.states[self._own_rows(len(states))].copy_(states)
+        self.log_prob[self._own_positions(len(states))].copy_(log_prob)
         self.first_step.fill_(first_step)
 
+    def share(self) -> None:
+        """Make the vectors of all samples known to every rank, after the last `add`."""
+        if self.ranks.count > 1:
+            for vector in self._vectors():
+                self.ranks.sum_(vector)
+
     def all(self) -> Batch:
-        """Everything in the buffer, in order; views, no copies (but of samples kept in float16)."""
+        """Everything in the buffer, in order; views, no copies (but of samples kept in float16).
+
+        With several ranks `x_1` has this rank's samples only.
+        """
         n = self.size
-        return Batch(self.x_1[:n].float(), self.contexts[:n], self.reward[:n], self.weight[:n])
+        x_1 = self.x_1[: n // self.ranks.count].float()
+        return Batch(x_1, self.contexts[:n], self.reward[:n], self.weight[:n])
 
     def minibatches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One pass in random order, in minibatches of `batch_size` (the last may be smaller).
 
-        Indices are drawn and used on the device: no host synchronisation.
+        Indices are drawn and used on the device: no host synchronisation, or one a pass with several ranks.
         """
-        order = torch.randperm(self.size, generator=generator, device=self.device)
-        for index in order.split(batch_size):
-            yield self.rows(index)
+        return self.batches(torch.randperm(self.size, generator=generator, device=self.device), batch_size)
 
-    def rows(self, index: torch.Tensor) -> Batch:
-        """The samples of these indices (B,), without their paths."""
-        return Batch(self.x_1[index].float(), self.contexts[index], self.reward[index], self.weight[index])
+    def batches(self, order: torch.Tensor, batch_size: int) -> Iterator[Batch]:
+        """The samples of these indices in minibatches, without their paths; of each minibatch this rank's rows."""
+        for index, fetch in self._dealt(order, batch_size):
+            yield self._batch(fetch(lambda rows: self.x_1[rows]), index)
 
     def transition_minibatches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One pass over all recorded steps of all samples in random order, in minibatches of `batch_size` steps."""
-        order = torch.randperm(self.size * self.path_steps, generator=generator, device=self.device)
-        for chosen in order.split(batch_size):
-            index, step = chosen // self.path_steps, chosen % self.path_steps
+        n = self.path_steps
+        order = torch.randperm(self.size * n, generator=generator, device=self.device)
+        for chosen, fetch in self._dealt(order, batch_size, n):
+            index, step = chosen // n, chosen % n
             steps = Transitions(
-                self.states[index, step],
-                self.states[index, step + 1],
+                fetch(lambda rows: self.states[rows // n, rows % n]),
+                fetch(lambda rows: self.states[rows // n, rows % n + 1]),
                 self.first_step + step,
                 self.log_prob[index, step],
             )
-            yield self.rows(index)._replace(transitions=steps)
+            yield self._batch(fetch(lambda rows: self.x_1[rows // n]), index)._replace(transitions=steps)
+
+    def _vectors(self) -> list[torch.Tensor]:
+        return [self.contexts, self.reward, self.weight, *([self.log_prob] if self.path_steps else [])]
+
+    def _own_rows(self, n: int) -> slice:
+        start = self.size // self.ranks.count
+        return slice(start, start + n)
+
+    def _own_positions(self, n: int) -> slice:
+        start = self.size + self.ranks.index * n
+        return slice(start, start + n)
+
+    def _batch(self, x_1: torch.Tensor, index: torch.Tensor) -> Batch:
+        return Batch(x_1.float(), self.contexts[index], self.reward[index], self.weight[index])
+
+    def _dealt(
+        self, order: torch.Tensor, batch_size: int, per_sample: int = 1
+    ) -> Iterator[tuple[torch.Tensor, Callable[[Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]]]:
+        """Of each minibatch of `order` this rank's entries, and a function that gets their rows of the storage.
+
+        An entry is `sample * per_sample + step`; the function is given what reads entries of a rank's own storage.
+        """
+        parts = order.split(batch_size)
+        if self.ranks.count == 1:
+            for part in parts:
+                yield part, partial(_read, part)
+            return
+        host = order.cpu()
+        place = torch.tensor(self.place)[host // per_sample]
+        owner = place // self.own_capacity
+        entry = place % self.own_capacity * per_sample + host % per_sample
+        for part, owners, entries in zip(parts, owner.split(batch_size), entry.split(batch_size)):
+            yield self.ranks.mine(part), partial(self._exchanged, owners, entries)
+
+    def _exchanged(
+        self, owners: torch.Tensor, entries: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """This rank's rows of a minibatch whose entries lie with their owners."""
+        ranks = self.ranks
+        here, wanted = owners == ranks.index, ranks.mine(owners)
+        taker = torch.arange(ranks.count).repeat_interleave(len(owners) // ranks.count)
+        given, received = (torch.bincount(r, minlength=ranks.count).tolist() for r in (taker[here], wanted))
+        rows = ranks.exchange(read(entries[here].to(self.device)), given, received)
+        return rows[wanted.argsort(stable=True).argsort().to(self.device)]  # they came ordered by owner
+
+
+def _read(entries: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return read(entries)

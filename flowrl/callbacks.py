@@ -66,6 +66,8 @@ class PictureCallback(IterationCallback):
         ]
         samples = policy.decode(torch.cat(latents))  # type: ignore[operator]
         policy.evaluations = spent
+        if not self.model.ranks.is_main:  # type: ignore[attr-defined]
+            return
         save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png")
 
 
@@ -97,6 +99,8 @@ class KeepCheckpoints(IterationCallback):
         except CheckpointError as error:
             print(f"warning: {error} Training goes on; it will be tried again.", flush=True)
             return None
+        if not self.model.ranks.is_main:  # type: ignore[attr-defined]
+            return folder
         for old in sorted(p for p in self.folder.iterdir() if p.name.isdigit())[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return folder

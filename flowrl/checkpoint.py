@@ -43,6 +43,8 @@ FORMAT = 1
 def save_checkpoint(model: FlowAlgorithm, path: str | Path) -> Path:
     """Write the whole training state into the folder `path` (a `.zip` ending is dropped).
 
+    Of several ranks the main one writes. Nothing in it depends on how many there are: others can go on with it.
+
     Everything goes to a temporary folder beside it first, which is then renamed: `path` is either the old
     checkpoint or the new one.
 
@@ -51,6 +53,8 @@ def save_checkpoint(model: FlowAlgorithm, path: str | Path) -> Path:
     """
     folder = Path(path)
     folder = folder.with_suffix("") if folder.suffix == ".zip" else folder
+    if not model.ranks.is_main:
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -139,7 +143,7 @@ def _write(model: FlowAlgorithm, folder: Path) -> None:
         random_states["cuda"] = torch.cuda.get_rng_state()
     _save_tensors(folder / "random.safetensors", random_states)
     state = {name: getattr(model, name) for name in COUNTERS} | {
-        "evaluations": policy.evaluations,
+        "evaluations": policy.evaluations * model.ranks.count,
         "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in policy.optimizer.param_groups],
         "numpy": [int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])],
         "python": random.getstate(),
@@ -307,10 +311,11 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
         model.policy.optimizer.load_state_dict({"state": entries, "param_groups": merged})
         for name in COUNTERS:
             setattr(model, name, type(getattr(model, name))(state[name]))
-        model.policy.evaluations = int(state["evaluations"])
+        model.policy.evaluations = int(state["evaluations"]) // model.ranks.count
         model.generator.set_state(random_states["training"])
         model.policy.generator.set_state(random_states["policy"])
-        torch.set_rng_state(random_states["torch"])
+        if model.ranks.is_main:
+            torch.set_rng_state(random_states["torch"])
         if torch.cuda.is_available() and "cuda" in random_states:
             torch.cuda.set_rng_state(random_states["cuda"])
         np.random.set_state(("MT19937", random_states["numpy"].numpy().astype(np.uint32), *state["numpy"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from flowrl.errors import ConfigError
@@ -109,6 +109,28 @@ class FlowConfig:
     def rows_per_epoch(self) -> int:
         """What one pass of an iteration goes over: samples, or recorded steps of the sampler."""
         return self.n_samples * max(1, self.path_steps())
+
+    def check_ranks(self, count: int) -> None:
+        """Whether so many ranks can divide every batch of these settings evenly.
+
+        Raises:
+            ConfigError: They cannot; names the setting.
+        """
+        batches = {name: getattr(self, name) for name in ("n_samples", "rollout_batch_size", "batch_size")}
+        batches["the last minibatch of an epoch"] = self.rows_per_epoch() % self.batch_size
+        for name, n in batches.items():
+            self.require(
+                n % count == 0,
+                f"{count} processes share every batch evenly, but {name} = {n} is no multiple of {count}. Settings "
+                "count over all processes: with twice as many each does half.",
+            )
+
+    def of_one_rank(self, count: int) -> FlowConfig:
+        """Settings under which a single process holds what each of `count` ranks does, or a group's samples more."""
+        n_samples = -(-self.n_samples // (count * self.group_size)) * self.group_size
+        chunk = self.rollout_batch_size // count
+        chunk = next(n for n in range(chunk, n_samples + 1) if n_samples % n == 0) if chunk else 0
+        return replace(self, n_samples=n_samples, rollout_batch_size=chunk, batch_size=self.batch_size // count)
 
     def updates_per_iteration(self) -> int:
         """Gradient steps per iteration."""

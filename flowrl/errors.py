@@ -40,6 +40,10 @@ class HubError(FlowRLError, OSError):
     """An upload that did not reach the Hugging Face hub, or that the hub refused."""
 
 
+class RankError(FlowRLError, RuntimeError):
+    """Another process of the same job ended, or cannot be reached."""
+
+
 class DeviceError(FlowRLError, RuntimeError):
     """A device that this machine does not have."""
 

@@ -18,6 +18,7 @@ from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError
 from flowrl.flow import interpolate, sample_time
 from flowrl.losses import effective_sample_size, squared_error
+from flowrl.ranks import Ranks
 from flowrl.side_effects import compare, held_out, looks
 from flowrl.steering import Steering, steer
 from flowrl.types import Batch, Role
@@ -177,14 +178,14 @@ def evaluate(
         return steer(model, steering, c, generator, which, **sampling)
 
     chunk = batch_size if steering is None else max(1, batch_size // steering.n)
-    eval_rewards = eval_rewards or {}
+    eval_rewards, group = eval_rewards or {}, 1
     if any(getattr(judge, "groupwise", False) for judge in (env, *eval_rewards.values())):
         # samples that are compared are scored together
         batch_size, chunk = (max(1, n // samples_per_context) * samples_per_context for n in (batch_size, chunk))
-    before = _sample_and_score(model, contexts, noise, "reference", batch_size, plain)
-    cost_before = policy.evaluations
-    after = _sample_and_score(model, contexts, noise, role, chunk, trained_sampler)
-    cost = (policy.evaluations - cost_before) / n_samples
+        group = samples_per_context
+    ranks = Ranks() if steering else model.ranks  # steering draws from one generator
+    before, _ = _sample_and_score(model, contexts, noise, "reference", batch_size, plain, model.ranks, group)
+    after, cost = _sample_and_score(model, contexts, noise, role, chunk, trained_sampler, ranks, group)
     x_1, samples, reward, components = after
     trained = _statistics(env, samples, contexts, reward, components, seed)
     ess = _ess(model, x_1, contexts, reward) if is_trained_on else math.nan
@@ -245,18 +246,26 @@ def _sample_and_score(
     role: Role,
     batch_size: int,
     sampler: Callable[[torch.Tensor, torch.Tensor, Role], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    ranks: Ranks,
+    group: int,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], float]:
+    """Latents, samples, rewards and components, of all ranks; and network evaluations per sample."""
     latents, decoded, rewards, parts = [], [], [], []
+    spent, n_drawn = model.policy.evaluations, 0
     for c, x_0 in zip(contexts.split(batch_size), noise.split(batch_size)):
-        x_1 = sampler(c, x_0, role)
+        sharing = ranks if len(c) >= ranks.count * group else Ranks()
+        own = sharing.mine(c, group)
+        x_1 = sampler(own, sharing.mine(x_0, group), role)
         samples = model.policy.decode(x_1)
-        output = model.env.core.evaluate(samples, c)
-        latents.append(x_1)
-        decoded.append(samples)
-        rewards.append(output.reward)
-        parts.append(output.components)
+        output = model.env.core.evaluate(samples, own)
+        n_drawn += len(own)
+        latents.append(sharing.all(x_1, len(c), group))
+        decoded.append(sharing.all(samples, len(c), group))
+        rewards.append(sharing.all(output.reward, len(c), group))
+        parts.append({key: sharing.all(value, len(c), group) for key, value in output.components.items()})
     components = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return torch.cat(latents), torch.cat(decoded), torch.cat(rewards), components
+    cost = (model.policy.evaluations - spent) / n_drawn
+    return (torch.cat(latents), torch.cat(decoded), torch.cat(rewards), components), cost
 
 
 def _statistics(
@@ -317,7 +326,8 @@ def _w2_floor(env: Any, n_samples: int, seed: int) -> float:
 
 def _ess(model: FlowAlgorithm, x_1: torch.Tensor, contexts: torch.Tensor, reward: torch.Tensor) -> float:
     few = slice(ESS_SAMPLES)
-    weight = model.score(Batch(x_1[few], contexts[few], reward[few], torch.ones_like(reward[few])))
+    objective = model.objective(x_1[few], contexts[few], reward[few])
+    weight = model.score(Batch(x_1[few], contexts[few], objective, torch.ones_like(objective)))
     return (effective_sample_size(weight) / len(weight)).item() if bool((weight > 0).all()) else math.nan
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from flowrl.ranks import drawn
+
 TimeSampling = Literal["uniform", "logit_normal"]
 Coupling = Literal["independent", "ot"]
 
@@ -44,8 +46,13 @@ def sample_time(n: int, kind: TimeSampling, generator: torch.Generator) -> torch
     (Esser et al. 2024, eq. 19).
     """
     if kind == "uniform":
-        return torch.rand(n, generator=generator, device=generator.device)
-    return torch.randn(n, generator=generator, device=generator.device).sigmoid()
+        return drawn(lambda rows: torch.rand(rows, generator=generator, device=generator.device), n, generator)
+    return drawn(lambda rows: torch.randn(rows, generator=generator, device=generator.device), n, generator).sigmoid()
+
+
+def normal(n: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Standard normal noise (n, *shape), float32, on the generator's device."""
+    return drawn(lambda rows: torch.randn(rows, *shape, generator=generator, device=generator.device), n, generator)
 
 
 def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:

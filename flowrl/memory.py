@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowrl.envs.base import draw_contexts
+from flowrl.ranks import Ranks
 
 if TYPE_CHECKING:
     from flowrl.algorithm import FlowAlgorithm
@@ -92,7 +93,7 @@ def _try(
     env = copy.copy(env)
     env.flow = replace(env.flow, load=env.flow.imitation)
     with tracker.phase("loading, encoding prompts"):
-        model: Any = cls("FlowPolicy", env, config=config, device="cpu")
+        model: Any = cls("FlowPolicy", env, config=config, device="cpu", ranks=Ranks())
     policy, buffer = model.policy, model.buffer
     missing = cls.unpredictable
     contexts = draw_contexts(len(env.contexts), model.env.num_envs, config.group_size, model.generator)

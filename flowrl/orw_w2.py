@@ -115,10 +115,14 @@ class ORWCFMW2(FlowAlgorithm):
         x_0 = self.policy.noise(len(batch.x_1), self.generator)
         if self.config.coupling == "independent":
             return batch, x_0
-        index = torch.multinomial(batch.weight, len(x_0), replacement=True, generator=self.generator)
-        x_1, weight = batch.x_1[index], batch.weight.mean().expand(len(x_0))
-        drawn = Batch(x_1, batch.contexts[index], batch.reward[index], weight)
-        return drawn, x_0[ot_permutation(x_0, x_1, drawn.contexts)]
+        ranks, n = self.ranks, len(x_0) * self.ranks.count  # coupled over the whole minibatch
+        x_0, x_1, contexts, reward, weight = (ranks.all(rows, n) for rows in (x_0, *batch[:4]))
+        index = torch.multinomial(weight, n, replacement=True, generator=self.generator)
+        x_1, contexts, reward = x_1[index], contexts[index], reward[index]
+        x_0 = x_0[ot_permutation(x_0, x_1, contexts)]
+        mine = ranks.mine
+        drawn = Batch(mine(x_1), mine(contexts), mine(reward), mine(weight.mean().expand(n)))
+        return drawn, mine(x_0)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from flowrl.errors import ConfigError
+from flowrl.flow import normal
 from flowrl.lora import LoRA, add_adapters, switched
 from flowrl.models.base import VelocityModel
 from flowrl.sampler import (
@@ -99,6 +100,7 @@ class FlowPolicy(BasePolicy):
             self._models = {}
             self._adapters = add_adapters(model, ["current", *roles], lora)
         self.roles: tuple[Role, ...] = ("current", *roles)
+        self.train_through(model.network)
         self._parameters_of = {role: self._collect(role) for role in self.roles}
         if not self._parameters_of["current"]:
             raise ConfigError("This flow has no trainable parameters.")
@@ -144,7 +146,17 @@ class FlowPolicy(BasePolicy):
             torch.autocast(x_t.device.type, self.precision) if low else nullcontext(),
             nullcontext() if self.lora is None or role == "current" else switched(self._adapters, role),
         ):
-            return self._models.get(role, self.model)(x_t, t, cond).float()
+            model = self._trained[0] if with_grad and role == "current" else self._models.get(role, self.model)
+            return model(x_t, t, cond).float()
+
+    def train_through(self, network: nn.Module) -> None:
+        """Compute gradients of the current role through `network`, which wraps its network."""
+        self._trained = (self.model.with_network(network),)  # in a tuple: no submodule of its own
+
+    @property
+    def trained(self) -> nn.Module:
+        """What gradients of the current role are computed through."""
+        return self._trained[0].network
 
     def encode(self, contexts: Sequence[Any]) -> Condition:
         """Encoded contexts, with the default scale where guidance is distilled; what encodes them does not stay."""
@@ -184,8 +196,7 @@ class FlowPolicy(BasePolicy):
 
     def noise(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Standard normal latents (n, *latent_shape)."""
-        generator = generator or self.generator
-        return torch.randn(n, *self.model.latent_shape, generator=generator, device=generator.device)
+        return normal(n, self.model.latent_shape, generator or self.generator)
 
     @torch.inference_mode()
     def sample_latents(
@@ -291,7 +302,7 @@ class FlowPolicy(BasePolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """Training or evaluation mode of the current network; copies stay in evaluation mode."""
-        self.model.network.train(mode)
+        self.trained.train(mode)
 
     def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
         """A role's own parameters by name: the whole network, or the adapter."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import tyro
+from stable_baselines3.common.logger import Logger
 
 import flowrl
 from flowrl import runfolder
@@ -18,10 +20,12 @@ from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint, read_json
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
+from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
-from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation import evaluate
 from flowrl.memory import is_out_of_memory, ways_to_save
+from flowrl.ranks import is_lost, join, place_in_job
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
 
@@ -73,7 +77,10 @@ class RunConfig:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit code (0 done, 2 an error the message explains, 3 stopped by a signal)."""
+    """The program; returns its exit code (0 done, 2 an error the message explains, 3 stopped by a signal).
+
+    Of several processes the main one prints and writes files.
+    """
     args = sys.argv[1:] if args is None else args
     if not args:
         print(f"Train a flow on a reward.\n\nusage: {PROGRAM} --algo ALGORITHM --env ENVIRONMENT [options]")
@@ -85,7 +92,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         return _main(args)
     except FlowRLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{place_in_job()}: {error}", file=sys.stderr, flush=True)
         return EXIT_ERROR
 
 
@@ -106,14 +113,20 @@ def _main(args: list[str]) -> int:
     assert algo is not None
     assert spec is not None
     assert algo_config is not None
-    env = _make_env(spec, env_config)
+    ranks = join(run.device)
+    algo_config.check_ranks(ranks.count)
+    with ranks.main_first():  # what a reward fetches from the hub
+        env = _make_env(spec, env_config)
     if run.dry_run:
         check_device(run.device)
-        print(runfolder.plan(run.out / _name(run, algo), algo, algo_config, env, _timesteps(run, spec)))
+        if ranks.is_main:
+            folder = run.out / _name(run, algo)
+            print(runfolder.plan(folder, algo, algo_config, env, _timesteps(run, spec), ranks.count))
         return 0
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
-    folder = runfolder.create(run.out, _name(run, algo), env.name)
-    _write_config(folder, model, run, _timesteps(run, spec))
+    folder = Path(ranks.same(str(runfolder.create(run.out, _name(run, algo), env.name) if ranks.is_main else "")))
+    if ranks.is_main:
+        _write_config(folder, model, run, _timesteps(run, spec))
     return _train(model, folder, run, _timesteps(run, spec))
 
 
@@ -167,15 +180,17 @@ def _resume(args: list[str], folder: Path) -> int:
     if not isinstance(total, int):
         raise CheckpointError(f"The config.json of '{folder}' does not say how long to train: add --total-timesteps N.")
     model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
-    print(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
+    say = print if model.ranks.is_main else lambda text: None
+    say(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
     if run.dry_run:
-        print("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))
+        say("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))
         return 0
     if model.num_timesteps >= total and _is_finished(folder, total):
-        print(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
-        print("To train it longer, add --total-timesteps N.")
+        say(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
+        say("To train it longer, add --total-timesteps N.")
         return 0
-    _write_config(folder, model, run, total)
+    if model.ranks.is_main:
+        _write_config(folder, model, run, total)
     return _train(model, folder, run, total)
 
 
@@ -207,10 +222,12 @@ def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int
 
 def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
     held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
-    print(runfolder.header(model, folder, total), flush=True)
-    for outdated in ("evaluation.json", "report.html"):
-        (folder / outdated).unlink(missing_ok=True)
-    model.set_logger(runfolder.logger(folder, model.num_timesteps))
+    is_main = model.ranks.is_main
+    if is_main:
+        print(runfolder.header(model, folder, total), flush=True)
+        for outdated in ("evaluation.json", "report.html"):
+            (folder / outdated).unlink(missing_ok=True)
+    model.set_logger(runfolder.logger(folder, model.num_timesteps) if is_main else Logger(None, []))
     checkpoints = KeepCheckpoints(folder / "checkpoints", run.checkpoint_every)
     pictures = PictureCallback(folder / "samples", run.picture_every)
     with StopOnSignal() as stop:
@@ -223,25 +240,46 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
                 progress_bar=run.progress and sys.stdout.isatty(),
             )
         except Exception as error:
+            explained = _explained(error, model)
+            if explained is None:
+                raise
             what = f"What was computed is in {folder}; {_resume_hint(folder)}"
-            if is_out_of_memory(error):
-                ways = "\n".join(f"  {way}" for way in ways_to_save(model.config))
-                raise OutOfMemoryError(
-                    f"{model.device} has no memory left ({str(error).splitlines()[0]}). Lower what the run needs, in "
-                    f"this order; --dry-run predicts how much that is:\n{ways}\n{what}"
-                ) from error
-            if isinstance(error, FlowRLError):
-                raise type(error)(f"{error}\n{what}") from error
-            raise
-    if stop.received is not None:
+            raise type(explained)(f"{explained}\n{what}") from error
+    if model.ranks.any(stop.received is not None):
         checkpoints.write()
-        print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
+        if is_main:
+            print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
         return EXIT_STOPPED
+    return _finish(model, folder, run.eval_samples, held_out)
+
+
+def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:
+    """The error that says what a user can do about one in training; None where there is nothing to say."""
+    if is_out_of_memory(error):
+        ways = "\n".join(f"  {way}" for way in ways_to_save(model.config))
+        return OutOfMemoryError(
+            f"{model.device} has no memory left ({str(error).splitlines()[0]}). Lower what the run needs, in this "
+            f"order; --dry-run predicts how much that is:\n{ways}"
+        )
+    if is_lost(error):
+        return RankError(
+            "Another process of this job ended or cannot be reached any more; its own message says why "
+            f"({str(error).splitlines()[0]})."
+        )
+    return error if isinstance(error, FlowRLError) else None
+
+
+def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Mapping[str, RewardFunction]) -> int:
+    """Final weights, evaluation, report."""
     model.save(folder / "final")
-    if model.policy.lora is None:
-        model.policy.export(folder / "final")
-    print("evaluating ...", flush=True)
-    result = evaluate(model, run.eval_samples, eval_rewards=held_out)
+    if model.ranks.is_main:
+        if model.policy.lora is None:
+            model.policy.export(folder / "final")
+        print("evaluating ...", flush=True)
+    result = evaluate(model, eval_samples, eval_rewards=held_out)
+    model.ranks.leave()
+    if not model.ranks.is_main:
+        return 0
     runfolder.write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
     report = write_report(folder, result)

@@ -150,11 +150,15 @@ def header(model: FlowAlgorithm, folder: Path, total: int) -> str:
         f"{_differences(model.config)}",
         f"environment: {model.env.core.name}",
         *model.env.core.describe(),
-        f"device: {model.device}, seed: {model.seed}",
+        f"device: {model.device}{_shared_by(model.ranks.count)}, seed: {model.seed}",
         _work(model.config, total),
         f"files: {folder}",
     ]
     return "\n".join(lines)
+
+
+def _shared_by(n_ranks: int) -> str:
+    return f" and {n_ranks - 1} more, which share every batch" if n_ranks > 1 else ""
 
 
 def _differences(config: FlowConfig) -> str:
@@ -171,17 +175,19 @@ def _work(config: FlowConfig, total: int) -> str:
     )
 
 
-def plan(folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, total: int) -> str:
+def plan(
+    folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, total: int, n_ranks: int = 1
+) -> str:
     """What a run would do, for `--dry-run`: reads configurations, loads no weights."""
     frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config))
-    memory = predict_memory(algo, config, env)
+    memory = predict_memory(algo, config.of_one_rank(n_ranks), env)
     lines = [
         f"algorithm: {algorithm_name(algo)}, settings that differ from its defaults: {_differences(config)}",
         f"environment: {env.name}",
         *env.describe(),
         _work(config, total),
         f"trainable parameters: {trained:,} of {frozen + trained:,} in the velocity network",
-        "memory of the network and its training, by part:",
+        f"memory of the network and its training{f', on each of {n_ranks} devices' if n_ranks > 1 else ''}, by part:",
         *(f"  {name}: {_bytes(size)}" for name, size in memory.parts.items()),
         "most memory at once, by phase (those parts, activations, autoencoder, text encoders):",
         *(f"  {name}: {_bytes(size)}" for name, size in memory.phases.items()),

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.flow import expand, x0_hat, x1_hat
+from flowrl.flow import expand, normal, x0_hat, x1_hat
 from flowrl.types import Field
 
 Solver = Literal["euler", "heun", "midpoint", "rk4"]
@@ -224,7 +224,7 @@ def sde_sample(
             continue
         step = sde.step(v(x, t), x, t, t_next)
         states.append(x)
-        x = step.sample(torch.randn(x.shape, generator=generator, device=x.device))
+        x = step.sample(normal(len(x), tuple(x.shape[1:]), generator))
         log_probs.append(step.mean_log_prob(x))
         if k == window[-1]:
             states.append(x)

@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 LAYERS = [
-    {"types", "errors", "registry"},
+    {"types", "errors", "registry", "ranks"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
     {"algorithm", "transitions", "steering", "evaluation", "side_effects", "checkpoint", "memory"},

@@ -13,6 +13,7 @@ import torch
 from flowrl.envs.rewards.catalogue import RewardFunction, check_options, make_reward, parse_options
 from flowrl.envs.rewards.groups import PairwiseReward, WinRateReward, groups_of, raw_values
 from flowrl.errors import ConfigError
+from flowrl.ranks import of_all_ranks
 from flowrl.types import RewardOutput
 
 Normalisation = Literal["fixed", "running", "group"]
@@ -208,7 +209,7 @@ class MixtureReward:
             components |= own
             values = raw.cpu().double()
             if observe and part.label in self.running:
-                self.running[part.label].update(values)
+                self.running[part.label].update(of_all_ranks(raw).cpu().double())
             total += part.weight * self._normalised(part, values, prompts)
         return RewardOutput(total.float(), components)
 

@@ -1,0 +1,213 @@
+"""Ranks: the processes of a job that train one flow together, each on a device of its own, through accelerate.
+
+Settings count over all ranks: with twice the ranks each does half of every batch, and the run is the same run. What
+is random is drawn alike on every rank (`SharedGenerator`) for the rows of all; each rank takes its own. Rows of a
+batch are divided in consecutive parts, one a rank.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flowrl.errors import ConfigError
+
+
+class Ranks:
+    """This process among those that train together. One alone gives every method's argument back as it is.
+
+    Args:
+        accelerator: accelerate's, where there are several.
+
+    Attributes:
+        index: Which rank this is.
+        count: How many there are.
+    """
+
+    def __init__(self, accelerator: Any = None) -> None:
+        self.accelerator = accelerator
+        self.index: int = 0 if accelerator is None else accelerator.process_index
+        self.count: int = 1 if accelerator is None else accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where this rank computes; None for a single process, which may choose."""
+        return None if self.accelerator is None else self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.index == 0
+
+    def mine(self, rows: torch.Tensor, group: int = 1) -> torch.Tensor:
+        """This rank's rows (m, ...) of those of all (n, ...): consecutive ones, in whole groups of `group`."""
+        if self.count == 1:
+            return rows
+        sizes = self._sizes(len(rows), group)
+        start = sum(sizes[: self.index])
+        return rows[start : start + sizes[self.index]]
+
+    def all(self, rows: torch.Tensor, n: int, group: int = 1) -> torch.Tensor:
+        """The `n` rows of which each rank gives what `mine` gave it: (n, ...), on every rank."""
+        if self.count == 1:
+            return rows
+        sizes = self._sizes(n, group)
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
+
+    def _sizes(self, n: int, group: int) -> list[int]:
+        """Rows of each rank: groups as evenly as they can be; what is left over goes to the last."""
+        groups = n // group
+        sizes = [group * (groups // self.count + (i < groups % self.count)) for i in range(self.count)]
+        sizes[-1] += n - sum(sizes)
+        return sizes
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over all ranks, in place."""
+        return self.sum_(tensor).div_(self.count) if self.count > 1 else tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        if self.count == 1:
+            return flag
+        return bool(self.sum_(torch.tensor(float(flag), device=self.device)).item())
+
+    def same(self, text: str) -> str:
+        """The main rank's text, on every rank."""
+        if self.count == 1:
+            return text
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = self.sum_(torch.tensor(len(content) if self.is_main else 0, device=self.device))
+        content = content if self.is_main else content.new_zeros(int(length))
+        dist.broadcast(content, 0)
+        return bytes(content.tolist()).decode()
+
+    def exchange(self, rows: torch.Tensor, given: list[int], received: list[int]) -> torch.Tensor:
+        """Send consecutive rows to the ranks, `given[i]` of them to rank i, and get `received[i]` from rank i."""
+        result = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(result, rows.contiguous(), received, given)
+        return result
+
+    def main_first(self) -> AbstractContextManager[Any]:
+        """Context that the first rank of each machine goes through before the others: what it fetches is then there."""
+        return nullcontext() if self.count == 1 else self.accelerator.local_main_process_first()
+
+    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The network to train through: gradients of its backward pass are means over all ranks.
+
+        Raises:
+            ConfigError: accelerate was configured for a way of training that is not supported.
+        """
+        if self.count == 1:
+            return network
+        kind = self.accelerator.distributed_type.name
+        if kind not in SUPPORTED:
+            raise ConfigError(
+                f"accelerate is configured for {kind}; flowrl trains with {', '.join(SUPPORTED)}. Run `accelerate "
+                "config` again, or give one of the files in docs/accelerate/ with --config_file."
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is not in all versions
+            return self.accelerator.prepare(network, optimizer)[0]
+
+    def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
+        """Context whose backward passes leave gradients to each rank."""
+        return nullcontext() if self.count == 1 else self.accelerator.no_sync(network)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients left to each rank -> their means over all."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.mean_(parameter.grad)
+
+    def leave(self) -> None:
+        """Say good-bye to the others, at the end."""
+        if self.count > 1:
+            self.accelerator.end_training()
+
+
+SUPPORTED = ("MULTI_GPU", "MULTI_CPU")
+
+
+class SharedGenerator(torch.Generator):
+    """Random numbers that are the same on every rank: a batch is drawn for all ranks at once, see `drawn`."""
+
+    ranks: Ranks
+
+    def __new__(cls, device: torch.device | str, ranks: Ranks) -> SharedGenerator:
+        """A generator on `device`."""
+        self = super().__new__(cls, device)  # type: ignore[call-arg]
+        self.ranks = ranks
+        return self
+
+
+def drawn(draw: Callable[[int], torch.Tensor], n: int, generator: torch.Generator) -> torch.Tensor:
+    """`n` random rows by `draw(n)`; from a `SharedGenerator` this rank's rows of a batch that all ranks draw."""
+    if not isinstance(generator, SharedGenerator):
+        return draw(n)
+    return generator.ranks.mine(draw(n * generator.ranks.count))
+
+
+def is_launched() -> bool:
+    """Whether a launcher (`accelerate launch`, `torchrun`) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+_joined: list[Ranks] = []
+
+
+def join(device: torch.device | str = "auto") -> Ranks:
+    """This process's place among those that a launcher started together; alone without one.
+
+    Args:
+        device: "cpu", or "auto" or a type of device for the one that accelerate gives this rank.
+
+    Raises:
+        ConfigError: A numbered device was asked for.
+    """
+    if not is_launched():
+        return Ranks()
+    kind, _, number = str(device).partition(":")
+    if number and (not _joined or str(_joined[0].device) != str(device)):
+        raise ConfigError(f"With several processes each gets a device of its own: take --device {kind}, not {device}.")
+    if not _joined:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        settings = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=[settings])
+        _joined.append(Ranks(accelerator))  # precision is the policy's own
+    return _joined[0]
+
+
+def of_all_ranks(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (n, ...) of this rank -> those of all ranks (n * count, ...), each of which must call this."""
+    ranks = join()
+    return ranks.all(rows, len(rows) * ranks.count)
+
+
+def place_in_job() -> str:
+    """ " (process 3 of 8)" for messages; nothing for a single process."""
+    return f" (process {int(os.environ.get('RANK', '0')) + 1} of {os.environ['WORLD_SIZE']})" if is_launched() else ""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return is_launched() and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))

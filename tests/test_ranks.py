@@ -1,0 +1,240 @@
+"""Several processes: the same run as one process, faster; and an end when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks_worker
+import torch
+
+import flowrl
+from flowrl.errors import ConfigError
+from flowrl.ranks import Ranks, SharedGenerator, drawn, join
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+
+
+@pytest.fixture(scope="module")
+def environment(program_environment: dict[str, str]) -> dict[str, str]:
+    return {**program_environment, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> dict[str, Any]:
+    """What two processes on the CPU (gloo) logged, by case."""
+    file = tmp_path_factory.mktemp("ranks") / "two.json"
+    command = [*LAUNCH, "29641", str(Path(ranks_worker.__file__)), str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("case", ranks_worker.cases())
+def test_two_processes_do_what_one_does(case: str, of_two: dict[str, Any]) -> None:
+    one, two = ranks_worker.run(case), of_two[case]
+    assert two["ranks agree"]
+    assert two["own rows of the buffer"] == one["own rows of the buffer"] // 2
+    assert two["cost"] == one["cost"]
+    # kl: errors of a solver with adaptive steps; transport: which of equal samples gets which noise
+    close = {"kl": 2e-4, "transport": 0.1}.get(case, 1e-5)
+    for i, (ours, theirs) in enumerate(zip(one["rows"], two["rows"])):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - ({"time/network_evaluations"} if case == "kl" else set()):
+            tolerance = 1e-5 if (i, key) == (0, "rollout/reward_mean") else close
+            assert theirs[key] == pytest.approx(ours[key], rel=tolerance, abs=tolerance, nan_ok=True), key
+    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=max(close, 1e-4), abs=max(close, 1e-4))
+
+
+class Imagined(Ranks):
+    """Rank `index` of `count`, without the others."""
+
+    def __init__(self, index: int, count: int) -> None:
+        super().__init__()
+        self.index, self.count = index, count
+
+
+@pytest.mark.parametrize(("n", "count", "group"), [(8, 2, 1), (7, 3, 1), (24, 3, 4), (10, 4, 2), (9, 2, 4)])
+def test_rows_are_divided_whole(n: int, count: int, group: int) -> None:
+    rows = torch.arange(n)
+    parts = [Imagined(i, count).mine(rows, group) for i in range(count)]
+    assert torch.equal(torch.cat(parts), rows)
+    assert all(len(part) % group == 0 for part in parts[:-1])
+    assert max(map(len, parts)) - min(map(len, parts)) <= group
+
+
+def test_what_is_random_is_drawn_for_all() -> None:
+    def noise(index: int, count: int) -> torch.Tensor:
+        generator = SharedGenerator("cpu", Imagined(index, count))
+        generator.manual_seed(0)
+        return drawn(lambda n: torch.randn(n, 3, generator=generator), 6 // count, generator)
+
+    assert torch.equal(torch.cat([noise(i, 3) for i in range(3)]), noise(0, 1))
+    assert not torch.equal(noise(0, 2), noise(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_samples": 9}, "n_samples = 9 is no multiple of 2"),
+        ({"n_samples": 12, "rollout_batch_size": 3}, "rollout_batch_size = 3"),
+        ({"batch_size": 5}, "batch_size = 5"),
+        ({"n_samples": 10, "batch_size": 4}, None),
+        ({"n_samples": 6, "batch_size": 4, "group_size": 3}, None),
+    ],
+)
+def test_batches_that_cannot_be_shared_evenly(settings: dict[str, Any], message: str | None) -> None:
+    config = flowrl.ORWCFMW2.Config(**settings)
+    config.check_ranks(1)
+    if message is None:
+        config.check_ranks(2)
+        return
+    with pytest.raises(ConfigError, match=message):
+        config.check_ranks(2)
+
+
+def test_branches_need_whole_groups_on_each_process() -> None:
+    config = flowrl.FlowGRPO.Config(n_samples=16, batch_size=16, group_size=8, branch=True, window=2)
+    config.check_ranks(2)
+    with pytest.raises(ConfigError, match="whole groups on each of 4 processes"):
+        config.check_ranks(4)
+
+
+def test_a_part_of_the_settings_holds_what_one_of_several_holds() -> None:
+    config = flowrl.FlowGRPO.Config(n_samples=96, rollout_batch_size=48, batch_size=32, group_size=8)
+    part = config.of_one_rank(4)
+    assert (part.n_samples, part.rollout_batch_size, part.batch_size) == (24, 12, 8)
+    assert config.of_one_rank(32).n_samples == 8  # a whole group at least
+
+
+def test_a_numbered_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--device cuda, not cuda:1"):
+        join("cuda:1")
+
+
+ENDLESS = ["-m", "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu", "--name", "a"]
+
+
+def started(tmp_path: Path, environment: dict[str, str], port: int) -> subprocess.Popen[str]:
+    """Two processes that train without end, once their first checkpoint is there."""
+    arguments = [*ENDLESS, "--total-timesteps", str(10**9), "--checkpoint-every", "1", "--picture-every", str(10**6)]
+    job = subprocess.Popen(
+        [*LAUNCH, str(port), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "runs").glob("a/checkpoints/[0-9]*/state.json")):
+        assert job.poll() is None, job.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return job
+
+
+def children(job: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+def test_a_process_that_dies_ends_the_job(tmp_path: Path, environment: dict[str, str]) -> None:
+    job = started(tmp_path, environment, 29642)
+    try:
+        os.kill(children(job)[1], signal.SIGKILL)
+        output, _ = job.communicate(timeout=60)  # within a minute
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert "SIGKILL" in output
+    model = flowrl.ORWCFMW2.load(tmp_path / "runs" / "a", device="cpu")  # one process goes on
+    before = model.num_timesteps
+    model.learn(512, reset_num_timesteps=False)
+    assert model.num_timesteps == before + 512
+
+
+def test_a_survivor_without_a_launcher_says_what_happened(tmp_path: Path, environment: dict[str, str]) -> None:
+    arguments = [*ENDLESS, "--total-timesteps", str(10**9), "--checkpoint-every", "1"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29643", "WORLD_SIZE": "2"}
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**environment, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 90
+        while not list((tmp_path / "runs").glob("a/checkpoints/[0-9]*/state.json")):
+            assert all(job.poll() is None for job in jobs)
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        jobs[1].kill()
+        _, errors = jobs[0].communicate(timeout=60)
+    finally:
+        for job in jobs:
+            job.kill()
+    assert jobs[0].returncode == 2, errors[-3000:]
+    assert "error (process 1 of 2): Another process of this job ended" in errors
+    assert "go on with: python -m flowrl.run --resume runs/a" in errors
+
+
+REWARD = """
+import os
+import flowrl
+
+@flowrl.register_env("broken", flow="gaussians")
+def broken(samples, contexts):
+    if os.environ["RANK"] == "1":
+        raise ValueError("no such judge")
+    return samples[:, 0]
+"""
+
+
+def test_an_error_of_one_process_ends_the_job_and_is_told(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "broken.py").write_text(REWARD)
+    arguments = ["-m", "flowrl.run", "--algo", "orw_w2", "--env", "broken:broken", "--device", "cpu"]
+    done = subprocess.run(
+        [*LAUNCH, "29644", *arguments],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode != 0
+    assert "error (process 2 of 2): The reward of 'broken" in done.stderr
+    assert "no such judge" in done.stderr
+
+
+def test_a_whole_run_of_two_processes(tmp_path: Path, environment: dict[str, str]) -> None:
+    small = ["--total-timesteps", "128", "--algo.n-samples", "64", "--algo.batch-size", "32", "--eval-samples", "65"]
+    arguments = ["-m", "flowrl.run", "--algo", "raft", "--env", "gaussians-linear", "--device", "cpu", *small]
+    done = subprocess.run(
+        [*LAUNCH, "29645", *arguments, "--name", "b"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("algorithm: raft") == 1  # one of them speaks
+    assert "and 1 more, which share every batch" in done.stdout
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
+    for file in ("report.html", "evaluation.json", "metrics.csv", "final/policy.safetensors"):
+        assert (tmp_path / "runs" / "b" / file).exists(), file
