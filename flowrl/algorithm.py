@@ -19,15 +19,23 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from flowrl import metrics
 from flowrl.buffer import RolloutBuffer
 from flowrl.config import FlowConfig
+from flowrl.construction import (
+    as_generation_env,
+    check_device,
+    check_groups,
+    check_sharded,
+    recommended_settings,
+    weight_dtypes,
+)
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv, draw_contexts
-from flowrl.envs.registration import make
-from flowrl.errors import ConfigError, DeviceError, UnknownNameError
+from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.flow import interpolate, sample_time
 from flowrl.lora import LoRA
 from flowrl.losses import effective_sample_size, squared_error
 from flowrl.optimizers import make_optimizer
 from flowrl.policy import FlowPolicy
 from flowrl.ranks import Ranks, SharedGenerator, join
+from flowrl.sharded import whole
 from flowrl.types import Batch, Role
 
 
@@ -157,7 +165,7 @@ class FlowAlgorithm(BaseAlgorithm):
             if key not in known:
                 raise UnknownNameError.of(f"setting of {cls.__name__}", key, known)
         if config is None:
-            config = cls.Config(**{**recommended_settings(cls, recommended or {}), **settings})
+            config = cls.Config(**{**recommended_settings(cls.name, known, recommended or {}), **settings})
         elif settings:
             config = replace(config, **settings)
         if type(config) is not cls.Config:
@@ -193,7 +201,11 @@ class FlowAlgorithm(BaseAlgorithm):
         )
         self.lr_schedule = lambda progress_remaining: config.learning_rate
         self.policy.optimizer = make_optimizer(config, self.policy.parameters_of("current").values())
-        self.policy.train_through(self.ranks.prepare(self.policy.model.network, self.policy.optimizer))
+        if self.ranks.is_sharded:
+            check_sharded(self.name, self.unpredictable, config.optimizer)
+        copies = self.policy.networks.values()
+        trained = self.ranks.prepare(self.policy.model.network, self.policy.optimizer, copies)
+        self.policy.train_through(trained, self.ranks.is_sharded)
         shape = self.policy.model.latent_shape
         self.buffer = RolloutBuffer(
             config.n_samples, shape, self.device, config.path_steps(), config.half_buffer, self.ranks
@@ -327,8 +339,9 @@ class FlowAlgorithm(BaseAlgorithm):
             rate *= min(1.0, (self._n_updates + 1) / self.config.warmup_updates)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
         optimizer.step()
+        self.policy.weights_changed("current")
         optimizer.zero_grad(set_to_none=True)
         self._n_updates += 1
         if self.config.ema_decay > 0:  # the average of few steps forgets its start sooner
@@ -424,64 +437,3 @@ def _iteration_ended(callback: BaseCallback) -> bool:
         return all([_iteration_ended(child) for child in children])
     hook = getattr(callback, "on_iteration_end", None)
     return hook is None or hook() is not False
-
-
-def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> GenerationEnv:
-    """The environment behind a name, a (wrapped) Gymnasium environment, or a batched one."""
-    if isinstance(env, str):
-        return make(env, **(settings or {}))
-    if settings:
-        raise ConfigError("env_settings go with the name of an environment; this is an environment already.")
-    if isinstance(env, GenerationVecEnv):
-        return env.core
-    core = getattr(env, "unwrapped", env)
-    if not isinstance(core, GenerationEnv):
-        raise ConfigError(f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(env).__name__}.")
-    return core
-
-
-def recommended_settings(cls: type[FlowAlgorithm], recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """Those recommendations that this algorithm has: `setting`, overridden by `ALGO.setting`."""
-    known = {f.name for f in fields(cls.Config)}
-    general = {key: value for key, value in recommended.items() if key in known}
-    prefix = f"{cls.name}."
-    own = {key.removeprefix(prefix): value for key, value in recommended.items() if key.startswith(prefix)}
-    return {**general, **own}
-
-
-def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Types of the network's weights and of the frozen parts around it: weights that are trained stay in float32."""
-    dtype = getattr(torch, config.precision)
-    return (dtype if config.lora_rank else torch.float32), dtype
-
-
-def check_groups(group_size: int, chunk: int) -> None:
-    """Whether the samples that are scored at once are whole groups, for rewards that compare within groups.
-
-    Raises:
-        ConfigError: They are not.
-    """
-    if group_size < 2 or chunk % group_size != 0:
-        raise ConfigError(
-            "This reward compares samples of the same context: group_size must be 2 or more and divide "
-            f"rollout_batch_size (or n_samples, where that is 0); not group_size = {group_size} with {chunk} samples "
-            "scored at once."
-        )
-
-
-def check_device(device: torch.device | str) -> None:
-    """Raise a clear error for a device that is not there.
-
-    Raises:
-        DeviceError: Unknown or absent.
-    """
-    if str(device) == "auto":
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        available = ["cpu"] + [d for d in ("cuda", "mps") if getattr(torch, d).is_available()]
-        raise DeviceError(
-            f"Device '{device}' is not available here ({str(error).splitlines()[0]}). "
-            f"Available: {', '.join(available)}."
-        ) from error

@@ -31,6 +31,7 @@ from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError
 from flowrl.optimizers import state_shapes
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
+from flowrl.sharded import divided_like, whole
 
 if TYPE_CHECKING:
     from flowrl.algorithm import FlowAlgorithm
@@ -53,6 +54,7 @@ def save_checkpoint(model: FlowAlgorithm, path: str | Path) -> Path:
     """
     folder = Path(path)
     folder = folder.with_suffix("") if folder.suffix == ".zip" else folder
+    weights, moments = _weights(model), _moments(model)  # of sharded networks every rank gives its part
     if not model.ranks.is_main:
         return folder
     try:
@@ -61,7 +63,7 @@ def save_checkpoint(model: FlowAlgorithm, path: str | Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"Cannot write a checkpoint to '{folder}': {error}.") from error
     try:
-        _write(model, temporary)
+        _write(model, temporary, weights, moments)
         replace_folder(temporary, folder)
     except Exception as error:
         raise CheckpointError(
@@ -122,15 +124,33 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _write(model: FlowAlgorithm, folder: Path) -> None:
-    write_json(folder / "config.json", description(model))
+def _weights(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
     policy = model.policy
     tensors = {f"{role}.{name}": tensor for role in policy.roles for name, tensor in _own(policy, role).items()}
     if not model.env.core.flow.reloadable:
         tensors |= {f"frozen.{name}": tensor for name, tensor in policy.frozen_state().items()}
-    _save_tensors(folder / "policy.safetensors", tensors)
-    states = [policy.optimizer.state.get(p, {}) for p in policy.parameters_of("current").values()]
-    moments = {f"{i}.{k}": torch.as_tensor(v) for i, entry in enumerate(states) for k, v in entry.items()}
+    return _whole(model, tensors)
+
+
+def _moments(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
+    states = [model.policy.optimizer.state.get(p, {}) for p in model.policy.parameters_of("current").values()]
+    return _whole(model, {f"{i}.{k}": torch.as_tensor(v) for i, entry in enumerate(states) for k, v in entry.items()})
+
+
+def _whole(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same; of sharded networks with the parts of all ranks, on the main rank's host."""
+    if not model.ranks.is_sharded:
+        return dict(tensors)
+    gathered = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if model.ranks.is_main}
+
+
+def _write(
+    model: FlowAlgorithm, folder: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
+) -> None:
+    write_json(folder / "config.json", description(model))
+    policy = model.policy
+    _save_tensors(folder / "policy.safetensors", weights)
     _save_tensors(folder / "optimizer.safetensors", moments)
     numpy_state: Any = np.random.get_state(legacy=False)
     random_states = {
@@ -154,7 +174,8 @@ def _write(model: FlowAlgorithm, folder: Path) -> None:
     if extra := model.env.core.extra_state():
         _save_tensors(folder / "environment.safetensors", extra)
     if policy.lora is not None:  # small; the full weights would be written twice
-        policy.export(folder)
+        role = policy.sampling_role
+        policy.export(folder, {n.removeprefix(f"{role}."): t for n, t in weights.items() if n.startswith(f"{role}.")})
 
 
 def _own(policy: FlowPolicy, role: Role) -> dict[str, torch.Tensor]:
@@ -298,6 +319,7 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
     random_states = read_tensors(folder / "random.safetensors")
     for role in model.policy.roles:
         _copy_into(_own(model.policy, role), tensors, role, folder)
+        model.policy.weights_changed(role)
     if not model.env.core.flow.reloadable:
         _copy_into(model.policy.frozen_state(), tensors, "frozen", folder)
     try:
@@ -306,27 +328,33 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
             index, _, name = key.partition(".")
             entries.setdefault(int(index), {})[name] = value
         _check_moments(entries, model, folder)
+        parameters = list(model.policy.parameters_of("current").values())
+        entries = {i: {k: divided_like(v, parameters[i]) for k, v in e.items()} for i, e in entries.items()}
         groups = model.policy.optimizer.state_dict()["param_groups"]
         merged = [{**stored, "params": g["params"]} for stored, g in zip(state["param_groups"], groups)]
         model.policy.optimizer.load_state_dict({"state": entries, "param_groups": merged})
         for name in COUNTERS:
             setattr(model, name, type(getattr(model, name))(state[name]))
         model.policy.evaluations = int(state["evaluations"]) // model.ranks.count
-        model.generator.set_state(random_states["training"])
-        model.policy.generator.set_state(random_states["policy"])
-        if model.ranks.is_main:
-            torch.set_rng_state(random_states["torch"])
-        if torch.cuda.is_available() and "cuda" in random_states:
-            torch.cuda.set_rng_state(random_states["cuda"])
-        np.random.set_state(("MT19937", random_states["numpy"].numpy().astype(np.uint32), *state["numpy"]))
+        _set_random_states(model, random_states, state)
         if model.extra_state():
             model.load_extra_state(read_tensors(folder / "algorithm.safetensors", model.device))
         if model.env.core.extra_state():
             model.env.core.load_extra_state(read_tensors(folder / "environment.safetensors"))
-        version, internal, normal = state["python"]
-        random.setstate((version, tuple(internal), normal))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}.") from error
+
+
+def _set_random_states(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    model.generator.set_state(tensors["training"])
+    model.policy.generator.set_state(tensors["policy"])
+    if model.ranks.is_main:  # the others draw dropout of their own
+        torch.set_rng_state(tensors["torch"])
+        if torch.cuda.is_available() and "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda"])
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *state["numpy"]))
+    version, internal, normal = state["python"]
+    random.setstate((version, tuple(internal), normal))
 
 
 def _check_moments(entries: dict[int, dict[str, Any]], model: FlowAlgorithm, folder: Path) -> None:
@@ -357,4 +385,4 @@ def _copy_into(
                     f"'{folder / 'policy.safetensors'}' does not fit this flow: '{name}' has shape "
                     f"{tuple(tensor.shape)}, not {tuple(target[name].shape)}."
                 )
-            target[name].copy_(tensor)
+            target[name].copy_(divided_like(tensor, target[name]))

@@ -11,6 +11,7 @@ from torch import nn
 
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
+from flowrl.sharded import let_go
 from flowrl.types import Role
 
 
@@ -97,12 +98,18 @@ def _activate(adapters: list[Any], name: str) -> None:
 
 
 class switched:
-    """Context in which another adapter is active, or none ("reference"), with gradients' flags as before."""
+    """Context in which another adapter is active, or none ("reference"), with gradients' flags as before.
 
-    def __init__(self, adapters: list[Any], role: Role) -> None:
-        self.adapters, self.role = adapters, role
+    `sharded`: the network, where its weights are divided among ranks; flags belong to the parts, not to what was
+    gathered of them.
+    """
+
+    def __init__(self, adapters: list[Any], role: Role, sharded: nn.Module | None = None) -> None:
+        self.adapters, self.role, self.sharded = adapters, role, sharded
 
     def __enter__(self) -> None:
+        if self.sharded is not None:
+            let_go(self.sharded)
         for layer in self.adapters:
             if self.role == "reference":
                 layer.enable_adapters(False)
@@ -110,6 +117,8 @@ class switched:
                 layer.set_adapter(self.role, inference_mode=True)
 
     def __exit__(self, *exc: object) -> None:
+        if self.sharded is not None:
+            let_go(self.sharded)
         for layer in self.adapters:
             if self.role == "reference":
                 layer.enable_adapters(True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from flowrl.sampler import (
     ode_sample,
     sde_sample,
 )
+from flowrl.sharded import let_go, own_part
 from flowrl.types import Condition, Field, Role, Transitions
 
 
@@ -101,7 +102,6 @@ class FlowPolicy(BasePolicy):
             self._adapters = add_adapters(model, ["current", *roles], lora)
         self.roles: tuple[Role, ...] = ("current", *roles)
         self.train_through(model.network)
-        self._parameters_of = {role: self._collect(role) for role in self.roles}
         if not self._parameters_of["current"]:
             raise ConfigError("This flow has no trainable parameters.")
         if gradient_checkpointing:
@@ -144,14 +144,31 @@ class FlowPolicy(BasePolicy):
         with (
             torch.set_grad_enabled(with_grad),
             torch.autocast(x_t.device.type, self.precision) if low else nullcontext(),
-            nullcontext() if self.lora is None or role == "current" else switched(self._adapters, role),
+            nullcontext() if self.lora is None or role == "current" else self._switched(role),
         ):
             model = self._trained[0] if with_grad and role == "current" else self._models.get(role, self.model)
             return model(x_t, t, cond).float()
 
-    def train_through(self, network: nn.Module) -> None:
-        """Compute gradients of the current role through `network`, which wraps its network."""
+    def train_through(self, network: nn.Module, is_sharded: bool = False) -> None:
+        """Compute gradients of the current role through `network`, which wraps its network.
+
+        `is_sharded`: its weights and those of the copies have been divided among ranks since they were made.
+        """
         self._trained = (self.model.with_network(network),)  # in a tuple: no submodule of its own
+        self.is_sharded = is_sharded
+        self._parameters_of = {role: self._collect(role) for role in self.roles}
+
+    def _switched(self, role: Role) -> switched:
+        return switched(self._adapters, role, self.model.network if self.is_sharded else None)
+
+    def weights_changed(self, role: Role) -> None:
+        """Say that a role's weights were changed from outside."""
+        if self.is_sharded:
+            let_go(self.model_of(role).network)
+
+    def inference(self) -> AbstractContextManager[Any]:
+        """Context without gradients; weights that are gathered for a pass must not become inference tensors."""
+        return torch.no_grad() if self.is_sharded else torch.inference_mode()
 
     @property
     def trained(self) -> nn.Module:
@@ -198,7 +215,6 @@ class FlowPolicy(BasePolicy):
         """Standard normal latents (n, *latent_shape)."""
         return normal(n, self.model.latent_shape, generator or self.generator)
 
-    @torch.inference_mode()
     def sample_latents(
         self,
         contexts: torch.Tensor,
@@ -213,12 +229,11 @@ class FlowPolicy(BasePolicy):
         """Latents `x_1` (B, *latent_shape) by the ODE for context indices (B,), from `x_0` or fresh noise."""
         x_0 = self.noise(len(contexts), generator) if x_0 is None else x_0
         times = self.model.times(steps or self.steps).to(x_0.device)
-        field = self.field(
-            self.condition(contexts.to(x_0.device)), len(contexts), role or self.sampling_role, guidance_scale
-        )
-        return ode_sample(field, x_0, times, solver or self.solver)
+        role = role or self.sampling_role
+        with self.inference():
+            field = self.field(self.condition(contexts.to(x_0.device)), len(contexts), role, guidance_scale)
+            return ode_sample(field, x_0, times, solver or self.solver)
 
-    @torch.inference_mode()
     def sample_path(
         self,
         contexts: torch.Tensor,
@@ -232,9 +247,9 @@ class FlowPolicy(BasePolicy):
         """Latents by the SDE, the states of its noisy steps, and their log-probabilities: see `sde_sample`."""
         generator = generator or self.generator
         x_0 = self.noise(len(contexts), generator) if x_0 is None else x_0
-        times = self.times()
-        field = self.field(self.condition(contexts), len(contexts), role)
-        return sde_sample(field, x_0, times, sde, generator, window)
+        with self.inference():
+            field = self.field(self.condition(contexts), len(contexts), role)
+            return sde_sample(field, x_0, self.times(), sde, generator, window)
 
     def times(self) -> torch.Tensor:
         """The sampler's own times (steps + 1,), on the device."""
@@ -331,20 +346,21 @@ class FlowPolicy(BasePolicy):
         """`copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
         if role not in self.roles:
             return
-        target, source = ([p.data for p in self._parameters_of[r].values()] for r in (role, "current"))
+        target, source = ([own_part(p.data) for p in self._parameters_of[r].values()] for r in (role, "current"))
         torch._foreach_lerp_(target, source, 1 - decay)
+        self.weights_changed(role)
         for copied, own in zip(self.buffers_of(role).values(), self.buffers_of("current").values()):
             copied.copy_(own)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, adapter: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the weights that `sample` uses as the flow's own library loads them, where the flow can.
 
-        See `VelocityModel.export`.
+        See `VelocityModel.export`. `adapter`: LoRA weights to write in place of its own.
         """
         if self.lora is None:
             self._models[self.sampling_role].export(folder, None)
         else:
-            adapter = self._parameters_of[self.sampling_role]
+            adapter = adapter or self._parameters_of[self.sampling_role]
             scale = self.lora.alpha / self.lora.rank  # other libraries take it as 1: put it into the weights
             state = {n: (scale if ".lora_B." in n else 1.0) * p.detach().cpu() for n, p in adapter.items()}
             self.model.export(folder, state)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from flowrl.errors import ConfigError
+from flowrl.sharded import divide
 
 
 class Ranks:
@@ -39,7 +41,8 @@ class Ranks:
     @property
     def device(self) -> torch.device | None:
         """Where this rank computes; None for a single process, which may choose."""
-        return None if self.accelerator is None else self.accelerator.device
+        device = None if self.accelerator is None else self.accelerator.device
+        return torch.device("cpu") if device is not None and device.type == "cpu" else device  # not "cpu:0"
 
     @property
     def is_main(self) -> bool:
@@ -108,8 +111,18 @@ class Ranks:
         """Context that the first rank of each machine goes through before the others: what it fetches is then there."""
         return nullcontext() if self.count == 1 else self.accelerator.local_main_process_first()
 
-    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank keeps a part of every weight (FSDP), not all weights."""
+        return self.count > 1 and self.accelerator.distributed_type.name == "FSDP"
+
+    def prepare(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, copies: Iterable[nn.Module] = ()
+    ) -> nn.Module:
         """The network to train through: gradients of its backward pass are means over all ranks.
+
+        With FSDP the network and its copies (other networks, that are not trained) are divided among the ranks, in
+        place; their parameters, and the optimizer's, are others then.
 
         Raises:
             ConfigError: accelerate was configured for a way of training that is not supported.
@@ -117,23 +130,27 @@ class Ranks:
         if self.count == 1:
             return network
         kind = self.accelerator.distributed_type.name
-        if kind not in SUPPORTED:
+        if kind not in SUPPORTED or (self.is_sharded and not self.accelerator.is_fsdp2):
             raise ConfigError(
-                f"accelerate is configured for {kind}; flowrl trains with {', '.join(SUPPORTED)}. Run `accelerate "
-                "config` again, or give one of the files in docs/accelerate/ with --config_file."
+                f"accelerate is configured for {kind.replace('FSDP', 'FSDP version 1')}; flowrl trains with DDP and "
+                "FSDP version 2. Give one of the files in docs/accelerate/ to `accelerate launch --config_file`."
             )
+        if self.is_sharded:
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # every rank has read the weights
+            for copied in copies:
+                divide(self.accelerator, copied)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is not in all versions
             return self.accelerator.prepare(network, optimizer)[0]
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
         """Context whose backward passes leave gradients to each rank."""
-        return nullcontext() if self.count == 1 else self.accelerator.no_sync(network)
+        return nullcontext() if self.count == 1 or self.is_sharded else self.accelerator.no_sync(network)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gradients left to each rank -> their means over all."""
         for parameter in parameters:
-            if parameter.grad is not None:
+            if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
                 self.mean_(parameter.grad)
 
     def leave(self) -> None:
@@ -142,7 +159,7 @@ class Ranks:
             self.accelerator.end_training()
 
 
-SUPPORTED = ("MULTI_GPU", "MULTI_CPU")
+SUPPORTED = ("MULTI_GPU", "MULTI_CPU", "FSDP")
 
 
 class SharedGenerator(torch.Generator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -15,17 +16,18 @@ from stable_baselines3.common.logger import Logger
 
 import flowrl
 from flowrl import runfolder
-from flowrl.algorithm import FlowAlgorithm, check_device
+from flowrl.algorithm import FlowAlgorithm
 from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint, read_json
 from flowrl.config import FlowConfig
+from flowrl.construction import check_device
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation import evaluate
 from flowrl.memory import is_out_of_memory, ways_to_save
-from flowrl.ranks import is_lost, join, place_in_job
+from flowrl.ranks import is_launched, is_lost, join, place_in_job
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
 
@@ -93,6 +95,8 @@ def main(args: list[str] | None = None) -> int:
         return _main(args)
     except FlowRLError as error:
         print(f"error{place_in_job()}: {error}", file=sys.stderr, flush=True)
+        if is_launched():
+            os._exit(EXIT_ERROR)  # a tidy end would wait for the other processes, or abort
         return EXIT_ERROR
 
 
@@ -248,7 +252,8 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     if model.ranks.any(stop.received is not None):
         checkpoints.write()
         if is_main:
-            print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
+            print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}", flush=True)
+        model.ranks.leave()
         return EXIT_STOPPED
     return _finish(model, folder, run.eval_samples, held_out)
 
@@ -273,7 +278,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
     """Final weights, evaluation, report."""
     model.save(folder / "final")
     if model.ranks.is_main:
-        if model.policy.lora is None:
+        if model.policy.lora is None and not model.ranks.is_sharded:  # `flowrl.export` writes those
             model.policy.export(folder / "final")
         print("evaluating ...", flush=True)
     result = evaluate(model, eval_samples, eval_rewards=held_out)

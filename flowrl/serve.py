@@ -23,8 +23,8 @@ import tyro
 from stable_baselines3.common.utils import get_device
 
 import flowrl
-from flowrl.algorithm import check_device
 from flowrl.config import FlowConfig
+from flowrl.construction import check_device
 from flowrl.envs.base import check_reward
 from flowrl.envs.rewards import REWARDS, make_reward, wire
 from flowrl.envs.rewards.catalogue import RewardFunction, check_options, parse_options

@@ -1,4 +1,4 @@
-"""What `test_ranks.py` runs in one process and in two: `python ranks_worker.py FILE` writes what each case logged."""
+"""What `test_ranks.py` runs in one process and in two: `python ranks_worker.py FOLDER` writes what each case logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 import flowrl
+from flowrl.ranks import join
 from flowrl.registry import ALGORITHMS
+from flowrl.sharded import whole
 
 SMALL: dict[str, Any] = {
     "n_samples": 64,
@@ -40,16 +42,40 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     return found
 
 
-def run(name: str) -> dict[str, Any]:
-    """Train a case for three iterations and evaluate it."""
+DIVIDED = ("orw_w2", "orw_w2, LoRA", "flow_grpo, LoRA", "pictures, LoRA")
+"""Cases that are also trained with weights divided among the processes."""
+
+
+def divide_weights() -> None:
+    """Join as under `accelerate launch` with FSDP, which takes accelerators only: here it is put in afterwards."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = join("cpu").accelerator.state
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap"
+    )
+
+
+RELOADED = ("ddpo", "dpok", "mixture", "orw_w2, LoRA")
+"""Cases that are saved and loaded by several processes; all that are divided are, too."""
+
+
+def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Train a case for three iterations and evaluate it; before the third it may be saved and loaded."""
     algo, env, env_settings, settings = cases()[name]
     model = ALGORITHMS[algo]("FlowPolicy", env, seed=3, device="cpu", env_settings=env_settings, **settings)
     rows = []
-    for _ in range(3):
+    for i in range(3):
+        if i == 2 and checkpoint is not None:
+            model.save(checkpoint)
+            torch.distributed.barrier()
+            model = type(model).load(checkpoint, device="cpu")
         model.learn(settings["n_samples"], reset_num_timesteps=False)
         rows.append({key: value for key, value in model.last_logged.items() if "per_second" not in key})
     result = flowrl.evaluate(model, 18, batch_size=10, samples_per_context=2)  # of which nothing divides evenly
-    weights = torch.stack([p.detach().double().sum() for p in model.policy.parameters_of("current").values()])
+    weights = torch.stack([whole(p.detach()).double().sum() for p in model.policy.parameters_of("current").values()])
     everywhere = model.ranks.all(weights[None], model.ranks.count)
     return {
         "rows": rows,
@@ -62,6 +88,9 @@ def run(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    written = {name: run(name) for name in cases()}
-    if flowrl.ranks.join().is_main:
-        Path(sys.argv[1]).write_text(json.dumps(written))
+    folder = Path(sys.argv[1])
+    written = {name: run(name, folder / name if name in RELOADED else None) for name in cases()}
+    divide_weights()
+    written |= {f"{name}, divided": run(name, folder / f"{name}, divided") for name in DIVIDED}
+    if join().is_main:
+        (folder / "two.json").write_text(json.dumps(written))

@@ -17,10 +17,10 @@ else:
     import tomli as tomllib
 
 LAYERS = [
-    {"types", "errors", "registry", "ranks"},
+    {"types", "errors", "registry", "sharded", "ranks"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
-    {"algorithm", "transitions", "steering", "evaluation", "side_effects", "checkpoint", "memory"},
+    {"construction", "algorithm", "transitions", "steering", "evaluation", "side_effects", "checkpoint", "memory"},
     {"orw_w2", "baselines"},
     {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite", "cell", "comparison"}
     | {"sample", "export", "card", "hub"},

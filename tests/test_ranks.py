@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,24 @@ def environment(program_environment: dict[str, str]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> dict[str, Any]:
     """What two processes on the CPU (gloo) logged, by case."""
-    file = tmp_path_factory.mktemp("ranks") / "two.json"
-    command = [*LAUNCH, "29641", str(Path(ranks_worker.__file__)), str(file)]
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [*LAUNCH, "29641", str(Path(ranks_worker.__file__)), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(file.read_text())
+    return json.loads((folder / "two.json").read_text())
 
 
-@pytest.mark.parametrize("case", ranks_worker.cases())
-def test_two_processes_do_what_one_does(case: str, of_two: dict[str, Any]) -> None:
-    one, two = ranks_worker.run(case), of_two[case]
+@pytest.fixture(scope="module")
+def of_one() -> Callable[[str], dict[str, Any]]:
+    """What one process logs of a case."""
+    return functools.cache(ranks_worker.run)
+
+
+@pytest.mark.parametrize("case", [*ranks_worker.cases(), *(f"{name}, divided" for name in ranks_worker.DIVIDED)])
+def test_two_processes_do_what_one_does(
+    case: str, of_one: Callable[[str], dict[str, Any]], of_two: dict[str, Any]
+) -> None:
+    one, two = of_one(case.removesuffix(", divided")), of_two[case]
     assert two["ranks agree"]
     assert two["own rows of the buffer"] == one["own rows of the buffer"] // 2
     assert two["cost"] == one["cost"]

@@ -1,0 +1,88 @@
+"""What an algorithm is made from, resolved and checked: its environment, its settings, its device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from flowrl.config import FlowConfig
+from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+from flowrl.envs.registration import make
+from flowrl.errors import ConfigError, DeviceError
+
+
+def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> GenerationEnv:
+    """The environment behind a name, a (wrapped) Gymnasium environment, or a batched one."""
+    if isinstance(env, str):
+        return make(env, **(settings or {}))
+    if settings:
+        raise ConfigError("env_settings go with the name of an environment; this is an environment already.")
+    if isinstance(env, GenerationVecEnv):
+        return env.core
+    core = getattr(env, "unwrapped", env)
+    if not isinstance(core, GenerationEnv):
+        raise ConfigError(f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(env).__name__}.")
+    return core
+
+
+def recommended_settings(algo: str, known: Collection[str], recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """Those recommendations that an algorithm has (`known` settings): `setting`, overridden by `ALGO.setting`."""
+    general = {key: value for key, value in recommended.items() if key in known}
+    prefix = f"{algo}."
+    own = {key.removeprefix(prefix): value for key, value in recommended.items() if key.startswith(prefix)}
+    return {**general, **own}
+
+
+def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Types of the network's weights and of the frozen parts around it: weights that are trained stay in float32."""
+    dtype = getattr(torch, config.precision)
+    return (dtype if config.lora_rank else torch.float32), dtype
+
+
+def check_groups(group_size: int, chunk: int) -> None:
+    """Whether the samples that are scored at once are whole groups, for rewards that compare within groups.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if group_size < 2 or chunk % group_size != 0:
+        raise ConfigError(
+            "This reward compares samples of the same context: group_size must be 2 or more and divide "
+            f"rollout_batch_size (or n_samples, where that is 0); not group_size = {group_size} with {chunk} samples "
+            "scored at once."
+        )
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise a clear error for a device that is not there.
+
+    Raises:
+        DeviceError: Unknown or absent.
+    """
+    if str(device) == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        available = ["cpu"] + [d for d in ("cuda", "mps") if getattr(torch, d).is_available()]
+        raise DeviceError(
+            f"Device '{device}' is not available here ({str(error).splitlines()[0]}). "
+            f"Available: {', '.join(available)}."
+        ) from error
+
+
+def check_sharded(algo: str, unpredictable: str, optimizer: str) -> None:
+    """Whether an algorithm can train with weights divided among ranks (FSDP).
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if unpredictable:
+        raise ConfigError(
+            f"With FSDP every process must make the same forward passes, but the work of '{algo}' depends on the "
+            f"samples ({unpredictable}): use DDP (docs/scaling.md)."
+        )
+    if optimizer != "adamw":
+        raise ConfigError(f"FSDP divides the moments of optimizer adamw, not those of {optimizer}.")
