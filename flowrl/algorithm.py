@@ -278,7 +278,7 @@ class FlowAlgorithm(BaseAlgorithm):
             self.buffer.add(x_1, contexts, output.reward, self.objective(x_1, contexts, output.reward))
             for key, value in output.components.items():
                 components.setdefault(key, []).append(value)
-            if len(contexts) * len(shown) * self.ranks.count < metrics.DIVERSITY_SAMPLES:
+            if len(contexts) * len(shown) < metrics.DIVERSITY_SAMPLES:
                 shown.append((samples, contexts))
             self.num_timesteps += len(drawn)
             callback.update_locals(locals())
@@ -371,11 +371,10 @@ class FlowAlgorithm(BaseAlgorithm):
         return measured
 
     def _diversity(self, shown: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Of some samples of the iteration, of all ranks in equal parts; a scalar tensor."""
-        n = max(1, metrics.DIVERSITY_SAMPLES // self.ranks.count)
-        samples, contexts = (torch.cat(parts)[:n] for parts in zip(*shown))
-        total = len(samples) * self.ranks.count
-        return metrics.diversity(self.ranks.all(samples, total), self.ranks.all(contexts, total))
+        """Of some samples of each rank, from pairs within the ranks: images are not sent; a scalar tensor."""
+        samples, contexts = (torch.cat(parts)[: metrics.DIVERSITY_SAMPLES] for parts in zip(*shown))
+        total, n_pairs = self.ranks.sum_(metrics.pair_distances(samples, contexts))
+        return total / n_pairs
 
     def _log(self, updates: dict[str, torch.Tensor], seconds: float) -> None:
         measured = {**self._rollout_metrics, **{f"train/{key}": value for key, value in updates.items()}}

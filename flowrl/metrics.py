@@ -17,10 +17,16 @@ def diversity(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
 
     Samples (B, ...) are flattened; contexts (B,). NaN when no two samples share a context.
     """
+    total, n_pairs = pair_distances(samples, contexts)
+    return total / n_pairs
+
+
+def pair_distances(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+    """Sum of the Euclidean distances between two samples of the same context, and how many pairs there are: (2,)."""
     flat = samples.flatten(1).float()
     distance = torch.cdist(flat, flat)
     pairs = (contexts[:, None] == contexts[None, :]).float().triu(1).to(distance.device)
-    return (distance * pairs).sum() / pairs.sum()
+    return torch.stack([(distance * pairs).sum(), pairs.sum()])
 
 
 def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
