@@ -23,20 +23,22 @@ from flowrl.construction import (
     as_generation_env,
     check_device,
     check_groups,
+    check_reward_errors,
     check_sharded,
     recommended_settings,
     weight_dtypes,
 )
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv, draw_contexts
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import ConfigError, RewardError, UnknownNameError
 from flowrl.flow import interpolate, sample_time
 from flowrl.lora import LoRA
 from flowrl.losses import effective_sample_size, squared_error
 from flowrl.optimizers import make_optimizer
 from flowrl.policy import FlowPolicy
 from flowrl.ranks import Ranks, SharedGenerator, join
+from flowrl.scoring import Scorer, stand_ins
 from flowrl.sharded import whole
-from flowrl.types import Batch, Role
+from flowrl.types import Batch, RewardOutput, Role
 
 
 class FlowAlgorithm(BaseAlgorithm):
@@ -108,6 +110,7 @@ class FlowAlgorithm(BaseAlgorithm):
             seed=seed,
         )
         self.iteration = 0
+        self.n_dropped = 0  # samples so far that the reward failed for
         if _init_setup_model:
             self._setup_model()
             if self.ranks.index:
@@ -177,6 +180,8 @@ class FlowAlgorithm(BaseAlgorithm):
         self.shares = None if core.shares is None else torch.from_numpy(core.shares).float().to(self.device)
         if self.seed is not None:
             self.set_random_seed(self.seed)
+        self.scorer = Scorer(core, config.on_reward_error, config.reward_retries, config.reward_timeout)
+        check_reward_errors(config.on_reward_error, core, self.ranks.count)
         self.generator = SharedGenerator(self.device, self.ranks)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
         with self.ranks.main_first():
@@ -270,11 +275,15 @@ class FlowAlgorithm(BaseAlgorithm):
         self.buffer.reset()
         shown: list[tuple[torch.Tensor, torch.Tensor]] = []
         components: dict[str, list[torch.Tensor]] = {}
+        dropped = 0
         for drawn in self.draw_contexts().split(self.env.num_envs):
             contexts = self.ranks.mine(drawn)
             x_1 = self.draw_latents(contexts)
             samples = self.policy.decode(x_1)
-            output = self.env.core.evaluate(samples, contexts, observe=True)
+            output, kept = self.scorer(samples, contexts)
+            if len(kept) < len(contexts):
+                dropped += len(contexts) - len(kept)
+                x_1, samples, contexts, output = self._stand_in(x_1, samples, contexts, output, kept)
             self.buffer.add(x_1, contexts, output.reward, self.objective(x_1, contexts, output.reward))
             for key, value in output.components.items():
                 components.setdefault(key, []).append(value)
@@ -284,6 +293,7 @@ class FlowAlgorithm(BaseAlgorithm):
             callback.update_locals(locals())
             if self.ranks.any(not callback.on_step()):
                 return False
+        self._check_dropped(dropped)
         self.buffer.share()
         rollout = self.buffer.all()
         self.observe(rollout)
@@ -291,6 +301,36 @@ class FlowAlgorithm(BaseAlgorithm):
         self._rollout_metrics = self._measure(self.buffer.all(), self._diversity(shown), components)
         callback.on_rollout_end()
         return True
+
+    def _stand_in(
+        self,
+        x_1: torch.Tensor,
+        samples: torch.Tensor,
+        contexts: torch.Tensor,
+        output: RewardOutput,
+        kept: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, RewardOutput]:
+        """The batch with copies of kept samples in place of those that the reward failed for."""
+        index = stand_ins(contexts, kept)
+        if self.buffer.path_steps:
+            self.buffer.rearrange_path(index)
+        row = torch.zeros_like(index)  # of each kept sample in the reward
+        row[kept] = torch.arange(len(kept), device=kept.device)
+        rows = row[index]
+        components = {key: value[rows] for key, value in output.components.items()}
+        return x_1[index], samples[index], contexts[index], RewardOutput(output.reward[rows], components)
+
+    def _check_dropped(self, dropped: int) -> None:
+        """Count the samples left out, over all ranks; too many stop the run."""
+        if self.config.on_reward_error != "drop":
+            return
+        total = int(self.ranks.sum_(torch.tensor(dropped, device=self.device)).item())
+        self.n_dropped += total
+        if total > self.config.max_dropped * self.config.n_samples:
+            raise RewardError(
+                f"The reward failed for {total} of {self.config.n_samples} samples of an iteration, more than "
+                f"max_dropped = {self.config.max_dropped:g} allows. The last error: {self.scorer.last_error}"
+            )
 
     def update(self) -> dict[str, torch.Tensor]:
         """Gradient steps on the buffer; metrics are means over minibatches, still on the device."""
@@ -366,6 +406,8 @@ class FlowAlgorithm(BaseAlgorithm):
             "rollout/diversity": diversity,
             "rollout/ess": effective_sample_size(rollout.weight) / len(reward),
         }
+        if self.config.on_reward_error == "drop":
+            measured["rollout/dropped"] = torch.tensor(float(self.n_dropped), device=reward.device)
         for key, values in components.items():
             measured[f"rollout/{key}"] = torch.cat(values).mean()
         return measured

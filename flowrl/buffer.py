@@ -115,6 +115,12 @@ class RolloutBuffer:
         self.log_prob[self._own_positions(len(states))].copy_(log_prob)
         self.first_step.fill_(first_step)
 
+    def rearrange_path(self, index: torch.Tensor) -> None:
+        """Of the batch (B,) that `add` appends next, put the path of sample `index[i]` in place of that of i."""
+        rows, positions = self._own_rows(len(index)), self._own_positions(len(index))
+        self.states[rows] = self.states[rows][index]
+        self.log_prob[positions] = self.log_prob[positions][index]
+
     def share(self) -> None:
         """Make the vectors of all samples known to every rank, after the last `add`."""
         if self.ranks.count > 1:

@@ -11,6 +11,7 @@ from flowrl.sampler import GUIDANCES, SOLVERS, Guidance, Solver
 
 Precision = Literal["float32", "bfloat16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
+OnRewardError = Literal["raise", "retry", "drop"]
 
 
 CHOICES = {
@@ -18,6 +19,7 @@ CHOICES = {
     "guidance": GUIDANCES,
     "optimizer": get_args(OptimizerKind),
     "precision": get_args(Precision),
+    "on_reward_error": get_args(OnRewardError),
 }
 
 
@@ -80,17 +82,28 @@ class FlowConfig:
     """Keep the autoencoder on the host while the network trains."""
     half_buffer: bool = False
     """Keep the buffer's samples in float16."""
+    on_reward_error: OnRewardError = "raise"
+    """A reward that fails (raises, is not one finite number per sample, gives no answer in time) stops the run
+    ("raise"), is asked again first ("retry"), or has the samples that it fails for left out ("drop")."""
+    reward_retries: int = 3
+    """How often "retry" asks again, after 1, 2, 4, ... seconds."""
+    reward_timeout: float = 0.0
+    """Seconds for a batch after which a reward has failed; 0 waits for ever."""
+    max_dropped: float = 0.1
+    """Share of an iteration's samples that "drop" may leave out; more stop the run."""
 
     def __post_init__(self) -> None:
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
         for name in (*positive, "n_epochs", "rollout_steps", "refresh_every"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
-        for name in ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha"):
+        others = ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha")
+        for name in (*others, "reward_retries", "reward_timeout"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), not {self.lora_dropout}.")
         for name, known in CHOICES.items():
             value = getattr(self, name)
             self.require(value in known, f"{name} must be one of {', '.join(known)}, not '{value}'.")
+        self.require(0 <= self.max_dropped < 1, f"max_dropped must be in [0, 1), not {self.max_dropped}.")
         self.require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}.")
         for name in ("group_size", "rollout_batch_size"):
             value = getattr(self, name) or self.n_samples

@@ -86,3 +86,15 @@ def check_sharded(algo: str, unpredictable: str, optimizer: str) -> None:
         )
     if optimizer != "adamw":
         raise ConfigError(f"FSDP divides the moments of optimizer adamw, not those of {optimizer}.")
+
+
+def check_reward_errors(on_error: str, env: GenerationEnv, n_ranks: int) -> None:
+    """Whether samples can be left out.
+
+    Raises:
+        ConfigError: The reward compares samples, or its statistics are those of all processes.
+    """
+    if on_error == "drop" and env.groupwise:
+        raise ConfigError("on_reward_error 'drop' cannot tell which of the samples that are compared failed: 'retry'.")
+    if on_error != "raise" and n_ranks > 1 and env.extra_state():
+        raise ConfigError("Running statistics of a reward over several processes need on_reward_error 'raise'.")

@@ -20,7 +20,17 @@ LAYERS = [
     {"types", "errors", "registry", "sharded", "ranks"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
-    {"construction", "algorithm", "transitions", "steering", "evaluation", "side_effects", "checkpoint", "memory"},
+    {
+        "construction",
+        "scoring",
+        "algorithm",
+        "transitions",
+        "steering",
+        "evaluation",
+        "side_effects",
+        "checkpoint",
+        "memory",
+    },
     {"orw_w2", "baselines"},
     {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite", "cell", "comparison"}
     | {"sample", "export", "card", "hub"},

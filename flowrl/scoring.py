@@ -1,0 +1,128 @@
+"""Scores of training samples by a reward that may fail: stop, ask again, or leave samples out; never make one up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flowrl.config import OnRewardError
+from flowrl.envs.base import GenerationEnv
+from flowrl.errors import RewardError
+from flowrl.types import RewardOutput
+
+FIRST_PAUSE = 1.0
+"""Seconds before a failed reward is asked again; twice as many each further time."""
+
+
+class Scorer:
+    """Asks an environment's reward.
+
+    Args:
+        env: The environment.
+        on_error: "raise" passes errors on; "retry" asks again first, after pauses; "drop" finds the samples that the
+            reward fails for, by halves, and leaves them out.
+        retries: How often "retry" asks again.
+        timeout: Seconds after which a reward that gives no answer has failed; 0 waits for ever.
+
+    Attributes:
+        errors: How many errors there were so far.
+        last_error: The last of them.
+    """
+
+    def __init__(
+        self, env: GenerationEnv, on_error: OnRewardError = "raise", retries: int = 3, timeout: float = 0.0
+    ) -> None:
+        self.env, self.on_error, self.retries, self.timeout = env, on_error, retries, timeout
+        self.errors = 0
+        self.last_error: RewardError | None = None
+
+    def __call__(self, samples: torch.Tensor, contexts: torch.Tensor) -> tuple[RewardOutput, torch.Tensor]:
+        """Reward of samples of training (B, *sample_shape), and which of them it is: indices (M,), in order.
+
+        Rows of the reward and its components are those indices; only "drop" leaves any out.
+
+        Raises:
+            RewardError: The reward fails; with "drop" for every sample.
+        """
+        everything = torch.arange(len(samples), device=contexts.device)
+        if self.on_error != "drop":
+            return self._persistently(samples, contexts), everything
+        parts = self._halves(samples, contexts, everything)
+        if not parts:
+            assert self.last_error is not None
+            raise self.last_error
+        outputs, kept = zip(*parts)
+        components = {key: torch.cat([output.components[key] for output in outputs]) for key in outputs[0].components}
+        return RewardOutput(torch.cat([output.reward for output in outputs]), components), torch.cat(kept)
+
+    def _persistently(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
+        for attempt in range(self.retries if self.on_error == "retry" else 0):
+            try:
+                return self._ask(samples, contexts)
+            except RewardError:
+                time.sleep(FIRST_PAUSE * 2**attempt)
+        return self._ask(samples, contexts)
+
+    def _halves(
+        self, samples: torch.Tensor, contexts: torch.Tensor, index: torch.Tensor
+    ) -> list[tuple[RewardOutput, torch.Tensor]]:
+        try:
+            return [(self._ask(samples[index], contexts[index]), index)]
+        except RewardError:
+            if len(index) == 1:
+                return []
+        middle = len(index) // 2
+        return self._halves(samples, contexts, index[:middle]) + self._halves(samples, contexts, index[middle:])
+
+    def _ask(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
+        """One question; running statistics are put back where it fails."""
+        before = {name: tensor.clone() for name, tensor in self.env.extra_state().items()}
+        try:
+            return self._within_time(lambda: self.env.evaluate(samples, contexts, observe=True), len(samples))
+        except RewardError as error:
+            self.errors, self.last_error = self.errors + 1, error
+            if before:
+                self.env.load_extra_state(before)
+            raise
+
+    def _within_time(self, ask: Callable[[], RewardOutput], n: int) -> RewardOutput:
+        if not self.timeout:
+            return ask()
+        result: dict[str, Any] = {}
+
+        def work() -> None:
+            try:
+                result["output"] = ask()
+            except BaseException as error:
+                result["error"] = error
+
+        thread = threading.Thread(target=work, daemon=True, name="reward")
+        thread.start()
+        thread.join(self.timeout)
+        if thread.is_alive():  # it cannot be stopped, only left behind
+            raise RewardError(
+                f"The reward of '{self.env.name}' gave no answer for {n} samples in {self.timeout:g} seconds "
+                "(--algo.reward-timeout)."
+            )
+        if "error" in result:
+            raise result["error"]
+        return result["output"]
+
+
+def stand_ins(contexts: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """For every sample (B,) the index of itself where it was kept, else of one that was: of its own context if any was.
+
+    Batches and groups so keep their size: what was left out is stood in for by copies, of several samples in turn.
+    """
+    index = torch.arange(len(contexts), device=contexts.device)
+    lost = torch.ones(len(contexts), dtype=torch.bool, device=contexts.device)
+    lost[kept] = False
+    for place, i in enumerate(lost.nonzero()[:, 0].tolist()):
+        same = kept[contexts[kept] == contexts[i]]
+        pool = same if len(same) else kept
+        index[i] = pool[place % len(pool)]
+    return index

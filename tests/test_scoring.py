@@ -1,0 +1,188 @@
+"""Rewards that fail: the run stops, asks again or leaves samples out, and never makes a score up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import flowrl
+from flowrl import scoring
+from flowrl.envs.base import GenerationEnv
+from flowrl.errors import ConfigError, RewardError
+from flowrl.scoring import Scorer, stand_ins
+from flowrl.types import Contexts, RewardOutput
+
+
+class Judge:
+    """A reward, the first coordinate, that fails as it is told to."""
+
+    def __init__(self, fail: Callable[[Judge, torch.Tensor], Any] | None = None) -> None:
+        self.fail, self.calls = fail, 0
+
+    def __call__(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        self.calls += 1
+        if self.fail is not None:
+            answer = self.fail(self, samples)
+            if answer is not None:
+                return RewardOutput(answer)
+        return RewardOutput(samples[:, 0], {"second": samples[:, 1]})
+
+
+def environment(judge: Judge) -> GenerationEnv:
+    env = flowrl.make("gaussians-linear")
+    env.score = judge  # type: ignore[method-assign]
+    return env
+
+
+def broken_beyond(judge: Judge, samples: torch.Tensor) -> None:
+    """Fails for batches with a first coordinate above 2."""
+    if bool((samples[:, 0] > 2).any()):
+        raise ValueError("too far right")
+
+
+def not_a_number_beyond(judge: Judge, samples: torch.Tensor) -> torch.Tensor:
+    return torch.where(samples[:, 0] > 2, torch.nan, samples[:, 0])
+
+
+def first_two(judge: Judge, samples: torch.Tensor) -> None:
+    if judge.calls <= 2:
+        raise ConnectionError("busy")
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    samples = torch.tensor([[0.0, 1], [3, 1], [1, 2], [5, 5], [-1, 0]])
+    return samples, torch.zeros(5, dtype=torch.long)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was slept, without sleeping."""
+    slept: list[float] = []
+    monkeypatch.setattr(scoring.time, "sleep", slept.append)
+    return slept
+
+
+@pytest.mark.parametrize("fail", [broken_beyond, not_a_number_beyond])
+def test_samples_that_a_reward_fails_for_are_found(fail: Callable[..., Any]) -> None:
+    scorer = Scorer(environment(Judge(fail)), "drop")
+    output, kept = scorer(*batch())
+    assert kept.tolist() == [0, 2, 4]
+    assert output.reward.tolist() == [0, 1, -1]
+    if fail is broken_beyond:
+        assert output.components["second"].tolist() == [1, 2, 0]
+    assert scorer.errors > 0
+    assert "gaussians-linear" in str(scorer.last_error)
+
+
+def test_a_reward_that_fails_for_all_is_an_error() -> None:
+    def fail(judge: Judge, samples: torch.Tensor) -> None:
+        raise ValueError("out of order")
+
+    with pytest.raises(RewardError, match="out of order"):
+        Scorer(environment(Judge(fail)), "drop")(*batch())
+
+
+def test_a_good_reward_is_asked_once() -> None:
+    judge = Judge()
+    output, kept = Scorer(environment(judge), "drop")(*batch())
+    assert (judge.calls, kept.tolist(), output.reward.tolist()) == (1, [0, 1, 2, 3, 4], [0, 3, 1, 5, -1])
+
+
+def test_asking_again(pauses: list[float]) -> None:
+    judge = Judge(first_two)
+    output, kept = Scorer(environment(judge), "retry", retries=3)(*batch())
+    assert (judge.calls, len(kept), output.reward.tolist()) == (3, 5, [0, 3, 1, 5, -1])
+    assert pauses == [1, 2]
+
+
+def test_asking_again_ends(pauses: list[float]) -> None:
+    judge = Judge(first_two)
+    with pytest.raises(RewardError, match="busy"):
+        Scorer(environment(judge), "retry", retries=1)(*batch())
+    assert judge.calls == 2
+
+
+def test_by_default_nothing_is_asked_twice() -> None:
+    judge = Judge(first_two)
+    with pytest.raises(RewardError, match="busy"):
+        Scorer(environment(judge))(*batch())
+    assert judge.calls == 1
+
+
+def test_a_reward_that_hangs() -> None:
+    def hang(judge: Judge, samples: torch.Tensor) -> None:
+        time.sleep(5)
+
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"no answer for 5 samples in 0\.1 seconds"):
+        Scorer(environment(Judge(hang)), timeout=0.1)(*batch())
+    assert time.monotonic() - start < 4
+
+
+def test_in_time_errors_and_answers_are_passed_on() -> None:
+    assert Scorer(environment(Judge()), timeout=30)(*batch())[0].reward.tolist() == [0, 3, 1, 5, -1]
+    with pytest.raises(RewardError, match="too far right"):
+        Scorer(environment(Judge(broken_beyond)), timeout=30)(*batch())
+
+
+def test_running_statistics_are_put_back_where_a_reward_fails() -> None:
+    class Counting(Judge):
+        state = torch.zeros(1)
+
+        def __call__(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+            self.state += len(samples)  # before it fails
+            return super().__call__(samples, contexts)
+
+    judge = Counting(broken_beyond)
+    env = environment(judge)
+    env.extra_state = lambda: {"seen": judge.state}  # type: ignore[method-assign]
+    Scorer(env, "drop")(*batch())
+    assert judge.state.item() == 3
+
+
+def test_who_stands_in() -> None:
+    contexts = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    kept = torch.tensor([0, 2, 3])
+    index = stand_ins(contexts, kept)
+    assert index[[0, 2, 3]].tolist() == [0, 2, 3]
+    assert index[1].item() in (0, 2)
+    assert index[4].item() == 3
+    assert set(index[5:].tolist()) <= {0, 2, 3}
+
+
+@pytest.mark.parametrize("algo", ["orw_w2", "flow_grpo"])
+def test_training_leaves_samples_out_and_counts_them(algo: str) -> None:
+    judge = Judge(broken_beyond)
+    settings: dict[str, Any] = {"n_samples": 64, "rollout_batch_size": 32, "batch_size": 32, "group_size": 8}
+    model = flowrl.registry.ALGORITHMS[algo](
+        "FlowPolicy", environment(judge), seed=0, on_reward_error="drop", max_dropped=0.9, **settings
+    )
+    model.learn(64)
+    assert model.buffer.full
+    assert model.buffer.x_1[:, 0].max() <= 2  # no failed sample is trained on
+    torch.testing.assert_close(model.buffer.x_1[:, 0], model.buffer.reward)  # each reward is its own sample's
+    assert 0 < model.n_dropped < 64
+    assert model.last_logged["rollout/dropped"] == model.n_dropped
+    if algo == "flow_grpo":
+        last, times = model.buffer.states[:, -1], model.policy.times()[-2:]
+        v = model.policy.networks["reference"](last, times[0].expand(len(last)))  # the network that drew them
+        torch.testing.assert_close(last + times.diff() * v, model.buffer.x_1)  # each path ends at its own sample
+
+
+def test_too_many_failures_stop_the_run() -> None:
+    model = flowrl.ORWCFMW2(
+        "FlowPolicy", environment(Judge(broken_beyond)), seed=0, on_reward_error="drop", max_dropped=0.01, n_samples=64
+    )
+    with pytest.raises(RewardError, match=r"failed for \d+ of 64 samples .* max_dropped = 0\.01 .* too far right"):
+        model.learn(64)
+
+
+def test_compared_samples_cannot_be_left_out() -> None:
+    env = environment(Judge())
+    env.groupwise = True
+    with pytest.raises(ConfigError, match="cannot tell which"):
+        flowrl.ORWCFMW2("FlowPolicy", env, n_samples=64, group_size=8, on_reward_error="drop")
