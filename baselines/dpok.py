@@ -14,6 +14,7 @@ from torch import nn
 
 from flowrl.config import FlowConfig
 from flowrl.losses import Standardisation, standardise
+from flowrl.optimizers import step_unless
 from flowrl.registry import register_algorithm
 from flowrl.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
 from flowrl.types import Batch
@@ -120,4 +121,5 @@ class DPOK(TransitionAlgorithm):
         self.critic_optimizer.zero_grad()
         error.backward()
         self.ranks.average_gradients(self.critic.parameters())
-        self.critic_optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), torch.inf)
+        step_unless((~norm.isfinite()).float(), self.critic_optimizer)

@@ -28,6 +28,8 @@ class RAFTConfig(ORWConfig):
     target: Literal["residual", "plain"] = "plain"
     """"plain", as published; "residual" moves only where samples differ, and with baseline "mean" also away from
     those that are not kept."""
+    min_ess: float = 0.0
+    """Keeping few samples is what this algorithm does."""
     n_best: int = 1
     """How many of the K are kept."""
     threshold: float = -math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -28,17 +29,18 @@ from flowrl.construction import (
     recommended_settings,
     weight_dtypes,
 )
+from flowrl.diagnosis import BadUpdates, check_updates
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv, draw_contexts
 from flowrl.errors import ConfigError, RewardError, UnknownNameError
 from flowrl.flow import interpolate, sample_time
 from flowrl.lora import LoRA
 from flowrl.losses import effective_sample_size, squared_error
-from flowrl.optimizers import make_optimizer
+from flowrl.optimizers import make_optimizer, step_unless
 from flowrl.policy import FlowPolicy
 from flowrl.ranks import Ranks, SharedGenerator, join
 from flowrl.scoring import Scorer, stand_ins
 from flowrl.sharded import whole
-from flowrl.types import Batch, RewardOutput, Role
+from flowrl.types import Batch, Role
 
 
 class FlowAlgorithm(BaseAlgorithm):
@@ -111,6 +113,7 @@ class FlowAlgorithm(BaseAlgorithm):
         )
         self.iteration = 0
         self.n_dropped = 0  # samples so far that the reward failed for
+        self._warned: set[str] = set()
         if _init_setup_model:
             self._setup_model()
             if self.ranks.index:
@@ -150,6 +153,10 @@ class FlowAlgorithm(BaseAlgorithm):
         for name, tensor in self.extra_state().items():
             tensor.copy_(tensors[name])
 
+    def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
+        """What a user should be told of the figures of an iteration, by kind; each kind is told once."""
+        return {}
+
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scalar loss of a minibatch, and scalar metrics as tensors (never `.item()` here)."""
@@ -182,6 +189,7 @@ class FlowAlgorithm(BaseAlgorithm):
             self.set_random_seed(self.seed)
         self.scorer = Scorer(core, config.on_reward_error, config.reward_retries, config.reward_timeout)
         check_reward_errors(config.on_reward_error, core, self.ranks.count)
+        self.bad_updates = BadUpdates(self.device)
         self.generator = SharedGenerator(self.device, self.ranks)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
         with self.ranks.main_first():
@@ -239,6 +247,7 @@ class FlowAlgorithm(BaseAlgorithm):
             if not self.collect(callback):
                 break
             logged = self.update()
+            check_updates(self)
             self.sync()
             self.iteration += 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
@@ -283,7 +292,10 @@ class FlowAlgorithm(BaseAlgorithm):
             output, kept = self.scorer(samples, contexts)
             if len(kept) < len(contexts):
                 dropped += len(contexts) - len(kept)
-                x_1, samples, contexts, output = self._stand_in(x_1, samples, contexts, output, kept)
+                index = stand_ins(contexts, kept)
+                if self.buffer.path_steps:
+                    self.buffer.rearrange_path(index)
+                x_1, samples, contexts, output = x_1[index], samples[index], contexts[index], output.at(kept, index)
             self.buffer.add(x_1, contexts, output.reward, self.objective(x_1, contexts, output.reward))
             for key, value in output.components.items():
                 components.setdefault(key, []).append(value)
@@ -301,24 +313,6 @@ class FlowAlgorithm(BaseAlgorithm):
         self._rollout_metrics = self._measure(self.buffer.all(), self._diversity(shown), components)
         callback.on_rollout_end()
         return True
-
-    def _stand_in(
-        self,
-        x_1: torch.Tensor,
-        samples: torch.Tensor,
-        contexts: torch.Tensor,
-        output: RewardOutput,
-        kept: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, RewardOutput]:
-        """The batch with copies of kept samples in place of those that the reward failed for."""
-        index = stand_ins(contexts, kept)
-        if self.buffer.path_steps:
-            self.buffer.rearrange_path(index)
-        row = torch.zeros_like(index)  # of each kept sample in the reward
-        row[kept] = torch.arange(len(kept), device=kept.device)
-        rows = row[index]
-        components = {key: value[rows] for key, value in output.components.items()}
-        return x_1[index], samples[index], contexts[index], RewardOutput(output.reward[rows], components)
 
     def _check_dropped(self, dropped: int) -> None:
         """Count the samples left out, over all ranks; too many stop the run."""
@@ -380,7 +374,9 @@ class FlowAlgorithm(BaseAlgorithm):
         for group in optimizer.param_groups:
             group["lr"] = rate
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
-        optimizer.step()
+        bad = (~norm.isfinite()).float()
+        step_unless(bad, optimizer, self.ranks.is_sharded)
+        self.bad_updates.note(bad)
         self.policy.weights_changed("current")
         optimizer.zero_grad(set_to_none=True)
         self._n_updates += 1
@@ -425,11 +421,17 @@ class FlowAlgorithm(BaseAlgorithm):
             self.logger.record(key, value)
         self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
         self.logger.record("train/n_updates", self._n_updates)
+        if self.bad_updates.total:
+            self.logger.record("train/bad_updates", self.bad_updates.total)
         self.logger.record("time/iteration", self.iteration)
         self.logger.record("time/samples_per_second", self.config.n_samples / max(seconds, sys.float_info.epsilon))
         self.logger.record("time/network_evaluations", self.policy.evaluations * self.ranks.count)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.last_logged = dict(self.logger.name_to_value)
+        for kind, text in self.cautions(self.last_logged).items():
+            if kind not in self._warned and self.ranks.is_main:
+                self._warned.add(kind)
+                warnings.warn(text, stacklevel=3)
         self.logger.dump(step=self.num_timesteps)
 
     def save(self, path: str | Path, exclude: Any = None, include: Any = None) -> None:  # type: ignore[override]

@@ -89,12 +89,14 @@ class FlowConfig:
     """How often "retry" asks again, after 1, 2, 4, ... seconds."""
     reward_timeout: float = 0.0
     """Seconds for a batch after which a reward has failed; 0 waits for ever."""
+    max_bad_updates: int = 10
+    """Gradient steps in a row whose gradient is not finite. They are left out; so many stop the run."""
     max_dropped: float = 0.1
     """Share of an iteration's samples that "drop" may leave out; more stop the run."""
 
     def __post_init__(self) -> None:
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
-        for name in (*positive, "n_epochs", "rollout_steps", "refresh_every"):
+        for name in (*positive, "n_epochs", "rollout_steps", "refresh_every", "max_bad_updates"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         others = ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha")
         for name in (*others, "reward_retries", "reward_timeout"):

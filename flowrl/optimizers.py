@@ -30,6 +30,19 @@ def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter])
     return AdamW8bit(list(parameters), **settings)
 
 
+def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer, is_sharded: bool = False) -> None:
+    """An optimizer step, unless `bad` (a scalar, 0 or 1) is 1: then weights and moments stay as they are.
+
+    Fused optimizers decide that on the device; others wait for it.
+    """
+    if optimizer.defaults.get("fused") and not is_sharded:
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not bool(bad):
+        optimizer.step()
+
+
 def state_shapes(config: FlowConfig, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what the optimizer keeps of a parameter, by which a stored state is checked."""
     shape = tuple(parameter.shape)

@@ -6,6 +6,7 @@ fresh `x_0, t` minimise `w |v - u|^2 + alpha |v - v_ref|^2`; then `v_old <- v`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -49,6 +50,8 @@ class ORWCFMW2Config(FlowConfig):
     from refresh to refresh where w + alpha < 1; or at most w + penalty ("clipped"): then errors never grow."""
     coupling: Coupling = "independent"
     """How noise is paired with samples: independent, or exact minibatch optimal transport ("ot")."""
+    min_ess: float = 0.02
+    """Warn when the weights are worth less than this share of the samples (effective sample size)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +82,18 @@ class ORWCFMW2(FlowAlgorithm):
         n = len(self.env.core.contexts)
         reward = standardise(rollout.reward, self.config.standardise, rollout.contexts, n)
         return reward_weights(reward, self.config.tau, self.config.weight_normalisation, rollout.contexts, n)
+
+    def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
+        """Weights that lie on a few samples."""
+        share, config = logged["rollout/ess"], self.config
+        if share >= config.min_ess:
+            return {}
+        text = (
+            f"The weights are worth {100 * share:.2g} % of the samples: a few of them decide what is learnt. Lower tau "
+            f"(now {config.tau:g}), raise n_samples (now {config.n_samples})"
+        )
+        wide = ", or take rewards in units of their standard deviation (standardise 'batch' or 'group')"
+        return {"ess": text + (wide if config.standardise == "none" else "") + "."}
 
     def penalty(self, t: torch.Tensor) -> torch.Tensor:
         """Coefficient (B,) of `|v - v_ref|^2` at times t."""

@@ -29,6 +29,13 @@ class RewardOutput:
     components: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (B,)
     info: dict[str, Any] = field(default_factory=dict)
 
+    def at(self, kept: torch.Tensor, index: torch.Tensor) -> RewardOutput:
+        """The output of samples `index` (B,), where this is that of samples `kept` (M,), among which they are."""
+        row = torch.zeros(int(kept.max()) + 1, dtype=torch.long, device=kept.device)
+        row[kept] = torch.arange(len(kept), device=kept.device)
+        rows = row[index]
+        return RewardOutput(self.reward[rows], {key: value[rows] for key, value in self.components.items()}, self.info)
+
 
 class Transitions(NamedTuple):
     """Steps of an SDE sampler, one per row: from `x_k` at its k-th time to `x_next` at the next."""

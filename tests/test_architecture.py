@@ -20,17 +20,8 @@ LAYERS = [
     {"types", "errors", "registry", "sharded", "ranks"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
-    {
-        "construction",
-        "scoring",
-        "algorithm",
-        "transitions",
-        "steering",
-        "evaluation",
-        "side_effects",
-        "checkpoint",
-        "memory",
-    },
+    {"construction", "scoring", "diagnosis", "algorithm", "transitions", "steering", "evaluation", "side_effects"}
+    | {"checkpoint", "memory"},
     {"orw_w2", "baselines"},
     {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite", "cell", "comparison"}
     | {"sample", "export", "card", "hub"},
