@@ -18,8 +18,9 @@ import os
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowrl.envs.prompts import fingerprint
-from flowrl.errors import CheckpointError
+from flowrl.errors import CheckpointError, did_you_mean
 from flowrl.optimizers import state_shapes
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
 from flowrl.sharded import divided_like, whole
@@ -268,6 +269,7 @@ def load_checkpoint(
                 f"'{folder}' was trained on '{env}', which is not registered here. Code named by a checkpoint is never "
                 "imported: import its module yourself, or name it (--env module:name)."
             )
+    _compare_settings(cls, config, folder)
     try:
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items()}
         algorithm_config = cls.Config(**cast(Any, settings))
@@ -291,6 +293,28 @@ def load_checkpoint(
         )
     load_state(model, folder)
     return model
+
+
+def _compare_settings(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> None:
+    """Say which settings a checkpoint of another version has, or has not.
+
+    Raises:
+        CheckpointError: It has some that mean nothing here.
+    """
+    stored, known = config.get("settings"), {field.name: field for field in fields(cls.Config)}
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"The file '{folder / 'config.json'}' is damaged: it holds no settings.")
+    of_version = f"'{folder}' was written by flowrl {config.get('flowrl')}"
+    if gone := [name for name in stored if name not in known]:
+        raise CheckpointError(
+            f"{of_version}, and this one has no settings {', '.join(gone)} of {cls.__name__}."
+            f"{did_you_mean(gone[0], known)} Train on with that version, or take them out of its config.json."
+        )
+    if new := [name for name in known if name not in stored]:
+        warnings.warn(
+            f"{of_version}, before {cls.__name__} had {', '.join(new)}: the defaults of this version are taken.",
+            stacklevel=3,
+        )
 
 
 def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> type[FlowAlgorithm]:

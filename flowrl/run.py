@@ -7,10 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from stable_baselines3.common.logger import Logger
 
@@ -49,6 +51,8 @@ class RunConfig:
     """Seed of everything random."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    deterministic: bool = False
+    """Only operations that give the same numbers every time; slower on a GPU, where some have none."""
     out: Path = Path("runs")
     """Folder that run folders go into."""
     name: str = ""
@@ -127,10 +131,9 @@ def _main(args: list[str]) -> int:
             folder = run.out / _name(run, algo)
             print(runfolder.plan(folder, algo, algo_config, env, _timesteps(run, spec), ranks.count))
         return 0
+    _set_deterministic(run)
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
     folder = Path(ranks.same(str(runfolder.create(run.out, _name(run, algo), env.name) if ranks.is_main else "")))
-    if ranks.is_main:
-        _write_config(folder, model, run, _timesteps(run, spec))
     return _train(model, folder, run, _timesteps(run, spec))
 
 
@@ -160,6 +163,12 @@ def _make_env(spec: EnvSpec, config: Any) -> GenerationEnv:
     return flowrl.make(spec.name, **{key: value for key, value in given.items() if value != defaults[key]})
 
 
+def _set_deterministic(run: RunConfig) -> None:
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first call
+        torch.use_deterministic_algorithms(True)
+
+
 def _name(run: RunConfig, algo: type[FlowAlgorithm]) -> str:
     return run.name or f"{run.env.rpartition(':')[2]}-{algorithm_name(algo).rpartition(':')[2]}-seed{run.seed}"
 
@@ -183,6 +192,7 @@ def _resume(args: list[str], folder: Path) -> int:
     total = run.total_timesteps
     if not isinstance(total, int):
         raise CheckpointError(f"The config.json of '{folder}' does not say how long to train: add --total-timesteps N.")
+    _set_deterministic(run)
     model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
     say = print if model.ranks.is_main else lambda text: None
     say(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
@@ -193,8 +203,6 @@ def _resume(args: list[str], folder: Path) -> int:
         say(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
         say("To train it longer, add --total-timesteps N.")
         return 0
-    if model.ranks.is_main:
-        _write_config(folder, model, run, total)
     return _train(model, folder, run, total)
 
 
@@ -208,6 +216,7 @@ def _is_finished(folder: Path, total: int) -> bool:
 
 KEPT = (
     "total_timesteps",
+    "deterministic",
     "log_every",
     "picture_every",
     "checkpoint_every",
@@ -225,6 +234,14 @@ def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int
 
 
 def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
+    """Train and evaluate in a run folder that no other process writes into."""
+    with runfolder.alone_in(folder) if model.ranks.is_main else nullcontext():
+        if model.ranks.is_main:
+            _write_config(folder, model, run, total)
+        return _learn(model, folder, run, total)
+
+
+def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
     held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
     is_main = model.ranks.is_main
     if is_main:

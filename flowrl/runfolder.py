@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from stable_baselines3.common.logger import (
     CSVOutputFormat,
     HumanOutputFormat,
@@ -43,6 +46,28 @@ def create(out: Path, name: str, env_name: str) -> Path:
     except OSError as error:
         raise cannot_write(folder, error) from error
     return folder
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Context in which no other process writes into a run folder; a process that is killed leaves it, too.
+
+    Raises:
+        ConfigError: Another process is writing into it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"Another process is training in '{folder}'. Wait for it, stop it, or train elsewhere with --name."
+        ) from error
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def new_folder(out: Path, name: str) -> Path:

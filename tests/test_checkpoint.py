@@ -244,6 +244,22 @@ def test_state_that_lacks_something(folder: Path, file: str, change: Callable) -
         load(folder)
 
 
+def test_settings_of_another_version(folder: Path) -> None:
+    def with_old_names(config: dict) -> None:
+        config["flowrl"] = "0.0.9"
+        config["settings"]["alfa"] = config["settings"].pop("alpha")
+
+    rewrite(folder / "config.json", with_old_names)
+    with pytest.raises(CheckpointError, match=r"0\.0\.9.* no settings alfa of ORWCFMW2.*Did you mean 'alpha'"):
+        flowrl.ORWCFMW2.load(folder)
+
+
+def test_settings_that_are_new_since(folder: Path) -> None:
+    rewrite(folder / "config.json", lambda config: config["settings"].pop("max_dropped"))
+    with pytest.warns(UserWarning, match="before ORWCFMW2 had max_dropped: the defaults"):
+        assert flowrl.ORWCFMW2.load(folder).config.max_dropped == 0.1
+
+
 @pytest.mark.parametrize("settings", [{"alpha": -1.0}, {"solver": "eulr"}, {"not_a_setting": 1}, None])
 def test_settings_that_do_not_fit(folder: Path, settings: dict | None) -> None:
     rewrite(folder / "config.json", lambda c: c.update(settings=settings and {**c["settings"], **settings}))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import flowrl
 from flowrl.registry import environment_spec
 from flowrl.run import main
-from flowrl.runfolder import write_evaluation
+from flowrl.runfolder import alone_in, write_evaluation
 
 TINY = [
     "--algo.n-samples", 64, "--algo.batch-size", 32, "--algo.rollout-steps", 2, "--algo.ema-decay", 0.9,
@@ -285,6 +285,27 @@ def test_dry_run_of_a_resume_writes_nothing(run_module, three: Path, tmp_path: P
     assert done.returncode == 0
     assert len(rows(run)) == 3
     assert "nothing was written" in done.stdout
+
+
+def test_two_runs_never_write_into_the_same_folder(run_module, three: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(three, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    with alone_in(run):
+        done = run_module("flowrl.run", "--resume", "run", "--total-timesteps", 6 * N)
+    assert done.returncode == 2
+    assert "Another process is training in 'run'" in done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    with alone_in(run):  # free again
+        pass
+
+
+def test_deterministic_runs_are_the_same_twice(run_module, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        done = run_module("flowrl.run", *RUN, "--total-timesteps", 2 * N, "--name", name, "--deterministic")
+        assert done.returncode == 0, done.stderr
+    a, b = (tmp_path / "runs" / name for name in ("a", "b"))
+    assert_same_run(a, b)
+    assert json.loads((a / "config.json").read_text())["run"]["deterministic"] is True
 
 
 def test_a_resumed_run_keeps_its_own_settings(run_module, three: Path, tmp_path: Path) -> None:
