@@ -30,6 +30,8 @@ class IterationCallback(BaseCallback):
 class PictureCallback(IterationCallback):
     """Writes a picture of samples at fixed noise and contexts every few iterations.
 
+    One that cannot be written is reported; the run goes on.
+
     Args:
         folder: Where `samples/` pictures go.
         every: Iterations between pictures.
@@ -68,7 +70,10 @@ class PictureCallback(IterationCallback):
         policy.evaluations = spent
         if not self.model.ranks.is_main:  # type: ignore[attr-defined]
             return
-        save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png")
+        try:
+            save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png")
+        except OSError as error:
+            print(f"warning: Cannot write a picture to '{self.folder}': {error}. Training goes on.", flush=True)
 
 
 class KeepCheckpoints(IterationCallback):

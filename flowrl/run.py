@@ -272,7 +272,12 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
             print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}", flush=True)
         model.ranks.leave()
         return EXIT_STOPPED
-    return _finish(model, folder, run.eval_samples, held_out)
+    try:
+        return _finish(model, folder, run.eval_samples, held_out)
+    except OSError as error:
+        if isinstance(error, FlowRLError):
+            raise
+        raise runfolder.cannot_write(folder, error, _resume_hint(folder)) from error
 
 
 def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:

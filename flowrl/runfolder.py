@@ -90,10 +90,10 @@ def new_folder(out: Path, name: str) -> Path:
         raise cannot_write(folder, error) from error
 
 
-def cannot_write(folder: Path, error: Exception) -> ConfigError:
+def cannot_write(folder: Path, error: Exception, hint: str = "Choose another place with --out.") -> ConfigError:
     """The error for a folder that takes no files: read-only, full, no such place."""
     reason = getattr(error, "strerror", None) or str(error)
-    return ConfigError(f"Cannot write to '{folder}': {reason}. Choose another place with --out.")
+    return ConfigError(f"Cannot write to '{folder}': {reason}. {hint}")
 
 
 def load_model(path: Path, algo: str = "", env: str = "", device: str = "auto") -> FlowAlgorithm:
@@ -148,12 +148,41 @@ def logger(folder: Path, num_timesteps: int) -> Logger:
     for row in kept:
         for file in files:
             file.write(row, {key: () for key in row}, int(row["time/total_timesteps"]))
-    formats = [HumanOutputFormat(sys.stdout), *files]
+    formats: list[KVWriter] = [HumanOutputFormat(sys.stdout)]
+    formats += [PatientWriter(file, str(folder / f"metrics.{kind}")) for file, kind in zip(files, ("csv", "json"))]
     try:
-        formats.append(TensorBoardOutputFormat(str(folder / "tensorboard")))
+        tensorboard = TensorBoardOutputFormat(str(folder / "tensorboard"))
+        formats.append(PatientWriter(tensorboard, str(folder / "tensorboard")))
     except (ImportError, AssertionError):
         print("tensorboard is not installed (pip install tensorboard): no TensorBoard log is written")
     return Logger(str(folder), formats)
+
+
+class PatientWriter(KVWriter):
+    """Writes rows by another writer; where that cannot, says so once and goes on.
+
+    What a file did not take stays in its buffer and is written with a later row.
+    """
+
+    def __init__(self, writer: KVWriter, name: str) -> None:
+        self.writer, self.name = writer, name
+        self.failed = False
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Write a row."""
+        try:
+            self.writer.write(key_values, key_excluded, step)
+        except OSError as error:
+            if not self.failed:
+                print(f"warning: Cannot write {self.name}: {error}. Training goes on.", flush=True)
+            self.failed = True
+        else:
+            self.failed = False
+
+    def close(self) -> None:
+        """Close the writer."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
 
 
 def _rows(path: Path, num_timesteps: int) -> list[dict[str, Any]]:

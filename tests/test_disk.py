@@ -1,0 +1,110 @@
+"""Disks that are full for a while, or for good."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flowrl
+from flowrl import callbacks, checkpoint, runfolder
+from flowrl.callbacks import KeepCheckpoints, PictureCallback
+
+SIZES = {"n_samples": 64, "batch_size": 64}
+
+
+def model() -> flowrl.ORWCFMW2:
+    return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **SIZES)
+
+
+def full(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, keep = model(), KeepCheckpoints(tmp_path / "checkpoints", every=1)
+    trained.learn(64, callback=keep)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        trained.learn(64, callback=keep, reset_num_timesteps=False)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000000064"]  # the last good one
+    assert "No space left on device" in capsys.readouterr().out
+    trained.learn(64, callback=keep, reset_num_timesteps=False)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000000064", "0000000192"]
+    assert flowrl.ORWCFMW2.load(tmp_path / "checkpoints" / "0000000192").num_timesteps == 192
+
+
+def test_a_picture_that_cannot_be_written_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(callbacks, "save_picture", full)
+    trained = model().learn(128, callback=PictureCallback(tmp_path / "samples", every=1))
+    assert trained.num_timesteps == 128
+    assert "Cannot write a picture" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 190 kB, where one can be had."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    done = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=190k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if not done or done.returncode:
+        pytest.skip("cannot mount a small disk here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def test_metrics_are_written_once_there_is_space_again(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = model()
+    trained.set_logger(runfolder.logger(tiny, 0))
+    trained.learn(64)
+    fill(tiny / "ballast")
+    for _ in range(30):
+        trained.learn(64, reset_num_timesteps=False)
+    assert "Cannot write" in capsys.readouterr().out
+    (tiny / "ballast").unlink()
+    trained.learn(64, reset_num_timesteps=False)
+    trained.logger.close()
+    with (tiny / "metrics.csv").open(newline="") as file:
+        steps = [int(row["time/total_timesteps"]) for row in csv.DictReader(file)]
+    assert steps == [64 * (i + 1) for i in range(32)]
+
+
+def fill(path: Path) -> None:
+    """Take all the space there is."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(512))
+        except OSError:
+            return
+
+
+def test_a_run_on_a_full_disk_trains_on_and_ends_with_an_error(tiny: Path, program_environment: dict[str, str]) -> None:
+    command = ["-m", "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu", "--name", "a"]
+    settings = ["--total-timesteps", "1280", "--algo.n-samples", "64", "--algo.batch-size", "64"]
+    every = ["--checkpoint-every", "5", "--picture-every", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, *settings, *every],
+        cwd=tiny,
+        env=program_environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Training goes on" in done.stdout
+    assert "1.28e+03" in done.stdout or "1280" in done.stdout  # it went on to the end
+    assert done.stderr.strip().splitlines()[-1].startswith(("error:", "What"))
