@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowrl.envs.prompts import fingerprint
-from flowrl.errors import CheckpointError, did_you_mean
+from flowrl.errors import CheckpointError, FlowRLError, did_you_mean
 from flowrl.optimizers import state_shapes
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
 from flowrl.sharded import divided_like, whole
@@ -191,6 +191,10 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 
+LARGEST_JSON = 2**24
+"""Bytes; what flowrl writes has some thousands."""
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON with an indent."""
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -203,12 +207,16 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: Missing or damaged; names the file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")  # a device can be endless
+        if path.stat().st_size > LARGEST_JSON:
+            raise OSError(f"it has more than {LARGEST_JSON} bytes")
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"The file '{path}' is damaged: it holds no JSON object.")
@@ -255,6 +263,7 @@ def load_checkpoint(
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
         raise CheckpointError(f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}.")
+    _check_description(config, folder)
     cls = _class_of(cls, config, folder)
     env_settings = None
     stored = config.get("environment") or {}
@@ -277,15 +286,22 @@ def load_checkpoint(
         raise CheckpointError(
             f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}."
         ) from error
-    model = cls(
-        "FlowPolicy",
-        env,
-        config=algorithm_config,
-        seed=config.get("seed"),
-        device=device,
-        env_settings=env_settings,
-        **kwargs,
-    )
+    try:
+        model = cls(
+            "FlowPolicy",
+            env,
+            config=algorithm_config,
+            seed=config.get("seed"),
+            device=device,
+            env_settings=env_settings,
+            **kwargs,
+        )
+    except FlowRLError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"What '{folder / 'config.json'}' describes cannot be made: {type(error).__name__} {error}."
+        ) from error
     if env_settings is not None and config.get("prompts") not in (None, fingerprint(model.env.core.contexts)):
         raise CheckpointError(
             f"'{folder}' was trained on other prompts than '{model.env.core.name}' has now: bring back its prompt "
@@ -295,15 +311,32 @@ def load_checkpoint(
     return model
 
 
+def _check_description(config: Mapping[str, Any], folder: Path) -> None:
+    """Whether `config.json` holds what `description` writes, as far as types go.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    environment, seed = config.get("environment"), config.get("seed")
+    named = isinstance(environment, dict) and isinstance(environment.get("name"), str)
+    sound = {
+        "algorithm": isinstance(config.get("algorithm"), str),
+        "environment": environment is None or (named and isinstance(environment.get("settings"), dict)),
+        "settings": isinstance(config.get("settings"), dict),
+        "seed": seed is None or (isinstance(seed, int) and 0 <= seed < 2**32),
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise CheckpointError(f"The file '{folder / 'config.json'}' is damaged: '{name}' is no {name}.")
+
+
 def _compare_settings(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> None:
     """Say which settings a checkpoint of another version has, or has not.
 
     Raises:
         CheckpointError: It has some that mean nothing here.
     """
-    stored, known = config.get("settings"), {field.name: field for field in fields(cls.Config)}
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"The file '{folder / 'config.json'}' is damaged: it holds no settings.")
+    stored, known = config["settings"], {field.name: field for field in fields(cls.Config)}
     of_version = f"'{folder}' was written by flowrl {config.get('flowrl')}"
     if gone := [name for name in stored if name not in known]:
         raise CheckpointError(
@@ -367,8 +400,14 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
             model.load_extra_state(read_tensors(folder / "algorithm.safetensors", model.device))
         if model.env.core.extra_state():
             model.env.core.load_extra_state(read_tensors(folder / "environment.safetensors"))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except FlowRLError:
+        raise
+    except DAMAGE as error:
         raise CheckpointError(f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}.") from error
+
+
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, MemoryError)
+"""What code raises when it is given other numbers than it wrote."""
 
 
 def _set_random_states(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
