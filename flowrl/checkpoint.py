@@ -166,6 +166,7 @@ def _write(
     state = {name: getattr(model, name) for name in COUNTERS} | {
         "evaluations": policy.evaluations * model.ranks.count,
         "n_dropped": model.n_dropped,
+        "bad_updates": [model.bad_updates.total, model.bad_updates.in_a_row],
         "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in policy.optimizer.param_groups],
         "numpy": [int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])],
         "python": random.getstate(),
@@ -395,6 +396,7 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
             setattr(model, name, type(getattr(model, name))(state[name]))
         model.policy.evaluations = int(state["evaluations"]) // model.ranks.count
         model.n_dropped = int(state.get("n_dropped", 0))
+        model.bad_updates.total, model.bad_updates.in_a_row = (int(n) for n in state.get("bad_updates", (0, 0)))
         _set_random_states(model, random_states, state)
         if model.extra_state():
             model.load_extra_state(read_tensors(folder / "algorithm.safetensors", model.device))

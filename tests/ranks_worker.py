@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
     "accumulation": 3,  # of which the last gradient step of an iteration has fewer
     "group_size": 8,
 }
-PICTURES: dict[str, Any] = {"n_samples": 16, "batch_size": 8, "rollout_steps": 3, "group_size": 4}
+PICTURES: dict[str, Any] = {"n_samples": 8, "batch_size": 8, "rollout_steps": 2, "group_size": 4}
 
 
 def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,15 @@ def test_bad_gradients_are_left_out_and_counted() -> None:
     trained.learn(64, reset_num_timesteps=False)
     assert trained.bad_updates.total == 2
     assert trained.last_logged["train/bad_updates"] == 2
+
+
+def test_a_resumed_run_knows_of_them(tmp_path: Path) -> None:
+    trained = model({2, 3})
+    with pytest.warns(UserWarning, match="2 gradient steps"):
+        trained.learn(64)
+    trained.save(tmp_path / "a")
+    loaded = Sometimes.load(tmp_path / "a", device="cpu")
+    assert (loaded.bad_updates.total, loaded.bad_updates.in_a_row) == (2, 2)
 
 
 def test_a_step_that_is_left_out_leaves_everything_as_it_was() -> None:

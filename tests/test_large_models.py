@@ -156,7 +156,7 @@ def test_half_of_the_buffer() -> None:
     for buffer in (whole, half):
         buffer.add(x_1, torch.arange(8), torch.arange(8.0))
     assert whole.nbytes - half.nbytes == x_1.numel() * 2
-    for batch in (half.all(), half.rows(torch.arange(8))):
+    for batch in (half.all(), next(half.batches(torch.arange(8), 8))):
         assert batch.x_1.dtype == torch.float32
         torch.testing.assert_close(batch.x_1, x_1, rtol=1e-3, atol=1e-3)
         assert batch.reward.tolist() == list(range(8))

@@ -9,6 +9,7 @@ import torch
 
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward, eight_gaussians
+from flowrl.errors import NonFiniteError
 from flowrl.flow import interpolate
 from flowrl.losses import kl_time_weight, residual_baseline, residual_weighted_loss, reward_weighted_loss
 from flowrl.metrics import wasserstein2
@@ -163,7 +164,12 @@ def test_many_refreshes(baseline, bounded):
     """60 refreshes with alpha + w < 1 for many samples: exact tilts run away in the end, clipped ones stay."""
     settings = {"tau": 0.5, "alpha": 0.3, "learning_rate": 1e-3, "n_epochs": 2, "rollout_steps": 8}
     model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", baseline=baseline, **settings)
-    result = flowrl.evaluate(model.learn(60 * 512), 512)
+    try:
+        model.learn(60 * 512)
+    except NonFiniteError:  # what running away comes to
+        assert not bounded
+        return
+    result = flowrl.evaluate(model, 512)
     assert (result.drift < 2) == bounded
     assert (result.reward_mean > result.reference.reward_mean + 0.5) == bounded
 
