@@ -188,7 +188,7 @@ class FlowAlgorithm(BaseAlgorithm):
         if self.seed is not None:
             self.set_random_seed(self.seed)
         self.scorer = Scorer(core, config.on_reward_error, config.reward_retries, config.reward_timeout)
-        check_reward_errors(config.on_reward_error, core, self.ranks.count)
+        check_reward_errors(config.on_reward_error, config.reward_timeout, core, self.ranks.count)
         self.bad_updates = BadUpdates(self.device)
         self.generator = SharedGenerator(self.device, self.ranks)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)

@@ -100,6 +100,7 @@ def main(args: list[str] | None = None) -> int:
     except FlowRLError as error:
         print(f"error{place_in_job()}: {error}", file=sys.stderr, flush=True)
         if is_launched():
+            sys.stdout.flush()
             os._exit(EXIT_ERROR)  # a tidy end would wait for the other processes, or abort
         return EXIT_ERROR
 
@@ -288,12 +289,14 @@ def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:
             f"{model.device} has no memory left ({str(error).splitlines()[0]}). Lower what the run needs, in this "
             f"order; --dry-run predicts how much that is:\n{ways}"
         )
+    if isinstance(error, FlowRLError):
+        return error
     if is_lost(error):
         return RankError(
             "Another process of this job ended or cannot be reached any more; its own message says why "
             f"({str(error).splitlines()[0]})."
         )
-    return error if isinstance(error, FlowRLError) else None
+    return None
 
 
 def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Mapping[str, RewardFunction]) -> int:

@@ -299,6 +299,17 @@ def test_two_runs_never_write_into_the_same_folder(run_module, three: Path, tmp_
         pass
 
 
+def test_a_process_that_is_killed_does_not_block_its_run_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from pathlib import Path; from flowrl.runfolder import alone_in\n"
+        f"with alone_in(Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert (tmp_path / ".lock").exists()
+    with alone_in(tmp_path):
+        pass
+
+
 def test_deterministic_runs_are_the_same_twice(run_module, tmp_path: Path) -> None:
     for name in ("a", "b"):
         done = run_module("flowrl.run", *RUN, "--total-timesteps", 2 * N, "--name", name, "--deterministic")
