@@ -14,7 +14,6 @@ Loading reads numbers and strings only: a hostile folder cannot run code.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -26,10 +25,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError, FlowRLError, did_you_mean
+from flowrl.files import read_json, read_tensors, replace_folder, save_tensors, write_json
 from flowrl.optimizers import state_shapes
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
 from flowrl.sharded import divided_like, whole
@@ -73,20 +72,6 @@ def save_checkpoint(model: FlowAlgorithm, path: str | Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Rename the folder `new` to `target`; an existing target is moved aside first and deleted after."""
-    for file in new.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    old = target.with_name(f".{target.name}-old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    new.chmod(0o755)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def description(model: FlowAlgorithm) -> dict[str, Any]:
@@ -151,8 +136,8 @@ def _write(
 ) -> None:
     write_json(folder / "config.json", description(model))
     policy = model.policy
-    _save_tensors(folder / "policy.safetensors", weights)
-    _save_tensors(folder / "optimizer.safetensors", moments)
+    save_tensors(folder / "policy.safetensors", weights)
+    save_tensors(folder / "optimizer.safetensors", moments)
     numpy_state: Any = np.random.get_state(legacy=False)
     random_states = {
         "training": model.generator.get_state(),
@@ -162,7 +147,7 @@ def _write(
     }
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
-    _save_tensors(folder / "random.safetensors", random_states)
+    save_tensors(folder / "random.safetensors", random_states)
     state = {name: getattr(model, name) for name in COUNTERS} | {
         "evaluations": policy.evaluations * model.ranks.count,
         "n_dropped": model.n_dropped,
@@ -173,9 +158,9 @@ def _write(
     }
     write_json(folder / "state.json", state)
     if extra := model.extra_state():
-        _save_tensors(folder / "algorithm.safetensors", extra)
+        save_tensors(folder / "algorithm.safetensors", extra)
     if extra := model.env.core.extra_state():
-        _save_tensors(folder / "environment.safetensors", extra)
+        save_tensors(folder / "environment.safetensors", extra)
     if policy.lora is not None:  # small; the full weights would be written twice
         role = policy.sampling_role
         policy.export(folder, {n.removeprefix(f"{role}."): t for n, t in weights.items() if n.startswith(f"{role}.")})
@@ -186,56 +171,6 @@ def _own(policy: FlowPolicy, role: Role) -> dict[str, torch.Tensor]:
 
 
 COUNTERS = ("num_timesteps", "iteration", "_n_updates", "_total_timesteps", "_current_progress_remaining")
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-
-
-LARGEST_JSON = 2**24
-"""Bytes; what flowrl writes has some thousands."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON with an indent."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: Missing or damaged; names the file.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")  # a device can be endless
-        if path.stat().st_size > LARGEST_JSON:
-            raise OSError(f"it has more than {LARGEST_JSON} bytes")
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"The file '{path}' is damaged: it holds no JSON object.")
-    return content
-
-
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: Missing or damaged; names the file.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing.")
-    try:
-        return load_file(path, device=str(device))
-    except Exception as error:
-        raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
 
 
 def checkpoint_folder(path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowrl.checkpoint import write_json
+from flowrl.files import write_json
 from flowrl.runfolder import without_nan
 from flowrl.suite import Cell
 

@@ -20,7 +20,7 @@ import flowrl
 from flowrl import runfolder
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
-from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint, read_json
+from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint
 from flowrl.config import FlowConfig
 from flowrl.construction import check_device
 from flowrl.envs.base import GenerationEnv
@@ -28,6 +28,7 @@ from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation import evaluate
+from flowrl.files import read_json
 from flowrl.memory import is_out_of_memory, ways_to_save
 from flowrl.ranks import is_launched, is_lost, join, place_in_job
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec

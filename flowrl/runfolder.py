@@ -24,11 +24,12 @@ from stable_baselines3.common.logger import (
 )
 
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, description, load_checkpoint, write_json
+from flowrl.checkpoint import algorithm_name, description, load_checkpoint
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.evaluation import EvaluationResult
+from flowrl.files import write_json
 from flowrl.lora import LoRA, count_parameters
 from flowrl.memory import predict_memory
 from flowrl.registry import algorithm_class, environment_spec

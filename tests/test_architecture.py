@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 LAYERS = [
-    {"types", "errors", "registry", "sharded", "ranks"},
+    {"types", "errors", "registry", "sharded", "ranks", "files"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
     {"construction", "scoring", "diagnosis", "algorithm", "transitions", "steering", "evaluation", "side_effects"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import flowrl
-from flowrl import callbacks, checkpoint, runfolder
+from flowrl import callbacks, files, runfolder
 from flowrl.callbacks import KeepCheckpoints, PictureCallback
 
 SIZES = {"n_samples": 64, "batch_size": 64}
@@ -33,7 +33,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(
     trained, keep = model(), KeepCheckpoints(tmp_path / "checkpoints", every=1)
     trained.learn(64, callback=keep)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(files, "save_file", full)
         trained.learn(64, callback=keep, reset_num_timesteps=False)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000000064"]  # the last good one
     assert "No space left on device" in capsys.readouterr().out
