@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -113,6 +114,7 @@ class FlowAlgorithm(BaseAlgorithm):
         )
         self.iteration = 0
         self.n_dropped = 0  # samples so far that the reward failed for
+        self._rollout_metrics: dict[str, torch.Tensor] = {}
         self._warned: set[str] = set()
         if _init_setup_model:
             self._setup_model()
@@ -258,6 +260,16 @@ class FlowAlgorithm(BaseAlgorithm):
                 break
         callback.on_training_end()
         return self
+
+    @property
+    def rollout_reward(self) -> float | None:
+        """Mean reward of the newest iteration's samples, where there is one and it is a number; synchronises."""
+        reward = float(self._rollout_metrics.get("rollout/reward_mean", math.nan))
+        return reward if math.isfinite(reward) else None
+
+    @rollout_reward.setter
+    def rollout_reward(self, reward: float | None) -> None:
+        self._rollout_metrics = {} if reward is None else {"rollout/reward_mean": torch.tensor(float(reward))}
 
     @property
     def behaviour_role(self) -> Role:

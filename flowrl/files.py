@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,22 +17,66 @@ from flowrl.errors import CheckpointError
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Rename the folder `new` to `target`; an existing target is moved aside first and deleted after."""
-    for file in new.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    old = target.with_name(f".{target.name}-old-{os.getpid()}")
+    """Rename the folder `new`, once all of it is on the disk, to `target`.
+
+    An existing target is moved aside first and deleted after; `standing` finds it when the process is killed between.
+    """
+    for path in (*new.rglob("*"), new):
+        _sync(path)
+    old = target.with_name(f".{target.name}{ASIDE}{os.getpid()}")
     if target.exists():
         target.rename(old)
     new.chmod(0o755)
     new.rename(target)
+    _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+ASIDE = "-old-"
+"""In the name of a folder that was moved aside."""
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def standing(folder: Path) -> Path:
+    """The folder, or where it is missing what was moved aside to make place for it."""
+    if folder.is_dir() or not folder.parent.is_dir():
+        return folder
+    aside = [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}{ASIDE}")]
+    return max(aside, key=lambda path: path.stat().st_mtime, default=folder)
+
+
+LEFT_BEHIND = re.compile(rf"\.(final|\d+)-(?:({ASIDE.strip('-')})-\d+|\w{{8}})")
+
+
+def clear_away(folder: Path) -> None:
+    """Delete checkpoints that killed processes left half-written in a folder; put back what they had moved aside."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if (match := LEFT_BEHIND.fullmatch(path.name)) and path.is_dir():
+            name, aside = match.groups()
+            if aside and not (folder / name).exists():
+                path.rename(folder / name)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def host_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the host, which share no memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors, from any device, as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    """Write tensors as safetensors: on the host, contiguous, none sharing memory with another (`host_copies`)."""
+    save_file(dict(tensors), path)
 
 
 LARGEST_JSON = 2**24
@@ -39,8 +84,14 @@ LARGEST_JSON = 2**24
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON with an indent."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """Write JSON with an indent; a file of that name is whole at any moment, the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

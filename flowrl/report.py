@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 import json
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 
 from flowrl.evaluation import EvaluationResult
+from flowrl.logs import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,11 +79,8 @@ def _points(clouds: Sequence[tuple[str, torch.Tensor]]) -> Figure:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a run's `metrics.csv`; empty cells are left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if k and v not in ("", None)} for row in csv.DictReader(file)]
+    """Numbers in the rows of a run's `metrics.csv`."""
+    return [{k: float(v) for k, v in row.items() if not isinstance(v, str)} for row in read_rows(path)]
 
 
 def curves(rows: Sequence[dict[str, float]]) -> Figure:

@@ -28,7 +28,8 @@ from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation import evaluate
-from flowrl.files import read_json
+from flowrl.files import clear_away, read_json
+from flowrl.logs import logger, say
 from flowrl.memory import is_out_of_memory, ways_to_save
 from flowrl.ranks import is_launched, is_lost, join, place_in_job
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
@@ -67,7 +68,15 @@ class RunConfig:
     picture_every: int = 10
     """Iterations between two pictures of samples."""
     checkpoint_every: int = 10
-    """Iterations between two checkpoints."""
+    """Iterations between two checkpoints; 0 for none by iterations."""
+    checkpoint_minutes: float = 0
+    """Minutes after the last checkpoint until there is another, too; 0 for none by time."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+    keep_best: bool = True
+    """Keep, besides, the checkpoint whose iteration had the highest mean reward; checkpoints/best links to it."""
+    checkpoint_background: bool = True
+    """Write checkpoints while training goes on; takes a copy of the training state in host memory."""
     eval_samples: int = 512
     """Samples of the final evaluation, of the trained flow and of the reference each."""
     eval_rewards: tuple[str, ...] = ()
@@ -79,8 +88,14 @@ class RunConfig:
     """Show a progress bar with the time left (on a terminal only)."""
 
     def __post_init__(self) -> None:
-        for key in ("log_every", "picture_every", "checkpoint_every", "eval_samples"):
+        for key in ("log_every", "picture_every", "keep_checkpoints", "eval_samples"):
             FlowConfig.require(getattr(self, key) > 0, f"--{key.replace('_', '-')} must be positive.")
+        for key in ("checkpoint_every", "checkpoint_minutes"):
+            FlowConfig.require(getattr(self, key) >= 0, f"--{key.replace('_', '-')} must not be negative.")
+        FlowConfig.require(
+            self.checkpoint_every + self.checkpoint_minutes > 0,
+            "--checkpoint-every and --checkpoint-minutes cannot both be 0: a run without checkpoints can be lost.",
+        )
 
 
 def main(args: list[str] | None = None) -> int:
@@ -196,22 +211,22 @@ def _resume(args: list[str], folder: Path) -> int:
         raise CheckpointError(f"The config.json of '{folder}' does not say how long to train: add --total-timesteps N.")
     _set_deterministic(run)
     model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
-    say = print if model.ranks.is_main else lambda text: None
-    say(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
+    tell = say if model.ranks.is_main else lambda text: None
+    tell(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
     if run.dry_run:
-        say("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))
+        tell("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))
         return 0
     if model.num_timesteps >= total and _is_finished(folder, total):
-        say(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
-        say("To train it longer, add --total-timesteps N.")
+        tell(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
+        tell("To train it longer, add --total-timesteps N.")
         return 0
     return _train(model, folder, run, total)
 
 
 def _is_finished(folder: Path, total: int) -> bool:
-    """Whether the final weights and their evaluation are there, of a run of this length."""
+    """Whether the final weights, their evaluation and the report are there, of a run of this length."""
     final = folder / "final" / "state.json"
-    if not (final.exists() and (folder / "evaluation.json").exists()):
+    if not all(file.exists() for file in (final, folder / "evaluation.json", folder / "report.html")):
         return False
     return read_json(final).get("num_timesteps", 0) >= total
 
@@ -222,6 +237,10 @@ KEPT = (
     "log_every",
     "picture_every",
     "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "keep_best",
+    "checkpoint_background",
     "eval_samples",
     "eval_rewards",
     "eval_reward_options",
@@ -239,6 +258,7 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     """Train and evaluate in a run folder that no other process writes into."""
     with runfolder.alone_in(folder) if model.ranks.is_main else nullcontext():
         if model.ranks.is_main:
+            clear_away(folder)
             _write_config(folder, model, run, total)
         return _learn(model, folder, run, total)
 
@@ -247,11 +267,18 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
     is_main = model.ranks.is_main
     if is_main:
-        print(runfolder.header(model, folder, total), flush=True)
+        say(runfolder.header(model, folder, total))
         for outdated in ("evaluation.json", "report.html"):
             (folder / outdated).unlink(missing_ok=True)
-    model.set_logger(runfolder.logger(folder, model.num_timesteps) if is_main else Logger(None, []))
-    checkpoints = KeepCheckpoints(folder / "checkpoints", run.checkpoint_every)
+    model.set_logger(logger(folder, model.num_timesteps) if is_main else Logger(None, []))
+    checkpoints = KeepCheckpoints(
+        folder / "checkpoints",
+        run.checkpoint_every,
+        run.checkpoint_minutes,
+        run.keep_checkpoints,
+        run.keep_best,
+        run.checkpoint_background,
+    )
     pictures = PictureCallback(folder / "samples", run.picture_every)
     with StopOnSignal() as stop:
         try:
@@ -263,6 +290,7 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
                 progress_bar=run.progress and sys.stdout.isatty(),
             )
         except Exception as error:
+            checkpoints.wait()
             explained = _explained(error, model)
             if explained is None:
                 raise
@@ -271,9 +299,10 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     if model.ranks.any(stop.received is not None):
         checkpoints.write()
         if is_main:
-            print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}", flush=True)
+            say(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
         model.ranks.leave()
         return EXIT_STOPPED
+    checkpoints.wait()
     try:
         return _finish(model, folder, run.eval_samples, held_out)
     except OSError as error:
@@ -306,7 +335,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
     if model.ranks.is_main:
         if model.policy.lora is None and not model.ranks.is_sharded:  # `flowrl.export` writes those
             model.policy.export(folder / "final")
-        print("evaluating ...", flush=True)
+        say("evaluating ...")
     result = evaluate(model, eval_samples, eval_rewards=held_out)
     model.ranks.leave()
     if not model.ranks.is_main:
@@ -314,7 +343,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
     runfolder.write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
     report = write_report(folder, result)
-    print(f"{result.table()}\n\nreport: {report}")
+    say(f"{result.table()}\n\nreport: {report}")
     return 0
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import flowrl
-from flowrl import callbacks, files, runfolder
+from flowrl import callbacks, files
 from flowrl.callbacks import KeepCheckpoints, PictureCallback
+from flowrl.logs import logger
 
 SIZES = {"n_samples": 64, "batch_size": 64}
 
@@ -30,7 +31,7 @@ def full(*args: object, **kwargs: object) -> None:
 def test_a_checkpoint_that_cannot_be_written_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained, keep = model(), KeepCheckpoints(tmp_path / "checkpoints", every=1)
+    trained, keep = model(), KeepCheckpoints(tmp_path / "checkpoints", every=1, keep_best=False, background=False)
     trained.learn(64, callback=keep)
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_file", full)
@@ -68,7 +69,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 
 def test_metrics_are_written_once_there_is_space_again(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = model()
-    trained.set_logger(runfolder.logger(tiny, 0))
+    trained.set_logger(logger(tiny, 0))
     trained.learn(64)
     fill(tiny / "ballast")
     for _ in range(30):
