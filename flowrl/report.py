@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import html
 import io
 import json
@@ -50,7 +51,7 @@ def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: Generation
     if env.flow.is_image:
         image_grid(samples).save(path)
     else:
-        _points([("samples", samples)]).savefig(path, dpi=100)
+        _save_points([("samples", samples)], path)
 
 
 def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
@@ -63,10 +64,10 @@ def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) 
         both.paste(halves[1], (halves[0].width + gap, 0))
         both.save(path)
     else:
-        _points([("reference", result.reference_samples), ("trained", result.samples)]).savefig(path, dpi=100)
+        _save_points([("reference", result.reference_samples), ("trained", result.samples)], path)
 
 
-def _points(clouds: Sequence[tuple[str, torch.Tensor]]) -> Figure:
+def _save_points(clouds: Sequence[tuple[str, torch.Tensor]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(clouds), 4), layout="constrained")
@@ -75,7 +76,9 @@ def _points(clouds: Sequence[tuple[str, torch.Tensor]]) -> Figure:
         flat = points.flatten(1).cpu().numpy()
         axes.plot(flat[:, 0], flat[:, min(1, flat.shape[1] - 1)], ".", markersize=2, alpha=0.6)
         axes.set(title=f"{title} ({len(points)})", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
-    return figure
+    figure.savefig(path, dpi=100)
+    del axes, figure
+    gc.collect()  # a figure is a cycle of some hundred kB, and training makes too little garbage to have it found
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
