@@ -251,7 +251,7 @@ def load_checkpoint(
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
         raise CheckpointError(f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}.")
-    _check_description(config, folder)
+    check_description(config, folder / "config.json")
     cls = _class_of(cls, config, folder)
     env_settings = None
     stored = config.get("environment") or {}
@@ -299,7 +299,7 @@ def load_checkpoint(
     return model
 
 
-def _check_description(config: Mapping[str, Any], folder: Path) -> None:
+def check_description(config: Mapping[str, Any], file: Path) -> None:
     """Whether `config.json` holds what `description` writes, as far as types go.
 
     Raises:
@@ -315,7 +315,7 @@ def _check_description(config: Mapping[str, Any], folder: Path) -> None:
     }
     for name, is_sound in sound.items():
         if not is_sound:
-            raise CheckpointError(f"The file '{folder / 'config.json'}' is damaged: '{name}' is no {name}.")
+            raise CheckpointError(f"The file '{file}' is damaged: '{name}' is no {name}.")
 
 
 def _compare_settings(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,22 @@ import torch
 import tyro
 from stable_baselines3.common.logger import Logger
 
-import flowrl
 from flowrl import runfolder
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint
-from flowrl.config import FlowConfig
+from flowrl.commandline import (
+    KEPT,
+    PROGRAM,
+    RunConfig,
+    first_pass,
+    kept_options,
+    make_env,
+    names,
+    require_names,
+    second_pass,
+)
 from flowrl.construction import check_device
-from flowrl.envs.base import GenerationEnv
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
@@ -32,70 +38,10 @@ from flowrl.files import clear_away, read_json
 from flowrl.logs import logger, say
 from flowrl.memory import is_out_of_memory, ways_to_save
 from flowrl.ranks import is_launched, is_lost, join, place_in_job
-from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
+from flowrl.registry import EnvSpec, algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
 
-PROGRAM = "python -m flowrl.run"
 EXIT_ERROR, EXIT_STOPPED = 2, 3
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What to train, how long, and where the files go."""
-
-    algo: str = ""
-    """Algorithm: a name from the list below, or module:Class."""
-    env: str = ""
-    """Environment: a name from the list below, or module:name (the module registers it)."""
-    total_timesteps: int | None = None
-    """Samples to train on; the environment's own number when not given."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
-    deterministic: bool = False
-    """Only operations that give the same numbers every time; slower on a GPU, where some have none."""
-    out: Path = Path("runs")
-    """Folder that run folders go into."""
-    name: str = ""
-    """Name of the run folder; made from environment, algorithm and seed when not given."""
-    resume: Path | None = None
-    """Run folder to go on with, exactly where it stopped."""
-    dry_run: bool = False
-    """Print the plan (samples, gradient steps, parameters, memory, files) and exit."""
-    log_every: int = 1
-    """Iterations between two rows of the metrics."""
-    picture_every: int = 10
-    """Iterations between two pictures of samples."""
-    checkpoint_every: int = 10
-    """Iterations between two checkpoints; 0 for none by iterations."""
-    checkpoint_minutes: float = 0
-    """Minutes after the last checkpoint until there is another, too; 0 for none by time."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep."""
-    keep_best: bool = True
-    """Keep, besides, the checkpoint whose iteration had the highest mean reward; checkpoints/best links to it."""
-    checkpoint_background: bool = True
-    """Write checkpoints while training goes on; takes a copy of the training state in host memory."""
-    eval_samples: int = 512
-    """Samples of the final evaluation, of the trained flow and of the reference each."""
-    eval_rewards: tuple[str, ...] = ()
-    """Rewards that training does not see, for the final evaluation: a warning when they fall while the trained one
-    rises."""
-    eval_reward_options: tuple[str, ...] = ()
-    """Options of those rewards, each as REWARD.OPTION=VALUE."""
-    progress: bool = True
-    """Show a progress bar with the time left (on a terminal only)."""
-
-    def __post_init__(self) -> None:
-        for key in ("log_every", "picture_every", "keep_checkpoints", "eval_samples"):
-            FlowConfig.require(getattr(self, key) > 0, f"--{key.replace('_', '-')} must be positive.")
-        for key in ("checkpoint_every", "checkpoint_minutes"):
-            FlowConfig.require(getattr(self, key) >= 0, f"--{key.replace('_', '-')} must not be negative.")
-        FlowConfig.require(
-            self.checkpoint_every + self.checkpoint_minutes > 0,
-            "--checkpoint-every and --checkpoint-minutes cannot both be 0: a run without checkpoints can be lost.",
-        )
 
 
 def main(args: list[str] | None = None) -> int:
@@ -123,25 +69,25 @@ def main(args: list[str] | None = None) -> int:
 
 def _main(args: list[str]) -> int:
     """Two passes: the first finds algorithm and environment, the second parses their own settings."""
-    run, _ = tyro.cli(RunConfig, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)
+    run, before = first_pass(args)
     if run.resume is not None:
+        if before is not None:
+            raise ConfigError("--config starts a run anew and --resume goes on with one: leave out one of the two.")
         return _resume(args, run.resume)
-    wants_help = bool({"-h", "--help"} & set(args))
-    if not wants_help and not (run.algo and run.env):
-        missing = " and ".join(f"--{key}" for key in ("algo", "env") if not getattr(run, key))
-        raise ConfigError(f"{missing} must be given.\n\n{names()}")
+    if not {"-h", "--help"} & set(args):
+        require_names(run)
     algo = algorithm_class(run.algo) if run.algo else None
     spec = environment_spec(run.env) if run.env else None
     if algo is not None and not issubclass(algo, FlowAlgorithm):
         raise ConfigError(f"'{run.algo}' is no FlowAlgorithm: an algorithm derives from flowrl.FlowAlgorithm.")
-    run, algo_config, env_config = _parse(args, algo, spec)
+    run, algo_config, env_config = second_pass(args, algo, spec, before)
     assert algo is not None
     assert spec is not None
     assert algo_config is not None
     ranks = join(run.device)
     algo_config.check_ranks(ranks.count)
     with ranks.main_first():  # what a reward fetches from the hub
-        env = _make_env(spec, env_config)
+        env = make_env(spec, env_config)
     if run.dry_run:
         check_device(run.device)
         if ranks.is_main:
@@ -152,32 +98,6 @@ def _main(args: list[str]) -> int:
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
     folder = Path(ranks.same(str(runfolder.create(run.out, _name(run, algo), env.name) if ranks.is_main else "")))
     return _train(model, folder, run, _timesteps(run, spec))
-
-
-def _parse(
-    args: list[str], algo: type[FlowAlgorithm] | None, spec: EnvSpec | None
-) -> tuple[RunConfig, FlowConfig | None, Any]:
-    """The second pass: a class with a group of options per chosen part, defaults as this environment recommends."""
-    parts: list[Any] = [("run", tyro.conf.OmitArgPrefixes[RunConfig])]
-    if spec is not None:
-        parts.append(("env", type(spec.config), field(default=spec.config)))
-    if algo is not None:
-        default = algo.Config()
-        if spec is not None:  # the recommendations depend on the environment's own settings
-            reduced = dataclasses.make_dataclass("Reduced", parts, frozen=True)
-            known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]
-            default = algo.configure(recommended=spec.recommended(known.env))
-        parts.append(("algo", algo.Config, field(default=default)))
-    whole = dataclasses.make_dataclass("Run", parts, frozen=True)
-    whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
-    parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
-    return parsed.run, getattr(parsed, "algo", None), getattr(parsed, "env", None)
-
-
-def _make_env(spec: EnvSpec, config: Any) -> GenerationEnv:
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    defaults = {f.name: getattr(spec.config, f.name) for f in dataclasses.fields(config)}
-    return flowrl.make(spec.name, **{key: value for key, value in given.items() if value != defaults[key]})
 
 
 def _set_deterministic(run: RunConfig) -> None:
@@ -200,10 +120,7 @@ def _resume(args: list[str], folder: Path) -> int:
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
         raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
-    kept: dict[str, Any] = {f.name: stored[f.name] for f in fields(RunConfig) if f.name in stored and f.name in KEPT}
-    kept |= {key: tuple(value) for key, value in kept.items() if isinstance(value, list)}
-    before = RunConfig(**kept)
-    run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
+    run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=kept_options(stored, folder / "config.json"))
     cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
     spec = environment_spec(run.env) if run.env else None
     total = run.total_timesteps
@@ -229,24 +146,6 @@ def _is_finished(folder: Path, total: int) -> bool:
     if not all(file.exists() for file in (final, folder / "evaluation.json", folder / "report.html")):
         return False
     return read_json(final).get("num_timesteps", 0) >= total
-
-
-KEPT = (
-    "total_timesteps",
-    "deterministic",
-    "log_every",
-    "picture_every",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "keep_checkpoints",
-    "keep_best",
-    "checkpoint_background",
-    "eval_samples",
-    "eval_rewards",
-    "eval_reward_options",
-    "progress",
-)
-"""What a resumed run takes over from before."""
 
 
 def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int) -> None:
@@ -353,17 +252,6 @@ def _resume_hint(folder: Path) -> str:
     except CheckpointError:
         return "there is no checkpoint yet, so it cannot be resumed."
     return f"go on with: {PROGRAM} --resume {folder}"
-
-
-def names() -> str:
-    """The lists of algorithms and environments, a line each."""
-    lines = ["algorithms:"]
-    for name, cls in ALGORITHMS.items():
-        lines.append(f"  {name:20s} {(cls.__doc__ or '').strip().splitlines()[0]}")
-    lines.append("environments:")
-    for name, spec in ENVIRONMENTS.items():
-        lines.append(f"  {name:20s} {spec.summary}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
