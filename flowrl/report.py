@@ -51,7 +51,7 @@ def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: Generation
     if env.flow.is_image:
         image_grid(samples).save(path)
     else:
-        _save_points([("samples", samples)], path)
+        _save_plots([("samples", samples)], env, path)
 
 
 def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
@@ -64,18 +64,17 @@ def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) 
         both.paste(halves[1], (halves[0].width + gap, 0))
         both.save(path)
     else:
-        _save_points([("reference", result.reference_samples), ("trained", result.samples)], path)
+        _save_plots([("reference", result.reference_samples), ("trained", result.samples)], env, path)
 
 
-def _save_points(clouds: Sequence[tuple[str, torch.Tensor]], path: Path) -> None:
+def _save_plots(clouds: Sequence[tuple[str, torch.Tensor]], env: GenerationEnv, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(clouds), 4), layout="constrained")
     for i, (title, points) in enumerate(clouds):
         axes = figure.add_subplot(1, len(clouds), i + 1)
-        flat = points.flatten(1).cpu().numpy()
-        axes.plot(flat[:, 0], flat[:, min(1, flat.shape[1] - 1)], ".", markersize=2, alpha=0.6)
-        axes.set(title=f"{title} ({len(points)})", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+        env.plot(axes, points)
+        axes.set(title=f"{title} ({len(points)})")
     figure.savefig(path, dpi=100)
     del axes, figure
     gc.collect()  # a figure is a cycle of some hundred kB, and training makes too little garbage to have it found
