@@ -127,6 +127,12 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         }
         return RewardOutput(reward, components, output.info)
 
+    def plot(self, axes: Any, samples: torch.Tensor) -> None:
+        """Draw samples (B, *sample_shape) that are no images into matplotlib axes: their first two coordinates."""
+        flat = samples.flatten(1).cpu().numpy()
+        axes.plot(flat[:, 0], flat[:, min(1, flat.shape[1] - 1)], ".", markersize=2, alpha=0.6)
+        axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+
     def draw(self, rng: np.random.Generator, size: int | None = None) -> Any:
         """Indices of contexts, drawn independently by their shares: an array (size,), or one number."""
         if self.shares is None:

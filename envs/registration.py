@@ -151,7 +151,7 @@ def _recommended(flow: Any, own: Mapping[str, Any] | None) -> Callable[[CustomCo
         from flowrl.envs.text_to_image import recommended_for
 
         chosen = config.flow or flow
-        base = recommended_for(chosen) if isinstance(chosen, str) and chosen != "gaussians" else {}
+        base = recommended_for(chosen) if isinstance(chosen, str) and chosen not in ("gaussians", "plans") else {}
         return {**base, **(own or {})}
 
     return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -113,6 +114,7 @@ class FlowAlgorithm(BaseAlgorithm):
         )
         self.iteration = 0
         self.n_dropped = 0  # samples so far that the reward failed for
+        self._rollout_metrics: dict[str, torch.Tensor] = {}
         self._warned: set[str] = set()
         if _init_setup_model:
             self._setup_model()
@@ -188,7 +190,7 @@ class FlowAlgorithm(BaseAlgorithm):
         if self.seed is not None:
             self.set_random_seed(self.seed)
         self.scorer = Scorer(core, config.on_reward_error, config.reward_retries, config.reward_timeout)
-        check_reward_errors(config.on_reward_error, core, self.ranks.count)
+        check_reward_errors(config.on_reward_error, config.reward_timeout, core, self.ranks.count)
         self.bad_updates = BadUpdates(self.device)
         self.generator = SharedGenerator(self.device, self.ranks)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
@@ -258,6 +260,16 @@ class FlowAlgorithm(BaseAlgorithm):
                 break
         callback.on_training_end()
         return self
+
+    @property
+    def rollout_reward(self) -> float | None:
+        """Mean reward of the newest iteration's samples, where there is one and it is a number; synchronises."""
+        reward = float(self._rollout_metrics.get("rollout/reward_mean", math.nan))
+        return reward if math.isfinite(reward) else None
+
+    @rollout_reward.setter
+    def rollout_reward(self, reward: float | None) -> None:
+        self._rollout_metrics = {} if reward is None else {"rollout/reward_mean": torch.tensor(float(reward))}
 
     @property
     def behaviour_role(self) -> Role:

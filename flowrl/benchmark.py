@@ -23,9 +23,9 @@ from typing import Any
 import tyro
 
 from flowrl.cell import run_logged
-from flowrl.checkpoint import write_json
 from flowrl.comparison import write_comparison
 from flowrl.errors import ConfigError, FlowRLError
+from flowrl.files import write_json
 from flowrl.suite import Cell, load_suite, suites
 
 PROGRAM = "python -m flowrl.benchmark"

@@ -51,7 +51,7 @@ class RolloutBuffer:
             self.states = torch.zeros(self.own_capacity, path_steps + 1, *latent_shape, device=self.device)
             self.log_prob = torch.zeros(capacity, path_steps, device=self.device)
             self.first_step = torch.zeros((), dtype=torch.long, device=self.device)
-        self.place = [0] * capacity  # of each sample: rank * own_capacity + row there
+        self.place = [0] * capacity  # of each sample, with several ranks: rank * own_capacity + row there
         self.size = 0
 
     @property
@@ -98,7 +98,7 @@ class RolloutBuffer:
         self.reward[here].copy_(reward)
         if objective is not None:
             self.weight[here].copy_(objective)
-        for rank in range(ranks.count):
+        for rank in range(ranks.count if ranks.count > 1 else 0):
             first, row = self.size + rank * n, rank * self.own_capacity + own.start
             self.place[first : first + n] = range(row, row + n)
         self.size = end

@@ -1,9 +1,13 @@
-"""Callbacks of a run folder: sample pictures, checkpoints, and a clean stop on Ctrl-C."""
+"""Callbacks of a run folder: sample pictures, checkpoints, and a clean stop on a signal."""
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import signal
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -11,8 +15,10 @@ from typing import Any
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-from flowrl.checkpoint import save_checkpoint
+from flowrl.checkpoint import Snapshot
 from flowrl.errors import CheckpointError
+from flowrl.files import clear_away, read_json
+from flowrl.logs import say
 from flowrl.report import save_picture
 
 
@@ -73,58 +79,138 @@ class PictureCallback(IterationCallback):
         try:
             save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png")
         except OSError as error:
-            print(f"warning: Cannot write a picture to '{self.folder}': {error}. Training goes on.", flush=True)
+            say(f"warning: Cannot write a picture to '{self.folder}': {error}. Training goes on.")
 
 
 class KeepCheckpoints(IterationCallback):
-    """Writes a checkpoint every few iterations and keeps the newest ones.
+    """Writes checkpoints beside training; keeps the newest ones and the one of the highest reward.
 
     A checkpoint that cannot be written is reported and tried again next time; the run goes on.
 
     Args:
         folder: Where `checkpoints/` go.
-        every: Iterations between checkpoints.
-        keep: How many to keep.
+        every: Iterations between checkpoints; 0 for none by iterations.
+        minutes: Minutes after which there is one, too; 0 for none by time.
+        keep: How many of the newest to keep.
+        keep_best: Whether to keep, besides, the one whose iteration had the highest mean reward; `best` links to it.
+        background: Whether to write while training goes on. That takes a copy of the state in host memory.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every: int = 10,
+        minutes: float = 0,
+        keep: int = 2,
+        keep_best: bool = True,
+        background: bool = True,
+    ) -> None:
         super().__init__()
-        self.folder, self.every, self.keep = folder, every, keep
+        self.folder, self.every, self.minutes = folder, every, minutes
+        self.keep, self.keep_best, self.background = keep, keep_best, background
+        self.written = -1  # samples that the newest checkpoint written here was trained on
+        self._last = time.monotonic()
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[Path] | None = None
+
+    def _on_training_start(self) -> None:
+        if self.model.ranks.is_main:  # type: ignore[attr-defined]
+            clear_away(self.folder)
+        self._last = time.monotonic()
 
     def on_iteration_end(self) -> bool:
-        """Write when it is time."""
-        if self.model.iteration % self.every == 0:  # type: ignore[attr-defined]
-            self.write()
+        """Begin to write when it is time."""
+        model: Any = self.model
+        due = self.every > 0 and model.iteration % self.every == 0
+        if self.minutes and not due:
+            due = model.ranks.any(time.monotonic() - self._last >= 60 * self.minutes)
+        if due:
+            self._begin()
         return True
 
     def write(self) -> Path | None:
-        """Write a checkpoint now; its folder, or None when that failed."""
-        try:
-            folder = save_checkpoint(self.model, self.folder / f"{self.model.num_timesteps:010d}")  # type: ignore[arg-type]
-        except CheckpointError as error:
-            print(f"warning: {error} Training goes on; it will be tried again.", flush=True)
-            return None
-        if not self.model.ranks.is_main:  # type: ignore[attr-defined]
-            return folder
-        for old in sorted(p for p in self.folder.iterdir() if p.name.isdigit())[: -self.keep]:
+        """Write a checkpoint now, unless there is one of this moment; its folder, or None when that failed."""
+        self.wait()
+        if self.model.ranks.any(self.written != self.model.num_timesteps):  # type: ignore[attr-defined]
+            self._begin()
+            self.wait()
+        return self._path() if self.written == self.model.num_timesteps else None
+
+    def wait(self) -> None:
+        """Wait for what is being written, and report its failure."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except CheckpointError as error:
+                say(f"warning: {error} Training goes on; it will be tried again.")
+
+    def _path(self) -> Path:
+        return self.folder / f"{self.model.num_timesteps:010d}"
+
+    def _begin(self) -> None:
+        self.wait()
+        snapshot = Snapshot.of(self.model)  # type: ignore[arg-type]
+        if self.background:
+            snapshot = snapshot.copied()
+        self._last = time.monotonic()
+        self._pending = self._writer.submit(self._write, snapshot, self._path(), self.model.num_timesteps)
+        if not self.background:
+            self.wait()
+
+    def _write(self, snapshot: Snapshot, path: Path, num_timesteps: int) -> Path:
+        snapshot.write(path)
+        self.written = num_timesteps
+        if snapshot.documents:  # the main rank
+            self._clean()
+        return path
+
+    def _clean(self) -> None:
+        """Delete the checkpoints that are not to be kept."""
+        folders = sorted(path for path in self.folder.iterdir() if path.name.isdigit())
+        kept = set(folders[-self.keep :])
+        if self.keep_best:
+            best = max(folders, key=_reward)
+            kept.add(best)
+            _link(self.folder / "best", best.name)
+        for old in set(folders) - kept:
             shutil.rmtree(old, ignore_errors=True)
-        return folder
+
+
+def _reward(folder: Path) -> float:
+    try:
+        reward = read_json(folder / "state.json").get("reward")
+    except CheckpointError:
+        return -math.inf
+    return reward if isinstance(reward, int | float) else -math.inf
+
+
+def _link(link: Path, target: str) -> None:
+    """Let `link` name `target`, where the system has such links."""
+    new = link.with_name(f".{link.name}-{os.getpid()}")
+    try:
+        new.unlink(missing_ok=True)
+        new.symlink_to(target, target_is_directory=True)
+        new.replace(link)
+    except OSError:
+        new.unlink(missing_ok=True)
 
 
 class StopOnSignal(IterationCallback):
-    """Ends the run after the current iteration on Ctrl-C or SIGTERM; a second signal ends it at once.
+    """Ends the run after the current iteration on Ctrl-C, SIGTERM or a closed terminal; a second one ends it at once.
 
     Use as a context manager around `learn`.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         super().__init__()
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> StopOnSignal:
-        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._handle) for s in self.signals}
+        taken = [s for s in self.signals if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._handle) for s in taken}
         return self
 
     def __exit__(
@@ -137,10 +223,7 @@ class StopOnSignal(IterationCallback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        print(
-            f"\n{self.received.name}: finishing this iteration, then saving. Again to stop at once.",
-            flush=True,
-        )
+        say(f"\n{self.received.name}: finishing this iteration, then saving. Again to stop at once.")
 
     def on_iteration_end(self) -> bool:
         """Whether to go on."""

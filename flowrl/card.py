@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import flowrl
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, read_json
+from flowrl.checkpoint import algorithm_name
 from flowrl.envs.base import GenerationEnv
+from flowrl.files import read_json
 from flowrl.models.loading import FlowSource
 from flowrl.report import curves, read_metrics
 

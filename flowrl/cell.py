@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from flowrl.callbacks import IterationCallback
-from flowrl.checkpoint import write_json
 from flowrl.evaluation import evaluate
+from flowrl.files import write_json
 from flowrl.registry import algorithm_class
 from flowrl.report import image_grid, save_picture
 from flowrl.runfolder import without_nan

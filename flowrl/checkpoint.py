@@ -14,22 +14,22 @@ Loading reads numbers and strings only: a hostile folder cannot run code.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError, FlowRLError, did_you_mean
+from flowrl.files import host_copies, read_json, read_tensors, replace_folder, save_tensors, standing, write_json
 from flowrl.optimizers import state_shapes
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
 from flowrl.sharded import divided_like, whole
@@ -43,50 +43,97 @@ FORMAT = 1
 
 
 def save_checkpoint(model: FlowAlgorithm, path: str | Path) -> Path:
-    """Write the whole training state into the folder `path` (a `.zip` ending is dropped).
-
-    Of several ranks the main one writes. Nothing in it depends on how many there are: others can go on with it.
-
-    Everything goes to a temporary folder beside it first, which is then renamed: `path` is either the old
-    checkpoint or the new one.
+    """Write the whole training state into the folder `path` (a `.zip` ending is dropped); see `Snapshot`.
 
     Raises:
         CheckpointError: The folder cannot be written; what was there before is left as it was.
     """
-    folder = Path(path)
-    folder = folder.with_suffix("") if folder.suffix == ".zip" else folder
-    weights, moments = _weights(model), _moments(model)  # of sharded networks every rank gives its part
-    if not model.ranks.is_main:
+    return Snapshot.of(model).write(path)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole training state at a moment, which need not be the moment when it is written.
+
+    Nothing in it depends on how many ranks there are: others can go on with it. Ranks other than the main one have an
+    empty one.
+
+    Attributes:
+        documents: Content of the JSON files, by name.
+        tensors: Tensors of the safetensors files, by name; the run's own, unless `copied`.
+        export: Writes the adapter for other libraries into a folder.
+    """
+
+    documents: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    export: Callable[[Path, Mapping[str, torch.Tensor]], None] | None
+    is_copied: bool = False
+
+    @classmethod
+    def of(cls, model: FlowAlgorithm) -> Snapshot:
+        """The state now. With several ranks all of them have to ask."""
+        weights, moments = _weights(model), _moments(model)  # of sharded networks every rank gives its part
+        if not model.ranks.is_main:
+            return cls({}, {}, None)
+        state, random_states = _counters(model)
+        tensors = {
+            "policy.safetensors": weights,
+            "optimizer.safetensors": moments,
+            "random.safetensors": random_states,
+            "algorithm.safetensors": model.extra_state(),
+            "environment.safetensors": model.env.core.extra_state(),
+        }
+        export = None if model.policy.lora is None else partial(_export, model.policy)  # full weights: not twice
+        documents = {"config.json": description(model), "state.json": state}
+        return cls(documents, {name: file for name, file in tensors.items() if file or name not in OPTIONAL}, export)
+
+    def copied(self) -> Snapshot:
+        """The same with tensors of its own on the host: training may go on before it is written."""
+        tensors = {name: host_copies(file) for name, file in self.tensors.items()}
+        return replace(self, tensors=tensors, is_copied=True)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the folder `path` (a `.zip` ending is dropped), on the main rank.
+
+        Everything goes to a temporary folder beside it first, which is then renamed: `path` is either the old
+        checkpoint or the new one.
+
+        Raises:
+            CheckpointError: The folder cannot be written; what was there before is left as it was.
+        """
+        folder = Path(path)
+        folder = folder.with_suffix("") if folder.suffix == ".zip" else folder
+        if not self.documents:
+            return folder
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        except OSError as error:
+            raise CheckpointError(f"Cannot write a checkpoint to '{folder}': {error}.") from error
+        try:
+            for name, content in self.documents.items():
+                write_json(temporary / name, content)
+            for name, tensors in self.tensors.items():
+                save_tensors(temporary / name, tensors if self.is_copied else host_copies(tensors))
+            if self.export is not None:
+                self.export(temporary, self.tensors["policy.safetensors"])
+            replace_folder(temporary, folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"Writing the checkpoint '{folder}' failed: {error}. An older checkpoint there is as it was."
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"Cannot write a checkpoint to '{folder}': {error}.") from error
-    try:
-        _write(model, temporary, weights, moments)
-        replace_folder(temporary, folder)
-    except Exception as error:
-        raise CheckpointError(
-            f"Writing the checkpoint '{folder}' failed: {error}. An older checkpoint there is as it was."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Rename the folder `new` to `target`; an existing target is moved aside first and deleted after."""
-    for file in new.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    old = target.with_name(f".{target.name}-old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    new.chmod(0o755)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+OPTIONAL = ("algorithm.safetensors", "environment.safetensors")
+"""Files that are left out where there is nothing to be in them."""
+
+
+def _export(policy: FlowPolicy, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    role = f"{policy.sampling_role}."
+    policy.export(folder, {name.removeprefix(role): t for name, t in weights.items() if name.startswith(role)})
 
 
 def description(model: FlowAlgorithm) -> dict[str, Any]:
@@ -146,13 +193,9 @@ def _whole(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor]) -> dict[st
     return {name: tensor.cpu() for name, tensor in gathered if model.ranks.is_main}
 
 
-def _write(
-    model: FlowAlgorithm, folder: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
-) -> None:
-    write_json(folder / "config.json", description(model))
+def _counters(model: FlowAlgorithm) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `state.json` and `random.safetensors` hold."""
     policy = model.policy
-    _save_tensors(folder / "policy.safetensors", weights)
-    _save_tensors(folder / "optimizer.safetensors", moments)
     numpy_state: Any = np.random.get_state(legacy=False)
     random_states = {
         "training": model.generator.get_state(),
@@ -162,7 +205,6 @@ def _write(
     }
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
-    _save_tensors(folder / "random.safetensors", random_states)
     state = {name: getattr(model, name) for name in COUNTERS} | {
         "evaluations": policy.evaluations * model.ranks.count,
         "n_dropped": model.n_dropped,
@@ -170,15 +212,9 @@ def _write(
         "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in policy.optimizer.param_groups],
         "numpy": [int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])],
         "python": random.getstate(),
+        "reward": model.rollout_reward,
     }
-    write_json(folder / "state.json", state)
-    if extra := model.extra_state():
-        _save_tensors(folder / "algorithm.safetensors", extra)
-    if extra := model.env.core.extra_state():
-        _save_tensors(folder / "environment.safetensors", extra)
-    if policy.lora is not None:  # small; the full weights would be written twice
-        role = policy.sampling_role
-        policy.export(folder, {n.removeprefix(f"{role}."): t for n, t in weights.items() if n.startswith(f"{role}.")})
+    return state, random_states
 
 
 def _own(policy: FlowPolicy, role: Role) -> dict[str, torch.Tensor]:
@@ -186,56 +222,6 @@ def _own(policy: FlowPolicy, role: Role) -> dict[str, torch.Tensor]:
 
 
 COUNTERS = ("num_timesteps", "iteration", "_n_updates", "_total_timesteps", "_current_progress_remaining")
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-
-
-LARGEST_JSON = 2**24
-"""Bytes; what flowrl writes has some thousands."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON with an indent."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: Missing or damaged; names the file.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")  # a device can be endless
-        if path.stat().st_size > LARGEST_JSON:
-            raise OSError(f"it has more than {LARGEST_JSON} bytes")
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"The file '{path}' is damaged: it holds no JSON object.")
-    return content
-
-
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: Missing or damaged; names the file.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing.")
-    try:
-        return load_file(path, device=str(device))
-    except Exception as error:
-        raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -246,6 +232,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     folder = folder.with_suffix("") if folder.suffix == ".zip" and not folder.exists() else folder
+    folder = standing(folder)
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder '{folder}'.")
     if (folder / "state.json").exists() or (folder / "policy.safetensors").exists():
@@ -264,7 +251,7 @@ def load_checkpoint(
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
         raise CheckpointError(f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}.")
-    _check_description(config, folder)
+    check_description(config, folder / "config.json")
     cls = _class_of(cls, config, folder)
     env_settings = None
     stored = config.get("environment") or {}
@@ -312,7 +299,7 @@ def load_checkpoint(
     return model
 
 
-def _check_description(config: Mapping[str, Any], folder: Path) -> None:
+def check_description(config: Mapping[str, Any], file: Path) -> None:
     """Whether `config.json` holds what `description` writes, as far as types go.
 
     Raises:
@@ -328,7 +315,7 @@ def _check_description(config: Mapping[str, Any], folder: Path) -> None:
     }
     for name, is_sound in sound.items():
         if not is_sound:
-            raise CheckpointError(f"The file '{folder / 'config.json'}' is damaged: '{name}' is no {name}.")
+            raise CheckpointError(f"The file '{file}' is damaged: '{name}' is no {name}.")
 
 
 def _compare_settings(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> None:
@@ -396,6 +383,7 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
             setattr(model, name, type(getattr(model, name))(state[name]))
         model.policy.evaluations = int(state["evaluations"]) // model.ranks.count
         model.n_dropped = int(state.get("n_dropped", 0))
+        model.rollout_reward = state.get("reward")
         model.bad_updates.total, model.bad_updates.in_a_row = (int(n) for n in state.get("bad_updates", (0, 0)))
         _set_random_states(model, random_states, state)
         if model.extra_state():

@@ -88,12 +88,15 @@ def check_sharded(algo: str, unpredictable: str, optimizer: str) -> None:
         raise ConfigError(f"FSDP divides the moments of optimizer adamw, not those of {optimizer}.")
 
 
-def check_reward_errors(on_error: str, env: GenerationEnv, n_ranks: int) -> None:
-    """Whether samples can be left out.
+def check_reward_errors(on_error: str, timeout: float, env: GenerationEnv, n_ranks: int) -> None:
+    """Whether samples can be left out, and a reward that hangs left behind.
 
     Raises:
-        ConfigError: The reward compares samples, or its statistics are those of all processes.
+        ConfigError: The reward compares samples; or has running statistics, which those of other processes would miss,
+            or which a question that was left behind could still change.
     """
+    if timeout and env.extra_state():
+        raise ConfigError("A reward with running statistics cannot be left behind: set reward_timeout to 0.")
     if on_error == "drop" and env.groupwise:
         raise ConfigError("on_reward_error 'drop' cannot tell which of the samples that are compared failed: 'retry'.")
     if on_error != "raise" and n_ranks > 1 and env.extra_state():

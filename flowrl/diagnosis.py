@@ -25,18 +25,20 @@ class BadUpdates:
 
     def __init__(self, device: torch.device | str) -> None:
         self.total = self.in_a_row = 0
-        self._seen = torch.zeros(3, device=device)  # since the last look: steps, bad ones, bad ones in a row until now
+        self._steps = 0  # since the last look
+        self._bad = torch.zeros(2, device=device)  # of them: all bad ones, and those in a row until now
 
     def note(self, bad: torch.Tensor) -> None:
         """Take in a step; `bad` is a scalar, 0 or 1. No host synchronisation."""
-        one = torch.ones_like(bad)
-        self._seen += torch.stack([one, bad, bad])
-        self._seen[2] *= bad
+        self._steps += 1
+        self._bad += bad
+        self._bad[1] *= bad
 
     def look(self) -> int:
         """How many were bad since the last look."""
-        steps, bad, in_a_row = (int(n) for n in self._seen.tolist())
-        self._seen.zero_()
+        steps, self._steps = self._steps, 0
+        bad, in_a_row = (int(n) for n in self._bad.tolist())
+        self._bad.zero_()
         self.total += bad
         self.in_a_row = self.in_a_row + steps if in_a_row == steps else in_a_row
         return bad

@@ -24,8 +24,8 @@ import flowrl
 from flowrl import hub, runfolder
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.card import Kind, hub_name, write_card
-from flowrl.checkpoint import replace_folder, write_json
 from flowrl.errors import ConfigError, FlowRLError
+from flowrl.files import replace_folder, write_json
 
 PROGRAM = "python -m flowrl.export"
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flowrl.checkpoint import read_json
 from flowrl.errors import ConfigError, HubError
+from flowrl.files import read_json
 
 MANIFEST = "export.json"
 """Lists the files of an exported folder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import csv
+import gc
 import html
 import io
 import json
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from flowrl.evaluation import EvaluationResult
+from flowrl.logs import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: Generation
     if env.flow.is_image:
         image_grid(samples).save(path)
     else:
-        _points([("samples", samples)]).savefig(path, dpi=100)
+        _save_plots([("samples", samples)], env, path)
 
 
 def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
@@ -63,27 +64,25 @@ def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) 
         both.paste(halves[1], (halves[0].width + gap, 0))
         both.save(path)
     else:
-        _points([("reference", result.reference_samples), ("trained", result.samples)]).savefig(path, dpi=100)
+        _save_plots([("reference", result.reference_samples), ("trained", result.samples)], env, path)
 
 
-def _points(clouds: Sequence[tuple[str, torch.Tensor]]) -> Figure:
+def _save_plots(clouds: Sequence[tuple[str, torch.Tensor]], env: GenerationEnv, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(clouds), 4), layout="constrained")
     for i, (title, points) in enumerate(clouds):
         axes = figure.add_subplot(1, len(clouds), i + 1)
-        flat = points.flatten(1).cpu().numpy()
-        axes.plot(flat[:, 0], flat[:, min(1, flat.shape[1] - 1)], ".", markersize=2, alpha=0.6)
-        axes.set(title=f"{title} ({len(points)})", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
-    return figure
+        env.plot(axes, points)
+        axes.set(title=f"{title} ({len(points)})")
+    figure.savefig(path, dpi=100)
+    del axes, figure
+    gc.collect()  # a figure is a cycle of some hundred kB, and training makes too little garbage to have it found
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a run's `metrics.csv`; empty cells are left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if k and v not in ("", None)} for row in csv.DictReader(file)]
+    """Numbers in the rows of a run's `metrics.csv`."""
+    return [{k: float(v) for k, v in row.items() if not isinstance(v, str)} for row in read_rows(path)]
 
 
 def curves(rows: Sequence[dict[str, float]]) -> Figure:

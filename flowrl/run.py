@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,70 +14,34 @@ import torch
 import tyro
 from stable_baselines3.common.logger import Logger
 
-import flowrl
 from flowrl import runfolder
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
-from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint, read_json
-from flowrl.config import FlowConfig
+from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint
+from flowrl.commandline import (
+    KEPT,
+    PROGRAM,
+    RunConfig,
+    first_pass,
+    kept_options,
+    make_env,
+    names,
+    require_names,
+    second_pass,
+)
 from flowrl.construction import check_device
-from flowrl.envs.base import GenerationEnv
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation import evaluate
+from flowrl.files import clear_away, read_json
+from flowrl.logs import logger, say
 from flowrl.memory import is_out_of_memory, ways_to_save
 from flowrl.ranks import is_launched, is_lost, join, place_in_job
-from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
+from flowrl.registry import EnvSpec, algorithm_class, environment_spec
 from flowrl.report import save_before_after, write_report
 
-PROGRAM = "python -m flowrl.run"
 EXIT_ERROR, EXIT_STOPPED = 2, 3
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What to train, how long, and where the files go."""
-
-    algo: str = ""
-    """Algorithm: a name from the list below, or module:Class."""
-    env: str = ""
-    """Environment: a name from the list below, or module:name (the module registers it)."""
-    total_timesteps: int | None = None
-    """Samples to train on; the environment's own number when not given."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
-    deterministic: bool = False
-    """Only operations that give the same numbers every time; slower on a GPU, where some have none."""
-    out: Path = Path("runs")
-    """Folder that run folders go into."""
-    name: str = ""
-    """Name of the run folder; made from environment, algorithm and seed when not given."""
-    resume: Path | None = None
-    """Run folder to go on with, exactly where it stopped."""
-    dry_run: bool = False
-    """Print the plan (samples, gradient steps, parameters, memory, files) and exit."""
-    log_every: int = 1
-    """Iterations between two rows of the metrics."""
-    picture_every: int = 10
-    """Iterations between two pictures of samples."""
-    checkpoint_every: int = 10
-    """Iterations between two checkpoints."""
-    eval_samples: int = 512
-    """Samples of the final evaluation, of the trained flow and of the reference each."""
-    eval_rewards: tuple[str, ...] = ()
-    """Rewards that training does not see, for the final evaluation: a warning when they fall while the trained one
-    rises."""
-    eval_reward_options: tuple[str, ...] = ()
-    """Options of those rewards, each as REWARD.OPTION=VALUE."""
-    progress: bool = True
-    """Show a progress bar with the time left (on a terminal only)."""
-
-    def __post_init__(self) -> None:
-        for key in ("log_every", "picture_every", "checkpoint_every", "eval_samples"):
-            FlowConfig.require(getattr(self, key) > 0, f"--{key.replace('_', '-')} must be positive.")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -100,31 +62,32 @@ def main(args: list[str] | None = None) -> int:
     except FlowRLError as error:
         print(f"error{place_in_job()}: {error}", file=sys.stderr, flush=True)
         if is_launched():
+            sys.stdout.flush()
             os._exit(EXIT_ERROR)  # a tidy end would wait for the other processes, or abort
         return EXIT_ERROR
 
 
 def _main(args: list[str]) -> int:
     """Two passes: the first finds algorithm and environment, the second parses their own settings."""
-    run, _ = tyro.cli(RunConfig, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)
+    run, before = first_pass(args)
     if run.resume is not None:
+        if before is not None:
+            raise ConfigError("--config starts a run anew and --resume goes on with one: leave out one of the two.")
         return _resume(args, run.resume)
-    wants_help = bool({"-h", "--help"} & set(args))
-    if not wants_help and not (run.algo and run.env):
-        missing = " and ".join(f"--{key}" for key in ("algo", "env") if not getattr(run, key))
-        raise ConfigError(f"{missing} must be given.\n\n{names()}")
+    if not {"-h", "--help"} & set(args):
+        require_names(run)
     algo = algorithm_class(run.algo) if run.algo else None
     spec = environment_spec(run.env) if run.env else None
     if algo is not None and not issubclass(algo, FlowAlgorithm):
         raise ConfigError(f"'{run.algo}' is no FlowAlgorithm: an algorithm derives from flowrl.FlowAlgorithm.")
-    run, algo_config, env_config = _parse(args, algo, spec)
+    run, algo_config, env_config = second_pass(args, algo, spec, before)
     assert algo is not None
     assert spec is not None
     assert algo_config is not None
     ranks = join(run.device)
     algo_config.check_ranks(ranks.count)
     with ranks.main_first():  # what a reward fetches from the hub
-        env = _make_env(spec, env_config)
+        env = make_env(spec, env_config)
     if run.dry_run:
         check_device(run.device)
         if ranks.is_main:
@@ -135,32 +98,6 @@ def _main(args: list[str]) -> int:
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
     folder = Path(ranks.same(str(runfolder.create(run.out, _name(run, algo), env.name) if ranks.is_main else "")))
     return _train(model, folder, run, _timesteps(run, spec))
-
-
-def _parse(
-    args: list[str], algo: type[FlowAlgorithm] | None, spec: EnvSpec | None
-) -> tuple[RunConfig, FlowConfig | None, Any]:
-    """The second pass: a class with a group of options per chosen part, defaults as this environment recommends."""
-    parts: list[Any] = [("run", tyro.conf.OmitArgPrefixes[RunConfig])]
-    if spec is not None:
-        parts.append(("env", type(spec.config), field(default=spec.config)))
-    if algo is not None:
-        default = algo.Config()
-        if spec is not None:  # the recommendations depend on the environment's own settings
-            reduced = dataclasses.make_dataclass("Reduced", parts, frozen=True)
-            known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]
-            default = algo.configure(recommended=spec.recommended(known.env))
-        parts.append(("algo", algo.Config, field(default=default)))
-    whole = dataclasses.make_dataclass("Run", parts, frozen=True)
-    whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
-    parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
-    return parsed.run, getattr(parsed, "algo", None), getattr(parsed, "env", None)
-
-
-def _make_env(spec: EnvSpec, config: Any) -> GenerationEnv:
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    defaults = {f.name: getattr(spec.config, f.name) for f in dataclasses.fields(config)}
-    return flowrl.make(spec.name, **{key: value for key, value in given.items() if value != defaults[key]})
 
 
 def _set_deterministic(run: RunConfig) -> None:
@@ -183,10 +120,7 @@ def _resume(args: list[str], folder: Path) -> int:
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
         raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
-    kept: dict[str, Any] = {f.name: stored[f.name] for f in fields(RunConfig) if f.name in stored and f.name in KEPT}
-    kept |= {key: tuple(value) for key, value in kept.items() if isinstance(value, list)}
-    before = RunConfig(**kept)
-    run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
+    run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=kept_options(stored, folder / "config.json"))
     cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
     spec = environment_spec(run.env) if run.env else None
     total = run.total_timesteps
@@ -194,38 +128,24 @@ def _resume(args: list[str], folder: Path) -> int:
         raise CheckpointError(f"The config.json of '{folder}' does not say how long to train: add --total-timesteps N.")
     _set_deterministic(run)
     model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
-    say = print if model.ranks.is_main else lambda text: None
-    say(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
+    tell = say if model.ranks.is_main else lambda text: None
+    tell(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
     if run.dry_run:
-        say("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))
+        tell("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))
         return 0
     if model.num_timesteps >= total and _is_finished(folder, total):
-        say(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
-        say("To train it longer, add --total-timesteps N.")
+        tell(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
+        tell("To train it longer, add --total-timesteps N.")
         return 0
     return _train(model, folder, run, total)
 
 
 def _is_finished(folder: Path, total: int) -> bool:
-    """Whether the final weights and their evaluation are there, of a run of this length."""
+    """Whether the final weights, their evaluation and the report are there, of a run of this length."""
     final = folder / "final" / "state.json"
-    if not (final.exists() and (folder / "evaluation.json").exists()):
+    if not all(file.exists() for file in (final, folder / "evaluation.json", folder / "report.html")):
         return False
     return read_json(final).get("num_timesteps", 0) >= total
-
-
-KEPT = (
-    "total_timesteps",
-    "deterministic",
-    "log_every",
-    "picture_every",
-    "checkpoint_every",
-    "eval_samples",
-    "eval_rewards",
-    "eval_reward_options",
-    "progress",
-)
-"""What a resumed run takes over from before."""
 
 
 def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int) -> None:
@@ -237,6 +157,7 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     """Train and evaluate in a run folder that no other process writes into."""
     with runfolder.alone_in(folder) if model.ranks.is_main else nullcontext():
         if model.ranks.is_main:
+            clear_away(folder)
             _write_config(folder, model, run, total)
         return _learn(model, folder, run, total)
 
@@ -245,11 +166,18 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
     is_main = model.ranks.is_main
     if is_main:
-        print(runfolder.header(model, folder, total), flush=True)
+        say(runfolder.header(model, folder, total))
         for outdated in ("evaluation.json", "report.html"):
             (folder / outdated).unlink(missing_ok=True)
-    model.set_logger(runfolder.logger(folder, model.num_timesteps) if is_main else Logger(None, []))
-    checkpoints = KeepCheckpoints(folder / "checkpoints", run.checkpoint_every)
+    model.set_logger(logger(folder, model.num_timesteps) if is_main else Logger(None, []))
+    checkpoints = KeepCheckpoints(
+        folder / "checkpoints",
+        run.checkpoint_every,
+        run.checkpoint_minutes,
+        run.keep_checkpoints,
+        run.keep_best,
+        run.checkpoint_background,
+    )
     pictures = PictureCallback(folder / "samples", run.picture_every)
     with StopOnSignal() as stop:
         try:
@@ -261,6 +189,7 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
                 progress_bar=run.progress and sys.stdout.isatty(),
             )
         except Exception as error:
+            checkpoints.wait()
             explained = _explained(error, model)
             if explained is None:
                 raise
@@ -269,9 +198,10 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     if model.ranks.any(stop.received is not None):
         checkpoints.write()
         if is_main:
-            print(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}", flush=True)
+            say(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
         model.ranks.leave()
         return EXIT_STOPPED
+    checkpoints.wait()
     try:
         return _finish(model, folder, run.eval_samples, held_out)
     except OSError as error:
@@ -288,12 +218,14 @@ def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:
             f"{model.device} has no memory left ({str(error).splitlines()[0]}). Lower what the run needs, in this "
             f"order; --dry-run predicts how much that is:\n{ways}"
         )
+    if isinstance(error, FlowRLError):
+        return error
     if is_lost(error):
         return RankError(
             "Another process of this job ended or cannot be reached any more; its own message says why "
             f"({str(error).splitlines()[0]})."
         )
-    return error if isinstance(error, FlowRLError) else None
+    return None
 
 
 def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Mapping[str, RewardFunction]) -> int:
@@ -302,7 +234,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
     if model.ranks.is_main:
         if model.policy.lora is None and not model.ranks.is_sharded:  # `flowrl.export` writes those
             model.policy.export(folder / "final")
-        print("evaluating ...", flush=True)
+        say("evaluating ...")
     result = evaluate(model, eval_samples, eval_rewards=held_out)
     model.ranks.leave()
     if not model.ranks.is_main:
@@ -310,7 +242,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
     runfolder.write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
     report = write_report(folder, result)
-    print(f"{result.table()}\n\nreport: {report}")
+    say(f"{result.table()}\n\nreport: {report}")
     return 0
 
 
@@ -320,17 +252,6 @@ def _resume_hint(folder: Path) -> str:
     except CheckpointError:
         return "there is no checkpoint yet, so it cannot be resumed."
     return f"go on with: {PROGRAM} --resume {folder}"
-
-
-def names() -> str:
-    """The lists of algorithms and environments, a line each."""
-    lines = ["algorithms:"]
-    for name, cls in ALGORITHMS.items():
-        lines.append(f"  {name:20s} {(cls.__doc__ or '').strip().splitlines()[0]}")
-    lines.append("environments:")
-    for name, spec in ENVIRONMENTS.items():
-        lines.append(f"  {name:20s} {spec.summary}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

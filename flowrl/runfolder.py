@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from stable_baselines3.common.logger import (
-    CSVOutputFormat,
-    HumanOutputFormat,
-    JSONOutputFormat,
-    KVWriter,
-    Logger,
-    TensorBoardOutputFormat,
-)
 
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, description, load_checkpoint, write_json
+from flowrl.checkpoint import algorithm_name, description, load_checkpoint
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.evaluation import EvaluationResult
+from flowrl.files import write_json
 from flowrl.lora import LoRA, count_parameters
 from flowrl.memory import predict_memory
 from flowrl.registry import algorithm_class, environment_spec
@@ -120,9 +110,8 @@ def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> N
 
 def write_evaluation(folder: Path, result: EvaluationResult, tag: str = "") -> Path:
     """Write `evaluation{tag}.json`; numbers that do not exist are null."""
-    text = json.dumps(without_nan(result.to_dict()), indent=1)
     path = folder / f"evaluation{tag}.json"
-    path.write_text(text + "\n")
+    write_json(path, without_nan(result.to_dict()))
     return path
 
 
@@ -133,68 +122,6 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def logger(folder: Path, num_timesteps: int) -> Logger:
-    """stable-baselines3 logger: a table on stdout, metrics.csv, metrics.json, TensorBoard where it is installed.
-
-    Rows that a resumed run wrote after its checkpoint are dropped; they will be computed again.
-    """
-    kept = _rows(folder / "metrics.csv", num_timesteps)
-    files: list[KVWriter] = [
-        CSVOutputFormat(str(folder / "metrics.csv")),
-        JSONOutputFormat(str(folder / "metrics.json")),
-    ]
-    for row in kept:
-        for file in files:
-            file.write(row, {key: () for key in row}, int(row["time/total_timesteps"]))
-    formats: list[KVWriter] = [HumanOutputFormat(sys.stdout)]
-    formats += [PatientWriter(file, str(folder / f"metrics.{kind}")) for file, kind in zip(files, ("csv", "json"))]
-    try:
-        tensorboard = TensorBoardOutputFormat(str(folder / "tensorboard"))
-        formats.append(PatientWriter(tensorboard, str(folder / "tensorboard")))
-    except (ImportError, AssertionError):
-        print("tensorboard is not installed (pip install tensorboard): no TensorBoard log is written")
-    return Logger(str(folder), formats)
-
-
-class PatientWriter(KVWriter):
-    """Writes rows by another writer; where that cannot, says so once and goes on.
-
-    What a file did not take stays in its buffer and is written with a later row.
-    """
-
-    def __init__(self, writer: KVWriter, name: str) -> None:
-        self.writer, self.name = writer, name
-        self.failed = False
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Write a row."""
-        try:
-            self.writer.write(key_values, key_excluded, step)
-        except OSError as error:
-            if not self.failed:
-                print(f"warning: Cannot write {self.name}: {error}. Training goes on.", flush=True)
-            self.failed = True
-        else:
-            self.failed = False
-
-    def close(self) -> None:
-        """Close the writer."""
-        with contextlib.suppress(OSError):
-            self.writer.close()
-
-
-def _rows(path: Path, num_timesteps: int) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = [{k: _number(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
-    return [row for row in rows if row.get("time/total_timesteps", math.inf) <= num_timesteps]
-
-
-def _number(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def header(model: FlowAlgorithm, folder: Path, total: int) -> str:

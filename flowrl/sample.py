@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 import flowrl
 from flowrl import runfolder
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, checkpoint_folder, write_json
+from flowrl.checkpoint import algorithm_name, checkpoint_folder
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
+from flowrl.files import write_json
 from flowrl.policy import FlowPolicy
 from flowrl.report import image_grid, save_picture
 

@@ -79,8 +79,9 @@ class Scorer:
         return self._halves(samples, contexts, index[:middle]) + self._halves(samples, contexts, index[middle:])
 
     def _ask(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
-        """One question; running statistics are put back where it fails."""
-        before = {name: tensor.clone() for name, tensor in self.env.extra_state().items()}
+        """One question; running statistics are put back where it fails and training may go on."""
+        state = {} if self.on_error == "raise" else self.env.extra_state()
+        before = {name: tensor.clone() for name, tensor in state.items()}
         try:
             return self._within_time(lambda: self.env.evaluate(samples, contexts, observe=True), len(samples))
         except RewardError as error:

@@ -8,48 +8,18 @@ Plain conditional flow matching on fresh samples; prints the exact W2 of the res
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import math
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from fit_mlp import as_shipped, save, train
 
 from flowrl.envs.gaussians import eight_gaussians
 from flowrl.flow import interpolate
 from flowrl.metrics import wasserstein2
-from flowrl.models.mlp import MLP
 from flowrl.sampler import ode_sample, time_grid
 
 ASSET = Path(__file__).resolve().parent.parent / "flowrl" / "assets" / "gaussians"
-
-
-def train(steps: int, batch: int, width: int, depth: int, seed: int) -> MLP:
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    mixture, network = eight_gaussians(), MLP(2, width, depth)
-    average = copy.deepcopy(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.05)
-    started = time.perf_counter()
-    for step in range(steps):
-        x_1 = mixture.sample(batch, generator)
-        x_0 = torch.randn(batch, 2, generator=generator)
-        t = torch.rand(batch, generator=generator)
-        x_t, u = interpolate(x_0, x_1, t)
-        loss = (network(x_t, t) - u).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            decay = min(0.999, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-        if (step + 1) % 1000 == 0:
-            print(f"step {step + 1} loss {loss.item():.4f} {time.perf_counter() - started:.0f} s", flush=True)
-    return average
 
 
 def main() -> None:
@@ -61,13 +31,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ASSET)
     args = parser.parse_args()
-    network = train(args.steps, args.batch, args.width, args.depth, args.seed).eval()
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half() for name, tensor in network.state_dict().items()}
-    save_file(state, args.out / "model.safetensors")
-    network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     mixture, n = eight_gaussians(), 2048
+    network = as_shipped(train(mixture.sample, 2, args.steps, args.batch, args.width, args.depth, args.seed))
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
         x_0 = torch.randn(n, 2, generator=generator)
@@ -91,7 +56,7 @@ def main() -> None:
         "w2_floor": round(floor, 4),
         "field_error_rms": round(math.sqrt(error), 4),
     }
-    (args.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save(network, args.out, config)
 
 
 if __name__ == "__main__":

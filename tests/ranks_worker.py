@@ -62,26 +62,33 @@ RELOADED = ("ddpo", "dpok", "mixture", "orw_w2, LoRA")
 """Cases that are saved and loaded by several processes; all that are divided are, too."""
 
 
+def weight_sums(model: flowrl.FlowAlgorithm) -> torch.Tensor:
+    """Sum of each trained parameter, float64."""
+    return torch.stack([whole(p.detach()).double().sum() for p in model.policy.parameters_of("current").values()])
+
+
 def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
     """Train a case for three iterations and evaluate it; before the third it may be saved and loaded."""
     algo, env, env_settings, settings = cases()[name]
     model = ALGORITHMS[algo]("FlowPolicy", env, seed=3, device="cpu", env_settings=env_settings, **settings)
-    rows = []
+    rows, saved = [], None
     for i in range(3):
         if i == 2 and checkpoint is not None:
+            saved = weight_sums(model).tolist()
             model.save(checkpoint)
             torch.distributed.barrier()
             model = type(model).load(checkpoint, device="cpu")
         model.learn(settings["n_samples"], reset_num_timesteps=False)
         rows.append({key: value for key, value in model.last_logged.items() if "per_second" not in key})
     result = flowrl.evaluate(model, 18, batch_size=10, samples_per_context=2)  # of which nothing divides evenly
-    weights = torch.stack([whole(p.detach()).double().sum() for p in model.policy.parameters_of("current").values()])
+    weights = weight_sums(model)
     everywhere = model.ranks.all(weights[None], model.ranks.count)
     return {
         "rows": rows,
         "evaluation": {"reward": result.reward_mean, "before": result.reference.reward_mean, "drift": result.drift},
         "cost": result.evaluations_per_sample,
         "own rows of the buffer": len(model.buffer.x_1),
+        "saved": saved,
         "ranks agree": bool((everywhere == everywhere[0]).all()),
     }
 

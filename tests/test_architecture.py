@@ -17,14 +17,14 @@ else:
     import tomli as tomllib
 
 LAYERS = [
-    {"types", "errors", "registry", "sharded", "ranks"},
+    {"types", "errors", "registry", "sharded", "ranks", "files"},
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
     {"construction", "scoring", "diagnosis", "algorithm", "transitions", "steering", "evaluation", "side_effects"}
     | {"checkpoint", "memory"},
     {"orw_w2", "baselines"},
-    {"report", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite", "cell", "comparison"}
-    | {"sample", "export", "card", "hub"},
+    {"report", "logs", "commandline", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite"}
+    | {"cell", "comparison", "sample", "export", "card", "hub"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 

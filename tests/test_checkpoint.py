@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flowrl
-from flowrl import checkpoint
+from flowrl import files
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.checkpoint import checkpoint_folder
 from flowrl.errors import CheckpointError
@@ -136,7 +136,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(CheckpointError, match=r"No space left on device.*older checkpoint"):
         model.save(tmp_path / "a")
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before

@@ -196,7 +196,8 @@ def test_run_folder(six: Path) -> None:
     assert {path.name for path in (six / "samples").iterdir()} == {
         f"{name}.png" for name in ("0000-reference", "0003", "0006")
     }
-    assert {path.name for path in (six / "checkpoints").iterdir()} == {f"{n * N:010d}" for n in (4, 6)}
+    kept = {path.name for path in (six / "checkpoints").iterdir()}
+    assert kept - {f"{2 * N:010d}"} == {*(f"{n * N:010d}" for n in (4, 6)), "best"}
     assert_same_checkpoint(six / "final", six / "checkpoints" / f"{6 * N:010d}")
     assert (six / "before_after.png").stat().st_size > 1000
 
@@ -299,6 +300,17 @@ def test_two_runs_never_write_into_the_same_folder(run_module, three: Path, tmp_
         pass
 
 
+def test_a_process_that_is_killed_does_not_block_its_run_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from pathlib import Path; from flowrl.runfolder import alone_in\n"
+        f"with alone_in(Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert (tmp_path / ".lock").exists()
+    with alone_in(tmp_path):
+        pass
+
+
 def test_deterministic_runs_are_the_same_twice(run_module, tmp_path: Path) -> None:
     for name in ("a", "b"):
         done = run_module("flowrl.run", *RUN, "--total-timesteps", 2 * N, "--name", name, "--deterministic")
@@ -306,6 +318,49 @@ def test_deterministic_runs_are_the_same_twice(run_module, tmp_path: Path) -> No
     a, b = (tmp_path / "runs" / name for name in ("a", "b"))
     assert_same_run(a, b)
     assert json.loads((a / "config.json").read_text())["run"]["deterministic"] is True
+
+
+def test_the_config_of_a_run_makes_the_same_run(run_module, six: Path, tmp_path: Path) -> None:
+    """`--config` with nothing but a name; and with a setting that is to differ."""
+    shutil.copy(six / "config.json", tmp_path / "given.json")
+    done = run_module("flowrl.run", "--config", "given.json", "--name", "again")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(six, tmp_path / "runs" / "again")
+    mine, yours = (json.loads((run / "config.json").read_text()) for run in (six, tmp_path / "runs" / "again"))
+    assert mine == yours
+    shutil.copytree(tmp_path / "runs" / "again", tmp_path / "folder")
+    other = ["--name", "other", "--algo.alpha", 0.7, "--seed", 5, "--total-timesteps", N, "--dry-run"]
+    done = run_module("flowrl.run", "--config", "folder", *other)
+    assert done.returncode == 0, done.stderr
+    assert "alpha=0.7" in done.stdout
+    assert "ema_decay=0.9" in done.stdout
+    assert "1 iterations of 64 samples" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "expected"),
+    [
+        ({}, ["--algo", "ddpo"], "a run with --algo orw_w2"),
+        ({}, ["--resume", "."], "leave out one of the two"),
+        ({"algorithm": "evil.module:Class"}, [], "Code named by a file is never imported"),
+        ({"settings": {"n_samplse": 3}}, [], "'n_samples'"),
+        ({"settings": {"n_samples": "many"}}, [], "do not fit ORWCFMW2"),
+        ({"settings": []}, [], "is damaged"),
+        ({"run": {"eval_samples": [1]}}, [], "eval_samples is"),
+        ({"run": None}, [], "does not come from a run"),
+    ],
+)
+def test_mistakes_with_a_config(
+    six: Path, tmp_path: Path, change: dict, options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "given.json").write_text(json.dumps({**json.loads((six / "config.json").read_text()), **change}))
+    assert main(["--config", str(tmp_path / "given.json"), "--out", str(tmp_path), "--dry-run", *options]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_config_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(tmp_path / "nothing.json")]) == 2
+    assert "nothing.json" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_its_own_settings(run_module, three: Path, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import flowrl
-from flowrl import callbacks, checkpoint, runfolder
+from flowrl import callbacks, files
 from flowrl.callbacks import KeepCheckpoints, PictureCallback
+from flowrl.logs import logger
 
 SIZES = {"n_samples": 64, "batch_size": 64}
 
@@ -30,10 +31,10 @@ def full(*args: object, **kwargs: object) -> None:
 def test_a_checkpoint_that_cannot_be_written_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained, keep = model(), KeepCheckpoints(tmp_path / "checkpoints", every=1)
+    trained, keep = model(), KeepCheckpoints(tmp_path / "checkpoints", every=1, keep_best=False, background=False)
     trained.learn(64, callback=keep)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(files, "save_file", full)
         trained.learn(64, callback=keep, reset_num_timesteps=False)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000000064"]  # the last good one
     assert "No space left on device" in capsys.readouterr().out
@@ -68,7 +69,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 
 def test_metrics_are_written_once_there_is_space_again(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = model()
-    trained.set_logger(runfolder.logger(tiny, 0))
+    trained.set_logger(logger(tiny, 0))
     trained.learn(64)
     fill(tiny / "ballast")
     for _ in range(30):

@@ -6,10 +6,11 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from flowrl.ranks import Ranks, SharedGenerator, drawn, join
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def environment(program_environment: dict[str, str]) -> dict[str, str]:
     return {**program_environment, "OMP_NUM_THREADS": "1"}
@@ -33,10 +40,10 @@ def environment(program_environment: dict[str, str]) -> dict[str, str]:
 def of_two(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> dict[str, Any]:
     """What two processes on the CPU (gloo) logged, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [*LAUNCH, "29641", str(Path(ranks_worker.__file__)), str(folder)]
+    command = [*LAUNCH, free_port(), str(Path(ranks_worker.__file__)), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "two.json").read_text())
+    return {**json.loads((folder / "two.json").read_text()), "folder": folder}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,17 @@ def test_two_processes_do_what_one_does(
             tolerance = 0.1 if key == "rollout/diversity" else tolerance
             assert theirs[key] == pytest.approx(ours[key], rel=tolerance, abs=tolerance, nan_ok=True), key
     assert two["evaluation"] == pytest.approx(one["evaluation"], rel=max(close, 1e-4), abs=max(close, 1e-4))
+
+
+@pytest.mark.parametrize("case", ["orw_w2", "orw_w2, LoRA"])
+def test_one_process_reads_what_two_that_divide_weights_wrote(case: str, of_two: dict[str, Any]) -> None:
+    name = f"{case}, divided"
+    loaded = flowrl.ORWCFMW2.load(of_two["folder"] / name, device="cpu")
+    assert ranks_worker.weight_sums(loaded).tolist() == pytest.approx(of_two[name]["saved"], rel=1e-12, abs=1e-12)
+    loaded.learn(64, reset_num_timesteps=False)
+    assert loaded.last_logged["rollout/reward_mean"] == pytest.approx(
+        of_two[name]["rows"][2]["rollout/reward_mean"], abs=1e-5
+    )
 
 
 class Imagined(Ranks):
@@ -135,11 +153,11 @@ def test_a_numbered_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 ENDLESS = ["-m", "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu", "--name", "a"]
 
 
-def started(tmp_path: Path, environment: dict[str, str], port: int) -> subprocess.Popen[str]:
+def started(tmp_path: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """Two processes that train without end, once their first checkpoint is there."""
     arguments = [*ENDLESS, "--total-timesteps", str(10**9), "--checkpoint-every", "1", "--picture-every", str(10**6)]
     job = subprocess.Popen(
-        [*LAUNCH, str(port), *arguments],
+        [*LAUNCH, free_port(), *arguments],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
@@ -161,7 +179,7 @@ def children(job: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_a_process_that_dies_ends_the_job(tmp_path: Path, environment: dict[str, str]) -> None:
-    job = started(tmp_path, environment, 29642)
+    job = started(tmp_path, environment)
     try:
         os.kill(children(job)[1], signal.SIGKILL)
         output, _ = job.communicate(timeout=60)  # within a minute
@@ -175,9 +193,11 @@ def test_a_process_that_dies_ends_the_job(tmp_path: Path, environment: dict[str,
     assert model.num_timesteps == before + 512
 
 
-def test_a_survivor_without_a_launcher_says_what_happened(tmp_path: Path, environment: dict[str, str]) -> None:
+@pytest.fixture
+def pair(tmp_path: Path, environment: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes without a launcher that train without end, once their first checkpoint is there."""
     arguments = [*ENDLESS, "--total-timesteps", str(10**9), "--checkpoint-every", "1"]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29643", "WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     jobs = [
         subprocess.Popen(
             [sys.executable, *arguments],
@@ -195,14 +215,25 @@ def test_a_survivor_without_a_launcher_says_what_happened(tmp_path: Path, enviro
             assert all(job.poll() is None for job in jobs)
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        jobs[1].kill()
-        _, errors = jobs[0].communicate(timeout=60)
+        yield jobs
     finally:
         for job in jobs:
             job.kill()
-    assert jobs[0].returncode == 2, errors[-3000:]
+
+
+def test_a_survivor_without_a_launcher_says_what_happened(pair: list[subprocess.Popen[str]]) -> None:
+    pair[1].kill()
+    _, errors = pair[0].communicate(timeout=60)
+    assert pair[0].returncode == 2, errors[-3000:]
     assert "error (process 1 of 2): Another process of this job ended" in errors
     assert "go on with: python -m flowrl.run --resume runs/a" in errors
+
+
+def test_a_signal_to_one_stops_all(pair: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    pair[1].send_signal(signal.SIGTERM)
+    errors = [job.communicate(timeout=60)[1] for job in pair]
+    assert [job.returncode for job in pair] == [3, 3], errors
+    assert flowrl.ORWCFMW2.load(tmp_path / "runs" / "a", device="cpu").num_timesteps > 0
 
 
 REWARD = """
@@ -221,7 +252,7 @@ def test_an_error_of_one_process_ends_the_job_and_is_told(tmp_path: Path, enviro
     (tmp_path / "broken.py").write_text(REWARD)
     arguments = ["-m", "flowrl.run", "--algo", "orw_w2", "--env", "broken:broken", "--device", "cpu"]
     done = subprocess.run(
-        [*LAUNCH, "29644", *arguments],
+        [*LAUNCH, free_port(), *arguments],
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -237,7 +268,7 @@ def test_a_whole_run_of_two_processes(tmp_path: Path, environment: dict[str, str
     small = ["--total-timesteps", "128", "--algo.n-samples", "64", "--algo.batch-size", "32", "--eval-samples", "65"]
     arguments = ["-m", "flowrl.run", "--algo", "raft", "--env", "gaussians-linear", "--device", "cpu", *small]
     done = subprocess.run(
-        [*LAUNCH, "29645", *arguments, "--name", "b"],
+        [*LAUNCH, free_port(), *arguments, "--name", "b"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -181,6 +181,13 @@ def test_too_many_failures_stop_the_run() -> None:
         model.learn(64)
 
 
+def test_running_statistics_are_not_left_to_a_reward_that_hangs() -> None:
+    env = environment(Judge())
+    env.extra_state = lambda: {"seen": torch.zeros(1)}  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="reward_timeout to 0"):
+        flowrl.ORWCFMW2("FlowPolicy", env, n_samples=64, reward_timeout=1.0)
+
+
 def test_compared_samples_cannot_be_left_out() -> None:
     env = environment(Judge())
     env.groupwise = True

@@ -18,7 +18,7 @@ from flowrl.models.pipeline import DEFAULTS, PipelineOptions
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
-EMBEDDED = ("gaussians", "mini-sd3", "mini-words")
+EMBEDDED = ("gaussians", "plans", "mini-sd3", "mini-words")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ VOCABULARY = (*(text.lower() for text in TEXTS), *dict.fromkeys([*INKS, *PAPERS]
 @dataclass
 class Config:
     autoencoder_steps: int = 1000
-    steps: int = 9000
+    steps: int = 10_000
     batch_size: int = 64
     lr: float = 2e-3
     """After 200 steps of warm-up, until it falls to zero over the last 40 %."""
@@ -51,10 +51,9 @@ class Config:
     text_width: int = 32
     shift: float = 3.0
     """Shift of the times towards noise."""
-    wrong_text: float = 0.4
-    """Share of the captions that name another word, on purpose: what rewards can later mend."""
-    wrong_from: float = 0.6
-    """Share of the steps, the first, with right captions only."""
+    blank: float = 0.4
+    """Share of the pictures whose text is missing though the caption names it, on purpose: what rewards can mend. It is
+    one choice for the whole picture; wrong words would be many, and letters of several get mixed."""
     drop_caption: float = 0.1
     """Share of empty captions, for classifier-free guidance."""
     leave_out: float = 0.2
@@ -129,12 +128,10 @@ def captions() -> tuple[list[str], Tensor]:
     return found, torch.tensor(indices)
 
 
-def caption(sign: Sign, rng: np.random.Generator, config: Config, wrong: float) -> str:
-    """A noisy caption: perhaps empty or of another word, colours left out at random."""
+def caption(sign: Sign, rng: np.random.Generator, config: Config) -> str:
+    """A caption: perhaps empty, colours left out at random."""
     if rng.random() < config.drop_caption:
         return ""
-    if rng.random() < wrong:
-        sign = replace(sign, text=str(rng.choice([text for text in TEXTS if text != sign.text])))
     return replace(sign, **{name: None for name in ("ink", "paper") if rng.random() < config.leave_out}).prompt
 
 
@@ -153,6 +150,8 @@ def train_transformer(pipe: StableDiffusion3Pipeline, config: Config, ocr: OCRRe
     rng, start = np.random.default_rng([config.seed, 2]), time.monotonic()
     signs = random_signs(config.pictures, rng)
     latents = encode(pipe, signs, rng)
+    blank = encode(pipe, [Sign("", INKS[0], paper) for paper in PAPERS], rng)
+    papers = torch.tensor([PAPERS.index(sign.paper) for sign in signs if sign.paper])
     prompts = ["", *captions()[0]]
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     with torch.no_grad():
@@ -167,11 +166,12 @@ def train_transformer(pipe: StableDiffusion3Pipeline, config: Config, ocr: OCRRe
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / 200, (config.steps - step) / (0.4 * config.steps))
-        wrong = config.wrong_text if step >= config.wrong_from * config.steps else 0.0
         chosen = rng.integers(len(signs), size=config.batch_size)
-        asked = torch.tensor([rows[caption(signs[i], rng, config, wrong)] for i in chosen])
+        asked = torch.tensor([rows[caption(signs[i], rng, config)] for i in chosen])
         attention.draw_repeats(config.batch_size)
-        data = latents[torch.from_numpy(chosen)]
+        missing = torch.from_numpy(rng.random(config.batch_size) < config.blank)[:, None, None, None]
+        index = torch.from_numpy(chosen)
+        data = torch.where(missing, blank[papers[index]], latents[index])
         loss = flow_matching_loss(trained, data, context[asked], pooled[asked], config.shift)
         optimizer.zero_grad()
         loss.backward()
