@@ -19,7 +19,7 @@ from flowrl.checkpoint import Snapshot
 from flowrl.errors import CheckpointError
 from flowrl.files import clear_away, read_json
 from flowrl.logs import say
-from flowrl.report import save_picture
+from flowrl.pictures import save_picture
 
 
 class IterationCallback(BaseCallback):

@@ -15,8 +15,9 @@ from flowrl.algorithm import FlowAlgorithm
 from flowrl.checkpoint import algorithm_name
 from flowrl.envs.base import GenerationEnv
 from flowrl.files import read_json
+from flowrl.logs import read_metrics
 from flowrl.models.loading import FlowSource
-from flowrl.report import curves, read_metrics
+from flowrl.pictures import curves
 
 Kind = Literal["lora", "transformer", "pipeline"]
 """What is shared: LoRA weights, the fine-tuned network alone, or a whole pipeline."""

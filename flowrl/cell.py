@@ -16,8 +16,8 @@ import torch
 from flowrl.callbacks import IterationCallback
 from flowrl.evaluation import evaluate
 from flowrl.files import write_json
+from flowrl.pictures import image_grid, save_picture
 from flowrl.registry import algorithm_class
-from flowrl.report import image_grid, save_picture
 from flowrl.runfolder import without_nan
 from flowrl.steering import Steering
 from flowrl.suite import UNTRAINED, Cell

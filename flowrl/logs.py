@@ -12,7 +12,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,39 @@ def logger(folder: Path, num_timesteps: int) -> Logger:
     except (ImportError, AssertionError):
         say("tensorboard is not installed (pip install tensorboard): no TensorBoard log is written")
     return Logger(str(folder), formats)
+
+
+WARNINGS = "warnings.txt"
+"""File of a run folder: what training warned of, a line each."""
+
+
+@contextlib.contextmanager
+def telling_warnings(folder: Path | None) -> Iterator[None]:
+    """Context in which flowrl's own warnings are said in one line, and kept in the run folder."""
+    plain: Any = warnings.showwarning
+    kept: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if not issubclass(category, UserWarning) or "flowrl" not in Path(filename).parts:
+            plain(message, category, filename, *rest, **more)
+            return
+        text = " ".join(str(message).split())
+        say(f"warning: {text}")
+        if folder is not None and text not in kept:
+            kept.add(text)
+            with contextlib.suppress(OSError), (folder / WARNINGS).open("a") as file:
+                file.write(f"{text}\n")
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = plain
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Numbers in the rows of a run's `metrics.csv`."""
+    return [{k: float(v) for k, v in row.items() if not isinstance(v, str)} for row in read_rows(path)]
 
 
 def _timesteps(row: Row) -> float:

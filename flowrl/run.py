@@ -35,11 +35,12 @@ from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation import evaluate
 from flowrl.files import clear_away, read_json
-from flowrl.logs import logger, say
+from flowrl.logs import logger, say, telling_warnings
 from flowrl.memory import is_out_of_memory, ways_to_save
+from flowrl.pictures import save_before_after
 from flowrl.ranks import is_launched, is_lost, join, place_in_job
 from flowrl.registry import EnvSpec, algorithm_class, environment_spec
-from flowrl.report import save_before_after, write_report
+from flowrl.report import write_report
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
 
@@ -179,7 +180,7 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
         run.checkpoint_background,
     )
     pictures = PictureCallback(folder / "samples", run.picture_every)
-    with StopOnSignal() as stop:
+    with StopOnSignal() as stop, telling_warnings(folder if is_main else None):
         try:
             model.learn(
                 max(0, total - model.num_timesteps),
@@ -241,7 +242,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
         return 0
     runfolder.write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
-    report = write_report(folder, result)
+    report = write_report(folder)
     say(f"{result.table()}\n\nreport: {report}")
     return 0
 

@@ -23,8 +23,8 @@ LAYERS = [
     {"construction", "scoring", "diagnosis", "algorithm", "transitions", "steering", "evaluation", "side_effects"}
     | {"checkpoint", "memory"},
     {"orw_w2", "baselines"},
-    {"report", "logs", "commandline", "callbacks", "runfolder", "run", "evaluate", "benchmark", "serve", "suite"}
-    | {"cell", "comparison", "sample", "export", "card", "hub"},
+    {"report", "charts", "pictures", "logs", "commandline", "callbacks", "runfolder", "run", "evaluate"}
+    | {"benchmark", "serve", "suite", "cell", "comparison", "sample", "export", "card", "hub"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -21,6 +21,7 @@ from flowrl.envs.plans import (
     stays_upright,
 )
 from flowrl.errors import ConfigError
+from flowrl.pictures import save_picture
 
 KINDS = sorted(TASKS)
 
@@ -127,8 +128,8 @@ def test_a_flow_of_another_shape_is_refused() -> None:
 
 def test_a_picture_of_trajectories(tmp_path: Path) -> None:
     model = flowrl.ORWCFMW2("FlowPolicy", "plan-mountaincar", seed=0, device="cpu", n_samples=16, batch_size=16)
-    flowrl.report.save_picture(torch.zeros(4, LENGTH), [None] * 4, model.env.core, tmp_path / "a.png")
-    flowrl.report.save_picture(torch.ones(4, LENGTH), [None] * 4, model.env.core, tmp_path / "b.png")
+    save_picture(torch.zeros(4, LENGTH), [None] * 4, model.env.core, tmp_path / "a.png")
+    save_picture(torch.ones(4, LENGTH), [None] * 4, model.env.core, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
