@@ -255,6 +255,10 @@ def test_ddpo_statistics_are_those_of_all_rewards_of_a_context() -> None:
     seen = rewards[contexts == 1]
     expected = (rewards[0][where] - seen.mean()) / seen.std(correction=0)
     torch.testing.assert_close(advantage[where], expected, atol=1e-3, rtol=1e-3)
+    agreed = Batch(torch.zeros(40, 1), torch.full((40,), 7), torch.full((40,), 147.1), rewards[0])
+    for _ in range(2):
+        model.observe(agreed)
+        assert model.score(agreed).abs().max() == 0
 
 
 def test_score_function_needs_one_update_per_iteration() -> None:
