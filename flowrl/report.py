@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 import json
@@ -17,12 +16,14 @@ import torch
 from PIL import Image
 
 from flowrl.evaluation import EvaluationResult
+from flowrl.files import read_json, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from flowrl.envs.base import GenerationEnv
 
+STEPS = "time/total_timesteps"
 CURVES = {
     "rollout/reward_mean": "reward",
     "rollout/diversity": "diversity",
@@ -80,10 +81,7 @@ def _points(clouds: Sequence[tuple[str, torch.Tensor]]) -> Figure:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Rows of a run's `metrics.csv`; empty cells are left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if k and v not in ("", None)} for row in csv.DictReader(file)]
+    return [{name: float(value) for name, value in row.items()} for row in read_rows(path)]
 
 
 def curves(rows: Sequence[dict[str, float]]) -> Figure:
@@ -93,7 +91,7 @@ def curves(rows: Sequence[dict[str, float]]) -> Figure:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     for i, (key, title) in enumerate(CURVES.items()):
         axes = figure.add_subplot(2, 2, i + 1)
-        points = [(row["time/total_timesteps"], row[key]) for row in rows if key in row]
+        points = [(row[STEPS], row[key]) for row in rows if row.keys() >= {key, STEPS}]
         axes.plot(*zip(*points)) if points else None
         axes.set(title=title, xlabel="samples")
         axes.grid(alpha=0.3)
@@ -108,7 +106,7 @@ def write_report(folder: Path, result: EvaluationResult, tag: str = "") -> Path:
         result: Final evaluation.
         tag: End of the files' names, for an evaluation beside the run's own.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     stream = io.BytesIO()
     curves(read_metrics(folder / "metrics.csv")).savefig(stream, format="png", dpi=110)
     before_after = (folder / f"before_after{tag}.png").read_bytes()

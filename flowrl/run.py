@@ -21,6 +21,7 @@ from flowrl import runfolder
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint
+from flowrl.checks import check_types
 from flowrl.config import FlowConfig
 from flowrl.construction import check_device
 from flowrl.envs.base import GenerationEnv
@@ -31,7 +32,7 @@ from flowrl.evaluation import evaluate
 from flowrl.files import read_json
 from flowrl.memory import is_out_of_memory, ways_to_save
 from flowrl.ranks import is_launched, is_lost, join, place_in_job
-from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
+from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec, named_by_a_file
 from flowrl.report import save_before_after, write_report
 
 PROGRAM = "python -m flowrl.run"
@@ -79,6 +80,7 @@ class RunConfig:
     """Show a progress bar with the time left (on a terminal only)."""
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))  # a resumed run's come from a file
         for key in ("log_every", "picture_every", "checkpoint_every", "eval_samples"):
             FlowConfig.require(getattr(self, key) > 0, f"--{key.replace('_', '-')} must be positive.")
 
@@ -205,6 +207,9 @@ def _resume(args: list[str], folder: Path) -> int:
         say(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
         say("To train it longer, add --total-timesteps N.")
         return 0
+    if run.eval_rewards == before.eval_rewards:  # not given again: the file names them
+        with named_by_a_file(f"'{folder / 'config.json'}'", "name its rewards again with --eval-rewards"):
+            make_rewards(run.eval_rewards, run.eval_reward_options)
     return _train(model, folder, run, total)
 
 

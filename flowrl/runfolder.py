@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.evaluation import EvaluationResult
-from flowrl.files import write_json
+from flowrl.files import read_rows, write_json
 from flowrl.lora import LoRA, count_parameters
 from flowrl.memory import predict_memory
 from flowrl.registry import algorithm_class, environment_spec
@@ -187,15 +186,7 @@ class PatientWriter(KVWriter):
 
 
 def _rows(path: Path, num_timesteps: int) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = [{k: _number(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
-    return [row for row in rows if row.get("time/total_timesteps", math.inf) <= num_timesteps]
-
-
-def _number(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    return [row for row in read_rows(path) if row.get("time/total_timesteps", math.inf) <= num_timesteps]
 
 
 def header(model: FlowAlgorithm, folder: Path, total: int) -> str:
