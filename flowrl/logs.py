@@ -25,6 +25,8 @@ from stable_baselines3.common.logger import (
     filter_excluded_keys,
 )
 
+from flowrl.files import read_rows
+
 Row = dict[str, Any]
 
 
@@ -96,25 +98,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def _timesteps(row: Row) -> float:
     steps = row.get("time/total_timesteps", math.inf)
     return math.inf if isinstance(steps, str) else steps
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a `metrics.csv`: numbers, or text where it is none; empty cells are left out.
-
-    A last line that was not written to its end is left out.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    return [{k: _number(v) for k, v in row.items() if k and v} for row in csv.DictReader(io.StringIO(whole))]
-
-
-def _number(text: str) -> int | float | str:
-    try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError:
-        return text
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from flowrl.envs.base import GenerationEnv
 
+STEPS = "time/total_timesteps"
 CURVES = {
     "rollout/reward_mean": "reward",
     "rollout/diversity": "diversity",
@@ -82,7 +83,7 @@ def curves(rows: Sequence[dict[str, float]]) -> Figure:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     for i, (key, title) in enumerate(CURVES.items()):
         axes = figure.add_subplot(2, 2, i + 1)
-        points = [(row["time/total_timesteps"], row[key]) for row in rows if key in row]
+        points = [(row[STEPS], row[key]) for row in rows if row.keys() >= {key, STEPS}]
         axes.plot(*zip(*points)) if points else None
         axes.set(title=title, xlabel="samples")
         axes.grid(alpha=0.3)

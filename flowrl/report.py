@@ -10,7 +10,7 @@ import html
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,8 +127,19 @@ def write_report(folder: Path, tag: str = "") -> Path:
         ConfigError: It is no run folder.
     """
     path = folder / f"report{tag}.html"
-    path.write_text(page(RunFiles.read(folder, tag)), encoding="utf-8")
+    path.write_text(_made(page, RunFiles.read(folder, tag)), encoding="utf-8")
     return path
+
+
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
+
+
+def _made(make: Callable[[Any], str], what: Any) -> str:
+    """`make(what)`; an error where the files hold something else than a run writes."""
+    try:
+        return make(what)
+    except DAMAGE as error:
+        raise ConfigError(f"config.json, metrics.csv or evaluation.json is damaged: {error}.") from error
 
 
 def page(run: RunFiles) -> str:
@@ -400,7 +411,7 @@ def _make(config: ReportConfig) -> Path:
     out = config.out or (config.runs[0] / "report.html" if single else Path("comparison.html"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(runs[0]) if single else comparison_page(runs), encoding="utf-8")
+        out.write_text(_made(page, runs[0]) if single else _made(comparison_page, runs), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Cannot write '{out}': {error}. Choose another place with --out.") from error
     return out

@@ -344,9 +344,9 @@ def test_the_config_of_a_run_makes_the_same_run(run_module, six: Path, tmp_path:
         ({}, ["--resume", "."], "leave out one of the two"),
         ({"algorithm": "evil.module:Class"}, [], "Code named by a file is never imported"),
         ({"settings": {"n_samplse": 3}}, [], "'n_samples'"),
-        ({"settings": {"n_samples": "many"}}, [], "do not fit ORWCFMW2"),
+        ({"settings": {"n_samples": "many"}}, [], "n_samples must be"),
         ({"settings": []}, [], "is damaged"),
-        ({"run": {"eval_samples": [1]}}, [], "eval_samples is"),
+        ({"run": {"eval_samples": [1]}}, [], "eval_samples must be"),
         ({"run": None}, [], "does not come from a run"),
     ],
 )
