@@ -77,6 +77,7 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
     if finished:
         for key in ("reward_mean", "diversity", "drift", "w2_to_optimum", "w2_floor"):
             entry[key] = summary([r[key] for r in finished])
+        entry["gain"] = summary([r["reward_mean"] - r["reference"]["reward_mean"] for r in finished])
         entry["components"] = {k: summary([r["components"][k] for r in finished]) for k in finished[0]["components"]}
         for key in ("reward_mean", "diversity"):
             entry[f"reference_{key}"] = summary([r["reference"][key] for r in finished])
@@ -148,7 +149,7 @@ def markdown(entries: Sequence[Entry]) -> str:
             continue
         exact = not math.isnan(done[0]["w2_to_optimum"]["mean"])
         reference = done[0]["reference_reward_mean"]["mean"], done[0]["reference_diversity"]["mean"]
-        head = ["algorithm", "reward", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
+        head = ["algorithm", "reward", "gain", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
         head += [*done[0]["components"], "network evaluations", "to 90 %", "then per sample"]
         head += ["samples", "updates", "minutes", "seeds"]
         lines = [f"### {env}", "", f"Before training: reward {reference[0]:.3g}, diversity {reference[1]:.3g}."]
@@ -164,7 +165,8 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     if not entry["seeds_finished"]:
         return [entry["label"], f"failed ({entry['seeds_failed']} seeds)"]
     cost = entry["cost"]
-    cells = [entry["label"], _interval(entry["reward_mean"]), f"{entry['reward_mean']['iqm']:.3g}"]
+    cells = [entry["label"], _interval(entry["reward_mean"]), _interval(entry["gain"])]
+    cells.append(f"{entry['reward_mean']['iqm']:.3g}")
     cells += [_interval(entry["diversity"]), _number(entry["drift"]["mean"], 2)]
     cells += [_interval(entry["w2_to_optimum"])] if exact else []
     cells += [f"{entry['components'][key]['mean']:.3g}" for key in example["components"]]
