@@ -20,9 +20,10 @@ from flowrl.comparison import collect
 from flowrl.envs.prompts import fingerprint, prompts_from, shares_of
 from flowrl.errors import FlowRLError
 from flowrl.files import read_json, write_json
-from flowrl.logs import logger, read_metrics
+from flowrl.logs import read_metrics
 from flowrl.models.loading import ASSETS, FlowSource
 from flowrl.registry import algorithm_class
+from flowrl.report import RunFiles, _made, page
 from flowrl.suite import Cell, load_suite
 
 SUITE = """
@@ -251,8 +252,9 @@ def read_prompts(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> None:
-    logger(folder, 8).close()
     read_metrics(folder / "metrics.csv")
+    if (folder / "config.json").exists():
+        _made(page, RunFiles.read(folder))
     if (folder / "evaluation.json").exists():
         card._results(read_json(folder / "evaluation.json"))
     code = run.main(["--resume", str(folder), "--dry-run"])

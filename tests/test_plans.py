@@ -118,7 +118,7 @@ def test_the_shipped_flow_draws_smooth_plans(generator: torch.Generator) -> None
         plans = model.policy.sample(torch.zeros(512, dtype=torch.long), steps=20)
     data = smooth_plans(512, generator)
     assert plans.diff(dim=1).abs().mean() == pytest.approx(data.diff(dim=1).abs().mean().item(), rel=0.25)
-    assert plans.std() == pytest.approx(data.std().item(), rel=0.1)
+    assert plans.std() == pytest.approx(data.std().item(), rel=0.15)
 
 
 def test_a_flow_of_another_shape_is_refused() -> None:

@@ -26,17 +26,18 @@ from hypothesis import strategies as st
 import flowrl
 from flowrl import flow, losses
 from flowrl.buffer import RolloutBuffer
+from flowrl.commandline import RunConfig, second_pass
 from flowrl.envs.base import draw_contexts
 from flowrl.envs.gaussians import GaussianMixture
 from flowrl.envs.rewards.groups import WinRateReward
 from flowrl.envs.rewards.mixture import Normalisation, PartSpec, RunningStatistics, parse_mixture
 from flowrl.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
-from flowrl.files import read_json, read_tensors, save_tensors, write_json
+from flowrl.files import host_copies, read_json, read_tensors, save_tensors, write_json
 from flowrl.likelihood import log_prob
 from flowrl.metrics import diversity, entropy, mean_interval, pair_distances, wasserstein2
 from flowrl.ranks import Ranks, SharedGenerator
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, algorithm_class, environment_spec
-from flowrl.run import RunConfig, _parse, main
+from flowrl.run import main
 from flowrl.sample import draw, seeded_noise
 from flowrl.sampler import SDE, SOLVERS, GaussianStep, guided_velocity, ode_sample, sde_sample, time_grid
 from flowrl.scoring import stand_ins
@@ -851,7 +852,7 @@ def test_tensors_come_back_as_they_were_written(tensors, shared) -> None:
     if shared and tensors:  # two names for the same storage
         tensors["twice"] = next(iter(tensors.values()))
     with tempfile.TemporaryDirectory() as folder:
-        save_tensors(Path(folder) / "a", tensors)
+        save_tensors(Path(folder) / "a", host_copies(tensors))
         loaded = read_tensors(Path(folder) / "a")
     assert loaded.keys() == tensors.keys()
     assert all(same(loaded[name], tensor) for name, tensor in tensors.items())
@@ -958,7 +959,7 @@ def captured() -> Iterator[tuple[io.StringIO, io.StringIO]]:
 
 def parsed(algo: str, arguments: Sequence[str]) -> tuple[RunConfig, Any, Any]:
     told = ["--algo", algo, "--env", "gaussians-linear", *arguments]
-    return _parse(told, algorithm_class(algo), environment_spec("gaussians-linear"))
+    return second_pass(told, algorithm_class(algo), environment_spec("gaussians-linear"), None)
 
 
 @pytest.mark.usefixtures("wide")
@@ -995,7 +996,7 @@ RUN_FIELDS = [f.name for f in fields(RunConfig) if f.name not in ("algo", "env",
 def test_options_of_a_run_and_of_an_environment_are_parsed_back(chosen, data) -> None:
     hints = get_type_hints(RunConfig)
     given = {name: data.draw(values_of(hints[name]), label=name) for name in chosen}
-    assume(all(not isinstance(value, int) or value > 0 or value is False for value in given.values()))
+    assume(all(not isinstance(value, int | float) or value > 0 or value is False for value in given.values()))
     tau, flow_name = data.draw(st.floats(allow_nan=False)), data.draw(words)
     arguments = [text for name, value in given.items() if value is not None for text in printed("", name, value)]
     run, _, env = parsed("orw_w2", [*arguments, f"--env.tau={tau}", f"--env.flow={flow_name}"])
