@@ -208,13 +208,12 @@ def test_without_any_checkpoints_is_an_error(run_module) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("part", "kills"), [("mlp", 3), ("lora", 1)])
-def test_killed_runs_end_as_others(part: str, kills: int, program_environment: dict[str, str]) -> None:
+def test_killed_runs_end_as_others(program_environment: dict[str, str]) -> None:
     """Some of what `python tests/kill_runs.py` does for all algorithms."""
     script = Path(__file__).with_name("kill_runs.py")
     if not hasattr(os, "fork"):
         pytest.skip("runs are forked")
-    command = [sys.executable, str(script), "--kills", str(kills), "--algos", "flow_grpo", "--parts", part]
+    command = [sys.executable, str(script), "--kills", "3", "--algos", "flow_grpo", "--parts", "mlp"]
     done = subprocess.run(command, env=program_environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 cases differ" in done.stdout
