@@ -142,7 +142,7 @@ class KeepCheckpoints(IterationCallback):
         if pending is not None:
             try:
                 pending.result()
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 say(f"warning: {error} Training goes on; it will be tried again.")
 
     def _path(self) -> Path:
@@ -169,7 +169,7 @@ class KeepCheckpoints(IterationCallback):
         """Delete the checkpoints that are not to be kept."""
         folders = sorted(path for path in self.folder.iterdir() if path.name.isdigit())
         kept = set(folders[-self.keep :])
-        if self.keep_best:
+        if self.keep_best and folders:
             best = max(folders, key=_reward)
             kept.add(best)
             _link(self.folder / "best", best.name)

@@ -271,8 +271,7 @@ def load_checkpoint(
     env_settings = pinned_settings(env, env_settings, config)
     _compare_settings(cls, config, folder)
     try:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items()}
-        algorithm_config = cls.Config(**cast(Any, settings))
+        algorithm_config = cls.Config(**cast(Any, tupled(config["settings"])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}."
@@ -301,6 +300,11 @@ def load_checkpoint(
         )
     load_state(model, folder)
     return model
+
+
+def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back, with tuples where there were tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def pinned_settings(env: Any, settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import tyro
 
 import flowrl
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, check_description, pinned_settings
+from flowrl.checkpoint import algorithm_name, check_description, pinned_settings, tupled
 from flowrl.checks import check_types
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
@@ -135,11 +135,6 @@ def kept_options(stored: Mapping[str, Any]) -> RunConfig:
         ConfigError: They are of types that no run wrote.
     """
     return RunConfig(**{name: value for name, value in tupled(stored).items() if name in KEPT})
-
-
-def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back, with tuples where there were tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def first_pass(args: list[str]) -> tuple[RunConfig, Description | None]:

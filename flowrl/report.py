@@ -17,23 +17,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from flowrl import charts
+from flowrl import charts, pictures
 from flowrl.charts import Series, chart, legend
+from flowrl.checkpoint import DAMAGE
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError
 from flowrl.files import read_json
 from flowrl.logs import WARNINGS, read_metrics
+from flowrl.pictures import STEPS
 from flowrl.registry import ALGORITHMS
 
 PROGRAM = "python -m flowrl.report"
-STEPS = "time/total_timesteps"
-CURVES = {
-    "rollout/reward_mean": "reward",
-    "rollout/diversity": "diversity",
-    "train/drift": "drift E|v - v_ref|\u00b2",
-    "rollout/ess": "effective sample share",
-    "train/loss": "loss",
-    "train/grad_norm": "gradient norm",
-}
+CURVES = {**pictures.CURVES, "train/loss": "loss", "train/grad_norm": "gradient norm"}
 """Metrics that a page draws, and their titles; components of the reward are added."""
 
 Row = dict[str, float]
@@ -129,9 +123,6 @@ def write_report(folder: Path, tag: str = "") -> Path:
     path = folder / f"report{tag}.html"
     path.write_text(_made(page, RunFiles.read(folder, tag)), encoding="utf-8")
     return path
-
-
-DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 def _made(make: Callable[[Any], str], what: Any) -> str:

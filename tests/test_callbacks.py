@@ -137,6 +137,22 @@ def test_a_failure_in_the_background_is_reported(
     assert keep.write() == tmp_path / f"{2 * N:010d}"
 
 
+def test_a_folder_that_vanishes_while_old_checkpoints_are_deleted_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def vanish(self: Snapshot, path: Path) -> Path:
+        write(self, path)
+        shutil.rmtree(tmp_path / "checkpoints")
+        return path
+
+    write = Snapshot.write
+    monkeypatch.setattr(Snapshot, "write", vanish)
+    keep = KeepCheckpoints(tmp_path / "checkpoints", every=1)
+    assert model().learn(2 * N, callback=keep).num_timesteps == 2 * N
+    keep.wait()
+    assert "Training goes on" in capsys.readouterr().out
+
+
 def test_the_last_checkpoint_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = KeepCheckpoints(tmp_path, every=1)
     model().learn(N, callback=keep)
