@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
+from flowrl.losses import group_mean
 from flowrl.registry import register_algorithm
 from flowrl.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
 from flowrl.types import Batch
@@ -59,12 +60,13 @@ class DDPO(TransitionAlgorithm):
             return torch.zeros_like(self.count).index_add_(0, rollout.contexts, values)
 
         n = total(torch.ones_like(rollout.reward))
-        mean = total(rollout.reward) / n.clamp_min(1)
+        means = group_mean(rollout.reward, rollout.contexts, len(n))  # exact where rewards agree
+        mean = torch.zeros_like(n).scatter(0, rollout.contexts, means)
         square = total((rollout.reward - mean[rollout.contexts]).square())
         count = self.count + n
         step = torch.where(n > 0, mean - self.mean, 0)
         self.square += square + step.square() * self.count * n / count.clamp_min(1)
-        self.mean += step * n / count.clamp_min(1)
+        self.mean += step * (n / count.clamp_min(1))
         self.count.copy_(count)
 
     def score(self, rollout: Batch) -> torch.Tensor:

@@ -146,7 +146,10 @@ def _located(name: str | Path) -> Path:
     known = shipped_sets()
     if str(name) in known:
         return SETS / f"{name}.jsonl"
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"Cannot read the prompt file '{name}': {error}") from error
     if path.suffix.lower() not in _PARSERS and not os.path.exists(path):
         raise UnknownNameError(
             f"There is no prompt file and no prompt set '{name}'.{did_you_mean(str(name), known)} Shipped sets: "
@@ -182,10 +185,13 @@ def _read(path: Path) -> list[tuple[Prompt, str | None]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("it is no file")  # a pipe can be silent for ever
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"Cannot read the prompt file '{path}': {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Cannot read the prompt file '{path}': {reason}.") from error
     if len(data) > MAX_BYTES:
         raise ConfigError(
             f"The prompt file '{path}' is larger than {MAX_BYTES / 1e6:g} MB. All prompts are encoded and kept in "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import reprlib
 import signal
 import sys
 import time
@@ -25,7 +26,8 @@ import tyro
 from flowrl.cell import run_logged
 from flowrl.comparison import write_comparison
 from flowrl.errors import ConfigError, FlowRLError
-from flowrl.files import write_json
+from flowrl.files import read_json, write_json
+from flowrl.registry import own_module
 from flowrl.suite import Cell, load_suite, suites
 
 PROGRAM = "python -m flowrl.benchmark"
@@ -49,11 +51,14 @@ class BenchmarkConfig:
     """Folder that the suite's folder goes into."""
     workers: int = 0
     """Cells at a time; 0 takes one per core."""
+    modules: tuple[str, ...] = ()
+    """Modules of your own to import first: a suite may name their algorithms, environments and rewards. What a suite
+    names is never imported otherwise."""
     dry_run: bool = False
     """List the cells and exit."""
 
 
-def run_cells(cells: list[Cell], root: Path, workers: int) -> list[Path]:
+def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, ...] = ()) -> list[Path]:
     """Run what is not finished yet; returns the folders of failed cells.
 
     Raises:
@@ -71,7 +76,7 @@ def run_cells(cells: list[Cell], root: Path, workers: int) -> list[Path]:
             while (waiting or running) and not received:
                 while waiting and len(running) < workers:
                     cell = waiting.pop(0)
-                    running[_start(processes, cell, root / cell.folder)] = (cell, time.monotonic())
+                    running[_start(processes, cell, root / cell.folder, modules)] = (cell, time.monotonic())
                 wait([process.sentinel for process in running], timeout=0.5)
                 for process in [process for process in running if not process.is_alive() and not received]:
                     cell, started = running.pop(process)
@@ -93,12 +98,15 @@ def run_cells(cells: list[Cell], root: Path, workers: int) -> list[Path]:
 
 
 def _finished_before(cell: Cell, root: Path) -> bool:
-    path = root / cell.folder / "result.json"
+    path, shown = root / cell.folder / "result.json", reprlib.Repr().repr
     if not path.exists():
         return False
-    old, new = json.loads(path.read_text())["cell"], json.loads(json.dumps(cell.to_dict()))
+    old, new = read_json(path).get("cell"), json.loads(json.dumps(cell.to_dict()))
+    if not (isinstance(old, dict) and isinstance(old.get("config", {}), dict)):
+        raise ConfigError(f"'{path}' says of no cell that it has finished. Remove that folder to run the cell again.")
     old, new = (made.pop("config", {}) | made for made in (old, new))
-    changed = [f"{key} {old.get(key)}, not {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    odd = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    changed = [f"{key[:100]} {shown(old.get(key))}, not {shown(new.get(key))}" for key in odd[:20]]
     if changed:
         raise ConfigError(
             f"'{path.parent}' was finished with other settings ({'; '.join(changed)}). Choose another folder with "
@@ -107,11 +115,11 @@ def _finished_before(cell: Cell, root: Path) -> bool:
     return True
 
 
-def _start(processes: Any, cell: Cell, folder: Path) -> BaseProcess:
+def _start(processes: Any, cell: Cell, folder: Path, modules: tuple[str, ...]) -> BaseProcess:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cell.json", cell.to_dict())
     (folder / "error.txt").unlink(missing_ok=True)
-    process: BaseProcess = processes.Process(target=run_logged, args=(folder,))
+    process: BaseProcess = processes.Process(target=run_logged, args=(folder, modules))
     process.start()
     return process
 
@@ -156,6 +164,8 @@ def main(args: list[str] | None = None) -> int:
         return 0
     config = tyro.cli(BenchmarkConfig, args=arguments, prog=PROGRAM, description=__doc__)
     try:
+        for module in config.modules:
+            own_module(module)
         cells = load_suite(config.suite, config.algos, config.envs, config.seeds, config.budget)
         root = config.out / Path(config.suite).stem
         if config.dry_run:
@@ -164,7 +174,7 @@ def main(args: list[str] | None = None) -> int:
                 print(f"{cell.env}, {cell.label}, seed {cell.seed}: {plan}")
             print(f"{len(cells)} cells; results would go to {root}")
             return 0
-        failed = run_cells(cells, root, config.workers or os.cpu_count() or 1)
+        failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
         written = write_comparison(cells, root)
     except FlowRLError as error:
         print(f"error: {error}", file=sys.stderr)

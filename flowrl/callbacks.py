@@ -19,7 +19,7 @@ from flowrl.checkpoint import Snapshot
 from flowrl.errors import CheckpointError
 from flowrl.files import clear_away, read_json
 from flowrl.logs import say
-from flowrl.report import save_picture
+from flowrl.pictures import save_picture
 
 
 class IterationCallback(BaseCallback):
@@ -142,7 +142,7 @@ class KeepCheckpoints(IterationCallback):
         if pending is not None:
             try:
                 pending.result()
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 say(f"warning: {error} Training goes on; it will be tried again.")
 
     def _path(self) -> Path:
@@ -169,7 +169,7 @@ class KeepCheckpoints(IterationCallback):
         """Delete the checkpoints that are not to be kept."""
         folders = sorted(path for path in self.folder.iterdir() if path.name.isdigit())
         kept = set(folders[-self.keep :])
-        if self.keep_best:
+        if self.keep_best and folders:
             best = max(folders, key=_reward)
             kept.add(best)
             _link(self.folder / "best", best.name)

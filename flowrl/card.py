@@ -13,10 +13,13 @@ from typing import Any, Literal
 import flowrl
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.checkpoint import algorithm_name
+from flowrl.checks import is_finite
 from flowrl.envs.base import GenerationEnv
 from flowrl.files import read_json
+from flowrl.logs import read_metrics
 from flowrl.models.loading import FlowSource
-from flowrl.report import curves, read_metrics
+from flowrl.pictures import curves
+from flowrl.revisions import split
 
 Kind = Literal["lora", "transformer", "pipeline"]
 """What is shared: LoRA weights, the fine-tuned network alone, or a whole pipeline."""
@@ -32,8 +35,9 @@ LIMITATIONS = (
 
 
 def hub_name(flow: FlowSource) -> str:
-    """The name on the hub of the pipeline that a flow comes from; empty when it comes from elsewhere."""
-    return "" if flow.is_embedded or not flow.source or Path(flow.source).exists() else flow.source
+    """The repository on the hub that a flow's pipeline comes from; empty when it comes from elsewhere."""
+    elsewhere = flow.is_embedded or not flow.source or Path(flow.source).exists()
+    return "" if elsewhere else split(flow.source)[0]
 
 
 def write_card(
@@ -140,7 +144,8 @@ def _base_code(model: FlowAlgorithm) -> str:
     flow = model.env.core.flow
     if flow.is_embedded:
         return f'ASSETS / "{flow.source}"'
-    return json.dumps(hub_name(flow) or Path(flow.source).name or "BASE")
+    revision = f", revision={json.dumps(flow.revision)}" if flow.revision else ""
+    return json.dumps(hub_name(flow) or Path(flow.source).name or "BASE") + revision
 
 
 def _training(model: FlowAlgorithm) -> str:
@@ -184,25 +189,30 @@ def _without_folders(value: Any) -> Any:
 
 def _results(result: Mapping[str, Any]) -> str:
     """Table of `evaluation.json`; figures that do not exist are dashes."""
-    base = result.get("reference") or {}
+    base, components = _table(result.get("reference")), _table(result.get("components"))
     rows = [("reward", _with_interval(base), _with_interval(result))]
-    for key, value in (result.get("components") or {}).items():
-        rows.append((key, _figure((base.get("components") or {}).get(key)), _figure(value)))
+    for key, value in components.items():
+        rows.append((key[:100], _figure(_table(base.get("components")).get(key)), _figure(value)))
     rows.append(("diversity", _figure(base.get("diversity")), _figure(result.get("diversity"))))
     rows.append(("drift E\\|v - v_ref\\|²", "0", _figure(result.get("drift"))))
     lines = ["| | base model | fine-tuned |", "|---|---|---|"]
     lines += [f"| {name} | {before} | {after} |" for name, before, after in rows]
     lines.append(
-        f"\n{result.get('n_samples')} samples of each, from the same noise and prompts; intervals are of 95 %. "
-        "Diversity is the mean distance of two images of the same prompt.\n"
+        f"\n{_figure(result.get('n_samples'))} samples of each, from the same noise and prompts; intervals are of "
+        "95 %. Diversity is the mean distance of two images of the same prompt.\n"
     )
     return "\n".join(lines)
 
 
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _with_interval(statistics: Mapping[str, Any]) -> str:
-    low, high = (_figure(value) for value in statistics.get("reward_ci") or (None, None))
+    interval = statistics.get("reward_ci")
+    low, high = map(_figure, interval if isinstance(interval, list) and len(interval) == 2 else (None, None))
     return f"{_figure(statistics.get('reward_mean'))} ({low} to {high})"
 
 
 def _figure(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return f"{value:.4g}" if is_finite(value) else "–"

@@ -16,11 +16,11 @@ import torch
 from flowrl.callbacks import IterationCallback
 from flowrl.evaluation import evaluate
 from flowrl.files import write_json
-from flowrl.registry import algorithm_class
-from flowrl.report import image_grid, save_picture
+from flowrl.pictures import image_grid, save_picture
+from flowrl.registry import algorithm_class, named_by_a_file, own_module
 from flowrl.runfolder import without_nan
 from flowrl.steering import Steering
-from flowrl.suite import UNTRAINED, Cell
+from flowrl.suite import REMEDY, UNTRAINED, Cell
 
 UNBOUNDED = 10**12
 
@@ -44,12 +44,20 @@ class StopAtBudget(IterationCallback):
         return bool(model.policy.evaluations < self.budget)
 
 
-def run_cell(folder: Path) -> None:
-    """Train, evaluate, and write `curve.json`, `samples.png` and, last, `result.json`."""
+def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
+    """Train, evaluate, and write `curve.json`, `samples.png` and, last, `result.json`.
+
+    Args:
+        folder: Holds `cell.json`.
+        modules: To import first; nothing else that the cell names is imported.
+    """
+    for module in modules:
+        own_module(module)
     cell = Cell(**json.loads((folder / "cell.json").read_text()))
-    model = algorithm_class(cell.algo or UNTRAINED)(
-        "FlowPolicy", cell.env, seed=cell.seed, env_settings=cell.env_settings or None, **cell.settings
-    )
+    with named_by_a_file("The suite", REMEDY):
+        model = algorithm_class(cell.algo or UNTRAINED)(
+            "FlowPolicy", cell.env, seed=cell.seed, env_settings=cell.env_settings or None, **cell.settings
+        )
     stop = StopAtBudget(cell.budget)
     if cell.algo:
         model.learn(UNBOUNDED, callback=stop)
@@ -74,14 +82,14 @@ def run_cell(folder: Path) -> None:
     write_json(folder / "result.json", without_nan({"cell": cell.to_dict(), "cost": cost, **result.to_dict()}))
 
 
-def run_logged(folder: Path) -> None:
+def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:
     """`run_cell` in a process of its own, which ends with 1 on an error; what it prints goes into `log.txt`."""
     torch.set_num_threads(1)
     with (folder / "log.txt").open("w") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     try:
-        run_cell(folder)
+        run_cell(folder, modules)
     except BaseException:
         traceback.print_exc()
         sys.exit(1)

@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from flowrl import revisions
 from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError, FlowRLError, did_you_mean
 from flowrl.files import host_copies, read_json, read_tensors, replace_folder, save_tensors, standing, write_json
 from flowrl.optimizers import state_shapes
-from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec
+from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by_a_file
 from flowrl.sharded import divided_like, whole
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def description(model: FlowAlgorithm) -> dict[str, Any]:
         "environment": None if origin is None else {"name": origin[0], "settings": _plain(origin[1])},
         "prompts": fingerprint(model.env.core.contexts),
         "flow": model.env.core.flow.source,
+        "hub": dict(revisions.READ),
         "seed": model.seed,
     }
 
@@ -266,24 +268,25 @@ def load_checkpoint(
                 f"'{folder}' was trained on '{env}', which is not registered here. Code named by a checkpoint is never "
                 "imported: import its module yourself, or name it (--env module:name)."
             )
+    env_settings = pinned_settings(env, env_settings, config)
     _compare_settings(cls, config, folder)
     try:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items()}
-        algorithm_config = cls.Config(**cast(Any, settings))
+        algorithm_config = cls.Config(**cast(Any, tupled(config["settings"])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}."
         ) from error
     try:
-        model = cls(
-            "FlowPolicy",
-            env,
-            config=algorithm_config,
-            seed=config.get("seed"),
-            device=device,
-            env_settings=env_settings,
-            **kwargs,
-        )
+        with named_by_a_file(f"'{folder / 'config.json'}'", "import it yourself, or name it (--env module:name)"):
+            model = cls(
+                "FlowPolicy",
+                env,
+                config=algorithm_config,
+                seed=config.get("seed"),
+                device=device,
+                env_settings=env_settings,
+                **kwargs,
+            )
     except FlowRLError:
         raise
     except Exception as error:
@@ -297,6 +300,23 @@ def load_checkpoint(
         )
     load_state(model, folder)
     return model
+
+
+def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back, with tuples where there were tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def pinned_settings(env: Any, settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Stored settings, if any, in which a flow from the hub is of the commit that was trained on."""
+    if settings is None:
+        return None
+    flow, read = config.get("flow"), config.get("hub")
+    commit = read.get(flow) if isinstance(read, dict) and isinstance(flow, str) else None
+    has_flow = "flow" in {field.name for field in fields(environment_spec(env).config)}
+    if has_flow and isinstance(commit, str) and revisions.is_commit(commit) and not Path(str(flow)).exists():
+        return {**settings, "flow": f"{flow}@{commit}"}
+    return dict(settings)
 
 
 def check_description(config: Mapping[str, Any], file: Path) -> None:

@@ -12,12 +12,13 @@ import tyro
 
 import flowrl
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import check_description
+from flowrl.checkpoint import algorithm_name, check_description, pinned_settings, tupled
+from flowrl.checks import check_types
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.files import read_json
-from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec
+from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
 
 PROGRAM = "python -m flowrl.run"
 
@@ -73,6 +74,7 @@ class RunConfig:
     """Show a progress bar with the time left (on a terminal only)."""
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))  # a resumed run's come from a file
         for key in ("log_every", "picture_every", "keep_checkpoints", "eval_samples"):
             FlowConfig.require(getattr(self, key) > 0, f"--{key.replace('_', '-')} must be positive.")
         for key in ("checkpoint_every", "checkpoint_minutes"):
@@ -117,32 +119,22 @@ class Description:
         if algo not in ALGORITHMS or env not in ENVIRONMENTS:
             raise ConfigError(
                 f"--config: '{file}' is of '{algo}' on '{env}', of which one is not registered here. Code named by a "
-                "file is never imported: import its module yourself and call flowrl.run.main."
+                "file is never imported: name its module yourself (--algo module:Class, --env module:name)."
             )
-        run = replace(kept_options(stored["run"], file), algo=algo, env=env, seed=stored["seed"] or 0)
+        run = replace(kept_options(stored["run"]), algo=algo, env=env, seed=stored["seed"] or 0)
         if isinstance(stored.get("device"), str):
             run = replace(run, device=stored["device"])
-        return cls(run, tupled(stored["settings"]), tupled(environment["settings"]))
+        settings = pinned_settings(env, environment["settings"], stored) or {}
+        return cls(run, tupled(stored["settings"]), tupled(settings))
 
 
-def kept_options(stored: Mapping[str, Any], file: Path) -> RunConfig:
+def kept_options(stored: Mapping[str, Any]) -> RunConfig:
     """The options in a config.json.
 
     Raises:
         ConfigError: They are of types that no run wrote.
     """
-    kept = {name: value for name, value in tupled(stored).items() if name in KEPT}
-    defaults = RunConfig()
-    for name, value in kept.items():
-        kind = (int,) if name == "total_timesteps" else (type(getattr(defaults, name)),)
-        if not isinstance(value, (int, float) if kind == (float,) else kind):
-            raise ConfigError(f"The file '{file}' is damaged: {name} is {value!r}.")
-    return RunConfig(**kept)
-
-
-def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back, with tuples where there were tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return RunConfig(**{name: value for name, value in tupled(stored).items() if name in KEPT})
 
 
 def first_pass(args: list[str]) -> tuple[RunConfig, Description | None]:
@@ -150,12 +142,16 @@ def first_pass(args: list[str]) -> tuple[RunConfig, Description | None]:
     run, _ = tyro.cli(RunConfig, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)
     if run.config is None:
         return run, None
+    given = {
+        "algo": algorithm_name(algorithm_class(run.algo)) if run.algo else "",
+        "env": environment_spec(run.env).name if run.env else "",
+    }
     before = Description.read(run.config)
-    for option in ("algo", "env"):
-        if getattr(run, option) not in ("", getattr(before.run, option)):
+    for option, name in given.items():
+        if name not in ("", getattr(before.run, option)):
             raise ConfigError(
                 f"--config is of a run with --{option} {getattr(before.run, option)}: its settings mean nothing for "
-                f"--{option} {getattr(run, option)}. Leave out one of the two."
+                f"--{option} {name}. Leave out one of the two."
             )
     return replace(run, algo=before.run.algo, env=before.run.env), before
 

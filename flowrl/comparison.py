@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowrl.files import write_json
+from flowrl.errors import CheckpointError
+from flowrl.files import LARGEST_JSON, parsed_json, read_file, write_json
 from flowrl.runfolder import without_nan
 from flowrl.suite import Cell
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Entry = dict[str, Any]
+AGAIN = "Remove its folder to run that cell again."
 THUMBNAIL = 160  # pixels
 CURVE_POINTS = 20
 COLOURS = (
@@ -47,33 +49,53 @@ def collect(cells: Sequence[Cell], root: Path) -> list[Entry]:
     for cell in cells:
         groups.setdefault((cell.env, cell.label), []).append(cell)
     entries = []
-    for (env, label), members in groups.items():
-        results = [_read(root / cell.folder / "result.json") for cell in members]
-        finished = [result for result in results if result is not None]
-        entry: Entry = {"env": env, "label": label, "row": members[0].row, "swept": members[0].swept}
-        entry |= {"settings": members[0].settings or members[0].steer, "seeds_finished": len(finished)}
-        entry["seeds_failed"] = sum((root / cell.folder / "error.txt").exists() for cell in members)
-        if finished:
-            for key in ("reward_mean", "diversity", "drift", "w2_to_optimum", "w2_floor"):
-                entry[key] = summary([r[key] for r in finished])
-            entry["components"] = {
-                k: summary([r["components"][k] for r in finished]) for k in finished[0]["components"]
-            }
-            for key in ("reward_mean", "diversity"):
-                entry[f"reference_{key}"] = summary([r["reference"][key] for r in finished])
-            entry["evaluations_per_sample"] = finished[0]["evaluations_per_sample"]
-            entry["cost"] = {key: float(np.mean([r["cost"][key] for r in finished])) for key in finished[0]["cost"]}
-            entry["curve"] = _curve([_read(root / cell.folder / "curve.json") or [] for cell in members])
-            entry["folders"] = [cell.folder for cell, result in zip(members, results) if result is not None]
-        entries.append(entry)
-    _add_speed(entries)
-    for entry in entries:
-        entry["curve"] = _thinned(entry.get("curve", []))
+    for members in groups.values():
+        try:
+            entries.append(_entry(members, root))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            folders = ", ".join(cell.folder for cell in members)
+            raise CheckpointError(
+                f"A result in '{root}' is damaged ({type(error).__name__} {error}), in one of {folders}. {AGAIN}"
+            ) from error
+    try:
+        _add_speed(entries)
+        for entry in entries:
+            entry["curve"] = _thinned(entry.get("curve", []))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"A curve in '{root}' is damaged ({type(error).__name__} {error}). {AGAIN}") from error
     return entries
 
 
+def _entry(members: Sequence[Cell], root: Path) -> Entry:
+    """Cells that differ in nothing but their seed."""
+    results = [_read(root / cell.folder / "result.json") for cell in members]
+    finished = [result for result in results if result is not None]
+    first = members[0]
+    entry: Entry = {"env": first.env, "label": first.label, "row": first.row, "swept": first.swept}
+    entry |= {"settings": first.settings or first.steer, "seeds_finished": len(finished)}
+    entry["seeds_failed"] = sum((root / cell.folder / "error.txt").exists() for cell in members)
+    if finished:
+        for key in ("reward_mean", "diversity", "drift", "w2_to_optimum", "w2_floor"):
+            entry[key] = summary([r[key] for r in finished])
+        entry["gain"] = summary([r["reward_mean"] - r["reference"]["reward_mean"] for r in finished])
+        entry["components"] = {k: summary([r["components"][k] for r in finished]) for k in finished[0]["components"]}
+        for key in ("reward_mean", "diversity"):
+            entry[f"reference_{key}"] = summary([r["reference"][key] for r in finished])
+        entry["evaluations_per_sample"] = finished[0]["evaluations_per_sample"]
+        entry["cost"] = {key: float(np.mean([r["cost"][key] for r in finished])) for key in finished[0]["cost"]}
+        entry["curve"] = _curve([_read(root / cell.folder / "curve.json") or [] for cell in members])
+        entry["folders"] = [cell.folder for cell, result in zip(members, results) if result is not None]
+    return entry
+
+
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+    """What a finished cell wrote; None where it has not finished."""
+    if not path.exists():
+        return None
+    try:
+        return parsed_json(read_file(path, LARGEST_JSON))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The file '{path}' is damaged: {error}. {AGAIN}") from error
 
 
 def _curve(curves: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -96,16 +118,24 @@ def _thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _add_speed(entries: Sequence[Entry]) -> None:
-    """Network evaluations until 90 % of the environment's best gain in reward, from the curves of training."""
+    """Network evaluations until 90 % of the best gain in reward that a method of the environment has come to.
+
+    All from the curves of training, averaged over three iterations; they start with the mean of all first iterations.
+    """
     for env in {entry["env"] for entry in entries}:
-        trained = [e for e in entries if e["env"] == env and e.get("curve")]
-        if not trained:
+        curves = [(e, _smoothed(e["curve"])) for e in entries if e["env"] == env and e.get("curve")]
+        if not curves:
             continue
-        start = trained[0]["reference_reward_mean"]["mean"]
-        goal = start + 0.9 * (max(e["reward_mean"]["mean"] for e in trained) - start)
-        for entry in trained:
-            reached = [p["evaluations"] for p in entry["curve"] if p["rollout/reward_mean"] >= goal]
-            entry["evaluations_to_90_percent"] = reached[0] if reached else None
+        start = float(np.mean([e["curve"][0]["rollout/reward_mean"] for e, _ in curves]))
+        goal = start + 0.9 * (max(reward for _, curve in curves for _, reward in curve) - start)
+        for entry, curve in curves:
+            entry["evaluations_to_90_percent"] = next((spent for spent, reward in curve if reward >= goal), None)
+
+
+def _smoothed(curve: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
+    """Evaluations, and the mean reward of an iteration and the two before it."""
+    rewards = [point["rollout/reward_mean"] for point in curve]
+    return [(p["evaluations"], float(np.mean(rewards[max(0, i - 2) : i + 1]))) for i, p in enumerate(curve)]
 
 
 def markdown(entries: Sequence[Entry]) -> str:
@@ -119,7 +149,7 @@ def markdown(entries: Sequence[Entry]) -> str:
             continue
         exact = not math.isnan(done[0]["w2_to_optimum"]["mean"])
         reference = done[0]["reference_reward_mean"]["mean"], done[0]["reference_diversity"]["mean"]
-        head = ["algorithm", "reward", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
+        head = ["algorithm", "reward", "gain", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
         head += [*done[0]["components"], "network evaluations", "to 90 %", "then per sample"]
         head += ["samples", "updates", "minutes", "seeds"]
         lines = [f"### {env}", "", f"Before training: reward {reference[0]:.3g}, diversity {reference[1]:.3g}."]
@@ -135,7 +165,8 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     if not entry["seeds_finished"]:
         return [entry["label"], f"failed ({entry['seeds_failed']} seeds)"]
     cost = entry["cost"]
-    cells = [entry["label"], _interval(entry["reward_mean"]), f"{entry['reward_mean']['iqm']:.3g}"]
+    cells = [entry["label"], _interval(entry["reward_mean"]), _interval(entry["gain"])]
+    cells.append(f"{entry['reward_mean']['iqm']:.3g}")
     cells += [_interval(entry["diversity"]), _number(entry["drift"]["mean"], 2)]
     cells += [_interval(entry["w2_to_optimum"])] if exact else []
     cells += [f"{entry['components'][key]['mean']:.3g}" for key in example["components"]]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
+from flowrl.checks import check_types
 from flowrl.errors import ConfigError
 from flowrl.flow import TimeSampling
 from flowrl.sampler import GUIDANCES, SOLVERS, Guidance, Solver
@@ -95,6 +96,7 @@ class FlowConfig:
     """Share of an iteration's samples that "drop" may leave out; more stop the run."""
 
     def __post_init__(self) -> None:
+        check_types(type(self), {field.name: getattr(self, field.name) for field in fields(self)})
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
         for name in (*positive, "n_epochs", "rollout_steps", "refresh_every", "max_bad_updates"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST_NAME = 200
+"""Characters of an unknown name that are repeated."""
+
 
 class FlowRLError(Exception):
     """Base of all errors raised on purpose by flowrl."""
@@ -17,7 +20,8 @@ class UnknownNameError(FlowRLError, LookupError):
     def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
         """Error for an unknown `name`, with the closest and all known names."""
         known = sorted(known)
-        return cls(f"Unknown {kind} '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+        return cls(f"Unknown {kind} '{shown}'.{did_you_mean(shown, known)} Known: {', '.join(known)}.")
 
 
 class ConfigError(FlowRLError, ValueError):

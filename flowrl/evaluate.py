@@ -18,8 +18,9 @@ from flowrl.algorithm import FlowAlgorithm
 from flowrl.checkpoint import algorithm_name
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import ConfigError, FlowRLError
+from flowrl.pictures import save_before_after
 from flowrl.registry import algorithm_class, environment_spec
-from flowrl.report import save_before_after, write_report
+from flowrl.report import write_report
 from flowrl.sampler import Solver
 from flowrl.steering import Steering
 
@@ -107,7 +108,7 @@ def _write(folder: Path, model: FlowAlgorithm, result: evaluation.EvaluationResu
     files = [runfolder.write_evaluation(folder, result, tag), folder / f"before_after{tag}.png"]
     save_before_after(result, model.env.core, files[1])
     if (folder / "metrics.csv").exists():
-        files.append(write_report(folder, result, tag))
+        files.append(write_report(folder, tag))
     return files
 
 

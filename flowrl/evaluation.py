@@ -64,6 +64,8 @@ class EvaluationResult(SampleStatistics):
         prompts: What they were conditioned on: "train", "held_out", a file or set, or "given".
         n_prompts: How many prompts these are; 0 for an unconditional flow.
         evaluations_per_sample: Network evaluations that a sample of the trained flow cost.
+        per_prompt: Of each prompt that was drawn: how many samples, and the mean reward of the reference and of the
+            trained flow; empty for an unconditional flow.
         reference: The same statistics of the reference, at the same noise and contexts.
         w2_floor: W2 of two independent sets of exact samples of that size: what `w2_to_optimum` can reach.
         samples: A few samples of the trained flow (for grids), decoded, on the CPU.
@@ -79,6 +81,7 @@ class EvaluationResult(SampleStatistics):
     prompts: str = "train"
     n_prompts: int = 0
     evaluations_per_sample: float = math.nan
+    per_prompt: list[dict[str, Any]] = field(default_factory=list, repr=False)
     reference: SampleStatistics | None = None
     w2_floor: float = math.nan
     samples: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
@@ -205,6 +208,7 @@ def evaluate(
         prompts=str(prompts) if isinstance(prompts, str | Path) else "given",
         n_prompts=0 if env.contexts == [None] else len(env.contexts),
         evaluations_per_sample=cost,
+        per_prompt=_per_prompt(env, contexts, before[2], reward),
         reference=reference,
         w2_floor=_w2_floor(env, n_samples, seed),
         samples=samples[:n_kept].cpu(),
@@ -285,6 +289,18 @@ def _statistics(
         diversity=metrics.diversity(samples[:n_pairs], contexts[:n_pairs]).item(),
         w2_to_optimum=math.nan if env.oracle is None else _w2_to_optimum(env, samples, seed),
     )
+
+
+def _per_prompt(
+    env: GenerationEnv, contexts: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+) -> list[dict[str, Any]]:
+    if env.contexts == [None]:
+        return []
+    drawn, index = contexts.unique(return_inverse=True)
+    n = torch.bincount(index)
+    means = [torch.zeros_like(n, dtype=r.dtype).index_add_(0, index, r) / n for r in (before, after)]
+    rows = zip(drawn.tolist(), n.tolist(), means[0].tolist(), means[1].tolist())
+    return [{"prompt": str(env.contexts[i]), "n": k, "reference": a, "trained": b} for i, k, a, b in rows]
 
 
 def _side(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +97,34 @@ def write_json(path: Path, content: Any) -> None:
         raise
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """Content of a file, which may have so many bytes at most.
+
+    Raises:
+        OSError: Missing, unreadable, longer, or no file: a device can be endless, and a pipe silent for ever.
+        ValueError: No path can be like this.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"it has more than {most} bytes")
+    return data
+
+
+def parsed_json(data: bytes) -> Any:
+    """JSON in UTF-8.
+
+    Raises:
+        ValueError: It is none, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(data.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint.
 
@@ -101,20 +132,58 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: Missing or damaged; names the file.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")  # a device can be endless
-        if path.stat().st_size > LARGEST_JSON:
-            raise OSError(f"it has more than {LARGEST_JSON} bytes")
-        content = json.loads(path.read_text())
+        content = parsed_json(read_file(path, LARGEST_JSON))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"'{path.parent}' is no complete checkpoint: the file '{path.name}' is missing."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"The file '{path}' is damaged: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"The file '{path}' is damaged: it holds no JSON object.")
     return content
+
+
+LARGEST_CSV = 2**28
+"""Bytes; a row of metrics has some hundreds."""
+
+
+def read_rows(path: Path) -> list[dict[str, int | float | str]]:
+    """Rows of a CSV file with a head: numbers, or text where it is none. A missing file has no rows.
+
+    Empty cells are left out; so is a last line without an end, which was cut when a process was killed, and with a
+    warning any other line that is none of such a file.
+
+    Raises:
+        CheckpointError: It cannot be read at all.
+    """
+    if not path.exists():
+        return []
+    try:
+        text = read_file(path, LARGEST_CSV).decode(errors="replace")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The file '{path}' cannot be read: {error}.") from error
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    rows, odd = [], 0
+    while True:
+        try:
+            row = next(reader, None)
+            if row is None:
+                break
+            rows.append({name: _number(value) for name, value in row.items() if name and value})
+        except (ValueError, TypeError, AttributeError, csv.Error):
+            odd += 1
+    if odd:
+        warnings.warn(f"{odd} damaged rows of '{path}' are left out.", stacklevel=2)
+    return rows
+
+
+def _number(text: str) -> int | float | str:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(text) if text.lstrip("-").isdigit() and abs(number) < 2**63 else number
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,21 @@ def exported_files(folder: Path) -> list[str]:
         raise ConfigError(f"'{folder / MANIFEST}' lists no files: export the run again.")
     whole = folder.resolve()
     for name in listed:
-        path = whole / name
-        if path.resolve() != path or not path.is_relative_to(whole) or not path.is_file():
+        if not _is_file_of(whole, name):
             raise ConfigError(
-                f"'{MANIFEST}' of '{folder}' lists '{name}', which is no file of that folder (missing, a link, or "
-                "elsewhere). Nothing was uploaded; export the run again."
+                f"'{MANIFEST}' of '{folder}' lists {reprlib.repr(name)}, which is no file of that folder (missing, a "
+                "link, or elsewhere). Nothing was uploaded; export the run again."
             )
     return sorted(listed)
+
+
+def _is_file_of(folder: Path, name: str) -> bool:
+    """Whether a file of that name lies in the folder itself, behind no link."""
+    path = folder / name
+    try:
+        return path.resolve() == path and path.is_relative_to(folder) and path.is_file()
+    except (OSError, ValueError, RuntimeError):  # longer than names can be, with NUL, a loop of links
+        return False
 
 
 def table(folder: Path, files: Iterable[str]) -> str:

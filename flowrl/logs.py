@@ -12,7 +12,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from stable_baselines3.common.logger import (
     TensorBoardOutputFormat,
     filter_excluded_keys,
 )
+
+from flowrl.files import read_rows
 
 Row = dict[str, Any]
 
@@ -59,28 +62,42 @@ def logger(folder: Path, num_timesteps: int) -> Logger:
     return Logger(str(folder), formats)
 
 
+WARNINGS = "warnings.txt"
+"""File of a run folder: what training warned of, a line each."""
+
+
+@contextlib.contextmanager
+def telling_warnings(folder: Path | None) -> Iterator[None]:
+    """Context in which flowrl's own warnings are said in one line, and kept in the run folder."""
+    plain: Any = warnings.showwarning
+    kept: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if not issubclass(category, UserWarning) or "flowrl" not in Path(filename).parts:
+            plain(message, category, filename, *rest, **more)
+            return
+        text = " ".join(str(message).split())
+        say(f"warning: {text}")
+        if folder is not None and text not in kept:
+            kept.add(text)
+            with contextlib.suppress(OSError), (folder / WARNINGS).open("a") as file:
+                file.write(f"{text}\n")
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = plain
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Numbers in the rows of a run's `metrics.csv`."""
+    return [{k: float(v) for k, v in row.items() if not isinstance(v, str)} for row in read_rows(path)]
+
+
 def _timesteps(row: Row) -> float:
     steps = row.get("time/total_timesteps", math.inf)
     return math.inf if isinstance(steps, str) else steps
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a `metrics.csv`: numbers, or text where it is none; empty cells are left out.
-
-    A last line that was not written to its end is left out.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    return [{k: _number(v) for k, v in row.items() if k and v} for row in csv.DictReader(io.StringIO(whole))]
-
-
-def _number(text: str) -> int | float | str:
-    try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError:
-        return text
 
 
 def _plain(value: Any) -> Any:

@@ -23,10 +23,16 @@ def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def group_mean(values: torch.Tensor, groups: torch.Tensor, n_groups: int) -> torch.Tensor:
-    """Mean of `values` (B,) within each group, given back per sample (B,); `groups` (B,) int64."""
-    total = torch.zeros(n_groups, dtype=values.dtype, device=values.device).index_add_(0, groups, values)
-    count = torch.zeros_like(total).index_add_(0, groups, torch.ones_like(values))
-    return (total / count.clamp_min(1))[groups]
+    """Mean of `values` (B,) within each group, given back per sample (B,); `groups` (B,) int64.
+
+    Where all of a group agree it is their value exactly: the rounding of a sum would be taken for a difference, which
+    dividing by the standard deviation blows up.
+    """
+    least = torch.full((n_groups,), torch.inf, dtype=values.dtype, device=values.device)
+    least = least.scatter_reduce(0, groups, values, "amin")
+    total = torch.zeros_like(least).index_add_(0, groups, values - least[groups])
+    count = torch.zeros_like(least).index_add_(0, groups, torch.ones_like(values))
+    return (least + total / count.clamp_min(1))[groups]
 
 
 def standardise(
@@ -39,8 +45,9 @@ def standardise(
     """
     if kind == "none":
         return reward
-    centre = reward.mean() if kind == "batch" else group_mean(reward, groups, n_groups)
-    centred = reward - centre
+    if kind == "batch":
+        groups, n_groups = torch.zeros_like(groups), 1
+    centred = reward - group_mean(reward, groups, n_groups)
     return centred / (centred.square().mean().sqrt() + floor)
 
 

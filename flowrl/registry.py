@@ -7,10 +7,14 @@ A name is either registered ("orw_w2") or points into any importable module
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from flowrl.checks import check_types
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 
 
@@ -52,6 +56,7 @@ class EnvSpec:
         for key in settings:
             if key not in known:
                 raise UnknownNameError.of(f"setting of environment '{self.name}'", key, known)
+        check_types(type(self.config), settings, f"The setting of environment '{self.name}' ")
         return replace(self.config, **settings)
 
 
@@ -98,27 +103,70 @@ def environment_spec(name: str) -> EnvSpec:
     if ":" in name:
         _, name = _import(name)
     if name.startswith("flowrl/"):
-        name = name.removeprefix("flowrl/").rpartition("-v")[0]
+        name, _, version = name.removeprefix("flowrl/").rpartition("-v")
+        name = name if version.isdecimal() else f"{name}-v{version}"
     if name not in ENVIRONMENTS:
         raise UnknownNameError.of("environment", name, ENVIRONMENTS)
     return ENVIRONMENTS[name]
 
 
-def _import(name: str) -> tuple[Any, str]:
-    module_name, _, attribute = name.partition(":")
+_NAMED_BY: ContextVar[tuple[str, str] | None] = ContextVar("_NAMED_BY", default=None)
+
+
+@contextmanager
+def named_by_a_file(file: str, remedy: str) -> Iterator[None]:
+    """Context in which names come from a file, which somebody else may have written: nothing new is imported.
+
+    Args:
+        file: Which, for the message of the error.
+        remedy: How a user says that a module is to be imported.
+    """
+    token = _NAMED_BY.set((file, remedy))
     try:
-        return importlib.import_module(module_name), attribute
+        yield
+    finally:
+        _NAMED_BY.reset(token)
+
+
+def import_module(name: str) -> Any:
+    """The module of a `module:name`.
+
+    Raises:
+        ImportError: There is none, or it fails.
+        ConfigError: A file names it, and the user has not.
+    """
+    named_by = _NAMED_BY.get()
+    if named_by is not None and name not in sys.modules:
+        file, remedy = named_by
+        raise ConfigError(
+            f"{file} names the module '{name[:100]}', which is not imported here. Code named by a file is never "
+            f"imported: {remedy}."
+        )
+    return importlib.import_module(name)
+
+
+def own_module(name: str, of: str = "") -> Any:
+    """A module of the user's.
+
+    Raises:
+        UnknownNameError: It cannot be imported.
+    """
+    of = f" of '{of}'" if of else ""
+    try:
+        return import_module(name)
     except ModuleNotFoundError as error:
         raise UnknownNameError(
-            f"Cannot import '{module_name}' of '{name}': {error}. "
-            "The part before ':' must be a module that Python can import from here."
+            f"Cannot import '{name}'{of}: {error}. It must be a module that Python can import from here."
         ) from error
     except FlowRLError:
         raise
     except Exception as error:
-        raise UnknownNameError(
-            f"Importing '{module_name}' of '{name}' failed: {type(error).__name__}: {error}"
-        ) from error
+        raise UnknownNameError(f"Importing '{name}'{of} failed: {type(error).__name__}: {error}") from error
+
+
+def _import(name: str) -> tuple[Any, str]:
+    module, _, attribute = name.partition(":")
+    return own_module(module, name), attribute
 
 
 def _classes(module: Any) -> list[str]:

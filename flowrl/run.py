@@ -35,11 +35,12 @@ from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation import evaluate
 from flowrl.files import clear_away, read_json
-from flowrl.logs import logger, say
+from flowrl.logs import logger, say, telling_warnings
 from flowrl.memory import is_out_of_memory, ways_to_save
+from flowrl.pictures import save_before_after
 from flowrl.ranks import is_launched, is_lost, join, place_in_job
-from flowrl.registry import EnvSpec, algorithm_class, environment_spec
-from flowrl.report import save_before_after, write_report
+from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
+from flowrl.report import write_report
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
 
@@ -86,7 +87,8 @@ def _main(args: list[str]) -> int:
     assert algo_config is not None
     ranks = join(run.device)
     algo_config.check_ranks(ranks.count)
-    with ranks.main_first():  # what a reward fetches from the hub
+    from_file = nullcontext() if before is None else named_by_a_file("--config", "name it with --env module:name")
+    with ranks.main_first(), from_file:  # what a reward fetches from the hub
         env = make_env(spec, env_config)
     if run.dry_run:
         check_device(run.device)
@@ -120,7 +122,8 @@ def _resume(args: list[str], folder: Path) -> int:
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
         raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
-    run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=kept_options(stored, folder / "config.json"))
+    before = kept_options(stored)
+    run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
     cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
     spec = environment_spec(run.env) if run.env else None
     total = run.total_timesteps
@@ -137,6 +140,9 @@ def _resume(args: list[str], folder: Path) -> int:
         tell(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
         tell("To train it longer, add --total-timesteps N.")
         return 0
+    if run.eval_rewards == before.eval_rewards:  # not given again: the file names them
+        with named_by_a_file(f"'{folder / 'config.json'}'", "name its rewards again with --eval-rewards"):
+            make_rewards(run.eval_rewards, run.eval_reward_options)
     return _train(model, folder, run, total)
 
 
@@ -179,7 +185,7 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
         run.checkpoint_background,
     )
     pictures = PictureCallback(folder / "samples", run.picture_every)
-    with StopOnSignal() as stop:
+    with StopOnSignal() as stop, telling_warnings(folder if is_main else None):
         try:
             model.learn(
                 max(0, total - model.num_timesteps),
@@ -241,7 +247,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
         return 0
     runfolder.write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
-    report = write_report(folder, result)
+    report = write_report(folder)
     say(f"{result.table()}\n\nreport: {report}")
     return 0
 

@@ -25,8 +25,8 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.files import write_json
+from flowrl.pictures import image_grid, save_picture
 from flowrl.policy import FlowPolicy
-from flowrl.report import image_grid, save_picture
 
 PROGRAM = "python -m flowrl.sample"
 OWN_PROMPTS = 8

@@ -142,14 +142,15 @@ class GaussianStep(NamedTuple):
 
 @dataclass(frozen=True)
 class SDE:
-    """A noisy sampler whose samples have the law of the ODE's.
+    """A noisy sampler whose samples have the law of the ODE's ("cps": nearly).
 
     dX = [v + g^2 s / 2] dt + g dW has the ODE's marginals for every g(t) (s is the score). Kinds:
     - "flow": `g = a sqrt((1 - t) / t)` (Flow-GRPO, Liu et al. 2025, arXiv 2505.05470); `a = sqrt(2)` is the
       memoryless drift `2 v - x / t` (Adjoint Matching, Domingo-Enrich et al. 2025).
     - "constant": `g = a` (DanceGRPO, Xue et al. 2025).
-    - "cps": coefficient-preserving sampling (Wang and Yu 2025, arXiv 2509.05952): each state has exactly the noise
-      that its time says, a share `sin(a pi / 2)` of it fresh.
+    - "cps": coefficient-preserving sampling (Wang and Yu 2025, arXiv 2509.05952): each state has the noise that its
+      time says, a share `sin(a pi / 2)` of it fresh, the rest expected noise. That varies less than noise does, so
+      samples are somewhat too close together, however small the steps.
     """
 
     kind: SDEKind = "flow"

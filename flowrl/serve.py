@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PROGRAM = "python -m flowrl.serve"
 EXIT_ERROR = 2
 AT_ONCE = 4  # requests whose bodies are in memory; further ones wait unread
+CONNECTIONS = 512  # at once; further ones are told to come later (503)
 BODY_SECONDS = 60.0  # for a body to arrive
 STOP_SECONDS = 30  # for running requests to end after a signal
 
@@ -135,6 +136,7 @@ def _main(args: list[str]) -> int:
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=STOP_SECONDS,
+            limit_concurrency=CONNECTIONS,
         )
     )
     with _listening(config.host, config.port) as sock:
@@ -221,6 +223,8 @@ class Service:
             raise _RefusedError(400, "The client has gone away.") from error
         except RewardError as error:
             raise _RefusedError(400, str(error)) from error
+        except (MemoryError, OverflowError) as error:
+            raise _RefusedError(413, "The request is too large for this machine.") from error
 
     async def _body(self, request: Request) -> bytes:
         data = bytearray()
@@ -240,6 +244,7 @@ def application(service: Service) -> FastAPI:
     app.add_route(wire.SCORE_PATH, service.score, methods=["POST"])  # plain routes: nothing reads the body before
     app.add_route(wire.HEALTH_PATH, service.health, methods=["GET"])
     app.add_exception_handler(_RefusedError, lambda request, error: _error_reply(error.status, str(error)))
+    app.add_exception_handler(Exception, lambda request, error: _error_reply(500, "The server failed."))
     app.add_exception_handler(HTTPException, lambda request, error: _error_reply(error.status_code, error.detail))
     return app
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from flowrl.checks import check_types
 from flowrl.errors import ConfigError
 from flowrl.flow import x1_hat
 from flowrl.sampler import SDE, SDEKind
@@ -36,6 +37,7 @@ class Steering:
     ess_threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "Steering: ")
         if self.method not in ("best_of_n", "smc"):
             raise ConfigError(f"Unknown steering '{self.method}'. Known: best_of_n, smc.")
         if self.n < 1 or self.temperature <= 0 or not 0 <= self.ess_threshold <= 1:

@@ -60,6 +60,7 @@ class Tally:
     kills: int = 0
     in_writing: int = 0
     before_any: int = 0
+    resumed: int = 0
     victims: int = 0
 
 
@@ -152,7 +153,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def try_case(algo: str, part: str, kills: int, rng: random.Random, where: Path) -> tuple[Tally, list[str]]:
-    """Kill and resume runs of an algorithm; what was done and what differed in the end."""
+    """Kill runs of an algorithm and resume them so many times; what was done and what differed in the end."""
     arguments = ["--algo", algo, "--device", "cpu", "--no-progress", *OPTIONS[part], *OWN.get((algo, part), [])]
     untouched = where / "runs" / "untouched"
     for _ in range(2):  # the second time without the imports
@@ -160,16 +161,16 @@ def try_case(algo: str, part: str, kills: int, rng: random.Random, where: Path) 
         began = time.monotonic()
         status = wait(start([*arguments, "--name", "untouched"], where))
         assert status == 0, (where / "log").read_text()[-2000:]
-        longest = 0.4 * (time.monotonic() - began)
+        longest = 0.6 * (time.monotonic() - began)
         import_all(where)
     tally, run = Tally(), where / "runs" / "victim"
-    while tally.kills < kills:
+    while tally.resumed < kills:
         tally.victims += 1
         shutil.rmtree(run, ignore_errors=True)
         fresh = True
         while True:
             pid = start([*arguments, "--name", "victim"] if fresh else ["--resume", str(run)], where)
-            spare = tally.kills >= kills
+            spare = tally.resumed >= kills
             if spare:
                 status = wait(pid)
                 assert status == 0, (where / "log").read_text()[-2000:]
@@ -180,6 +181,7 @@ def try_case(algo: str, part: str, kills: int, rng: random.Random, where: Path) 
             tally.in_writing += half_written(run)
             try:
                 checkpoint_folder(run)
+                tally.resumed += 1
                 fresh = False
             except CheckpointError:
                 tally.before_any += 1
@@ -201,7 +203,7 @@ def said(tally: Tally) -> str:
 def main() -> int:
     """The program; 1 when a run differed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="of every case")
+    parser.add_argument("--kills", type=int, default=10, help="of every case, each followed by a resume")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--algos", nargs="*", default=sorted(ALGORITHMS))
     parser.add_argument("--parts", nargs="*", default=list(OPTIONS), choices=list(OPTIONS))
@@ -220,7 +222,7 @@ def main() -> int:
                     f"({time.monotonic() - began:.0f} s)",
                     flush=True,
                 )
-                for name in ("kills", "in_writing", "before_any", "victims"):
+                for name in vars(sums):
                     setattr(sums, name, getattr(sums, name) + getattr(tally, name))
     print(f"{said(sums)}: {failed} cases differ")
     return 1 if failed else 0

@@ -102,6 +102,35 @@ def test_accumulation_makes_one_step_of_several_minibatches(batch_size, accumula
     assert model._n_updates == 1 == model.config.updates_per_iteration()
 
 
+class Squares(flowrl.ORWCFMW2):
+    """A loss without noise: its gradient depends on the samples alone."""
+
+    def loss(self, batch):
+        t = torch.full_like(batch.reward, 0.5)
+        return self.policy.velocity(batch.x_1, t, ()).square().mean(), {}
+
+
+def test_accumulated_minibatches_have_the_gradient_of_a_large_one():
+    norms = []
+    for batch_size, accumulation in ((64, 1), (16, 4)):
+        settings = {**SMALL, "batch_size": batch_size, "accumulation": accumulation}
+        model = Squares("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings).learn(64)
+        norms.append(model.last_logged["train/grad_norm"])
+    assert norms[0] > 0
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("n_before", "decay"), [(0, 2 / 11), (1000, 0.9)])
+def test_an_average_of_few_steps_forgets_its_start_sooner(n_before, decay):
+    model = small(ema_decay=0.9, batch_size=64, learning_rate=0.01)
+    model._n_updates = n_before
+    start = weights(model)
+    model.learn(64)
+    average = torch.cat([p.detach().flatten() for p in model.policy.parameters_of("ema").values()])
+    torch.testing.assert_close(average, decay * start + (1 - decay) * weights(model), atol=1e-5, rtol=0)
+    assert (weights(model) - start).abs().max() > 5e-3
+
+
 def test_behaviour_follows_at_the_refresh_only():
     model = small(refresh_every=2, n_samples=32)
     start = {n: p.detach().clone() for n, p in model.policy.parameters_of("behaviour").items()}

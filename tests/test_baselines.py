@@ -37,6 +37,22 @@ def test_offline_rwr_gives_the_tilt(target: str) -> None:
     assert_matches(model, env.mixture.tilt(0.8, linear=(1.0, 0.0)).sample)
 
 
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_who_draws_for_rwr(mode: str) -> None:
+    model = flowrl.RWR("FlowPolicy", "gaussians-linear", seed=0, device="cpu", mode=mode, rollout_steps=4)
+    with torch.no_grad():
+        for weight in model.policy.parameters_of("current").values():
+            weight.add_(0.1 * torch.randn_like(weight))
+    contexts = torch.zeros(8, dtype=torch.long)
+    model.generator.manual_seed(5)
+    drawn = model.draw_latents(contexts)
+    model.generator.manual_seed(5)
+    x_0 = model.policy.noise(8, model.generator)
+    role, other = ("reference", "current") if mode == "offline" else ("current", "reference")
+    torch.testing.assert_close(drawn, model.policy.sample_latents(contexts, x_0=x_0, role=role))
+    assert (drawn - model.policy.sample_latents(contexts, x_0=x_0, role=other)).abs().max() > 1e-3
+
+
 def test_online_rwr_goes_on_tilting() -> None:
     env = flowrl.make("gaussians-linear")
     settings = {**FIT, "n_samples": 2048, "refresh_every": 40}
@@ -232,6 +248,18 @@ def test_likelihoods_give_the_divergence_between_mixtures() -> None:
     x_t = (1 - t)[:, None] * torch.randn(n, 1) + t[:, None] * x
     cheap = (t / (1 - t)) * (p.velocity(t, x_t) - q.velocity(t, x_t)).square().sum(1)
     assert cheap.mean().item() == pytest.approx(true, abs=0.03)
+
+
+def test_exact_kl_is_taken_off_the_reward() -> None:
+    """`r - beta (log p_theta - log p_ref)`, the first of the policy that drew the samples."""
+    model = flowrl.ExactKL("FlowPolicy", "gaussians-linear", seed=0, device="cpu", beta=0.5)
+    x_1, contexts, reward = torch.randn(64, 2), torch.zeros(64, dtype=torch.long), torch.randn(64)
+    with torch.no_grad():
+        for weight in model.policy.parameters_of("behaviour").values():
+            weight.add_(0.02 * torch.randn_like(weight))
+    old, reference = (model.log_prob(x_1, contexts, role) for role in ("behaviour", "reference"))
+    assert (old - reference).abs().mean() > 0.05
+    torch.testing.assert_close(model.objective(x_1, contexts, reward), reward - 0.5 * (old - reference))
 
 
 @pytest.mark.slow

@@ -81,6 +81,16 @@ def test_standardise_none_and_constant_rewards() -> None:
         assert losses.standardise(torch.full((5,), 3.0), kind, GROUPS, 4).tolist() == [0.0] * 5
 
 
+def test_rewards_that_agree_are_zeros_also_where_their_sum_rounds() -> None:
+    """24 x 147.1 is no float32: divided by the small standard deviation, the error would look like an advantage."""
+    reward = torch.full((48,), 147.1)
+    groups = torch.arange(48) // 24
+    assert losses.group_mean(reward, groups, 2).tolist() == reward.tolist()
+    assert losses.group_advantage(reward, 24).abs().max() == 0
+    for kind in ("batch", "group"):
+        assert losses.standardise(reward, kind, groups, 2).abs().max() == 0
+
+
 def test_effective_sample_size() -> None:
     assert losses.effective_sample_size(torch.full((8,), 3.0)).item() == pytest.approx(8)
     assert losses.effective_sample_size(torch.tensor([0.0, 0.0, 5.0])).item() == pytest.approx(1)

@@ -124,7 +124,11 @@ torch.set_num_threads(1)
 settings = json.loads(sys.argv[1])
 model = flowrl.algorithm_class("orw_w2")("FlowPolicy", "sd3-compress", device="cpu", seed=0, **settings)
 model.learn(settings["n_samples"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+if sys.platform == "linux":  # getrusage knows the size of the process that started this one, too
+    status = open("/proc/self/status").read()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+print(peak)
 """
 
 

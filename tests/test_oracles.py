@@ -201,6 +201,44 @@ def test_orw_kl_weights_the_same_penalty_by_time():
     torch.testing.assert_close(model.penalty(t), 0.7 * torch.tensor([1 / 3, 1.0, 3.0]))
 
 
+@pytest.mark.parametrize("target", ["plain", "residual"])
+def test_the_loss_is_that_of_the_three_networks(target):
+    """Eq. 12 and its residual form, each term with the network it names, on the noise and times that were drawn."""
+    model = flowrl.ORWCFMW2(
+        "FlowPolicy",
+        "gaussians-linear",
+        target=target,
+        alpha=0.7,
+        refresh_every=2,
+        baseline="mean",
+        seed=0,
+        device="cpu",
+    )
+    for role in ("current", "behaviour"):
+        for weight in model.policy.parameters_of(role).values():
+            weight.data.add_(0.05 * torch.randn_like(weight))
+    x_1, w, contexts = torch.randn(512, 2), torch.rand(512), torch.zeros(512, dtype=torch.long)
+    model.buffer.add(x_1, contexts, w, w)
+    model.generator.manual_seed(3)
+    loss, metrics = model.loss(Batch(x_1, contexts, w, w))
+    model.generator.manual_seed(3)
+    x_0, t = model.policy.noise(512, model.generator), torch.rand(512, generator=model.generator)
+    x_t, u = (1 - t)[:, None] * x_0 + t[:, None] * x_1, x_1 - x_0
+
+    def distance(role, other):
+        return (model.policy.velocity(x_t, t, (), role) - other).square().mean(1)
+
+    fit, drift = distance("current", u), distance("current", model.policy.velocity(x_t, t, (), "reference"))
+    if target == "residual":
+        own = distance("current", model.policy.velocity(x_t, t, (), "behaviour"))
+        expected = (w - w.mean()) * fit + w.mean() * own + 0.7 * drift
+    else:
+        expected = w * fit + 0.7 * drift
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert metrics["drift"].item() == pytest.approx(drift.mean().item(), rel=1e-4)
+    assert metrics["fit"].item() == pytest.approx((w * fit).mean().item(), rel=1e-4)
+
+
 def reward_signal(model: flowrl.ORWCFMW2) -> float:
     """Slope with which the loss pulls the velocity towards samples of higher reward, averaged over minibatches.
 

@@ -21,6 +21,7 @@ from flowrl.envs.plans import (
     stays_upright,
 )
 from flowrl.errors import ConfigError
+from flowrl.pictures import save_picture
 
 KINDS = sorted(TASKS)
 
@@ -116,8 +117,8 @@ def test_the_shipped_flow_draws_smooth_plans(generator: torch.Generator) -> None
     with torch.inference_mode():
         plans = model.policy.sample(torch.zeros(512, dtype=torch.long), steps=20)
     data = smooth_plans(512, generator)
-    assert plans.diff(dim=1).abs().mean() == pytest.approx(data.diff(dim=1).abs().mean().item(), rel=0.15)
-    assert plans.std() == pytest.approx(data.std().item(), rel=0.1)
+    assert plans.diff(dim=1).abs().mean() == pytest.approx(data.diff(dim=1).abs().mean().item(), rel=0.25)
+    assert plans.std() == pytest.approx(data.std().item(), rel=0.15)
 
 
 def test_a_flow_of_another_shape_is_refused() -> None:
@@ -127,8 +128,8 @@ def test_a_flow_of_another_shape_is_refused() -> None:
 
 def test_a_picture_of_trajectories(tmp_path: Path) -> None:
     model = flowrl.ORWCFMW2("FlowPolicy", "plan-mountaincar", seed=0, device="cpu", n_samples=16, batch_size=16)
-    flowrl.report.save_picture(torch.zeros(4, LENGTH), [None] * 4, model.env.core, tmp_path / "a.png")
-    flowrl.report.save_picture(torch.ones(4, LENGTH), [None] * 4, model.env.core, tmp_path / "b.png")
+    save_picture(torch.zeros(4, LENGTH), [None] * 4, model.env.core, tmp_path / "a.png")
+    save_picture(torch.ones(4, LENGTH), [None] * 4, model.env.core, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
@@ -28,7 +29,7 @@ from flowrl.envs.rewards import wire
 from flowrl.envs.rewards.aesthetic import ColourfulnessReward
 from flowrl.envs.rewards.remote import RemoteReward
 from flowrl.errors import RewardError
-from flowrl.serve import main
+from flowrl.serve import Scorer, Service, application, main
 
 TOKEN = "a-token-of-the-tests"
 PROBE = """
@@ -330,6 +331,12 @@ def bomb(width: int, height: int) -> str:
     return base64.b64encode(data).decode()
 
 
+def two_headed(first: int, second: int) -> str:
+    """A PNG file with two headers, of which Pillow follows the second."""
+    one, other = (base64.b64decode(bomb(size, size)) for size in (first, second))
+    return base64.b64encode(one[:33] + other[8:]).decode()
+
+
 def images(*samples: str, shape: tuple[int, ...] = (3, 8, 8)) -> dict[str, Any]:
     return request(encoding="png", shape=list(shape), samples=list(samples), contexts=[""] * len(samples))
 
@@ -341,6 +348,9 @@ REFUSED = [
     (images(png(), bomb(50_000, 50_000)), r"samples\[1\] is a PNG of 50000x50000 pixels"),
     (images(bomb(50_000, 50_000), shape=(3, 50_000, 50_000)), "more than 268435456 numbers"),
     (images(bomb(8, 8)[:60], shape=(3, 8, 8)), "damaged PNG"),
+    (images(two_headed(8, 12_000)), r"samples\[0\] is a damaged PNG"),
+    (images(two_headed(8, 9)), r"samples\[0\] is a damaged PNG"),
+    (images(two_headed(8, 50_000)), r"samples\[0\] is a damaged PNG"),
     (images(png(8, 9)), "PNG of 8x9 pixels"),
     (images(png(), png(9, 8)), r"samples\[1\] is a PNG of 9x8 pixels"),
     (images(png(mode="L")), "colour type 0"),
@@ -390,6 +400,33 @@ def test_requests_of_another_form(sent: Any, message: str) -> None:
 def test_bodies_that_are_no_json(body: bytes) -> None:
     with pytest.raises(RewardError, match="not JSON"):
         wire.decode_request(body, 8)
+
+
+@pytest.mark.parametrize("body", [b"[" + b"[]," * 10**6 + b"[]]", b'{"a":' * 500_001])
+def test_bodies_that_grow_in_memory(body: bytes) -> None:
+    """Python takes 64 bytes for an empty list that is three bytes of text."""
+    with pytest.raises(RewardError, match="more than 1000000 brackets"):
+        wire.decode_request(body, 8)
+
+
+def test_what_nobody_thought_of_gives_no_traceback() -> None:
+    """A mistake of the server's own: the reply is an error like the others, and the log has the rest."""
+    service = Service(Scorer("x", lambda samples, contexts: None, torch.device("cpu")), "", max_batch=1, max_body=100)
+    service._decoded = None  # type: ignore[assignment,method-assign]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/score", "query_string": b"", "http_version": "1.1"}
+    head = [(b"content-type", b"application/json")]
+    with pytest.raises(TypeError):  # for the log
+        asyncio.run(application(service)({**scope, "headers": head}, receive, send))
+    assert sent[0]["status"] == 500
+    assert json.loads(sent[1]["body"])["error"] == "The server failed."
 
 
 def test_infinite_contexts_are_no_json() -> None:

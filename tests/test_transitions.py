@@ -91,6 +91,16 @@ def test_sde_keeps_the_marginals(sde: SDE, generator: torch.Generator) -> None:
     assert wasserstein2(samples, mixture.sample(n, generator)) <= 1.5 * floor + 0.05
 
 
+@pytest.mark.parametrize("sde", KINDS[:3], ids=str)
+def test_sde_keeps_the_spread_of_a_gaussian(sde: SDE, generator: torch.Generator) -> None:
+    """Too much or too little drift for the noise shows here first."""
+    target = GaussianMixture([[1.0]], [[0.25]])
+    x_0 = torch.randn(20_000, 1, generator=generator)
+    samples, _, _ = sde_sample(lambda x, t: target.velocity(t, x), x_0, time_grid(200), sde, generator)
+    assert samples.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert samples.std().item() == pytest.approx(0.5, rel=0.03)
+
+
 def test_noise_only_in_the_window(generator: torch.Generator) -> None:
     seen = []
 
@@ -227,7 +237,7 @@ def test_clipped_objective_by_hand() -> None:
 
 
 def test_group_advantage_by_hand() -> None:
-    reward = torch.tensor([1.0, 3.0, 5.0, 5.0, 7.0])
+    reward = torch.tensor([1.0, 9.0, 5.0, 5.0, 7.0])  # the first group's standard deviation is 4
     expected = [-1.0, 1.0, 0.0, 0.0, 0.0]
     assert group_advantage(reward, 2).tolist() == pytest.approx(expected, abs=1e-3)
     assert group_advantage(torch.tensor([0.0] * 99 + [1.0]), 100).max() == 5.0
@@ -237,6 +247,42 @@ def test_best_of_groups_by_hand() -> None:
     reward = torch.tensor([1.0, 3.0, 2.0, 9.0, 8.0, 7.0, 0.0])
     assert best_of_groups(reward, 3).tolist() == [False, True, False, True, False, False, True]
     assert best_of_groups(reward, 3, 2).tolist() == [False, True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("cls", "own"),
+    [
+        (flowrl.DDPO, {}),
+        (flowrl.DPOK, {"beta": 0.5, "critic": False, "reward_weight": 2.0}),
+        (flowrl.DPOK, {"beta": 0.5, "reward_weight": 2.0}),
+        (flowrl.FlowGRPO, {"beta": 0.5, "group_size": 8}),
+    ],
+)
+def test_losses_by_hand(cls: type, own: dict) -> None:
+    """Away from the policy that drew the samples, by laws of torch and a plain minimum."""
+    model = recorded(cls, "gaussians-linear", n_samples=64, clip_range=0.05, **own)
+    weights = [*model.policy.parameters_of("current").values()]
+    weights += model.critic.parameters() if cls is flowrl.DPOK else []
+    with torch.no_grad():
+        for weight in weights:
+            weight.add_(0.02 * torch.randn_like(weight))
+        (batch,) = model.buffer.transition_minibatches(10**6, model.generator)
+        steps, advantage = batch.transitions, batch.weight
+        now, reference = (
+            model.policy.transition(steps, batch.contexts, model.sde, role) for role in ("current", "reference")
+        )
+        now, reference = (torch.distributions.Normal(law.mean, law.std[:, None]) for law in (now, reference))
+        ratio = (now.log_prob(steps.x_next).mean(1) - steps.log_prob).exp()
+        kl = torch.distributions.kl_divergence(now, reference).mean(1)
+        if own.get("critic", cls is flowrl.DPOK):
+            advantage = advantage - model.critic(steps.x_k, model.policy.times()[steps.k], batch.contexts)
+        advantage = advantage.clamp(-5, 5)
+    assert (ratio - 1).abs().max() > 0.1
+    objective = torch.minimum(ratio * advantage, ratio.clamp(0.95, 1.05) * advantage)
+    expected = (own.get("beta", 0.0) * kl - own.get("reward_weight", 1.0) * objective).mean()
+    loss, metrics = model.loss(batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-5)
+    assert metrics["clip_fraction"].item() == pytest.approx(((ratio - 1).abs() > 0.05).float().mean().item(), abs=0.01)
 
 
 def test_ddpo_statistics_are_those_of_all_rewards_of_a_context() -> None:
@@ -255,6 +301,10 @@ def test_ddpo_statistics_are_those_of_all_rewards_of_a_context() -> None:
     seen = rewards[contexts == 1]
     expected = (rewards[0][where] - seen.mean()) / seen.std(correction=0)
     torch.testing.assert_close(advantage[where], expected, atol=1e-3, rtol=1e-3)
+    agreed = Batch(torch.zeros(40, 1), torch.full((40,), 7), torch.full((40,), 147.1), rewards[0])
+    for _ in range(2):
+        model.observe(agreed)
+        assert model.score(agreed).abs().max() == 0
 
 
 def test_score_function_needs_one_update_per_iteration() -> None:
@@ -272,6 +322,8 @@ def test_grpo_window_slides_and_returns() -> None:
         seen.append(model.window().start)
         model.learn(16, reset_num_timesteps=False)
         assert model.buffer.first_step == seen[-1]
+        k = torch.cat([batch.transitions.k for batch in model.minibatches()])
+        assert sorted(set(k.tolist())) == list(range(seen[-1], seen[-1] + 3))
     assert seen == [1, 3, 1, 3, 1]  # steps 1-3, 3-5; 5-7 would hold the last step
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
+from flowrl.registry import import_module
 from flowrl.types import RewardOutput
 
 RewardFunction = Callable[[torch.Tensor, Sequence[Any]], Any]
@@ -75,8 +75,10 @@ def reward_entry(name: str) -> RewardEntry:
     if ":" in name:
         module, _, name = name.partition(":")
         try:
-            importlib.import_module(module)
-        except ImportError as error:
+            import_module(module)
+        except (ImportError, ValueError) as error:
+            if isinstance(error, FlowRLError):
+                raise
             raise UnknownNameError(f"Cannot import '{module}' of the reward '{module}:{name}': {error}") from error
     if name not in REWARDS:
         raise UnknownNameError.of("reward", name, REWARDS)

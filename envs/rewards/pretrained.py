@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from flowrl import revisions
 from flowrl.errors import ModelLoadError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -24,7 +25,7 @@ def from_pretrained(cls: Any, name: str, option: str, hint: str = "", **kwargs: 
 
     Args:
         cls: Class of a model, processor, tokenizer or config.
-        name: Folder or hub name.
+        name: Folder or hub name, OWNER/NAME or OWNER/NAME@REVISION.
         option: Option of the reward that gives another folder, for the message of an error.
         hint: One more way out, for that message.
         **kwargs: For `from_pretrained`.
@@ -32,8 +33,9 @@ def from_pretrained(cls: Any, name: str, option: str, hint: str = "", **kwargs: 
     Raises:
         ModelLoadError: It cannot be had.
     """
+    repository, revision = revisions.pinned(name)
     try:
-        return cls.from_pretrained(name, **kwargs)
+        return cls.from_pretrained(repository, revision=revision or "main", trust_remote_code=False, **kwargs)
     except Exception as error:
         raise ModelLoadError(_message(f"'{name}'", error, option, "FOLDER", hint)) from error
 
@@ -59,10 +61,8 @@ def published_file(repository: str, file: str, option: str, hint: str = "") -> s
     Raises:
         ModelLoadError: It cannot be had.
     """
-    from huggingface_hub import hf_hub_download
-
     try:
-        return hf_hub_download(repository, file)
+        return str(revisions.fetch(repository, file)[0])
     except Exception as error:
         raise ModelLoadError(_message(f"'{file}' of '{repository}'", error, option, "FILE", hint)) from error
 

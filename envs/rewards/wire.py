@@ -29,6 +29,7 @@ SCORE_PATH, HEALTH_PATH = "/v1/score", "/health"
 ENCODINGS = ("png", "float16", "float32")
 MAX_VALUES = 2**28  # numbers in the samples of a request: 1 GiB once decoded to float32
 MAX_DIMENSIONS = 8
+MAX_BRACKETS = 10**6  # empty lists take twenty times the memory that they have as text
 
 _DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 _MAX_FLOAT32 = float(torch.finfo(torch.float32).max)
@@ -185,6 +186,8 @@ def _decode_png(data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
         )
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if (image.size, image.mode) != ((width, height), "RGB"):  # a second header: Pillow follows the last one
+                raise ValueError("other headers follow the first")
             pixels = np.asarray(image)
     except Exception as error:  # what Pillow raises on damaged files is not documented
         raise RewardError(f"{name} is a damaged PNG file.") from error
@@ -225,6 +228,8 @@ def _scores(values: Any, n_samples: int, name: str) -> torch.Tensor:
 
 def _fields(body: bytes, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
     """The JSON object in a body, with exactly these fields."""
+    if sum(map(body.count, (b"[", b"{", b":"))) > MAX_BRACKETS:
+        raise RewardError(f"The body has more than {MAX_BRACKETS} brackets and colons.")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:

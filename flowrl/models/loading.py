@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowrl.checks import is_whole
 from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
+from flowrl.files import LARGEST_JSON, parsed_json, read_file
 from flowrl.models.base import VelocityModel
 from flowrl.models.pipeline import DEFAULTS, PipelineOptions
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
+LARGEST_MLP, DEEPEST_MLP = 2**14, 100
 EMBEDDED = ("gaussians", "plans", "mini-sd3", "mini-words")
 
 
@@ -26,7 +28,7 @@ class FlowSource:
     """A flow that is not loaded yet: what `load` will give, known before any weight is read.
 
     Attributes:
-        source: A shipped name (`EMBEDDED`), a folder, a hub name, or "" for a factory.
+        source: A shipped name (`EMBEDDED`), a folder, a hub name (OWNER/NAME or OWNER/NAME@REVISION), or "" for a factory.
         description: One line for people.
         sample_shape: Shape of one decoded sample.
         load: Builds a fresh model on the CPU. Takes the types of the network's weights and of the frozen parts',
@@ -35,6 +37,7 @@ class FlowSource:
         imitation: As `load`, with any weights, to predict memory: it is called where tensors have no storage.
         reloadable: The same weights can be had again from `source` (not so for a factory).
         is_image: Samples are images with values in [0, 1].
+        revision: Commit of a flow from the hub; empty for others.
     """
 
     source: str
@@ -45,6 +48,7 @@ class FlowSource:
     imitation: Callable[..., VelocityModel]
     reloadable: bool = True
     is_image: bool = False
+    revision: str = ""
 
     @property
     def is_embedded(self) -> bool:
@@ -131,7 +135,7 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
     if not folder.exists() and ("/" not in name or name.startswith((".", "/", "~"))):
         raise ModelLoadError(
             f"There is no flow '{name}': not a shipped name ({', '.join(EMBEDDED)}), not a folder here, and not "
-            f"a hub name (OWNER/NAME).{did_you_mean(name, EMBEDDED)}"
+            f"a hub name (OWNER/NAME or OWNER/NAME@REVISION).{did_you_mean(name, EMBEDDED)}"
         )
     from flowrl.models.diffusers_loading import pipeline_source
 
@@ -146,12 +150,17 @@ def _mlp_source(folder: Path, name: str) -> FlowSource:
             f"The folder '{folder}' is no flow: it has neither model_index.json (a diffusers pipeline) nor a "
             'config.json that says "model": "mlp".'
         )
-    dim = int(config["dim"])
+    dim, width, depth = (config.get(key, 0) for key in ("dim", "width", "depth"))
+    if not (is_whole(dim, 1, LARGEST_MLP) and is_whole(width, 1, LARGEST_MLP) and is_whole(depth, 1, DEEPEST_MLP)):
+        raise ModelLoadError(
+            f"'{folder / 'config.json'}' must say dim, width and depth of the MLP: whole numbers from 1 to "
+            f"{LARGEST_MLP}, depth to {DEEPEST_MLP}."
+        )
 
     def build() -> VelocityModel:
         from flowrl.models.mlp import MLP, ModuleFlow
 
-        return ModuleFlow(MLP(dim, int(config["width"]), int(config["depth"])), (dim,))
+        return ModuleFlow(MLP(dim, width, depth), (dim,))
 
     def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
         from safetensors.torch import load_file
@@ -174,7 +183,8 @@ def _mlp_source(folder: Path, name: str) -> FlowSource:
         model.network.to(network_dtype)
         return model
 
-    return FlowSource(name, f"{name} ({config.get('description', 'MLP')})", (dim,), load, skeleton, imitation)
+    about = str(config.get("description", "MLP"))[:200]
+    return FlowSource(name, f"{name} ({about})", (dim,), load, skeleton, imitation)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -184,7 +194,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ModelLoadError: The file is missing or is no JSON object; names it.
     """
     try:
-        content = json.loads(path.read_text())
+        content = parsed_json(read_file(path, LARGEST_JSON))
     except FileNotFoundError as error:
         raise ModelLoadError(f"The {what} is missing the file '{path}'.") from error
     except (OSError, ValueError) as error:

@@ -1,0 +1,94 @@
+"""Values from files (TOML, JSON) against the types of a dataclass's fields."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from functools import lru_cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from flowrl.errors import ConfigError
+
+LARGEST_INT = 2**63 - 1
+"""Larger ones fit into no tensor."""
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+
+
+def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
+    """Whether values fit the fields of a dataclass, as far as a file can hold them: objects are not looked at.
+
+    Args:
+        cls: A dataclass.
+        values: By the name of the field; unknown names are passed over.
+        what: Put before the name in the message.
+
+    Raises:
+        ConfigError: One does not, or is NaN, or larger than numbers are here.
+    """
+    hints = _hints(cls)
+    for name, value in values.items():
+        if name in hints and not fits(value, hints[name]):
+            expected = _words(hints[name])
+            raise ConfigError(f"{what}{name} must be {expected}, not {shown(value)}.")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a plain value is of a type as annotations write it; an object always is."""
+    if not isinstance(value, PLAIN) or kind is Any:
+        return True
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and abs(value) <= LARGEST_INT
+    if kind is float and isinstance(value, int):
+        return abs(value) <= LARGEST_INT
+    if kind is float:
+        return isinstance(value, float) and not math.isnan(value)
+    if origin is tuple or kind is tuple:
+        return isinstance(value, list | tuple) and all(fits(part, (parts or (Any,))[0]) for part in value)
+    return isinstance(value, kind) if kind in (str, dict, list, type(None)) else True
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls)
+    except Exception:  # names that a third party imports for type checkers only
+        return {}
+
+
+def _words(kind: Any) -> str:
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_words(part) for part in parts)
+    if get_origin(kind) is tuple:
+        return "a list"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "nothing"}
+    return words.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def shown(value: Any) -> str:
+    """A value of a file for a message, cut."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number too long to be written"
+
+
+def is_whole(value: Any, least: int = 0, most: int = LARGEST_INT) -> bool:
+    """Whether it is an int (and no bool) in this range."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number (and no bool) that float can hold."""
+    return fits(value, float) and isinstance(value, int | float) and math.isfinite(value)

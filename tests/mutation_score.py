@@ -1,0 +1,515 @@
+"""Which wrong formulas the tests notice: python tests/mutation_score.py [--only NAME] [--list]
+
+Each mutation changes one sign, index or constant of a formula in a copy of the tree, and runs the tests that should
+then fail. The exit code is 0 when they do for every mutation, 1 when one survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TIMEOUT = 300
+"""Seconds for the tests of one mutation."""
+
+
+class Mutation(NamedTuple):
+    """A wrong formula.
+
+    Attributes:
+        name: For `--only`.
+        file: Relative to the repository.
+        old: Text that occurs exactly once in it.
+        new: What takes its place.
+        tests: Files or nodes, below `tests/`, that must notice.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def applied(self, text: str) -> str:
+        """The file's text with the mutation.
+
+        Raises:
+            ValueError: The old text does not occur exactly once.
+        """
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.file} has {text.count(self.old)} times, not once:\n{self.old}")
+        return text.replace(self.old, self.new)
+
+
+LOSSES, SAMPLER, FLOW = "flowrl/losses.py", "flowrl/sampler.py", "flowrl/flow.py"
+ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/steering.py", "flowrl/algorithm.py"
+OF_LOSSES, OF_FLOW, OF_METRICS = ("test_losses.py",), ("test_flow.py",), ("test_metrics.py",)
+GRADIENT = "test_transitions.py::test_policy_gradient_is_the_gradient_of_the_expected_reward"
+LOSS_BY_HAND = "test_transitions.py::test_losses_by_hand"
+THREE_NETWORKS = "test_oracles.py::test_the_loss_is_that_of_the_three_networks"
+MARGINALS = "test_transitions.py::test_sde_keeps_the_spread_of_a_gaussian"
+SMC = "test_baselines.py::test_smc_reaches_the_tilt"
+DENSITY = "test_baselines.py::test_log_prob_of_the_exact_field"
+
+MUTATIONS = (
+    # weights and losses
+    Mutation("weight-sign", LOSSES, "exponent = tau * reward", "exponent = -tau * reward", OF_LOSSES),
+    Mutation(
+        "weight-normalisation", LOSSES, "weight = weight / weight.mean()", "weight = weight / weight.sum()", OF_LOSSES
+    ),
+    Mutation(
+        "w2-penalty-sign",
+        LOSSES,
+        "loss = weight * squared_error(v, u)\n    return loss if v_ref is None else loss + penalty",
+        "loss = weight * squared_error(v, u)\n    return loss if v_ref is None else loss - penalty",
+        OF_LOSSES,
+    ),
+    Mutation("residual-fit", LOSSES, "(weight - baseline) * squared_error", "weight * squared_error", OF_LOSSES),
+    Mutation(
+        "residual-baseline", LOSSES, "torch.minimum(weight + penalty", "torch.maximum(weight + penalty", OF_LOSSES
+    ),
+    Mutation("kl-time-weight", LOSSES, "(t / (1 - t)).clamp_max", "((1 - t) / t).clamp_max", OF_LOSSES),
+    Mutation(
+        "group-advantage-scale",
+        LOSSES,
+        "std = group_mean(centred.square(), groups, n_groups).sqrt()",
+        "std = group_mean(centred.square(), groups, n_groups)",
+        ("test_transitions.py::test_group_advantage_by_hand",),
+    ),
+    Mutation(
+        "group-advantage-sign",
+        LOSSES,
+        "return (centred / (std + 1e-4))",
+        "return (-centred / (std + 1e-4))",
+        ("test_transitions.py::test_group_advantage_by_hand",),
+    ),
+    Mutation(
+        "effective-sample-size",
+        LOSSES,
+        "weight.sum().square() / weight.square().sum()",
+        "weight.sum() / weight.square().sum()",
+        OF_LOSSES,
+    ),
+    Mutation(
+        "best-of-groups",
+        LOSSES,
+        "topk(n_best, dim=1)",
+        "topk(n_best, dim=1, largest=False)",
+        ("test_transitions.py::test_best_of_groups_by_hand",),
+    ),
+    # the loss of ORW-CFM-W2
+    Mutation(
+        "w2-anchor",
+        ORW,
+        'self.policy.velocity(x_t, t, cond, "reference")',
+        "self.policy.velocity(x_t, t, cond, self.behaviour_role)",
+        (THREE_NETWORKS,),
+    ),
+    Mutation(
+        "residual-anchor",
+        ORW,
+        "v_old = self.policy.velocity(x_t, t, cond, self.behaviour_role)",
+        'v_old = self.policy.velocity(x_t, t, cond, "reference")',
+        (THREE_NETWORKS,),
+    ),
+    Mutation(
+        "kl-penalty",
+        ORW,
+        "return self.config.alpha * kl_time_weight(t)",
+        "return self.config.alpha / kl_time_weight(t)",
+        ("test_oracles.py::test_orw_kl_weights_the_same_penalty_by_time",),
+    ),
+    Mutation(
+        "coupled-weights",
+        ORW,
+        "mine(weight.mean().expand(n))",
+        "mine(weight[index])",
+        (
+            "test_oracles.py::test_the_loss_carries_the_reward",
+            "test_oracles.py::test_optimal_transport_keeps_the_noise_standard_normal",
+        ),
+    ),
+    Mutation(
+        "coupled-sample",
+        ORW,
+        "x_1, contexts, reward = x_1[index], contexts[index], reward[index]",
+        "contexts, reward = contexts[index], reward[index]",
+        ("test_oracles.py::test_the_loss_carries_the_reward",),
+    ),
+    # the path, its times and samplers
+    Mutation("velocity-sign", FLOW, "    u = x_1 - x_0\n", "    u = x_0 - x_1\n", OF_FLOW),
+    Mutation(
+        "one-step-estimate", FLOW, "return x_t + (1 - expand(t, x_t)) * v", "return x_t + expand(t, x_t) * v", OF_FLOW
+    ),
+    Mutation("score-sign", FLOW, "return (t * v - x_t) / (1 - t)", "return (x_t - t * v) / (1 - t)", OF_FLOW),
+    Mutation("ot-contexts", FLOW, "cost = cost.masked_fill(forbidden", "cost.masked_fill(forbidden", OF_FLOW),
+    Mutation(
+        "ot-direction",
+        FLOW,
+        "plan.argmax(dim=1)",
+        "plan.argmax(dim=0)",
+        OF_FLOW,
+    ),
+    Mutation(
+        "timestep-shift",
+        SAMPLER,
+        "shift * sigma / (1 + (shift - 1) * sigma)",
+        "sigma / (shift - (shift - 1) * sigma)",
+        ("test_sampler.py",),
+    ),
+    Mutation("heun", SAMPLER, "return x + h / 2 * (v_0 + v_1)", "return x + h * v_1", ("test_sampler.py",)),
+    Mutation(
+        "guidance",
+        SAMPLER,
+        "return v_null + scale * (v - v_null)",
+        "return v + scale * (v - v_null)",
+        ("test_policy.py::test_guidance",),
+    ),
+    Mutation(
+        "sde-drift-sign",
+        SAMPLER,
+        "expand(0.5 * h * g.square()",
+        "expand(-0.5 * h * g.square()",
+        ("test_transitions.py::test_step_is_the_euler_step_of_the_sde",),
+    ),
+    Mutation(
+        "sde-drift-half",
+        SAMPLER,
+        "expand(0.5 * h * g.square()",
+        "expand(1.0 * h * g.square()",
+        (MARGINALS,),
+    ),
+    Mutation(
+        "sde-noise",
+        SAMPLER,
+        "GaussianStep(mean, g * h.sqrt())",
+        "GaussianStep(mean, g * h)",
+        (MARGINALS,),
+    ),
+    Mutation(
+        "sde-first-step",
+        SAMPLER,
+        "torch.where(start, 1 / t_next,",
+        "torch.where(start, t_next,",
+        ("test_transitions.py::test_first_step_as_published",),
+    ),
+    Mutation(
+        "cps-kept-noise",
+        SAMPLER,
+        "(1 - t_next) * math.cos(angle)",
+        "(1 - t_next) * math.cos(angle) ** 2",
+        ("test_transitions.py::test_cps_keeps_the_share_of_noise",),
+    ),
+    Mutation(
+        "log-prob",
+        SAMPLER,
+        "self.std.square() - self.std.log()",
+        "self.std.square() + self.std.log()",
+        ("test_transitions.py::test_log_probability_and_divergence_against_torch",),
+    ),
+    Mutation(
+        "step-kl",
+        SAMPLER,
+        "return 0.5 * (self.mean - other.mean)",
+        "return (self.mean - other.mean)",
+        ("test_transitions.py::test_log_probability_and_divergence_against_torch",),
+    ),
+    # policy gradients
+    Mutation(
+        "ratio-sign",
+        "flowrl/transitions.py",
+        "(step.mean_log_prob(steps.x_next) - steps.log_prob).exp()",
+        "(steps.log_prob - step.mean_log_prob(steps.x_next)).exp()",
+        (GRADIENT,),
+    ),
+    Mutation(
+        "clip-direction",
+        "flowrl/transitions.py",
+        "torch.maximum(-advantage * ratio",
+        "torch.minimum(-advantage * ratio",
+        ("test_transitions.py::test_clipped_objective_by_hand",),
+    ),
+    Mutation(
+        "next-state",
+        "flowrl/buffer.py",
+        "self.states[rows // n, rows % n + 1]",
+        "self.states[rows // n, rows % n]",
+        ("test_transitions.py::test_recomputed_log_probability_is_the_stored_one",),
+    ),
+    Mutation(
+        "step-index",
+        "flowrl/buffer.py",
+        "self.first_step + step,",
+        "step,",
+        ("test_transitions.py::test_grpo_window_slides_and_returns",),
+    ),
+    Mutation(
+        "ddpo-score-function",
+        "baselines/ddpo.py",
+        "-batch.weight * step.mean_log_prob",
+        "batch.weight * step.mean_log_prob",
+        (GRADIENT,),
+    ),
+    Mutation(
+        "ddpo-running-mean",
+        "baselines/ddpo.py",
+        "self.mean += step * (n / count.clamp_min(1))",
+        "self.mean += step",
+        ("test_transitions.py::test_ddpo_statistics_are_those_of_all_rewards_of_a_context",),
+    ),
+    Mutation(
+        "dpok-penalty",
+        "baselines/dpok.py",
+        "objective + config.beta * kl",
+        "objective - config.beta * kl",
+        (LOSS_BY_HAND,),
+    ),
+    Mutation(
+        "dpok-critic",
+        "baselines/dpok.py",
+        "batch.weight - value.detach(), error",
+        "batch.weight + value.detach(), error",
+        (LOSS_BY_HAND,),
+    ),
+    Mutation(
+        "grpo-penalty",
+        "baselines/flow_grpo.py",
+        "(objective + config.beta * kl).mean()",
+        "(objective - config.beta * kl).mean()",
+        (LOSS_BY_HAND,),
+    ),
+    Mutation(
+        "grpo-guard",
+        "baselines/flow_grpo.py",
+        "step.std * log_ratio + distance",
+        "step.std * log_ratio - distance",
+        ("test_transitions.py::test_guarded_ratio_has_a_logarithm_of_mean_zero",),
+    ),
+    # other baselines and likelihoods
+    Mutation(
+        "raft-mean-weight",
+        "baselines/raft.py",
+        "return weight / weight.mean().clamp_min(1e-6)",
+        "return weight",
+        ("test_baselines.py::test_raft_weights_by_hand",),
+    ),
+    Mutation(
+        "raft-kept",
+        "baselines/raft.py",
+        "self.buffer.weight.topk(n_kept)",
+        "(-self.buffer.weight).topk(n_kept)",
+        ("test_baselines.py::test_raft_fits_only_what_it_keeps",),
+    ),
+    Mutation(
+        "rwr-offline",
+        "baselines/rwr.py",
+        'return "reference" if self.config.mode == "offline"',
+        'return "current" if self.config.mode == "offline"',
+        ("test_baselines.py::test_who_draws_for_rwr",),
+    ),
+    Mutation(
+        "exact-kl-sign",
+        "baselines/kl.py",
+        "return reward - self.config.beta * ratio",
+        "return reward + self.config.beta * ratio",
+        ("test_baselines.py::test_exact_kl_is_taken_off_the_reward",),
+    ),
+    Mutation(
+        "change-of-variables", "flowrl/likelihood.py", "return normal + gained", "return normal - gained", (DENSITY,)
+    ),
+    Mutation("hutchinson", "flowrl/likelihood.py", "/ math.sqrt(n_probes)", "/ n_probes", (DENSITY,)),
+    # steering
+    Mutation(
+        "best-of-n",
+        STEERING,
+        "view(-1, steering.n).argmax(dim=1)",
+        "view(-1, steering.n).argmin(dim=1)",
+        ("test_baselines.py::test_best_of_n_is_the_law_of_the_best",),
+    ),
+    Mutation("smc-increment", STEERING, "(reward - reached) / steering", "reward / steering", (SMC,)),
+    Mutation("smc-temperature", STEERING, "reached) / steering.temperature", "reached) * steering.temperature", (SMC,)),
+    Mutation("smc-reset", STEERING, "    log_weight.masked_fill_(needed[:, None], 0.0)\n", "", (SMC,)),
+    Mutation("smc-reached", STEERING, "reward.flatten()[rows]", "reward.flatten()", (SMC,)),
+    # the loop, copies, measures
+    Mutation(
+        "moving-average",
+        "flowrl/policy.py",
+        "torch._foreach_lerp_(target, source, 1 - decay)",
+        "torch._foreach_lerp_(target, source, decay)",
+        ("test_policy.py::test_update_copy",),
+    ),
+    Mutation(
+        "average-warm-up",
+        ALGORITHM,
+        "min(self.config.ema_decay, (1 + self._n_updates)",
+        "max(self.config.ema_decay, (1 + self._n_updates)",
+        ("test_algorithm.py::test_an_average_of_few_steps_forgets_its_start_sooner",),
+    ),
+    Mutation(
+        "refresh",
+        ALGORITHM,
+        "if (self.iteration + 1) % self.config.refresh_every == 0",
+        "if self.iteration % self.config.refresh_every == 0",
+        ("test_algorithm.py::test_behaviour_follows_at_the_refresh_only",),
+    ),
+    Mutation(
+        "accumulation",
+        ALGORITHM,
+        "(loss / config.accumulation).backward()",
+        "loss.backward()",
+        ("test_algorithm.py::test_accumulated_minibatches_have_the_gradient_of_a_large_one",),
+    ),
+    Mutation("diversity-pairs", "flowrl/metrics.py", ".triu(1)", ".triu(0)", OF_METRICS),
+    Mutation(
+        "exact-w2",
+        "flowrl/metrics.py",
+        'compute_mode="donot_use_mm_for_euclid_dist").square()',
+        'compute_mode="donot_use_mm_for_euclid_dist")',
+        OF_METRICS,
+    ),
+    # environments and adapters
+    Mutation(
+        "mixture-velocity",
+        "envs/gaussians.py",
+        "gain = (t[..., None] * scale - (1 - t[..., None]))",
+        "gain = (t[..., None] * scale + (1 - t[..., None]))",
+        ("test_gaussians.py::test_velocity_is_the_conditional_expectation",),
+    ),
+    Mutation(
+        "mixture-tilt",
+        "envs/gaussians.py",
+        "weights = (self.weights.double().log() + log_z)",
+        "weights = (self.weights.double().log() - log_z)",
+        ("test_gaussians.py::test_linear_tilt",),
+    ),
+    Mutation("compress-sign", "envs/rewards/compress.py", "sign, what = -1,", "sign, what = 1,", ("test_rewards.py",)),
+    Mutation("colourfulness", "envs/rewards/aesthetic.py", "spread + 0.3 *", "spread - 0.3 *", ("test_rewards.py",)),
+    Mutation(
+        "aesthetic-embedding",
+        "envs/rewards/aesthetic.py",
+        "nn.functional.normalize(embedding, dim=1)",
+        "embedding",
+        ("test_reward_networks.py::test_aesthetic_is_the_head_on_transformers_embedding",),
+    ),
+    Mutation(
+        "sd3-velocity-sign",
+        "flowrl/models/sd3.py",
+        "return -noise_minus_data.float()",
+        "return noise_minus_data.float()",
+        ("test_sd3.py::test_time_and_sign",),
+    ),
+    Mutation(
+        "sd3-time",
+        "flowrl/models/sd3.py",
+        "timestep=1000 * (1 - t)",
+        "timestep=1000 * t",
+        ("test_sd3.py::test_time_and_sign",),
+    ),
+)
+
+
+def copied_tree(target: Path) -> None:
+    """Copy the files that git tracks, as they are now; links stay links."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout
+    for name in listed.decode().split("\0")[:-1]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY / name, target / name, follow_symlinks=False)
+
+
+def environment_of(tree: Path) -> dict[str, str]:
+    """Variables with which Python imports the packages of `tree`, and leaves no compiled files of them."""
+    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def check_imports(tree: Path) -> None:
+    """Whether the copy is what tests import, not an installed one.
+
+    Raises:
+        RuntimeError: It is not.
+    """
+    code = "import flowrl, flowrl.envs, flowrl.baselines as b; print(flowrl.__file__, flowrl.envs.__file__, b.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment_of(tree), capture_output=True, text=True, check=True
+    )
+    if not all(Path(file).resolve().is_relative_to(tree.resolve()) for file in done.stdout.split()):
+        raise RuntimeError(f"Python imports other packages than those of '{tree}': {done.stdout}")
+
+
+def run_tests(tree: Path, tests: Sequence[str], timeout: float | None = None) -> tuple[int, str]:
+    """Exit code of pytest on these tests of the tree, and what it printed."""
+    nodes = [f"tests/{test}" for test in tests]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *nodes],
+        cwd=tree,
+        env=environment_of(tree),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def outcome(tree: Path, mutation: Mutation) -> str:
+    """ "killed", "survived", or what went wrong; the file is put back."""
+    file = tree / mutation.file
+    text = file.read_text(encoding="utf-8")
+    file.write_text(mutation.applied(text), encoding="utf-8")
+    try:
+        code, printed = run_tests(tree, mutation.tests, TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {TIMEOUT} s"
+    finally:
+        file.write_text(text, encoding="utf-8")
+    # 1 is a failed test; anything else (no such test, a module that cannot be imported) shows nothing of the formula
+    return {0: "survived", 1: "killed"}.get(code, f"pytest ended with {code}: {printed[-500:]}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", metavar="NAME", help="only this mutation; may be repeated")
+    parser.add_argument("--list", action="store_true", help="print the mutations and exit")
+    told = parser.parse_args(arguments)
+    known = {mutation.name: mutation for mutation in MUTATIONS}
+    if unknown := set(told.only or ()) - known.keys():
+        parser.error(f"no mutation {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    chosen = [known[name] for name in told.only or known]
+    if told.list:
+        for mutation in chosen:
+            print(f"{mutation.name:22s} {mutation.file:28s} {' '.join(mutation.tests)}")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        return score(Path(folder), chosen)
+
+
+def score(tree: Path, mutations: Sequence[Mutation]) -> int:
+    """Try mutations in the empty folder `tree`; exit code."""
+    copied_tree(tree)
+    check_imports(tree)
+    tests = list(dict.fromkeys(test for mutation in mutations for test in mutation.tests))
+    code, printed = run_tests(tree, tests)
+    if code:
+        print(f"{printed}\nThe tests must pass without a mutation.")
+        return 2
+    outcomes = []
+    for mutation in mutations:
+        started = time.perf_counter()
+        outcomes.append(outcome(tree, mutation))
+        print(f"{mutation.name:22s} {outcomes[-1]}  ({time.perf_counter() - started:.0f} s)", flush=True)
+    killed = outcomes.count("killed")
+    print(f"{killed} of {len(mutations)} mutations killed: {100 * killed / len(mutations):.0f} %")
+    return int(killed < len(mutations))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
