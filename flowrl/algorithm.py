@@ -447,11 +447,11 @@ class FlowAlgorithm(BaseAlgorithm):
         self.logger.dump(step=self.num_timesteps)
 
     def save(self, path: str | Path, exclude: Any = None, include: Any = None) -> None:  # type: ignore[override]
-        """Write a checkpoint folder: everything that training needs to go on exactly; see `flowrl.checkpoint`.
+        """Write a checkpoint folder: everything that training needs to go on exactly; see `flowrl.snapshot`.
 
         `exclude` and `include` are stable-baselines3's and have no meaning here.
         """
-        from flowrl.checkpoint import save_checkpoint
+        from flowrl.snapshot import save_checkpoint
 
         save_checkpoint(self, path)
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-from flowrl.checkpoint import Snapshot
 from flowrl.errors import CheckpointError
 from flowrl.files import clear_away, read_json
 from flowrl.logs import say
 from flowrl.pictures import save_picture
+from flowrl.snapshot import Snapshot
 
 
 class IterationCallback(BaseCallback):

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import flowrl
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name
 from flowrl.checks import is_finite
 from flowrl.envs.base import GenerationEnv
 from flowrl.files import read_json
@@ -20,6 +19,7 @@ from flowrl.logs import read_metrics
 from flowrl.models.loading import FlowSource
 from flowrl.pictures import curves
 from flowrl.revisions import split
+from flowrl.snapshot import algorithm_name
 
 Kind = Literal["lora", "transformer", "pipeline"]
 """What is shared: LoRA weights, the fine-tuned network alone, or a whole pipeline."""

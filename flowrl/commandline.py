@@ -12,13 +12,14 @@ import tyro
 
 import flowrl
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, check_description, pinned_settings, tupled
+from flowrl.checkpoint import check_description, pinned_settings, tupled
 from flowrl.checks import check_types
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.files import read_json
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
+from flowrl.snapshot import algorithm_name
 
 PROGRAM = "python -m flowrl.run"
 

@@ -15,13 +15,13 @@ import tyro
 
 from flowrl import evaluation, runfolder
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import ConfigError, FlowRLError
 from flowrl.pictures import save_before_after
 from flowrl.registry import algorithm_class, environment_spec
 from flowrl.report import write_report
 from flowrl.sampler import Solver
+from flowrl.snapshot import algorithm_name
 from flowrl.steering import Steering
 
 PROGRAM = "python -m flowrl.evaluate"

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from flowrl.errors import ConfigError
-from flowrl.sharded import divide
+from flowrl.sharded import divide, is_divided
 
 
 class Ranks:
@@ -150,7 +149,7 @@ class Ranks:
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gradients left to each rank -> their means over all."""
         for parameter in parameters:
-            if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
+            if parameter.grad is not None and not is_divided(parameter.grad):
                 self.mean_(parameter.grad)
 
     def leave(self) -> None:

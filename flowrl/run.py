@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import Logger
 from flowrl import runfolder
 from flowrl.algorithm import FlowAlgorithm
 from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
-from flowrl.checkpoint import algorithm_name, checkpoint_folder, load_checkpoint
+from flowrl.checkpoint import checkpoint_folder, load_checkpoint
 from flowrl.commandline import (
     KEPT,
     PROGRAM,
@@ -41,6 +41,7 @@ from flowrl.pictures import save_before_after
 from flowrl.ranks import is_launched, is_lost, join, place_in_job
 from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
 from flowrl.report import write_report
+from flowrl.snapshot import algorithm_name
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
 

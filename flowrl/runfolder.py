@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, description, load_checkpoint
+from flowrl.checkpoint import load_checkpoint
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
@@ -22,6 +22,7 @@ from flowrl.files import write_json
 from flowrl.lora import LoRA, count_parameters
 from flowrl.memory import predict_memory
 from flowrl.registry import algorithm_class, environment_spec
+from flowrl.snapshot import algorithm_name, description
 
 
 def create(out: Path, name: str, env_name: str) -> Path:

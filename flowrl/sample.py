@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 import flowrl
 from flowrl import runfolder
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import algorithm_name, checkpoint_folder
+from flowrl.checkpoint import checkpoint_folder
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.files import write_json
 from flowrl.pictures import image_grid, save_picture
 from flowrl.policy import FlowPolicy
+from flowrl.snapshot import algorithm_name
 
 PROGRAM = "python -m flowrl.sample"
 OWN_PROMPTS = 8

@@ -21,7 +21,7 @@ LAYERS = [
     {"flow", "sampler", "losses", "metrics", "likelihood", "config", "optimizers"},
     {"models", "lora", "policy", "buffer", "envs"},
     {"construction", "scoring", "diagnosis", "algorithm", "transitions", "steering", "evaluation", "side_effects"}
-    | {"checkpoint", "memory"},
+    | {"snapshot", "checkpoint", "memory"},
     {"orw_w2", "baselines"},
     {"report", "charts", "pictures", "logs", "commandline", "callbacks", "runfolder", "run", "evaluate"}
     | {"benchmark", "serve", "suite", "cell", "comparison", "sample", "export", "card", "hub"},

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import flowrl
-from flowrl import checkpoint
+from flowrl import snapshot
 from flowrl.callbacks import KeepCheckpoints, StopOnSignal
-from flowrl.checkpoint import Snapshot, checkpoint_folder
+from flowrl.checkpoint import checkpoint_folder
 from flowrl.errors import CheckpointError
 from flowrl.files import clear_away, replace_folder
+from flowrl.snapshot import Snapshot
 
 N = 32
 
@@ -157,7 +158,7 @@ def test_the_last_checkpoint_is_not_written_twice(tmp_path: Path, monkeypatch: p
     keep = KeepCheckpoints(tmp_path, every=1)
     model().learn(N, callback=keep)
     keep.wait()
-    monkeypatch.setattr(checkpoint, "write_json", None)
+    monkeypatch.setattr(snapshot, "write_json", None)
     assert keep.write() == tmp_path / f"{N:010d}"
 
 

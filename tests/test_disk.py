@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import shutil
@@ -52,19 +53,33 @@ def test_a_picture_that_cannot_be_written_does_not_stop_the_run(
     assert "Cannot write a picture" in capsys.readouterr().out
 
 
+def mounted(*options: str) -> bool:
+    """Whether `mount` exists, may be used here, and did what it was asked."""
+    mount = shutil.which("mount")
+    return mount is not None and subprocess.run([mount, *options], capture_output=True, check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    if not mounted("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):
+        pytest.skip("cannot mount a disk here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of 190 kB, where one can be had."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    done = mount and subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=190k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if not done or done.returncode:
-        pytest.skip("cannot mount a small disk here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
+    with disk(tmp_path / "tiny", "190k") as folder:
+        yield folder
+
+
+@pytest.fixture
+def roomy(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own, which can be made read-only."""
+    with disk(tmp_path / "roomy", "20m") as folder:
+        yield folder
 
 
 def test_metrics_are_written_once_there_is_space_again(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,3 +124,37 @@ def test_a_run_on_a_full_disk_trains_on_and_ends_with_an_error(tiny: Path, progr
     assert "Training goes on" in done.stdout
     assert "1.28e+03" in done.stdout or "1280" in done.stdout  # it went on to the end
     assert done.stderr.strip().splitlines()[-1].startswith(("error:", "What"))
+
+
+def test_a_folder_that_becomes_read_only_loses_nothing(roomy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained, keep = model(), KeepCheckpoints(roomy / "checkpoints", every=1, keep_best=False, background=False)
+    trained.set_logger(logger(roomy, 0))
+    trained.learn(64, callback=keep)
+    assert mounted("-o", "remount,ro", str(roomy))
+    trained.learn(64, callback=keep, reset_num_timesteps=False)
+    said = capsys.readouterr().out
+    assert "Read-only file system" in said
+    assert "Training goes on" in said
+    assert [path.name for path in (roomy / "checkpoints").iterdir()] == ["0000000064"]
+    assert mounted("-o", "remount,rw", str(roomy))
+    trained.learn(64, callback=keep, reset_num_timesteps=False)
+    trained.logger.close()
+    assert flowrl.ORWCFMW2.load(roomy / "checkpoints" / "0000000192").num_timesteps == 192
+    with (roomy / "metrics.csv").open(newline="") as file:
+        assert [int(row["time/total_timesteps"]) for row in csv.DictReader(file)] == [64, 128, 192]
+
+
+def test_a_run_in_a_read_only_folder_ends_before_it_trains(roomy: Path, program_environment: dict[str, str]) -> None:
+    assert mounted("-o", "remount,ro", str(roomy))
+    done = subprocess.run(
+        [sys.executable, "-m", "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu"],
+        cwd=roomy,
+        env=program_environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Read-only file system" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "rollout/" not in done.stdout
