@@ -134,7 +134,7 @@ class TextToImageEnv(GenerationEnv):
 
 def embedded_for(reward: str) -> str:
     """The shipped pipeline that suits a reward: words for reading, coloured shapes for all others."""
-    return "mini-words" if any(part.name == "ocr" for part in parse_mixture(reward)) else "mini-sd3"
+    return "mini-words" if reward and any(part.name == "ocr" for part in parse_mixture(reward)) else "mini-sd3"
 
 
 def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str] | str:
@@ -182,8 +182,10 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
 
 def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
     """Algorithm settings that suit a text-to-image flow, the embedded one or a large one, and a reward."""
-    name = chosen_sd3() if flow in ("auto", "sd3") else flow
+    name = chosen_sd3(embedded_for(reward)) if flow in ("auto", "sd3") else flow
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
+    if name == "mini-words":
+        return {**model, **WORDS}
     return {**model, **RIGHT_OR_WRONG} if reward == "count" else model
 
 
@@ -217,6 +219,7 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "orw_kl.alpha": 0.1,
     "baseline": "mean",  # wrong samples must repel; measured over 25 refreshes, longer runs need "clipped"
 }
+WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "orw_w2.alpha": 0.1, "orw_kl.alpha": 0.1}
 LARGE_MODEL: Mapping[str, Any] = {
     **IMAGES,
     "batch_size": 8,

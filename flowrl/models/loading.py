@@ -28,7 +28,8 @@ class FlowSource:
     """A flow that is not loaded yet: what `load` will give, known before any weight is read.
 
     Attributes:
-        source: A shipped name (`EMBEDDED`), a folder, a hub name (OWNER/NAME or OWNER/NAME@REVISION), or "" for a factory.
+        source: A shipped name (`EMBEDDED`), a folder, a hub name (OWNER/NAME or OWNER/NAME@REVISION), or "" for a
+            factory.
         description: One line for people.
         sample_shape: Shape of one decoded sample.
         load: Builds a fresh model on the CPU. Takes the types of the network's weights and of the frozen parts',
