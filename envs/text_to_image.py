@@ -36,8 +36,8 @@ class TextToImageConfig:
     """Settings of the `sd3-*` environments."""
 
     flow: str = "auto"
-    """Flow to fine-tune: "mini-sd3" (ships with flowrl), a folder, or a hub name such as
-    stabilityai/stable-diffusion-3.5-medium. "auto" takes mini-sd3 where there is no CUDA device."""
+    """Flow to fine-tune: "mini-sd3" or "mini-words" (ship with flowrl), a folder, or a hub name such as
+    stabilityai/stable-diffusion-3.5-medium, which "auto" takes where there is a CUDA device, and else a shipped one."""
     reward: str = "auto"
     """What to score: "auto" is the reward in the environment's name; or another registered one, module:name,
     winrate(NAME) (share of the samples of the same prompt that are beaten), or a weighted sum of them written
@@ -132,16 +132,26 @@ class TextToImageEnv(GenerationEnv):
         return (self._last.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
 
 
-def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str]:
-    """Prompts that suit the reward: the small world's own for mini-sd3 and for counting."""
-    from flowrl.envs.shapes import full_prompts, open_prompts
+def embedded_for(reward: str) -> str:
+    """The shipped pipeline that suits a reward: words for reading, coloured shapes for all others."""
+    return "mini-words" if reward and any(part.name == "ocr" for part in parse_mixture(reward)) else "mini-sd3"
 
+
+def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str] | str:
+    """Prompts that suit the reward: the small worlds' own for embedded flows and for counting."""
+    from flowrl.envs.shapes import full_prompts, open_prompts
+    from flowrl.envs.words import word_prompts
+
+    if flow.source == "mini-words":
+        return word_prompts()
+    if embedded_for(reward) == "mini-words":
+        return "words"
     if any(part.name == "count" for part in parse_mixture(reward)):
         return full_prompts()
     return open_prompts() if flow.is_embedded else PHOTO_PROMPTS
 
 
-def _prompts(config: TextToImageConfig, own: Sequence[str]) -> PromptSet:
+def _prompts(config: TextToImageConfig, own: Sequence[str] | str) -> PromptSet:
     if config.prompts and config.prompt_file:
         raise ConfigError("--env.prompts and --env.prompt-file both say what to train on: give one of them.")
     return prompts_from(config.prompt_file or config.prompts or own, config.held_out_share)
@@ -149,8 +159,8 @@ def _prompts(config: TextToImageConfig, own: Sequence[str]) -> PromptSet:
 
 def _factory(reward: str) -> Callable[..., TextToImageEnv]:
     def make(config: TextToImageConfig, render_mode: str | None = None) -> TextToImageEnv:
-        flow = FlowSource.of(config.flow, pipeline=config.pipeline())
         wanted = reward if config.reward == "auto" else config.reward
+        flow = FlowSource.of(config.flow, pipeline=config.pipeline(), embedded=embedded_for(wanted))
         chosen, note = wanted, ""
         if config.reward == "auto" and reward == "aesthetic" and flow.is_embedded:
             chosen = "colourfulness"
@@ -172,8 +182,10 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
 
 def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
     """Algorithm settings that suit a text-to-image flow, the embedded one or a large one, and a reward."""
-    name = chosen_sd3() if flow in ("auto", "sd3") else flow
+    name = chosen_sd3(embedded_for(reward)) if flow in ("auto", "sd3") else flow
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
+    if name == "mini-words":
+        return {**model, **WORDS}
     return {**model, **RIGHT_OR_WRONG} if reward == "count" else model
 
 
@@ -207,6 +219,7 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "orw_kl.alpha": 0.1,
     "baseline": "mean",  # wrong samples must repel; measured over 25 refreshes, longer runs need "clipped"
 }
+WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "orw_w2.alpha": 0.1, "orw_kl.alpha": 0.1}
 LARGE_MODEL: Mapping[str, Any] = {
     **IMAGES,
     "batch_size": 8,
@@ -235,5 +248,6 @@ SPECS = [
         ("aesthetic", 7_680, "pleasing images: LAION predictor; colourfulness on the embedded model"),
         ("compress", 7_680, "images that compress well: minus the JPEG size in kB"),
         ("count", 12_800, "the asked number, colour and shape, checked by image analysis"),
+        ("ocr", 7_680, "the asked word, read by a text recogniser (extra [ocr])"),
     )
 ]

@@ -1,12 +1,12 @@
 """What a checkpoint holds, and how it is written: a folder of JSON and safetensors, atomically, never a pickle.
 
-    config.json         algorithm, settings, environment, seed
-    state.json          counters, optimizer settings, shapes of what the tensors mean
-    policy.safetensors  weights of every role ("current.NAME", "behaviour.NAME", ...)
-    optimizer.safetensors
-    random.safetensors  states of all random generators
-    algorithm.safetensors  what else an algorithm keeps (running statistics, a critic); only where it keeps any
-    environment.safetensors  what an environment keeps (running statistics of its reward); only where it keeps any
+config.json         algorithm, settings, environment, seed
+state.json          counters, optimizer settings, shapes of what the tensors mean
+policy.safetensors  weights of every role ("current.NAME", "behaviour.NAME", ...)
+optimizer.safetensors
+random.safetensors  states of all random generators
+algorithm.safetensors  what else an algorithm keeps (running statistics, a critic); only where it keeps any
+environment.safetensors  what an environment keeps (running statistics of its reward); only where it keeps any
 """
 
 from __future__ import annotations

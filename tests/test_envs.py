@@ -42,7 +42,8 @@ def names() -> Iterator[Callable[[], str]]:
 
 @pytest.fixture(scope="module", params=SHIPPED)
 def env(request: pytest.FixtureRequest) -> flowrl.GenerationEnv:
-    settings = {"flow": "mini-sd3"} if request.param.startswith("sd3-") else {}
+    flow = "mini-words" if request.param == "sd3-ocr" else "mini-sd3"
+    settings = {"flow": flow} if request.param.startswith("sd3-") else {}
     return flowrl.make(request.param, **settings)
 
 

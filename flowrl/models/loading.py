@@ -20,7 +20,7 @@ from flowrl.models.pipeline import DEFAULTS, PipelineOptions
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
 LARGEST_MLP, DEEPEST_MLP = 2**14, 100
-EMBEDDED = ("gaussians", "plans", "mini-sd3")
+EMBEDDED = ("gaussians", "plans", "mini-sd3", "mini-words")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class FlowSource:
     """A flow that is not loaded yet: what `load` will give, known before any weight is read.
 
     Attributes:
-        source: "gaussians", "mini-sd3", a folder, a hub name (OWNER/NAME or OWNER/NAME@REVISION), or "" for a factory.
+        source: A shipped name (`EMBEDDED`), a folder, a hub name (OWNER/NAME or OWNER/NAME@REVISION), or "" for a
+            factory.
         description: One line for people.
         sample_shape: Shape of one decoded sample.
         load: Builds a fresh model on the CPU. Takes the types of the network's weights and of the frozen parts',
@@ -56,14 +57,20 @@ class FlowSource:
         return self.source in EMBEDDED
 
     @staticmethod
-    def of(flow: Any, sample_shape: tuple[int, ...] | None = None, pipeline: PipelineOptions = DEFAULTS) -> FlowSource:
+    def of(
+        flow: Any,
+        sample_shape: tuple[int, ...] | None = None,
+        pipeline: PipelineOptions = DEFAULTS,
+        embedded: str = "mini-sd3",
+    ) -> FlowSource:
         """Source from what a user may give as `flow=`.
 
         Args:
-            flow: "sd3" or "auto" (mini-sd3 without CUDA, Stable Diffusion 3.5 with it), a shipped name, a
+            flow: "sd3" or "auto" (Stable Diffusion 3.5 with CUDA, `embedded` without), a shipped name, a
                 folder, a hub name, or a factory `() -> VelocityModel | nn.Module`.
             sample_shape: Needed when a factory returns a plain module.
             pipeline: How a text-to-image pipeline is used.
+            embedded: The shipped pipeline that "auto" takes without CUDA.
 
         Raises:
             ModelLoadError: No such name or folder, or the folder is missing files.
@@ -78,7 +85,7 @@ class FlowSource:
                 f"flow must be a name, a folder or a factory (a function that returns a model), not a "
                 f"{type(flow).__name__}. Wrap a model as `flow=lambda: model`."
             )
-        return _from_name(str(flow), pipeline)
+        return _from_name(str(flow), pipeline, embedded)
 
 
 def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | None) -> FlowSource:
@@ -108,17 +115,17 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
     return FlowSource("", f"from factory {name}", tuple(shape), load, build, load, reloadable=False)
 
 
-def chosen_sd3() -> str:
+def chosen_sd3(embedded: str = "mini-sd3") -> str:
     """What "auto" takes: the embedded pipeline where there is no CUDA device."""
-    return DEFAULT_SD3 if torch.cuda.is_available() else "mini-sd3"
+    return DEFAULT_SD3 if torch.cuda.is_available() else embedded
 
 
-def _from_name(name: str, options: PipelineOptions) -> FlowSource:
+def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource:
     if name in ("auto", "sd3"):
-        source = _from_name(chosen_sd3(), options)
+        source = _from_name(chosen_sd3(embedded), options, embedded)
         cuda = torch.cuda.is_available()
         why = "a CUDA device is there" if cuda else "there is no CUDA device"
-        other = "mini-sd3" if cuda else DEFAULT_SD3
+        other = embedded if cuda else DEFAULT_SD3
         return replace(
             source,
             description=f"{source.description}, as {why}; choose with --env.flow, e.g. --env.flow {other}",
@@ -133,7 +140,7 @@ def _from_name(name: str, options: PipelineOptions) -> FlowSource:
         )
     from flowrl.models.diffusers_loading import pipeline_source
 
-    kind = "the embedded small Stable Diffusion 3" if name == "mini-sd3" else "a {}"
+    kind = "the embedded small Stable Diffusion 3" if name in EMBEDDED else "a {}"
     return pipeline_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, options)
 
 

@@ -34,12 +34,15 @@ CONTEXT_LENGTH = 8  # tokens of a prompt, with start and end
 TEXT_WIDTH = 96  # of each of the two text encoders
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 1.0, "max_sequence_length": 1}
 SPARE_WORDS = ("orange", "purple", "grey")  # tokens of no use yet
+CARD = Path(__file__).with_name("MODEL_CARD.md")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_tokenizer() -> CLIPTokenizer:
+def build_tokenizer(
+    words: tuple[str, ...] = (*WORDS, *SPARE_WORDS), symbols: str = "", length: int = CONTEXT_LENGTH
+) -> CLIPTokenizer:
     """Every word of the little world is one token; other words fall into letters."""
-    alphabet = string.ascii_lowercase + string.digits
+    alphabet = string.ascii_lowercase + string.digits + symbols
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
@@ -50,21 +53,23 @@ def build_tokenizer() -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator([*WORDS, *SPARE_WORDS, *alphabet], trainer)
+    bpe.train_from_iterator([*words, *alphabet], trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CONTEXT_LENGTH)
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=length)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+def build_text_encoder(
+    tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH, heads: int = 3
+) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=CONTEXT_LENGTH,
+        num_attention_heads=heads,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -74,29 +79,31 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     return encoder
 
 
-def build_transformer(width: int = 144, layers: int = 6) -> SD3Transformer2DModel:
+def build_transformer(
+    width: int = 144, layers: int = 6, heads: int = 3, size: int = 8, channels: int = 16, text_width: int = TEXT_WIDTH
+) -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
-        sample_size=8,
+        sample_size=size,
         patch_size=2,
-        in_channels=16,
-        out_channels=16,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=layers,
-        attention_head_dim=48,
-        num_attention_heads=width // 48,
-        joint_attention_dim=2 * TEXT_WIDTH,
+        attention_head_dim=width // heads,
+        num_attention_heads=heads,
+        joint_attention_dim=2 * text_width,
         caption_projection_dim=width,
-        pooled_projection_dim=2 * TEXT_WIDTH,
-        pos_embed_max_size=8,
+        pooled_projection_dim=2 * text_width,
+        pos_embed_max_size=size,
         qk_norm="rms_norm",
     )
 
 
-def build_placeholder_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+def build_placeholder_t5(text_width: int = TEXT_WIDTH) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     """A T5 without layers that returns zeros: just what the pipeline uses itself where there is no T5.
 
     With it the folder loads by a plain ``from_pretrained(folder)``, which insists on every component.
     """
-    config = T5Config(vocab_size=2, d_model=2 * TEXT_WIDTH, d_kv=8, d_ff=8, num_layers=0, num_heads=1)
+    config = T5Config(vocab_size=2, d_model=2 * text_width, d_kv=8, d_ff=8, num_layers=0, num_heads=1)
     encoder = T5EncoderModel(config)
     nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
@@ -108,14 +115,26 @@ def build_placeholder_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
 def build_pipeline(autoencoder: AutoencoderTiny, shift: float) -> StableDiffusion3Pipeline:
     """An untrained pipeline around ``autoencoder``, with sampling times shifted towards noise."""
     tokenizer = build_tokenizer()
-    t5, t5_tokenizer = build_placeholder_t5()
+    encoders = build_text_encoder(tokenizer), build_text_encoder(tokenizer)
+    return assemble(autoencoder, build_transformer(), tokenizer, encoders, shift)
+
+
+def assemble(
+    autoencoder: AutoencoderTiny,
+    transformer: SD3Transformer2DModel,
+    tokenizer: CLIPTokenizer,
+    encoders: tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection],
+    shift: float,
+) -> StableDiffusion3Pipeline:
+    """A pipeline of these parts."""
+    t5, t5_tokenizer = build_placeholder_t5(encoders[0].config.projection_dim)
     return StableDiffusion3Pipeline(
-        transformer=build_transformer(),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=autoencoder,
-        text_encoder=build_text_encoder(tokenizer),
+        text_encoder=encoders[0],
         tokenizer=tokenizer,
-        text_encoder_2=build_text_encoder(tokenizer),
+        text_encoder_2=encoders[1],
         tokenizer_2=copy.deepcopy(tokenizer),
         text_encoder_3=t5,
         tokenizer_3=t5_tokenizer,
@@ -130,7 +149,7 @@ def edit_config(folder: Path, **changes: str | None) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
+def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path, card: Path = CARD) -> None:
     """Writes ``pipe`` in float16, together with its model card; the folder is replaced as a whole."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (new, old):
@@ -144,7 +163,7 @@ def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
         text = re.sub(r'\n *"_name_or_path": "[^"]*",?', "", path.read_text())
         path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     (new / "sampling.json").write_text(json.dumps(SAMPLING, indent=2) + "\n")
-    shutil.copy(Path(__file__).with_name("MODEL_CARD.md"), new / "README.md")
+    shutil.copy(card, new / "README.md")
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

@@ -32,11 +32,17 @@ def captions() -> tuple[list[str], Tensor]:
 
 def train_text_encoders(pipe: StableDiffusion3Pipeline, steps: int = 300, batch_size: int = 256) -> float:
     """Trains both encoders to name attributes; returns the share of captions of which all are named right."""
-    prompts, indices = captions()
+    return train_to_name(pipe, *captions(), [len(values) for values in ATTRIBUTES], steps, batch_size)
+
+
+def train_to_name(
+    pipe: StableDiffusion3Pipeline, prompts: list[str], indices: Tensor, sizes: list[int], steps: int, batch_size: int
+) -> float:
+    """As ``train_text_encoders``, for any captions: ``indices`` (n, attributes), below each attribute's size."""
     tokens = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     accuracy = 1.0
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        heads = nn.ModuleList(nn.Linear(encoder.config.projection_dim, len(values)) for values in ATTRIBUTES)
+        heads = nn.ModuleList(nn.Linear(encoder.config.projection_dim, size) for size in sizes)
         optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=1e-3, weight_decay=0.01)
         for _ in range(steps):
             chosen = torch.randint(len(prompts), (batch_size,))
