@@ -35,15 +35,17 @@ MINI = {
 }
 
 
-def in_turn(pairs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def in_turn(
+    pairs: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each function, called in turn; one uncounted call of each first."""
     seconds: dict[str, list[float]] = {name: [] for name in pairs}
     for i in range(repeats + 1):
         for name, function in pairs.items():
-            started = time.perf_counter()
+            started = clock()
             function()
             if i:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

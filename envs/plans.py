@@ -242,11 +242,26 @@ def smooth_plans(n: int, generator: torch.Generator, length: int = LENGTH) -> to
     return phase.sin() * (ends[:, :1] * (1 - time) + ends[:, 1:] * time)
 
 
+FITTED = {
+    "standardise": "batch",
+    "tau": 3.0,
+    "learning_rate": 1e-3,
+    "batch_size": 256,
+    "n_epochs": 2,
+    "min_ess": 0.002,  # that a few of the best plans decide is what a search wants
+}
+RECOMMENDED = {  # tried on both tasks, one seed each; docs/plans.md has what came out
+    **{f"{algo}.{key}": value for algo in ("orw_w2", "orw", "orw_kl") for key, value in FITTED.items()},
+    "orw_w2.alpha": 0.05,
+    "orw_kl.alpha": 0.05,
+    "raft.learning_rate": 1e-3,
+}
 SPECS = [
     EnvSpec(
         name=f"plan-{kind}",
         factory=_factory(kind),
         config=PlanConfig(),
+        recommended=lambda config: RECOMMENDED,
         total_timesteps=40_000,
         summary=f"a plan of {LENGTH} actions for Gymnasium's {task.gymnasium_id}: {what}; reward is its return / 100",
     )

@@ -388,7 +388,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _save(figure: Figure, path: Path, dpi: int) -> None:
+def save_drawing(figure: Figure, path: Path, dpi: int) -> None:
     """As PNG of 128 colours: drawings need no more, and take a third of the space."""
     from PIL import Image
 
@@ -403,7 +403,7 @@ def write_comparison(cells: Sequence[Cell], root: Path) -> list[Path]:
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
     write_json(paths[0], _rounded(without_nan(entries)))
     paths[1].write_text(markdown(entries))
-    _save(learning_curves(entries), paths[2], dpi=80)
-    _save(frontier(entries), paths[3], dpi=110)
+    save_drawing(learning_curves(entries), paths[2], dpi=80)
+    save_drawing(frontier(entries), paths[3], dpi=110)
     paths[4].write_text(page(entries, root), encoding="utf-8")
     return paths

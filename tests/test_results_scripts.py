@@ -1,0 +1,147 @@
+"""Scripts that make published results: what they count, on small grids."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+import flowrl
+from flowrl.cell import run_cell
+from flowrl.envs.plans import smooth_plans
+
+
+def script(name: str) -> ModuleType:
+    """A module of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+GRID = [
+    *("--env", "gaussians-linear", "--alphas", "0.01", "1", "--taus", "2", "--seeds", "0", "1", "--budget", "600"),
+    *(
+        "--eval-samples",
+        "64",
+        "--set",
+        "n_samples=32",
+        "batch_size=32",
+        "learning_rate=0.01",
+        "solver=heun",
+        "rollout_steps=4",
+    ),
+]
+
+
+def test_an_ablation_from_cells_to_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that fails is counted, and is in no mean; the rest are means of what the cells wrote."""
+    ablation = script("ablation")
+    ran = []
+
+    def run_here(cells: list[Any], root: Path, workers: int) -> None:
+        assert workers == 1
+        for cell in cells:
+            ran.append((cell.settings["alpha"], cell.settings["tau"], cell.seed))
+            folder = root / cell.folder
+            folder.mkdir(parents=True)
+            (folder / "cell.json").write_text(json.dumps(cell.to_dict()))
+            if ran[-1] == (1.0, 2.0, 1):
+                (folder / "error.txt").write_text("it broke")
+            else:
+                run_cell(folder)
+
+    monkeypatch.setattr(ablation, "run_cells", run_here)
+    ablation.main([*GRID, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")])
+    assert ran == [(0.01, 2.0, 0), (1.0, 2.0, 0), (0.01, 2.0, 1), (1.0, 2.0, 1)]  # seed by seed
+    results = [json.loads(path.read_text()) for path in sorted((tmp_path / "work").rglob("result.json"))]
+    assert len(results) == 3
+    for result in results:
+        config = result["cell"]["config"]
+        assert (config["standardise"], config["solver"], config["n_samples"]) == ("batch", "heun", 32)
+    with (tmp_path / "out" / "gaussians-linear.csv").open() as file:
+        weak, strong = csv.DictReader(file)
+    assert (weak["seeds"], weak["failed"], strong["seeds"], strong["failed"]) == ("2", "0", "1", "1")
+    of_weak = [result for result in results if result["cell"]["settings"]["alpha"] == 0.01]
+    shares = [result["diversity"] / result["reference"]["diversity"] for result in of_weak]
+    assert float(weak["diversity"]) == pytest.approx(sum(shares) / 2, rel=1e-3)
+    assert float(weak["diversity_std"]) == pytest.approx(abs(shares[0] - shares[1]) / math.sqrt(2), rel=1e-2, abs=1e-4)
+    gains = [(r["reward_mean"] - r["reference"]["reward_mean"]) / r["reference"]["reward_std"] for r in of_weak]
+    assert float(weak["gain"]) == pytest.approx(sum(gains) / 2, rel=1e-3)
+    assert strong["diversity_std"] == "nan"
+    assert strong["works"] == "0"
+    assert (tmp_path / "out" / "gaussians-linear.png").stat().st_size > 2000
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),
+        ({"gain": 0.4, "diversity": 0.9}, False),
+        ({"gain": 3.0, "diversity": 0.4}, False),
+        ({"gain": 3.0, "velocity": 1.6}, False),  # it ran off
+        ({"failed": 1}, False),
+        ({"seeds": 0}, False),
+    ],
+)
+def test_what_works(changed: dict[str, float], expected: bool) -> None:
+    row = {"gain": 0.6, "diversity": 0.6, "velocity": 1.1, "failed": 0, "seeds": 2} | changed
+    assert script("ablation").works(row) is expected
+
+
+def test_random_search_and_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rollouts as asked for, the best of them all, and the sides of those over the threshold."""
+    plans = script("plans")
+    monkeypatch.setattr(plans, "CHUNK", 40)
+    found = plans.search("pendulum", "random, smooth plans", 3, 100)
+    generator = torch.Generator().manual_seed(1003)
+    env = flowrl.make("plan-pendulum")
+    drawn = [smooth_plans(n, generator) for n in (40, 40, 20)]
+    parts = env.evaluate(torch.cat(drawn), torch.zeros(100, dtype=torch.long)).components
+    assert found["best"] == pytest.approx(parts["return"].max().item())
+    assert found["rollouts"] == 100
+    last = {key: value[80:] for key, value in parts.items()}
+    threshold = last["return"].sort().values[14].item()
+    counted = plans.described(drawn[2], env, threshold)
+    over = last["return"] > threshold
+    assert counted["better"] == pytest.approx(5 / 20)
+    assert counted["better_right"] == pytest.approx(last["first_right"][over].mean().item())
+    assert counted["mean"] == pytest.approx(last["return"].mean().item())
+    assert counted["right"] == pytest.approx(last["first_right"].mean().item())
+
+
+def test_table_of_plans() -> None:
+    """Means and 95 % intervals over seeds, nothing where there is nothing."""
+    plans = script("plans")
+    results = [
+        {"task": "pendulum", "method": "RAFT", "seed": seed, "best": best, "rollouts": 10, "better_right": None}
+        for seed, best in enumerate((-900.0, -800.0, -700.0))
+    ]
+    text = plans.table(results, "pendulum")
+    assert "`plan-pendulum`, 10 rollouts, seeds [0, 1, 2]" in text
+    assert "| RAFT | -800.0 ± 248.4 |  |" in text  # 4.303 * 100 / sqrt(3)
+
+
+def test_cost_by_arithmetic() -> None:
+    ratio = script_of_cost().arithmetic(n_epochs=1, rollout_steps=16)["ratio"]
+    assert list(ratio.values()) == pytest.approx([1, 1, 4 / 3, 5 / 3, 21 / 3])
+
+
+def script_of_cost() -> ModuleType:
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # it takes its clock from the script beside it
+    try:
+        return script("weighting_cost")
+    finally:
+        sys.path.remove(str(REPOSITORY / "benchmarks"))
