@@ -13,7 +13,7 @@ import torch
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.prompts import prompts_from
 from flowrl.errors import ConfigError
-from flowrl.models.loading import FlowSource
+from flowrl.models.loading import SMALL, FlowSource
 from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
 from flowrl.types import Contexts, RewardOutput
 
@@ -151,7 +151,7 @@ def _recommended(flow: Any, own: Mapping[str, Any] | None) -> Callable[[CustomCo
         from flowrl.envs.text_to_image import recommended_for
 
         chosen = config.flow or flow
-        base = recommended_for(chosen) if isinstance(chosen, str) and chosen not in ("gaussians", "plans") else {}
+        base = recommended_for(chosen) if isinstance(chosen, str) and chosen not in SMALL else {}
         return {**base, **(own or {})}
 
     return settings

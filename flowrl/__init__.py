@@ -10,6 +10,8 @@ from flowrl.baselines.kl import ExactKL
 from flowrl.baselines.raft import RAFT
 from flowrl.baselines.rwr import RWR
 from flowrl.config import FlowConfig
+from flowrl.envs import digits as _digits
+from flowrl.envs import emoji as _emoji
 from flowrl.envs import gaussians as _gaussians
 from flowrl.envs import plans as _plans
 from flowrl.envs import text_to_image as _text_to_image
@@ -24,7 +26,7 @@ from flowrl.policy import FlowPolicy
 from flowrl.registry import algorithm_class, register_algorithm
 from flowrl.types import Batch, RewardOutput
 
-for _spec in (*_gaussians.SPECS, *_plans.SPECS, *_text_to_image.SPECS):
+for _spec in (*_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *_text_to_image.SPECS):
     register(_spec)
 
 __all__ = [

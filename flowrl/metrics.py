@@ -30,22 +30,25 @@ def pair_distances(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tenso
 
 
 def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Exact W2 distance between two clouds of points of equal size (N, D), by optimal transport (POT)."""
+    """Exact W2 distance between two clouds of points of equal size (N, ...), flattened, by optimal transport (POT)."""
     import ot
 
     if a.shape != b.shape:
         raise ConfigError(f"Clouds must have equal shapes, not {tuple(a.shape)} and {tuple(b.shape)}.")
-    cost = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
     return math.sqrt(max(0.0, float(ot.emd2([], [], cost.cpu().numpy(), numItermax=2_000_000))))
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
-    """Luma (B, H, W) of images (B, 3, H, W), ITU-R BT.601."""
+    """Luma (B, H, W) of images (B, 3, H, W), ITU-R BT.601; the values of grey images (B, 1, H, W)."""
+    if images.shape[1] == 1:
+        return images[:, 0].float()
     return (images.float() * images.new_tensor([0.299, 0.587, 0.114]).float()[:, None, None]).sum(1)
 
 
 def entropy(images: torch.Tensor) -> torch.Tensor:
-    """Shannon entropy in bits of the histogram of 256 grey levels: images (B, 3, H, W) in [0, 1] -> (B,), 0 to 8."""
+    """Shannon entropy in bits of the histogram of 256 grey levels, 0 to 8: images (B, C, H, W) in [0, 1] -> (B,)."""
     levels = (255 * grey(images).clamp(0, 1)).round().long().flatten(1)
     one = torch.full_like(levels, 1 / levels.shape[1], dtype=torch.float32)
     share = torch.zeros(len(images), 256, device=images.device).scatter_add_(1, levels, one)

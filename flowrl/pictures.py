@@ -29,7 +29,8 @@ CURVES = {
 
 
 def image_grid(images: torch.Tensor, columns: int = 0, pad: int = 2) -> Image.Image:
-    """Images (B, 3, H, W) in [0, 1] as one picture, row by row; about square unless `columns` is given."""
+    """Images (B, 1 or 3, H, W) in [0, 1] as one picture, row by row; about square unless `columns` is given."""
+    images = images.expand(-1, 3, -1, -1)
     pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     n, height, width, _ = pixels.shape
     columns = columns or math.ceil(math.sqrt(n))

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 import torch
-from fit_mlp import as_shipped, save, train
+from fit_flow import as_shipped, save, train
 
 from flowrl.envs.gaussians import eight_gaussians
 from flowrl.flow import interpolate

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from fit_mlp import as_shipped, save, train
+from fit_flow import as_shipped, save, train
 
 from flowrl.envs.plans import LENGTH, TASKS, PlanEnv, smooth_plans
 from flowrl.metrics import wasserstein2

@@ -23,7 +23,7 @@ LAYERS = [
     {"construction", "scoring", "diagnosis", "algorithm", "transitions", "steering", "evaluation", "side_effects"}
     | {"snapshot", "checkpoint", "memory"},
     {"orw_w2", "baselines"},
-    {"report", "charts", "pictures", "logs", "commandline", "callbacks", "runfolder", "run", "evaluate"}
+    {"report", "charts", "pictures", "logs", "wandb_writer", "commandline", "callbacks", "runfolder", "run", "evaluate"}
     | {"benchmark", "serve", "suite", "cell", "comparison", "sample", "export", "card", "hub"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}

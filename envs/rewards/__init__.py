@@ -1,6 +1,18 @@
 """Rewards: functions of samples and their contexts, one file each. Importing this package registers them."""
 
-from flowrl.envs.rewards import aesthetic, classifier, clip, compress, count, hpsv2, imagereward, ocr, pickscore, remote
+from flowrl.envs.rewards import (
+    aesthetic,
+    classifier,
+    clip,
+    compress,
+    count,
+    even,
+    hpsv2,
+    imagereward,
+    ocr,
+    pickscore,
+    remote,
+)
 from flowrl.envs.rewards.catalogue import REWARDS, make_reward, register_reward
 
 __all__ = [
@@ -10,6 +22,7 @@ __all__ = [
     "clip",
     "compress",
     "count",
+    "even",
     "hpsv2",
     "imagereward",
     "make_reward",

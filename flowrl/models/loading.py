@@ -20,7 +20,9 @@ from flowrl.models.pipeline import DEFAULTS, PipelineOptions
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
 LARGEST_MLP, DEEPEST_MLP = 2**14, 100
-EMBEDDED = ("gaussians", "plans", "mini-sd3", "mini-words")
+SMALL = ("gaussians", "plans", "digits", "emoji")
+"""Shipped flows that are no pipelines of diffusers."""
+EMBEDDED = (*SMALL, "mini-sd3", "mini-words")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
         )
     folder = ASSETS / name if name in EMBEDDED else Path(name)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        return _mlp_source(folder, name)
+        return _folder_source(folder, name)
     if not folder.exists() and ("/" not in name or name.startswith((".", "/", "~"))):
         raise ModelLoadError(
             f"There is no flow '{name}': not a shipped name ({', '.join(EMBEDDED)}), not a folder here, and not "
@@ -144,13 +146,44 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
     return pipeline_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, options)
 
 
-def _mlp_source(folder: Path, name: str) -> FlowSource:
+def _folder_source(folder: Path, name: str) -> FlowSource:
     config = read_json(folder / "config.json", f"flow '{name}'")
-    if config.get("model") != "mlp":
+    kind = config.get("model")
+    if kind not in BUILDERS:
+        known = " or ".join(f'"{name}"' for name in BUILDERS)
         raise ModelLoadError(
             f"The folder '{folder}' is no flow: it has neither model_index.json (a diffusers pipeline) nor a "
-            'config.json that says "model": "mlp".'
+            f'config.json that says "model": {known}.'
         )
+    sample_shape, build = BUILDERS[kind](config, folder)
+
+    def cast(model: VelocityModel, dtype: torch.dtype) -> VelocityModel:
+        nn.Module.to(model.network, dtype)  # diffusers' own `to` warns of an empty list
+        return model
+
+    def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
+        from safetensors.torch import load_file
+
+        model = build()
+        try:
+            state = load_file(folder / "model.safetensors")
+            model.network.load_state_dict({key: value.float() for key, value in state.items()})
+        except Exception as error:
+            raise ModelLoadError(f"Cannot read '{folder / 'model.safetensors'}': {error}") from error
+        return cast(model, network_dtype)
+
+    def skeleton() -> VelocityModel:
+        with torch.device("meta"):
+            return build()
+
+    def imitation(network_dtype: torch.dtype, frozen_dtype: torch.dtype) -> VelocityModel:
+        return cast(build(), network_dtype)
+
+    about = str(config.get("description", kind))[:200]
+    return FlowSource(name, f"{name} ({about})", sample_shape, load, skeleton, imitation, is_image=kind == "unet")
+
+
+def _mlp_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...], Callable[[], VelocityModel]]:
     dim, width, depth = (config.get(key, 0) for key in ("dim", "width", "depth"))
     if not (is_whole(dim, 1, LARGEST_MLP) and is_whole(width, 1, LARGEST_MLP) and is_whole(depth, 1, DEEPEST_MLP)):
         raise ModelLoadError(
@@ -163,29 +196,21 @@ def _mlp_source(folder: Path, name: str) -> FlowSource:
 
         return ModuleFlow(MLP(dim, width, depth), (dim,))
 
-    def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
-        from safetensors.torch import load_file
+    return (dim,), build
 
-        model = build()
-        try:
-            state = load_file(folder / "model.safetensors")
-            model.network.load_state_dict({key: value.float() for key, value in state.items()})
-        except Exception as error:
-            raise ModelLoadError(f"Cannot read '{folder / 'model.safetensors'}': {error}") from error
-        model.network.to(network_dtype)
-        return model
 
-    def skeleton() -> VelocityModel:
-        with torch.device("meta"):
-            return build()
+def _unet_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...], Callable[[], VelocityModel]]:
+    from flowrl.models.unet import UNetFlow, UNetShape
 
-    def imitation(network_dtype: torch.dtype, frozen_dtype: torch.dtype) -> VelocityModel:
-        model = build()
-        model.network.to(network_dtype)
-        return model
+    try:
+        shape = UNetShape.of(config)
+    except ConfigError as error:
+        raise ModelLoadError(f"'{folder / 'config.json'}' describes no U-Net: {error}") from error
+    return (shape.channels, shape.size, shape.size), lambda: UNetFlow(shape)
 
-    about = str(config.get("description", "MLP"))[:200]
-    return FlowSource(name, f"{name} ({about})", (dim,), load, skeleton, imitation)
+
+BUILDERS = {"mlp": _mlp_builder, "unet": _unet_builder}
+"""By the kind of model that a folder's config.json names: the shape of a sample, and how to build the flow."""
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
