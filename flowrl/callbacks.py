@@ -1,4 +1,4 @@
-"""Callbacks of a run folder: sample pictures, checkpoints, and a clean stop on a signal."""
+"""Callbacks of a run folder: sample pictures, held-out rewards, checkpoints, and a clean stop on a signal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import CheckpointError
 from flowrl.files import clear_away, read_json
-from flowrl.logs import say
+from flowrl.logs import say, show_picture
 from flowrl.pictures import save_picture
+from flowrl.side_effects import held_out
 from flowrl.snapshot import Snapshot
 
 
@@ -76,10 +79,47 @@ class PictureCallback(IterationCallback):
         policy.evaluations = spent
         if not self.model.ranks.is_main:  # type: ignore[attr-defined]
             return
+        path = self.folder / f"{name}.png"
         try:
-            save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, self.folder / f"{name}.png")
+            save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, path)
+            show_picture(self.logger, "samples", path, self.model.num_timesteps)
         except OSError as error:
             say(f"warning: Cannot write a picture to '{self.folder}': {error}. Training goes on.")
+
+
+class HeldOutCallback(BaseCallback):
+    """Scores samples of some iterations with rewards that training does not see: `held_out/NAME` in the metrics.
+
+    Args:
+        rewards: By name; those that compare samples of the same context are left to the evaluation.
+        every: Iterations between two of them.
+        n: Samples of an iteration that are scored, on each rank; rounded up to whole batches of the rollout.
+    """
+
+    def __init__(self, rewards: Mapping[str, RewardFunction], every: int, n: int = 256) -> None:
+        super().__init__()
+        self.rewards = {name: r for name, r in rewards.items() if not getattr(r, "groupwise", False)}
+        self.every, self.n = every, n
+        self._values: list[dict[str, torch.Tensor]] = []
+        self._left = 0
+
+    def _on_rollout_start(self) -> None:
+        self._values = []
+        self._left = self.n if self.rewards and self.model.iteration % self.every == 0 else 0  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        if self._left > 0:
+            samples, contexts = self.locals["samples"], self.locals["contexts"]
+            known = self.model.env.core.contexts  # type: ignore[union-attr]
+            self._values.append(held_out(self.rewards, samples, [known[i] for i in contexts.tolist()]))
+            self._left -= len(samples)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self._values:
+            means = torch.stack([torch.cat(parts).mean() for parts in zip(*(v.values() for v in self._values))])
+            for name, mean in zip(self.rewards, self.model.ranks.mean_(means).tolist()):  # type: ignore[attr-defined]
+                self.logger.record(f"held_out/{name}", mean)
 
 
 class KeepCheckpoints(IterationCallback):

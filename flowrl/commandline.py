@@ -53,7 +53,7 @@ class RunConfig:
     log_every: int = 1
     """Iterations between two rows of the metrics."""
     picture_every: int = 10
-    """Iterations between two pictures of samples."""
+    """Iterations between two pictures of samples, and between two scores by --eval-rewards."""
     checkpoint_every: int = 10
     """Iterations between two checkpoints; 0 for none by iterations."""
     checkpoint_minutes: float = 0
@@ -67,10 +67,13 @@ class RunConfig:
     eval_samples: int = 512
     """Samples of the final evaluation, of the trained flow and of the reference each."""
     eval_rewards: tuple[str, ...] = ()
-    """Rewards that training does not see, for the final evaluation: a warning when they fall while the trained one
-    rises."""
+    """Rewards that training does not see, for curves and the final evaluation: a warning when they fall while the
+    trained one rises."""
     eval_reward_options: tuple[str, ...] = ()
     """Options of those rewards, each as REWARD.OPTION=VALUE."""
+    wandb: str = ""
+    """Project of Weights & Biases, NAME or TEAM/NAME, that metrics, pictures and config.json also go to. Not kept: a
+    resumed run needs it again."""
     progress: bool = True
     """Show a progress bar with the time left (on a terminal only)."""
 

@@ -1,4 +1,4 @@
-"""The metrics of a run folder: metrics.csv, metrics.json, TensorBoard and a table on stdout.
+"""The metrics of a run: metrics.csv, metrics.json, TensorBoard and a table on stdout, Weights & Biases where asked.
 
 What is in the files stays there whatever ends the process, and a file that takes nothing for a while ends no run.
 """
@@ -13,10 +13,11 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.logger import (
     HumanOutputFormat,
     KVWriter,
@@ -39,7 +40,7 @@ def say(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def logger(folder: Path, num_timesteps: int) -> Logger:
+def logger(folder: Path, num_timesteps: int, *others: KVWriter) -> Logger:
     """stable-baselines3 logger that writes into a run folder.
 
     Rows that a resumed run wrote after its checkpoint are dropped; they will be computed again.
@@ -47,6 +48,7 @@ def logger(folder: Path, num_timesteps: int) -> Logger:
     Args:
         folder: The run folder.
         num_timesteps: Samples that the run has trained on.
+        *others: Where rows go besides.
     """
     kept = [row for row in read_rows(folder / "metrics.csv") if _timesteps(row) <= num_timesteps]
     formats: list[KVWriter] = [
@@ -55,11 +57,26 @@ def logger(folder: Path, num_timesteps: int) -> Logger:
         PatientWriter(MetricsFile(folder / "metrics.json", "json", kept), str(folder / "metrics.json")),
     ]
     try:
-        tensorboard = TensorBoardOutputFormat(str(folder / "tensorboard"))
+        tensorboard = TensorBoardWriter(str(folder / "tensorboard"))
         formats.append(PatientWriter(tensorboard, str(folder / "tensorboard")))
     except (ImportError, AssertionError):
         say("tensorboard is not installed (pip install tensorboard): no TensorBoard log is written")
+    formats += [PatientWriter(writer, f"by {type(writer).__name__}") for writer in others]
     return Logger(str(folder), formats)
+
+
+def show_picture(log: Logger, name: str, path: Path, step: int) -> None:
+    """Give a picture (PNG) to the writers that show pictures.
+
+    Args:
+        log: Of the run.
+        name: What the picture is of; the same for a whole run.
+        path: The file.
+        step: Samples that the run has trained on.
+    """
+    for writer in log.output_formats:
+        if isinstance(writer, PatientWriter):
+            writer.picture(name, path, step)
 
 
 WARNINGS = "warnings.txt"
@@ -186,6 +203,17 @@ class MetricsFile(KVWriter):
         """Nothing is open between rows."""
 
 
+class TensorBoardWriter(TensorBoardOutputFormat):
+    """stable-baselines3's, which also takes pictures."""
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a picture."""
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+
 class PatientWriter(KVWriter):
     """Writes rows by another writer; where that cannot, says so once and goes on."""
 
@@ -195,8 +223,17 @@ class PatientWriter(KVWriter):
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Write a row."""
+        self._patiently(self.writer.write, key_values, key_excluded, step)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a picture, where the writer shows any."""
+        show = getattr(self.writer, "picture", None)
+        if show is not None:
+            self._patiently(show, name, path, step)
+
+    def _patiently(self, write: Callable[..., None], *what: Any) -> None:
         try:
-            self.writer.write(key_values, key_excluded, step)
+            write(*what)
         except OSError as error:
             if not self.failed:
                 say(f"warning: Cannot write {self.name}: {error}. Training goes on.")

@@ -28,7 +28,8 @@ from flowrl.registry import ALGORITHMS
 
 PROGRAM = "python -m flowrl.report"
 CURVES = {**pictures.CURVES, "train/loss": "loss", "train/grad_norm": "gradient norm"}
-"""Metrics that a page draws, and their titles; components of the reward are added."""
+"""Metrics that a page draws, and their titles; components of the reward and held-out rewards are added."""
+HELD_OUT = "held_out/"
 
 Row = dict[str, float]
 
@@ -259,6 +260,7 @@ def _curves(runs: Sequence[RunFiles]) -> str:
     components = [key for key in measured if key.startswith("rollout/") and key not in KNOWN | CURVES.keys()]
     keys = {key: title for key, title in CURVES.items() if key in measured}
     keys |= {key: key.removeprefix("rollout/") for key in components}
+    keys |= {key: f"held-out {key.removeprefix(HELD_OUT)}" for key in measured if key.startswith(HELD_OUT)}
     if not keys:
         return "<p>There are no metrics yet.</p>"
     choices = "".join(

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from stable_baselines3.common.logger import Logger
 
 from flowrl import runfolder
 from flowrl.algorithm import FlowAlgorithm
-from flowrl.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
+from flowrl.callbacks import HeldOutCallback, KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.checkpoint import checkpoint_folder, load_checkpoint
 from flowrl.commandline import (
     KEPT,
@@ -42,6 +42,7 @@ from flowrl.ranks import is_launched, is_lost, join, place_in_job
 from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
 from flowrl.report import write_report
 from flowrl.snapshot import algorithm_name
+from flowrl.wandb_writer import WandbWriter
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
 
@@ -172,11 +173,12 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
 def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
     held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
     is_main = model.ranks.is_main
+    others = [WandbWriter(run.wandb, folder, read_json(folder / "config.json"))] if run.wandb and is_main else []
     if is_main:
         say(runfolder.header(model, folder, total))
         for outdated in ("evaluation.json", "report.html"):
             (folder / outdated).unlink(missing_ok=True)
-    model.set_logger(logger(folder, model.num_timesteps) if is_main else Logger(None, []))
+    model.set_logger(logger(folder, model.num_timesteps, *others) if is_main else Logger(None, []))
     checkpoints = KeepCheckpoints(
         folder / "checkpoints",
         run.checkpoint_every,
@@ -185,12 +187,12 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
         run.keep_best,
         run.checkpoint_background,
     )
-    pictures = PictureCallback(folder / "samples", run.picture_every)
-    with StopOnSignal() as stop, telling_warnings(folder if is_main else None):
+    shown = [PictureCallback(folder / "samples", run.picture_every), HeldOutCallback(held_out, run.picture_every)]
+    with StopOnSignal() as stop, telling_warnings(folder if is_main else None), closing(model.logger):
         try:
             model.learn(
                 max(0, total - model.num_timesteps),
-                callback=[pictures, checkpoints, stop],
+                callback=[*shown, checkpoints, stop],
                 log_interval=run.log_every,
                 reset_num_timesteps=False,
                 progress_bar=run.progress and sys.stdout.isatty(),

@@ -41,12 +41,12 @@ class Comparison:
 
 
 def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones."""
-    return {
-        "entropy": metrics.entropy(images),
-        "edge density": metrics.edge_density(images),
-        "colourfulness": colourfulness(images),
-    }
+    """Statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones.
+
+    Grey images (B, 1, H, W) have no colourfulness.
+    """
+    measured = {"entropy": metrics.entropy(images), "edge density": metrics.edge_density(images)}
+    return measured if images.shape[1] == 1 else measured | {"colourfulness": colourfulness(images)}
 
 
 def held_out(

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, write_modules
 
-TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-
-
-def snippet(module: str) -> str:
-    """The Python block that starts with `# MODULE.py`."""
-    (block,) = re.findall(rf"```python\n(# {module}\.py\n.*?)```", TEXT, re.DOTALL)
-    return block
+PAGE = ROOT / "CONTRIBUTING.md"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for module in ("my_envs", "my_algos"):
-        (tmp_path / f"{module}.py").write_text(snippet(module))
+    assert write_modules(PAGE, tmp_path) == ["my_envs", "my_algos"]
     return tmp_path
 
 
 def test_snippets_are_short():
-    def lines(module):
-        return [line for line in snippet(module).splitlines() if line.strip()]
-
-    assert len(lines("my_envs")) <= 15
-    assert len(lines("my_algos")) <= 40
+    lines = {b.module: sum(bool(line.strip()) for line in b.text.splitlines()) for b in blocks(PAGE) if b.module}
+    assert lines["my_envs"] <= 15
+    assert lines["my_algos"] <= 40
 
 
 def test_through_the_api(folder):

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import flowrl
+from flowrl.callbacks import HeldOutCallback
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import RewardError, UnknownNameError
+from flowrl.logs import logger, read_metrics
 from flowrl.side_effects import compare, held_out, looks
 
 SMALL = ["--algo.n-samples", 8, "--algo.group-size", 2, "--algo.rollout-steps", 2, "--total-timesteps", 8]
@@ -103,12 +105,41 @@ def test_a_run_scores_with_rewards_that_it_did_not_see(run_in, tmp_path: Path) -
     assert "edge density" in done.stdout
     side = json.loads((tmp_path / "runs" / "run" / "evaluation.json").read_text())["side"]
     assert side.keys() == {"entropy", "edge density", "colourfulness", "held-out compress"}
+    first, *_ = read_metrics(tmp_path / "runs" / "run" / "metrics.csv")
+    assert -5 < first["held_out/compress"] < -0.5  # kB
+    assert "held-out compress" in (tmp_path / "runs" / "run" / "report.html").read_text()
     done = run_in(tmp_path, "flowrl.evaluate", "runs/run", "--n-samples", 8, "--eval-rewards", "incompress")
     assert done.returncode == 0, done.stderr
     assert "held-out incompress" in done.stdout
     wrong = run_in(tmp_path, "flowrl.run", *args, "--eval-rewards", "compres")
     assert wrong.returncode == 2
     assert "Did you mean 'compress'" in wrong.stderr
+
+
+def test_held_out_rewards_are_of_the_samples_of_the_iteration(tmp_path: Path) -> None:
+    """Where the judge is the reward itself, the two curves are one."""
+    sizes = []
+
+    def judge(samples: torch.Tensor, contexts: list[None]) -> torch.Tensor:
+        sizes.append((len(samples), len(contexts)))
+        return samples[:, 0]
+
+    def pairs(samples: torch.Tensor, contexts: list[None]) -> torch.Tensor:
+        raise AssertionError("it compares samples")
+
+    pairs.groupwise = True
+    settings = {"n_samples": 64, "rollout_batch_size": 16, "batch_size": 64}
+    model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+    model.set_logger(logger(tmp_path, 0))
+    model.learn(192, callback=HeldOutCallback({"judge": judge, "pairs": pairs}, every=2))
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row.get("held_out/judge") for row in rows] == [
+        pytest.approx(rows[0]["rollout/reward_mean"], rel=1e-4),
+        None,
+        pytest.approx(rows[2]["rollout/reward_mean"], rel=1e-4),
+    ]
+    assert sizes == [(16, 16)] * 8
+    assert "held_out/pairs" not in rows[0]
 
 
 def test_rewards_of_an_evaluation_are_asked_in_batches_of_whole_groups() -> None:
