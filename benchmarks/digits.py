@@ -20,14 +20,14 @@ from PIL import Image
 
 import flowrl
 from flowrl.envs.rewards.even import CLASSES
-from flowrl.pictures import image_grid
+from flowrl.pictures import image_grid, stacked
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "digits"
 ALPHAS, SEEDS = (0.0, 0.3, 0.8, 1.6, 3.0), (0, 1, 2)
 N_SAMPLES, COVERED = 1024, 0.02
 COLUMNS = {
     "reward": "reward",
-    "held-out even": "held-out reward",
+    "judged even": "held-out reward",
     "entropy": "class entropy (nats)",
     "coverage": "classes with >= 2 %",
     "even_coverage": "even ones of them",
@@ -42,7 +42,7 @@ def figures(statistics_of: Any, drift: float) -> dict[str, Any]:
     shares = torch.tensor([statistics_of.components[f"digit {k}"] for k in range(CLASSES)])
     return {
         "reward": statistics_of.reward_mean,
-        "held-out even": statistics_of.components["held-out even"],
+        "judged even": statistics_of.components["judged even"],
         "entropy": -(shares * shares.clamp_min(1e-12).log()).sum().item(),
         "coverage": int((shares >= COVERED).sum()),
         "even_coverage": int((shares[::2] >= COVERED).sum()),
@@ -86,11 +86,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def picture(strips: list[torch.Tensor], path: Path, scale: int) -> None:
     """Rows of samples as a palette PNG: two rows of 24 for each of the strips, the reference first."""
-    grids = [image_grid(s[:48], columns=24, pad=1) for s in strips]
-    gap, (width, height) = 3, grids[0].size
-    sheet = Image.new("RGB", (width, len(grids) * (height + gap) - gap), "white")
-    for i, grid in enumerate(grids):
-        sheet.paste(grid, (0, i * (height + gap)))
+    sheet = stacked([image_grid(s[:48], columns=24, pad=1) for s in strips], gap=3)
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
     sheet.convert("L").quantize(17).save(path, optimize=True)
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 import flowrl
 from flowrl.envs.emoji import real_emoji
 from flowrl.metrics import wasserstein2
-from flowrl.pictures import image_grid
+from flowrl.pictures import image_grid, stacked
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "emoji"
 ALPHAS, SEEDS = (0.0, 0.1, 0.2, 0.5, 1.0), (0,)
@@ -126,12 +125,10 @@ def main() -> None:
             file.write_text(json.dumps(rows, indent=1) + "\n")
             (args.out / "table.md").write_text(table(rows) + "\n")
             print(f"alpha {alpha:g} seed {seed}: " + ", ".join(f"{key} {row[key]:.4g}" for key in COLUMNS), flush=True)
-            strips = [*(strips or [result.reference_samples]), result.samples]
-            grids = [image_grid(s[:16], columns=16) for s in strips]
-            sheet = Image.new("RGB", (grids[0].width, len(grids) * grids[0].height), "white")
-            for i, grid in enumerate(grids):
-                sheet.paste(grid, (0, i * grid.height))
-            sheet.quantize(64).save(args.out / "samples.png", optimize=True)
+            if seed == args.seeds[0]:
+                strips = [*(strips or [result.reference_samples]), result.samples]
+                sheet = stacked([image_grid(s[:16], columns=16) for s in strips])
+                sheet.quantize(64).save(args.out / "samples.png", optimize=True)
     print(table(rows))
 
 

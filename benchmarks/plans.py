@@ -29,19 +29,20 @@ from flowrl.runfolder import without_nan
 
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "ORW-CFM-W2": ("orw_w2", {}),
-    "ORW-CFM-W2, alpha 0.3": ("orw_w2", {"alpha": 0.3}),
+    "ORW-CFM-W2, alpha 0.5": ("orw_w2", {"alpha": 0.5}),
     "ORW-CFM": ("orw", {}),
     "RAFT": ("raft", {}),
     "DDPO": ("ddpo", {}),
     "Flow-GRPO": ("flow_grpo", {}),
 }
 RANDOM = ("random, reference flow", "random, smooth plans")
-DEFAULT = (*RANDOM, "ORW-CFM-W2", "ORW-CFM-W2, alpha 0.3", "ORW-CFM", "RAFT")
+DEFAULT = (*RANDOM, "ORW-CFM-W2", "ORW-CFM-W2, alpha 0.5")
 COLUMNS = {
     "best": ("best return", 1),
     "mean": ("mean return", 1),
     "solved": ("solved", 2),
     "right": ("first right", 2),
+    "solved_right": ("first right, of those that solve", 2),
     "better": ("better than random's best", 2),
     "better_right": ("of these first right", 2),
     "diversity": ("diversity", 2),
@@ -65,13 +66,15 @@ class BestReturn(IterationCallback):
 
 
 def described(plans: torch.Tensor, env: Any, threshold: float = math.inf) -> Result:
-    """What plans are like; of those whose return is over the threshold also which side they take first."""
+    """What plans are like; of those that solve the task, or whose return is over the threshold, also which side they
+    take first."""
     parts = env.evaluate(plans, torch.zeros(len(plans), dtype=torch.long)).components
-    good = parts["return"] > threshold
+    good, solving = parts["return"] > threshold, parts["solved"] > 0
     return {
         "mean": parts["return"].mean().item(),
         "solved": parts["solved"].mean().item(),
         "right": parts["first_right"].mean().item(),
+        "solved_right": parts["first_right"][solving].mean().item(),
         "better": good.float().mean().item(),
         "better_right": parts["first_right"][good].mean().item(),
         "diversity": diversity(plans, torch.zeros(len(plans), dtype=torch.long)).item(),

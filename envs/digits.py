@@ -96,7 +96,7 @@ class EvenDigits:
 class DigitsEnv(GenerationEnv):
     """One-step environment whose sample is a picture (1, size, size) of a digit, with values in [0, 1].
 
-    Components are those of the held-out classifier: `held-out even`, and of each digit its share.
+    Components are those of the held-out classifier: `judged even`, and of each digit its share.
 
     Args:
         flow: Source of the flow.
@@ -115,7 +115,7 @@ class DigitsEnv(GenerationEnv):
     def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Probability of an even digit."""
         judged = self.judge(samples, contexts)
-        components = {"held-out even": judged.reward, **judged.components}
+        components = {"judged even": judged.reward, **judged.components}
         return RewardOutput(self.reward(samples, contexts).reward, components)
 
     def describe(self) -> list[str]:

@@ -42,6 +42,16 @@ def image_grid(images: torch.Tensor, columns: int = 0, pad: int = 2) -> Image.Im
     return Image.fromarray(grid)
 
 
+def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+    """Pictures one below the other, `gap` white pixels between them."""
+    height = sum(picture.height + gap for picture in pictures) - gap
+    sheet, top = Image.new("RGB", (max(picture.width for picture in pictures), height), "white"), 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + gap
+    return sheet
+
+
 def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
     """Picture of samples as PNG: a grid of images, or a scatter plot of points."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -175,8 +175,8 @@ def test_the_environment(generator: torch.Generator) -> None:
     _, (pictures, labels) = real_digits()
     output = env.evaluate(pictures, torch.zeros(len(labels), dtype=torch.long))
     assert output.reward.mean() == pytest.approx((labels % 2 == 0).float().mean().item(), abs=0.02)
-    assert output.components["held-out even"].mean() == pytest.approx(output.reward.mean().item(), abs=0.02)
-    assert not torch.equal(output.components["held-out even"], output.reward)  # another classifier
+    assert output.components["judged even"].mean() == pytest.approx(output.reward.mean().item(), abs=0.02)
+    assert not torch.equal(output.components["judged even"], output.reward)  # another classifier
     assert sum(output.components[f"digit {k}"].mean().item() for k in range(10)) == pytest.approx(1)
     env.reset(seed=0)
     env.step(pictures[0].numpy())

@@ -7,11 +7,11 @@ import csv
 import errno
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Run
 
 import flowrl
 from flowrl import callbacks, files
@@ -108,18 +108,11 @@ def fill(path: Path) -> None:
             return
 
 
-def test_a_run_on_a_full_disk_trains_on_and_ends_with_an_error(tiny: Path, program_environment: dict[str, str]) -> None:
-    command = ["-m", "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu", "--name", "a"]
+def test_a_run_on_a_full_disk_trains_on_and_ends_with_an_error(tiny: Path, run_in: Run) -> None:
+    command = ["--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu", "--name", "a"]
     settings = ["--total-timesteps", "1280", "--algo.n-samples", "64", "--algo.batch-size", "64"]
     every = ["--checkpoint-every", "5", "--picture-every", "2"]
-    done = subprocess.run(
-        [sys.executable, *command, *settings, *every],
-        cwd=tiny,
-        env=program_environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_in(tiny, "flowrl.run", *command, *settings, *every)
     assert done.returncode == 2
     assert "Training goes on" in done.stdout
     assert "1.28e+03" in done.stdout or "1280" in done.stdout  # it went on to the end
@@ -144,16 +137,9 @@ def test_a_folder_that_becomes_read_only_loses_nothing(roomy: Path, capsys: pyte
         assert [int(row["time/total_timesteps"]) for row in csv.DictReader(file)] == [64, 128, 192]
 
 
-def test_a_run_in_a_read_only_folder_ends_before_it_trains(roomy: Path, program_environment: dict[str, str]) -> None:
+def test_a_run_in_a_read_only_folder_ends_before_it_trains(roomy: Path, run_in: Run) -> None:
     assert mounted("-o", "remount,ro", str(roomy))
-    done = subprocess.run(
-        [sys.executable, "-m", "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu"],
-        cwd=roomy,
-        env=program_environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_in(roomy, "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu")
     assert done.returncode == 2
     assert "Read-only file system" in done.stderr
     assert "Traceback" not in done.stderr

@@ -122,6 +122,17 @@ def test_random_search_and_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> N
     assert counted["right"] == pytest.approx(last["first_right"].mean().item())
 
 
+def test_sides_of_plans_that_solve() -> None:
+    class Env:
+        def evaluate(self, plans: torch.Tensor, contexts: torch.Tensor) -> flowrl.RewardOutput:
+            parts = {"return": [1, 2, 3, 4], "solved": [1, 0, 1, 1], "first_right": [1, 1, 0, 0]}
+            return flowrl.RewardOutput(plans[:, 0], {key: torch.tensor(v).float() for key, v in parts.items()})
+
+    counted = script("plans").described(torch.randn(4, 50), Env())
+    assert counted["solved_right"] == pytest.approx(1 / 3)
+    assert counted["right"] == pytest.approx(1 / 2)
+
+
 def test_table_of_plans() -> None:
     """Means and 95 % intervals over seeds, nothing where there is nothing."""
     plans = script("plans")
