@@ -1,6 +1,7 @@
 """RAFT (Dong et al., TMLR 2023, arXiv 2304.06767): fine-tune on the best samples only.
 
 Repeat: draw K samples per context, keep the best (or all above a threshold), and fit those by plain flow matching.
+With `n_best` = K and a threshold this is reward-filtered fine-tuning (ReFT).
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import torch
 
 from flowrl.config import FlowConfig
 from flowrl.losses import best_of_groups
-from flowrl.orw_w2 import ORWCFMW2, ORWConfig
+from flowrl.orw_w2 import ORWCFMW2, ORWCFMW2Config
 from flowrl.registry import register_algorithm
 from flowrl.types import Batch
 
 
 @dataclass(frozen=True)
-class RAFTConfig(ORWConfig):
+class RAFTConfig(ORWCFMW2Config):
     """Settings of RAFT; `tau` and the normalisation of weights have no effect."""
+
+    alpha: float = 0.0
+    """0, as published; above it RAFT + W2, with the penalty alpha |v - v_ref|^2 beside the weight group_size / n_best
+    of a sample that is kept."""
 
     group_size: int = 8
     """K: samples of the same context per iteration, of which the best are kept; must divide n_samples."""

@@ -77,7 +77,8 @@ def prompts_from(prompts: str | Path | Sequence[Any], held_out_share: float = 0.
         prompts: A `.txt` or `.jsonl` file, the name of a shipped set, or contexts themselves; strings among these
             become `Prompt`s.
         held_out_share: About which share to hold out where the prompts do not say so themselves. A hash of the text
-            decides about each prompt alone: the same ones are held out everywhere, in any order, whatever is added.
+            decides about each prompt alone: the same ones are held out everywhere, in any order, whatever is added. A
+            text in the field `group` is hashed in place of it: a group is trained on as a whole, or not at all.
 
     Raises:
         UnknownNameError: No such file or set; names the closest.
@@ -136,9 +137,10 @@ def _split(prompts: list[Any], held_out_share: float) -> PromptSet:
     return PromptSet(train, held_out)
 
 
-def _position(text: str) -> float:
-    """Where a text lies in [0, 1), by its SHA-256: the same on every machine."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+def _position(prompt: str) -> float:
+    """Where a prompt, or its group, lies in [0, 1), by the SHA-256 of its text: the same on every machine."""
+    group = prompt.fields.get("group", prompt) if isinstance(prompt, Prompt) else prompt
+    return int.from_bytes(hashlib.sha256(str(group).encode()).digest()[:6], "big") / 2**48
 
 
 def _located(name: str | Path) -> Path:

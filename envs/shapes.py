@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,15 +171,37 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = 64, *, free: bool =
     assert scene.colour
     assert scene.shape
     assert scene.background
+    circles = (_place_freely if free else _place)(scene.count, rng)
+    return paint([Placed(scene.shape, scene.colour, *circle) for circle in circles], scene.background, size)
+
+
+class Placed(NamedTuple):
+    """A shape of a colour within the circle around (x, y), in pixels at size 64."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+
+def paint(objects: Sequence[Placed], background: str, size: int = 64) -> NDArray[np.uint8]:
+    """Draws objects that do not touch each other, with anti-aliased edges.
+
+    Returns:
+        Array (size, size, 3), uint8 RGB.
+    """
     scale = size * _SUPERSAMPLING / 64.0
-    canvas = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING), 0)
-    pen = ImageDraw.Draw(canvas)
-    for x, y, radius in (_place_freely if free else _place)(scene.count, rng):
-        _draw_shape(pen, scene.shape, x * scale, y * scale, radius * scale)
-    cover = np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32)[..., None] / 255.0  # (size, size, 1)
-    colour = np.array(COLOURS[scene.colour], dtype=np.float32)
-    background = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
-    return np.rint(background + cover * (colour - background)).astype(np.uint8)
+    picture = np.array(BACKGROUNDS[background], dtype=np.float32)
+    for colour in dict.fromkeys(placed.colour for placed in objects):
+        canvas = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING), 0)
+        pen = ImageDraw.Draw(canvas)
+        for shape, of, x, y, radius in objects:
+            if of == colour:
+                _draw_shape(pen, shape, x * scale, y * scale, radius * scale)
+        cover = np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32)[..., None] / 255.0  # (size, size, 1)
+        picture = picture + cover * (np.array(COLOURS[colour], dtype=np.float32) - picture)
+    return np.rint(picture).astype(np.uint8)
 
 
 def _noun(shape: str, plural: bool) -> str:

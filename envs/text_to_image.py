@@ -36,7 +36,7 @@ class TextToImageConfig:
     """Settings of the `sd3-*` environments."""
 
     flow: str = "auto"
-    """Flow to fine-tune: "mini-sd3" or "mini-words" (ship with flowrl), a folder, or a hub name such as
+    """Flow to fine-tune: "mini-sd3", "mini-words" or "mini-spatial" (ship with flowrl), a folder, or a hub name such as
     stabilityai/stable-diffusion-3.5-medium, which "auto" takes where there is a CUDA device, and else a shipped one."""
     reward: str = "auto"
     """What to score: "auto" is the reward in the environment's name; or another registered one, module:name,
@@ -132,18 +132,26 @@ class TextToImageEnv(GenerationEnv):
         return (self._last.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
 
 
+OWN_WORLD: Mapping[str, str] = {"ocr": "mini-words", "spatial": "mini-spatial"}
+"""Rewards that have a shipped pipeline of their own."""
+
+
 def embedded_for(reward: str) -> str:
-    """The shipped pipeline that suits a reward: words for reading, coloured shapes for all others."""
-    return "mini-words" if reward and any(part.name == "ocr" for part in parse_mixture(reward)) else "mini-sd3"
+    """The shipped pipeline that suits a reward: words for reading, pairs for relations, shapes for all others."""
+    names = [part.name for part in parse_mixture(reward)] if reward else []
+    return next((OWN_WORLD[name] for name in names if name in OWN_WORLD), "mini-sd3")
 
 
 def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str] | str:
     """Prompts that suit the reward: the small worlds' own for embedded flows and for counting."""
     from flowrl.envs.shapes import full_prompts, open_prompts
+    from flowrl.envs.spatial import pair_prompts
     from flowrl.envs.words import word_prompts
 
     if flow.source == "mini-words":
         return word_prompts()
+    if "mini-spatial" in (flow.source, embedded_for(reward)):
+        return pair_prompts()
     if embedded_for(reward) == "mini-words":
         return "words"
     if any(part.name == "count" for part in parse_mixture(reward)):
@@ -184,8 +192,8 @@ def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
     """Algorithm settings that suit a text-to-image flow, the embedded one or a large one, and a reward."""
     name = chosen_sd3(embedded_for(reward)) if flow in ("auto", "sd3") else flow
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
-    if name == "mini-words":
-        return {**model, **WORDS}
+    if name in OWN:
+        return {**model, **OWN[name]}
     return {**model, **RIGHT_OR_WRONG} if reward == "count" else model
 
 
@@ -220,6 +228,7 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "baseline": "mean",  # wrong samples must repel; measured over 25 refreshes, longer runs need "clipped"
 }
 WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "orw_w2.alpha": 0.1, "orw_kl.alpha": 0.1}
+OWN: Mapping[str, Mapping[str, Any]] = {"mini-words": WORDS, "mini-spatial": WORDS}
 LARGE_MODEL: Mapping[str, Any] = {
     **IMAGES,
     "batch_size": 8,
@@ -249,5 +258,6 @@ SPECS = [
         ("compress", 7_680, "images that compress well: minus the JPEG size in kB"),
         ("count", 12_800, "the asked number, colour and shape, checked by image analysis"),
         ("ocr", 7_680, "the asked word, read by a text recogniser (extra [ocr])"),
+        ("spatial", 7_680, "two things in the asked relation (left of, above), checked by image analysis"),
     )
 ]

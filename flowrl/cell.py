@@ -63,7 +63,12 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
         model.learn(UNBOUNDED, callback=stop)
     training_seconds = time.monotonic() - stop.started
     steering = Steering(**cell.steer) if cell.steer else None
-    result = evaluate(model, cell.eval_samples, seed=10_000 + cell.seed, steering=steering)
+    seed = 10_000 + cell.seed
+    result = evaluate(model, cell.eval_samples, seed=seed, steering=steering)
+    numbers = result.to_dict()
+    if model.env.core.held_out:
+        unseen = evaluate(model, cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
+        numbers["held_out"] = unseen.to_dict()
     write_json(folder / "curve.json", stop.rows)
     core = model.env.core
     if core.flow.is_image:
@@ -79,7 +84,7 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     }
-    write_json(folder / "result.json", without_nan({"cell": cell.to_dict(), "cost": cost, **result.to_dict()}))
+    write_json(folder / "result.json", without_nan({"cell": cell.to_dict(), "cost": cost, **numbers}))
 
 
 def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:

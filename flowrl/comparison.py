@@ -77,15 +77,22 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
     if finished:
         for key in ("reward_mean", "diversity", "drift", "w2_to_optimum", "w2_floor"):
             entry[key] = summary([r[key] for r in finished])
-        entry["gain"] = summary([r["reward_mean"] - r["reference"]["reward_mean"] for r in finished])
+        entry["gain"] = _gain(finished)
         entry["components"] = {k: summary([r["components"][k] for r in finished]) for k in finished[0]["components"]}
         for key in ("reward_mean", "diversity"):
             entry[f"reference_{key}"] = summary([r["reference"][key] for r in finished])
+        if unseen := [r["held_out"] for r in finished if "held_out" in r]:
+            entry["held_out"] = {"gain": _gain(unseen), "diversity": summary([r["diversity"] for r in unseen])}
         entry["evaluations_per_sample"] = finished[0]["evaluations_per_sample"]
         entry["cost"] = {key: float(np.mean([r["cost"][key] for r in finished])) for key in finished[0]["cost"]}
         entry["curve"] = _curve([_read(root / cell.folder / "curve.json") or [] for cell in members])
         entry["folders"] = [cell.folder for cell, result in zip(members, results) if result is not None]
     return entry
+
+
+def _gain(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Over the reference at the same noise and contexts."""
+    return summary([r["reward_mean"] - r["reference"]["reward_mean"] for r in results])
 
 
 def _read(path: Path) -> Any:
@@ -149,7 +156,9 @@ def markdown(entries: Sequence[Entry]) -> str:
             continue
         exact = not math.isnan(done[0]["w2_to_optimum"]["mean"])
         reference = done[0]["reference_reward_mean"]["mean"], done[0]["reference_diversity"]["mean"]
+        unseen = "held_out" in done[0]
         head = ["algorithm", "reward", "gain", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
+        head += ["gain, held-out prompts", "diversity of these"] if unseen else []
         head += [*done[0]["components"], "network evaluations", "to 90 %", "then per sample"]
         head += ["samples", "updates", "minutes", "seeds"]
         lines = [f"### {env}", "", f"Before training: reward {reference[0]:.3g}, diversity {reference[1]:.3g}."]
@@ -169,6 +178,8 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     cells.append(f"{entry['reward_mean']['iqm']:.3g}")
     cells += [_interval(entry["diversity"]), _number(entry["drift"]["mean"], 2)]
     cells += [_interval(entry["w2_to_optimum"])] if exact else []
+    if "held_out" in example:
+        cells += [_interval(entry["held_out"][key]) if "held_out" in entry else "" for key in ("gain", "diversity")]
     cells += [f"{entry['components'][key]['mean']:.3g}" for key in example["components"]]
     to_90 = entry.get("evaluations_to_90_percent")
     cells.append(f"{cost['network_evaluations']:.2g}")

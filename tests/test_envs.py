@@ -18,6 +18,7 @@ from torch import nn
 
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture
+from flowrl.envs.text_to_image import embedded_for
 from flowrl.errors import ConfigError, RewardError, UnknownNameError
 from flowrl.models.mlp import MLP, FieldFlow, ModuleFlow
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
@@ -42,8 +43,8 @@ def names() -> Iterator[Callable[[], str]]:
 
 @pytest.fixture(scope="module", params=SHIPPED)
 def env(request: pytest.FixtureRequest) -> flowrl.GenerationEnv:
-    flow = "mini-words" if request.param == "sd3-ocr" else "mini-sd3"
-    settings = {"flow": flow} if request.param.startswith("sd3-") else {}
+    reward = request.param.removeprefix("sd3-")
+    settings = {"flow": embedded_for(reward)} if request.param.startswith("sd3-") else {}
     return flowrl.make(request.param, **settings)
 
 

@@ -185,6 +185,13 @@ def test_the_split_is_that_of_every_machine() -> None:
     assert prompts_from(["prompt 0", "prompt 19", "prompt 7"], 0.25).train == ("prompt 0",)
 
 
+def test_a_group_is_held_out_as_a_whole() -> None:
+    """Of the group's text alone: "prompt 19" is 0.044 of the way, "prompt 0" 0.282."""
+    prompts = [Prompt(f"{name} {i}", {"group": name}) for i in range(3) for name in ("prompt 0", "prompt 19")]
+    split = prompts_from([*prompts, "prompt 19", Prompt("prompt 0", {"colour": "red"})], 0.05)
+    assert split.held_out == ("prompt 19 0", "prompt 19 1", "prompt 19 2", "prompt 19")
+
+
 def test_shares_without_meaning(shapes: Path) -> None:
     for share in (-0.1, 1.0, math.nan):
         with pytest.raises(ConfigError, match="held_out_share must be in"):

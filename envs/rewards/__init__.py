@@ -12,6 +12,7 @@ from flowrl.envs.rewards import (
     ocr,
     pickscore,
     remote,
+    spatial,
 )
 from flowrl.envs.rewards.catalogue import REWARDS, make_reward, register_reward
 
@@ -30,4 +31,5 @@ __all__ = [
     "pickscore",
     "register_reward",
     "remote",
+    "spatial",
 ]

@@ -41,12 +41,14 @@ class Finding:
         background: The nearest palette colour of the border.
         colours: The nearest palette colour of each object.
         shapes: The likeliest shape of each object.
+        centres: The middle (x, y) of each object's bounding box, in shares of the picture.
         clean: Whether there is at least one object, and all are clean shapes of one kind and one colour.
     """
 
     background: str
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
+    centres: tuple[tuple[float, float], ...]
     clean: bool
 
 
@@ -114,8 +116,8 @@ def _find(pixels: FloatArray) -> Finding:
     ground = np.median(border, axis=0)
     objects, stray = _objects(pixels, ground)
     background = _nearest(ground, BACKGROUNDS)
-    colours = tuple(_nearest(colour, COLOURS) for colour, _ in objects)
-    shapes, likeness = _classify([cover for _, cover in objects])
+    colours = tuple(_nearest(colour, COLOURS) for colour, _, _ in objects)
+    shapes, likeness = _classify([cover for _, cover, _ in objects])
     clean = (
         bool(objects)
         and stray < _MIN_AREA
@@ -123,15 +125,19 @@ def _find(pixels: FloatArray) -> Finding:
         and len(set(shapes)) == 1
         and bool((likeness > _MIN_LIKENESS).all())
     )
-    return Finding(background, colours, tuple(shapes), clean)
+    return Finding(background, colours, tuple(shapes), tuple(centre for _, _, centre in objects), clean)
 
 
-def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[tuple[FloatArray, FloatArray]], int]:
-    """Colour (3,) and cover (h, w) in [0, 1] of each object, and the number of stray foreground pixels."""
+Object = tuple[FloatArray, FloatArray, tuple[float, float]]
+
+
+def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[Object], int]:
+    """Colour (3,), cover (h, w) in [0, 1] and centre of each object, and the number of stray foreground pixels."""
     min_area = _MIN_AREA * pixels.shape[0] * pixels.shape[1] / 64**2
     offset = pixels - ground
     contrast = np.sqrt((offset**2).sum(axis=2))
-    objects, stray = [], 0
+    objects: list[Object] = []
+    stray = 0
     for where, inside in _components(contrast > _MIN_CONTRAST):
         local = contrast[where]
         strongest = inside & (local >= np.percentile(local[inside], 70))
@@ -146,7 +152,11 @@ def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[tuple[FloatAr
             part_cover = cover[part_where]
             core = part & (part_cover >= 0.8)
             colour = np.median(pixels[where][part_where][core if core.any() else part], axis=0)
-            objects.append((colour, part_cover * ndimage.binary_dilation(part)))
+            middles = [
+                (outer.start + (inner.start + inner.stop) / 2) / n
+                for outer, inner, n in zip(where, part_where, pixels.shape)
+            ]
+            objects.append((colour, part_cover * ndimage.binary_dilation(part), (middles[1], middles[0])))
     return objects, stray
 
 
@@ -196,7 +206,7 @@ def _templates() -> tuple[FloatArray, FloatArray, FloatArray]:
             blur = rng.uniform(0.0, 1.6)
             picture = ndimage.gaussian_filter(picture, sigma=(blur, blur, 0.0))
             picture += rng.normal(scale=rng.uniform(0.0, 15.0), size=picture.shape)
-            looks += [_on_grid(cover) for _, cover in _objects(picture, picture[0, 0])[0]]
+            looks += [_on_grid(cover) for _, cover, _ in _objects(picture, picture[0, 0])[0]]
         means.append(np.mean(looks, axis=0))
         residuals.append(np.stack(looks) - means[-1])
     mean = np.stack(means)

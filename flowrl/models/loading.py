@@ -22,7 +22,7 @@ DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
 LARGEST_MLP, DEEPEST_MLP = 2**14, 100
 SMALL = ("gaussians", "plans", "digits", "emoji")
 """Shipped flows that are no pipelines of diffusers."""
-EMBEDDED = (*SMALL, "mini-sd3", "mini-words")
+EMBEDDED = (*SMALL, "mini-sd3", "mini-words", "mini-spatial")
 
 
 @dataclass(frozen=True)

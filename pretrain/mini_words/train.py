@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from flowrl.envs.rewards.ocr import OCRReward
 from flowrl.envs.words import PAIRS, TEXTS, Sign, all_signs, draw_sign
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "mini_sd3"))
 
 from autoencoder import psnr, set_scaling, unit_spread_penalty
-from pipeline import RepeatedTokenAttention, assemble, build_text_encoder, build_tokenizer, build_transformer
+from fit_transformer import encode_captions, fit_transformer
+from pipeline import assemble, build_text_encoder, build_tokenizer, build_transformer
 from pipeline import save_pipeline as save
 from text_encoders import train_to_name
-from transformer import flow_matching_loss
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "pretrain" / "work" / "mini_words"  # git-ignored
@@ -146,7 +147,7 @@ def encode(pipe: StableDiffusion3Pipeline, signs: list[Sign], rng: np.random.Gen
 
 
 def train_transformer(pipe: StableDiffusion3Pipeline, config: Config, ocr: OCRReward) -> None:
-    """Trains ``pipe.transformer``; puts the averaged weights into it and writes the pipeline, now and then."""
+    """Trains ``pipe.transformer`` and writes the pipeline, now and then."""
     rng, start = np.random.default_rng([config.seed, 2]), time.monotonic()
     signs = random_signs(config.pictures, rng)
     latents = encode(pipe, signs, rng)
@@ -154,40 +155,23 @@ def train_transformer(pipe: StableDiffusion3Pipeline, config: Config, ocr: OCRRe
     papers = torch.tensor([PAPERS.index(sign.paper) for sign in signs if sign.paper])
     prompts = ["", *captions()[0]]
     rows = {prompt: row for row, prompt in enumerate(prompts)}
-    with torch.no_grad():
-        context, _, pooled, _ = pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=1
-        )
-    trained, attention = copy.deepcopy(pipe.transformer).train().requires_grad_(True), RepeatedTokenAttention()
-    trained.set_attn_processor(attention)
-    weights = list(trained.parameters())
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    recent = 0.0
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (step + 1) / 200, (config.steps - step) / (0.4 * config.steps))
+
+    def draw_batch() -> tuple[Tensor, Tensor]:
         chosen = rng.integers(len(signs), size=config.batch_size)
         asked = torch.tensor([rows[caption(signs[i], rng, config)] for i in chosen])
-        attention.draw_repeats(config.batch_size)
         missing = torch.from_numpy(rng.random(config.batch_size) < config.blank)[:, None, None, None]
         index = torch.from_numpy(chosen)
-        data = torch.where(missing, blank[papers[index]], latents[index])
-        loss = flow_matching_loss(trained, data, context[asked], pooled[asked], config.shift)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        decay = min(config.ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(pipe.transformer.parameters()), [w.detach() for w in weights], 1 - decay)
-        recent += loss.item()
-        if (step + 1) % 500 == 0 or step + 1 == config.steps:
-            save(pipe, config.out, Path(__file__).with_name("MODEL_CARD.md"))
-            report(pipe, ocr, step + 1, recent / 500, time.monotonic() - start)
-            recent = 0.0
+        return torch.where(missing, blank[papers[index]], latents[index]), asked
+
+    def report(done: int, loss: float) -> None:
+        save(pipe, config.out, Path(__file__).with_name("MODEL_CARD.md"))
+        print(f"step {done} loss {loss:.4f} {measured(pipe, ocr)}, {time.monotonic() - start:.0f} s", flush=True)
+
+    fit_transformer(pipe, config, encode_captions(pipe, prompts), draw_batch, report)
 
 
-def report(pipe: StableDiffusion3Pipeline, ocr: OCRReward, step: int, loss: float, seconds: float) -> None:
-    """Prints how often the asked word, or any of the sixteen, can be read in 128 pictures of full prompts."""
+def measured(pipe: StableDiffusion3Pipeline, ocr: OCRReward) -> str:
+    """How often the asked word, or any of the sixteen, can be read in 128 pictures of full prompts."""
     asked = [sign.prompt for sign in all_signs()]
     generator = torch.Generator().manual_seed(0)
     images = pipe(
@@ -195,10 +179,7 @@ def report(pipe: StableDiffusion3Pipeline, ocr: OCRReward, step: int, loss: floa
     ).images.float()
     exact = ocr(images, asked).components["exact"].mean()
     legible = torch.stack([ocr(images, [f'"{text}"'] * len(asked)).components["exact"] for text in TEXTS]).amax(0)
-    print(
-        f"step {step} loss {loss:.4f} asked word {exact:.3f}, any word {legible.mean():.3f}, {seconds:.0f} s",
-        flush=True,
-    )
+    return f"asked word {exact:.3f}, any word {legible.mean():.3f}"
 
 
 def main(config: Config) -> None:
