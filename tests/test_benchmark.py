@@ -13,12 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+import flowrl
 from flowrl.benchmark import run_cells
+from flowrl.cell import run_cell
 from flowrl.comparison import CURVE_POINTS, Entry, collect, frontier, learning_curves, markdown, page, summary
 from flowrl.errors import ConfigError, UnknownNameError
-from flowrl.registry import ALGORITHMS
+from flowrl.models.mlp import MLP
+from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.suite import Cell, load_suite, suites
 
 SUITE = """
@@ -228,6 +232,32 @@ def test_a_diverged_run_hides_nothing_in_the_plots(tmp_path: Path) -> None:
     assert len(places) == 10
     assert len({round(x) for x in places[:9]}) == 9, "the others are still told apart"
     assert max(places) == places[9] <= 760
+
+
+def test_held_out_prompts_are_measured_apart(tmp_path: Path) -> None:
+    """Each prompt's reward is its own number, whatever is drawn: the means tell which prompts were scored."""
+    prompts = [str(i) for i in range(8)]
+    env = flowrl.register_env("numbers", flow=lambda: MLP(2, 8, 2), sample_shape=(2,), prompts=prompts)
+    env(lambda samples, contexts: samples[:, 0] * 0 + torch.tensor([float(c) for c in contexts]))
+    cell = Cell("RWR", "numbers", "rwr", 0, 1, 64, {"n_samples": 16}, {"held_out_share": 0.3})
+    folder = tmp_path / cell.folder
+    folder.mkdir(parents=True)
+    (folder / "cell.json").write_text(json.dumps(cell.to_dict()))
+    try:
+        made = flowrl.make("numbers", held_out_share=0.3)
+        run_cell(folder)
+    finally:
+        del ENVIRONMENTS["numbers"]
+    result = json.loads((folder / "result.json").read_text())
+    for told, asked in ((result, made.contexts), (result["held_out"], made.held_out)):
+        assert told["n_prompts"] == len(asked)
+        assert {row["prompt"] for row in told["per_prompt"]} == set(asked)
+        assert told["reward_mean"] == pytest.approx(sum(r["n"] * float(r["prompt"]) for r in told["per_prompt"]) / 64)
+    result["held_out"]["reference"]["reward_mean"] -= 2
+    (folder / "result.json").write_text(json.dumps(result))
+    table = markdown(collect([cell], tmp_path)).splitlines()
+    place = [cell.strip() for cell in table[4].split("|")].index("gain, held-out prompts")
+    assert table[-1].split("|")[place].strip() == "2"
 
 
 def test_long_curves_are_thinned_and_keep_both_ends(tmp_path: Path) -> None:
