@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward
 from flowrl.errors import ConfigError
+from flowrl.flow import interpolate
 from flowrl.likelihood import log_prob
 from flowrl.metrics import wasserstein2
 from flowrl.steering import Steering, steer
@@ -134,6 +135,24 @@ def test_raft_fits_only_what_it_keeps() -> None:
     model.learn(64)
     kept = torch.cat([batch.reward for batch in model.minibatches()])
     assert sorted(kept.tolist()) == sorted(model.buffer.reward.view(8, 8).amax(1).tolist())
+
+
+def test_raft_with_the_penalty_goes_a_known_part_of_the_way() -> None:
+    """A kept sample weighs K: where kept samples pass, the best velocity lies K / (K + alpha) of the way to RAFT's."""
+    moves = []
+    for alpha in (0.0, 8.0):
+        settings = {**FIT, "refresh_every": 10**6, "n_epochs": 8, "seed": 0, "device": "cpu"}
+        model = flowrl.RAFT("FlowPolicy", "gaussians-linear", group_size=8, alpha=alpha, **settings)
+        model.learn(10 * 1024)
+        kept = torch.cat([batch.x_1 for batch in model.minibatches()]).repeat(20, 1)
+        generator = torch.Generator().manual_seed(5)
+        x_0, t = torch.randn(kept.shape, generator=generator), torch.rand(len(kept), generator=generator)
+        x_t, _ = interpolate(x_0, kept, t)
+        with torch.no_grad():
+            v, v_ref = (model.policy.velocity(x_t, t, (), role) for role in (model.policy.sampling_role, "reference"))
+        moves.append(v - v_ref)
+    way = (moves[0] * moves[1]).sum() / moves[0].square().sum()
+    assert way == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("n_best", [0, 8, 9])
