@@ -121,8 +121,8 @@ def test_autoencoder_keeps_pairs(drawn: torch.Tensor) -> None:
 @pytest.mark.slow
 def test_draws_what_is_asked_in_part() -> None:
     model = flowrl.ORWCFMW2("FlowPolicy", "sd3-spatial", env_settings={"flow": "mini-spatial"}, seed=0, device="cpu")
-    asked = torch.arange(0, 576, 4)
+    asked = torch.arange(0, 576, 5)
     images = model.policy.sample(asked, steps=20)
     parts = SpatialReward()(images, [pair_prompts()[i] for i in asked]).components
-    assert min(parts["first"].mean(), parts["second"].mean()) > 0.8
-    assert 0.35 < parts["relation"].mean() < 0.8
+    assert min(parts["first"].mean(), parts["second"].mean()) > 0.7
+    assert 0.5 < parts["all_right"].mean() < 0.8
