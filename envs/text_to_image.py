@@ -228,7 +228,8 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "baseline": "mean",  # wrong samples must repel; measured over 25 refreshes, longer runs need "clipped"
 }
 WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "orw_w2.alpha": 0.1, "orw_kl.alpha": 0.1}
-OWN: Mapping[str, Mapping[str, Any]] = {"mini-words": WORDS, "mini-spatial": WORDS}
+PAIRS: Mapping[str, Any] = {**WORDS, **{f"{algo}.baseline": "mean" for algo in ("orw_w2", "orw", "orw_kl")}}
+OWN: Mapping[str, Mapping[str, Any]] = {"mini-words": WORDS, "mini-spatial": PAIRS}
 LARGE_MODEL: Mapping[str, Any] = {
     **IMAGES,
     "batch_size": 8,
