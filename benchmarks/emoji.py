@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 import flowrl
@@ -22,8 +24,8 @@ from flowrl.metrics import wasserstein2
 from flowrl.pictures import image_grid, stacked
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "emoji"
-ALPHAS, SEEDS = (0.0, 0.1, 0.2, 0.5, 1.0), (0,)
-N_SAMPLES = 512
+ALPHAS, SEEDS = (0.0, 0.1, 0.2, 0.5, 1.0), (0, 1, 2)
+N_SAMPLES = 256
 COLUMNS = {
     "reward": "reward (minus kB)",
     "drift": "drift",
@@ -31,6 +33,7 @@ COLUMNS = {
     "frechet": "Fréchet distance to real ones",
     "diversity": "diversity",
 }
+DECIMALS = {"reward": 3, "drift": 4, "w2": 2, "frechet": 1, "diversity": 2}
 
 
 class Features(nn.Module):
@@ -94,12 +97,25 @@ def run(alpha: float, seed: int, samples: int, features: Features, real: torch.T
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each run."""
-    lines = [f"| alpha | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    named = [("reference", rows[0]["reference"])] if rows else []
-    named += [(f"{row['alpha']:g}", row) for row in sorted(rows, key=lambda row: (row["alpha"], row["seed"]))]
-    lines += [f"| {name} | {' | '.join(f'{row[key]:.4g}' for key in COLUMNS)} |" for name, row in named]
+    """Mean and standard deviation over seeds, a line for each alpha."""
+    lines = [f"| alpha | seeds | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    groups = {"reference": [rows[0]["reference"]]} if rows else {}
+    for alpha in sorted({row["alpha"] for row in rows}):
+        groups[f"{alpha:g}"] = [row for row in rows if row["alpha"] == alpha]
+    for name, group in groups.items():
+        cells = []
+        for key, digits in DECIMALS.items():
+            values = [row[key] for row in group]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {name} | {'' if name == 'reference' else len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def picture(result: Any, path: Path, first: bool) -> None:
+    """Add a row of 16 samples to the picture; the first one goes below a row of the reference's."""
+    above = image_grid(result.reference_samples[:16], columns=16) if first else Image.open(path).convert("RGB")
+    stacked([above, image_grid(result.samples[:16], columns=16)]).quantize(64).save(path, optimize=True)
 
 
 def main() -> None:
@@ -115,20 +131,18 @@ def main() -> None:
     file = args.out / "results.json"
     rows = json.loads(file.read_text()) if file.exists() else []
     real = real_emoji().pictures
-    features, strips = Features(real), []
+    features = Features(real)
     for seed in args.seeds:
         for alpha in args.alphas:
             if any(row["alpha"] == alpha and row["seed"] == seed for row in rows):
                 continue
             row, result = run(alpha, seed, args.samples, features, real)
+            if seed == args.seeds[0]:
+                picture(result, args.out / "samples.png", first=alpha == args.alphas[0])
             rows.append(row)
             file.write_text(json.dumps(rows, indent=1) + "\n")
             (args.out / "table.md").write_text(table(rows) + "\n")
             print(f"alpha {alpha:g} seed {seed}: " + ", ".join(f"{key} {row[key]:.4g}" for key in COLUMNS), flush=True)
-            if seed == args.seeds[0]:
-                strips = [*(strips or [result.reference_samples]), result.samples]
-                sheet = stacked([image_grid(s[:16], columns=16) for s in strips])
-                sheet.quantize(64).save(args.out / "samples.png", optimize=True)
     print(table(rows))
 
 

@@ -145,6 +145,28 @@ def test_table_of_plans() -> None:
     assert "| RAFT | -800.0 ± 248.4 |  |" in text  # 4.303 * 100 / sqrt(3)
 
 
+def test_table_and_distance_of_emoji() -> None:
+    """Means and standard deviations over seeds; the Fréchet distance of Gaussians that are shifted and scaled."""
+    emoji = script("emoji")
+    figures = {"reward": -1.4, "drift": 0.0, "w2": 0.0, "frechet": 7.0, "diversity": 14.0}
+    rows = [
+        {"alpha": 0.1, "seed": seed, "reference": figures, **figures, "reward": reward}
+        for seed, reward in enumerate((-1.2, -1.1))
+    ]
+    reference, line = emoji.table(rows).splitlines()[2:]
+    assert reference == "| reference |  | -1.400 | 0.0000 | 0.00 | 7.0 | 14.00 |"
+    assert line.startswith("| 0.1 | 2 | -1.150 ± 0.071 | 0.0000 ± 0.0000 |")
+    a = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    trace = a.T.cov().trace().item()
+    assert emoji.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert emoji.frechet(a, 3 * a + 2) == pytest.approx(4 * trace + (2 * a.mean(0) + 2).square().sum().item(), rel=1e-5)
+
+
+def test_settings_of_digits() -> None:
+    digits = script("digits")
+    assert [digits.setting(text) for text in ("target=plain", "tau=2.5")] == [("target", "plain"), ("tau", 2.5)]
+
+
 def test_cost_by_arithmetic() -> None:
     ratio = script_of_cost().arithmetic(n_epochs=1, rollout_steps=16)["ratio"]
     assert list(ratio.values()) == pytest.approx([1, 1, 4 / 3, 5 / 3, 21 / 3])
