@@ -33,8 +33,6 @@ import flowrl.run
 from flowrl.envs.rewards.catalogue import REWARDS
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 
-pytestmark = pytest.mark.xdist_group("docs")  # one worker, so that what all its tests need is made once
-
 LARGEST = 32
 SMALLER = re.compile(r"(total_timesteps|n_samples|learn\()=?(\d[\d_]*)")
 LANGUAGES = {"bash", "python", "json", "text"}

@@ -31,8 +31,6 @@ from flowrl.policy import FlowPolicy
 from flowrl.runfolder import load_model
 from flowrl.sample import draw, seeded_noise
 
-pytestmark = pytest.mark.xdist_group("export")  # one worker, so that what all its tests need is made once
-
 MINI = ASSETS / "mini-sd3"
 CARD = ["README.md", "before_after.png", "curves.png", "export.json", "sampling.json"]
 

@@ -22,8 +22,6 @@ import flowrl
 from flowrl.errors import ConfigError
 from flowrl.ranks import Ranks, SharedGenerator, drawn, join
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that what all its tests need is made once
-
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 
