@@ -223,7 +223,8 @@ def names() -> str:
     """The lists of algorithms and environments, a line each."""
     lines = ["algorithms:"]
     for name, cls in ALGORITHMS.items():
-        lines.append(f"  {name:20s} {(cls.__doc__ or '').strip().splitlines()[0]}")
+        summary = (cls.__doc__ or "").strip().partition("\n")[0]
+        lines.append(f"  {name:20s} {summary}".rstrip())
     lines.append("environments:")
     for name, spec in ENVIRONMENTS.items():
         lines.append(f"  {name:20s} {spec.summary}")
