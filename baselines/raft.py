@@ -27,7 +27,6 @@ class RAFTConfig(ORWCFMW2Config):
     alpha: float = 0.0
     """0, as published; above it RAFT + W2, with the penalty alpha |v - v_ref|^2 beside the weight group_size / n_best
     of a sample that is kept."""
-
     group_size: int = 8
     """K: samples of the same context per iteration, of which the best are kept; must divide n_samples."""
     target: Literal["residual", "plain"] = "plain"

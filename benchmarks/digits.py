@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ablation import setting
 from PIL import Image
 
 import flowrl
@@ -68,15 +69,6 @@ def run(
     row["reference"] = figures(result.reference, 0.0)
     row["w2_floor"] = result.w2_floor
     return row, result
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """`tau=2.5` as a name and a value."""
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
 
 
 def table(rows: list[dict[str, Any]]) -> str:

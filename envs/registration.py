@@ -130,7 +130,7 @@ def register_env(
                 return TextToImageEnv(source, chosen.train, reward, name=name, held_out=chosen.held_out)
             return CustomEnv(source, chosen.train, reward, name, *bounds, held_out=chosen.held_out)
 
-        doc = (reward.__doc__ or f"reward {reward.__qualname__}").strip().splitlines()[0]
+        doc = ((reward.__doc__ or "").strip() or f"reward {reward.__qualname__}").splitlines()[0]
         register(
             EnvSpec(
                 name=name,

@@ -22,7 +22,6 @@ class Settings(Protocol):
     """What `fit_transformer` reads of a script's settings."""
 
     steps: int
-    batch_size: int
     lr: float
     shift: float
     ema_decay: float

@@ -21,13 +21,17 @@ from flowrl.envs.plans import smooth_plans
 
 
 def script(name: str) -> ModuleType:
-    """A module of benchmarks/."""
+    """A module of benchmarks/, which may import those beside it."""
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(REPOSITORY / "benchmarks"))
     return module
 
 
@@ -168,13 +172,5 @@ def test_settings_of_digits() -> None:
 
 
 def test_cost_by_arithmetic() -> None:
-    ratio = script_of_cost().arithmetic(n_epochs=1, rollout_steps=16)["ratio"]
+    ratio = script("weighting_cost").arithmetic(n_epochs=1, rollout_steps=16)["ratio"]
     assert list(ratio.values()) == pytest.approx([1, 1, 4 / 3, 5 / 3, 21 / 3])
-
-
-def script_of_cost() -> ModuleType:
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # it takes its clock from the script beside it
-    try:
-        return script("weighting_cost")
-    finally:
-        sys.path.remove(str(REPOSITORY / "benchmarks"))

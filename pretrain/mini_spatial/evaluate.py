@@ -50,7 +50,12 @@ def main() -> None:
     print(f"true pictures: {told(true, prompts)}")
     print(f"the same, relation reversed in the prompt: {told(true, [pair.reversed.prompt for pair in all_pairs()])}")
     print(f"after encoding and decoding: {told(decoded(pipe.vae, true), prompts)}")
-    print(f"drawn by the flow: {told(drawn(pipe, prompts, seed=1), prompts)}")
+    pictures = drawn(pipe, prompts, seed=1)
+    print(f"drawn by the flow: {told(pictures, prompts)}")
+    parts = SpatialReward()(pictures, prompts).components
+    both = (parts["first"] * parts["second"]).bool()
+    related = int(parts["relation"][both].sum())
+    print(f"both things right in {both.sum()} of {len(both)}, and their relation in {related} of these")
     sheet = image_grid(drawn(pipe, [prompt for prompt in SHOWN for _ in range(10)], seed=0), columns=10)
     sheet.quantize(64).save(ROOT / "docs" / "images" / "mini-spatial-grid.png", optimize=True)
 
