@@ -81,7 +81,7 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     tracker = _Tracker()
     random_state = torch.get_rng_state()
     with _without_storage(), tracker:
-        parts, missing = _try(cls, config, env, tracker)
+        parts, missing = _try(cls, replace(config, n_epochs=1), env, tracker)
     torch.set_rng_state(random_state)
     gc.collect()
     return MemoryPlan(parts, tracker.phases, psutil.Process().memory_info().rss, missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -58,6 +59,27 @@ def run_in(program_environment: dict[str, str]) -> Run:
 def run_module(run_in: Run, tmp_path: Path) -> Run:
     """`run_module("flowrl.run", *args)`, in `tmp_path`."""
     return lambda module, *args, **kwargs: run_in(tmp_path, module, *args, **kwargs)
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """As `run_module`, but in this process: a program takes longer to start than a small run takes.
+
+    For tests of what a program does; those of processes, signals and imports start one.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(module: str, *args: object) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        try:
+            code = importlib.import_module(module).main([str(argument) for argument in args])
+        except SystemExit as stopped:  # tyro ends the program itself
+            code = stopped.code
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([module, *args], code, said.out, said.err)
+
+    return run
 
 
 TINY_SD3 = [

@@ -57,9 +57,9 @@ def test_who_draws_for_rwr(mode: str) -> None:
 def test_online_rwr_goes_on_tilting() -> None:
     env = flowrl.make("gaussians-linear")
     settings = {**FIT, "n_samples": 2048, "refresh_every": 40}
-    model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", mode="online", tau=0.3, **settings)
-    model.learn(3 * 40 * 2048)
-    assert_matches(model, env.mixture.tilt(3 * 0.3, linear=(1.0, 0.0)).sample)
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", mode="online", tau=0.4, **settings)
+    model.learn(2 * 40 * 2048)
+    assert_matches(model, env.mixture.tilt(2 * 0.4, linear=(1.0, 0.0)).sample)
 
 
 def test_rwr_fits_given_samples(tmp_path) -> None:

@@ -102,7 +102,7 @@ def test_mistakes_in_a_choice() -> None:
         load_suite("nowhere/mine.toml")
 
 
-def test_runs_resumes_and_compares(run_module, suite: Path, tmp_path: Path) -> None:
+def test_runs_resumes_and_compares(run_module, run_here, suite: Path, tmp_path: Path) -> None:
     arguments = ("--suite", suite, "--workers", 2)
     done = run_module("flowrl.benchmark", *arguments, "--seeds", 0, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -128,7 +128,7 @@ def test_runs_resumes_and_compares(run_module, suite: Path, tmp_path: Path) -> N
     assert "http" not in frontier  # self-contained
     for name in ("curves.png", "frontier.png"):
         assert (root / name).read_bytes().startswith(b"\x89PNG")
-    done = run_module("flowrl.benchmark", *arguments, "--budget", 3_000)
+    done = run_here("flowrl.benchmark", *arguments, "--budget", 3_000)
     assert done.returncode == 2
     assert "finished with other settings (budget 2000, not 3000). Choose another folder with --out" in done.stderr
 
@@ -183,15 +183,15 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(run_module, suite: Path
     assert "| best of n |" in (root / "table.md").read_text()
 
 
-def test_no_arguments_and_dry_run(run_module, suite: Path, tmp_path: Path) -> None:
-    done = run_module("flowrl.benchmark")
+def test_no_arguments_and_dry_run(run_here, suite: Path, tmp_path: Path) -> None:
+    done = run_here("flowrl.benchmark")
     assert done.returncode == 0
     assert "suites: " in done.stdout
-    done = run_module("flowrl.benchmark", "--suite", suite, "--dry-run")
+    done = run_here("flowrl.benchmark", "--suite", suite, "--dry-run")
     assert done.returncode == 0
     assert "8 cells" in done.stdout
     assert not (tmp_path / "benchmarks").exists()
-    done = run_module("flowrl.benchmark", "--suite", "tyo")
+    done = run_here("flowrl.benchmark", "--suite", "tyo")
     assert done.returncode == 2
     assert "Did you mean 'toy'" in done.stderr
 

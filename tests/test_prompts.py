@@ -26,7 +26,6 @@ from flowrl.envs.prompts import Prompt, PromptSet, fingerprint, prompts_from, sh
 from flowrl.envs.registration import CustomConfig
 from flowrl.envs.text_to_image import TextToImageConfig
 from flowrl.errors import CheckpointError, ConfigError, UnknownNameError
-from flowrl.evaluate import main as evaluate_main
 from flowrl.models.mlp import MLP
 from flowrl.registry import ENVIRONMENTS
 from flowrl.run import main
@@ -464,34 +463,26 @@ TINY = [
 CHOICE = ["--algo", "orw_w2", "--env", "sd3-count", "--env.flow", "mini-sd3"]
 
 
-def test_dry_run_says_which_prompts(run_module: Run, shapes: Path, tmp_path: Path) -> None:
-    done = run_module("flowrl.run", *CHOICE, "--env.prompt-file", "shapes.jsonl", "--dry-run")
+def test_dry_run_says_which_prompts(run_here: Run, shapes: Path, tmp_path: Path) -> None:
+    done = run_here("flowrl.run", *CHOICE, "--env.prompt-file", "shapes.jsonl", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "prompts: 3 to train on, 2 held out, drawn in proportion to their weights" in done.stdout
     assert list(tmp_path.iterdir()) == [shapes]
 
 
-def test_a_run_on_a_file_and_its_evaluation_on_held_out_prompts(
-    run_module: Run,
-    shapes: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The evaluation in this process, to save time."""
+def test_a_run_on_a_file_and_its_evaluation_on_held_out_prompts(run_here: Run, shapes: Path, tmp_path: Path) -> None:
     arguments = [*CHOICE, "--env.prompt-file", "shapes.jsonl", *TINY, "--total-timesteps", 16, "--name", "r"]
-    done = run_module("flowrl.run", *arguments)
+    done = run_here("flowrl.run", *arguments)
     assert done.returncode == 0, done.stderr
     assert "prompts: train (3)" in done.stdout
     folder = tmp_path / "runs" / "r"
     settings = json.loads((folder / "config.json").read_text())["environment"]["settings"]
     assert settings == {"flow": "mini-sd3", "prompt_file": "shapes.jsonl"}
     before = (folder / "evaluation.json").read_text()
-    monkeypatch.chdir(tmp_path)
-    assert evaluate_main(["runs/r", "--prompts", "held_out", "--n-samples", "4"]) == 0
-    printed = capsys.readouterr().out
-    assert "prompts: held_out (2)" in printed
-    assert "report-held_out.html" in printed
+    done = run_here("flowrl.evaluate", "runs/r", "--prompts", "held_out", "--n-samples", 4)
+    assert done.returncode == 0, done.stderr
+    assert "prompts: held_out (2)" in done.stdout
+    assert "report-held_out.html" in done.stdout
     result = json.loads((folder / "evaluation-held_out.json").read_text())
     assert (result["prompts"], result["n_prompts"]) == ("held_out", 2)
     assert "prompts: held_out (2)" in (folder / "report-held_out.html").read_text()

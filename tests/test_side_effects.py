@@ -96,10 +96,10 @@ def test_velocity_ratio_of_a_longer_velocity() -> None:
     assert flowrl.evaluate(model, 64).velocity_ratio == pytest.approx(1.5, rel=1e-3)
 
 
-def test_a_run_scores_with_rewards_that_it_did_not_see(run_in, tmp_path: Path) -> None:
+def test_a_run_scores_with_rewards_that_it_did_not_see(run_here, tmp_path: Path) -> None:
     args = ["--algo", "orw_w2", "--env", "sd3-aesthetic", "--name", "run", *SMALL, "--eval-samples", 8]
     held = ["--eval-rewards", "compress", "--eval-reward-options", "compress.quality=40"]
-    done = run_in(tmp_path, "flowrl.run", *args, *held)
+    done = run_here("flowrl.run", *args, *held)
     assert done.returncode == 0, done.stderr
     assert "held-out compress" in done.stdout
     assert "edge density" in done.stdout
@@ -108,10 +108,10 @@ def test_a_run_scores_with_rewards_that_it_did_not_see(run_in, tmp_path: Path) -
     first, *_ = read_metrics(tmp_path / "runs" / "run" / "metrics.csv")
     assert -5 < first["held_out/compress"] < -0.5  # kB
     assert "held-out compress" in (tmp_path / "runs" / "run" / "report.html").read_text()
-    done = run_in(tmp_path, "flowrl.evaluate", "runs/run", "--n-samples", 8, "--eval-rewards", "incompress")
+    done = run_here("flowrl.evaluate", "runs/run", "--n-samples", 8, "--eval-rewards", "incompress")
     assert done.returncode == 0, done.stderr
     assert "held-out incompress" in done.stdout
-    wrong = run_in(tmp_path, "flowrl.run", *args, "--eval-rewards", "compres")
+    wrong = run_here("flowrl.run", *args, "--eval-rewards", "compres")
     assert wrong.returncode == 2
     assert "Did you mean 'compress'" in wrong.stderr
 
