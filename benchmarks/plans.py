@@ -25,18 +25,19 @@ from flowrl.comparison import save_drawing, summary
 from flowrl.envs.plans import TASKS, smooth_plans
 from flowrl.files import write_json
 from flowrl.metrics import diversity
-from flowrl.runfolder import without_nan
+from flowrl.runfolder import finite_or_none
 
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "ORW-CFM-W2": ("orw_w2", {}),
     "ORW-CFM-W2, alpha 0.5": ("orw_w2", {"alpha": 0.5}),
+    "ORW-CFM-W2, plain, alpha 0.5": ("orw_w2", {"alpha": 0.5, "target": "plain"}),
     "ORW-CFM": ("orw", {}),
     "RAFT": ("raft", {}),
     "DDPO": ("ddpo", {}),
     "Flow-GRPO": ("flow_grpo", {}),
 }
 RANDOM = ("random, reference flow", "random, smooth plans")
-DEFAULT = (*RANDOM, "ORW-CFM-W2", "ORW-CFM-W2, alpha 0.5")
+DEFAULT = (*RANDOM, "ORW-CFM-W2", "ORW-CFM-W2, alpha 0.5", "ORW-CFM-W2, plain, alpha 0.5")
 COLUMNS = {
     "best": ("best return", 1),
     "mean": ("mean return", 1),
@@ -174,7 +175,7 @@ def main() -> None:
             result, model = train(kind, method, seed, timesteps, max(found, default=math.inf))
             if method == "ORW-CFM-W2" and seed == args.seeds[0]:
                 picture(kind, model, args.out / f"{kind}.png")
-        results.append(without_nan({"task": kind, "method": method, "seed": seed, **result}))
+        results.append(finite_or_none({"task": kind, "method": method, "seed": seed, **result}))
         print(f"plan-{kind}, {method}, seed {seed}: best {result['best']:.1f}, mean {result['mean']:.1f}", flush=True)
         write_json(path, results)
         (args.out / "table.md").write_text("\n".join(table(results, k) for k in sorted({r["task"] for r in results})))

@@ -1,8 +1,8 @@
 """Plans for control tasks: a sample is a whole sequence of actions, its reward the return of rolling it out.
 
-The tasks are Gymnasium's Pendulum-v1 and MountainCarContinuous-v0, from a fixed state at rest. Rollouts are batched
-(`PendulumTask`, `MountainCarTask`: the same equations, float64, on the samples' device); `GymnasiumTask` rolls out in
-Gymnasium's own simulators, of these and of other tasks with continuous actions.
+The tasks are Gymnasium's Pendulum-v1 and MountainCarContinuous-v0, the car also with half the engine, from a fixed state
+at rest. Rollouts are batched (`PendulumTask`, `MountainCarTask`: the same equations, float64, on the samples' device);
+`GymnasiumTask` rolls out in Gymnasium's own simulators, of these and of other tasks with continuous actions.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ class Task(Protocol):
         steps: Steps of the simulator in an episode.
         bound: The largest action.
         position: What a position is.
+        attributes: What the simulator in Gymnasium has as attributes, and here has another value.
     """
 
     gymnasium_id: str
     steps: int
     bound: float
     position: str
+    attributes: dict[str, float]
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (B,) and positions (B, steps + 1) of action sequences (B, steps)."""
@@ -52,6 +54,9 @@ class PendulumTask:
     bound: float = 2.0
     position: str = "angle (0 and 2 pi: upright)"
     start: ClassVar[tuple[float, float]] = (math.pi, 0.0)  # angle, angular velocity
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, float] = {}
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (B,) and angles (B, steps + 1), unwrapped."""
@@ -69,13 +74,21 @@ class PendulumTask:
 
 class MountainCarTask:
     """MountainCarContinuous-v0 (999 steps), at rest near the bottom: 100 at the flag, less a tenth of the squared
-    actions. The motor is too weak to drive up at once, and doing nothing costs nothing."""
+    actions. The motor is too weak to drive up at once, and doing nothing costs nothing.
+
+    Args:
+        power: Speed that the full action adds in a step; Gymnasium's car has 0.0015.
+    """
 
     gymnasium_id: str = "MountainCarContinuous-v0"
     steps: int = 999
     bound: float = 1.0
     position: str = "position (flag at 0.45)"
     start: ClassVar[tuple[float, float]] = (-0.5, 0.0)  # position, velocity
+
+    def __init__(self, power: float = 0.0015) -> None:
+        self.power = power
+        self.attributes: dict[str, float] = {"power": power}
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (B,) and positions (B, steps + 1); at the flag the episode ends and the car stays."""
@@ -85,7 +98,7 @@ class MountainCarTask:
         total, places = torch.zeros_like(place), [place]
         running = torch.ones_like(place, dtype=torch.bool)
         for i in range(raw.shape[1]):
-            speed_next = (speed + 0.0015 * force[:, i] - 0.0025 * (3 * place).cos()).clamp(-0.07, 0.07)
+            speed_next = (speed + self.power * force[:, i] - 0.0025 * (3 * place).cos()).clamp(-0.07, 0.07)
             place_next = (place + speed_next).clamp(-1.2, 0.6)
             speed_next = torch.where((place_next <= -1.2) & (speed_next < 0), 0.0, speed_next)
             arrived = (place_next >= 0.45) & (speed_next >= 0)
@@ -107,8 +120,10 @@ class GymnasiumTask:
         import gymnasium
 
         self.gymnasium_id, self.steps, self.bound = task.gymnasium_id, task.steps, task.bound
-        self.start, self.position = task.start, task.position
+        self.start, self.position, self.attributes = task.start, task.position, task.attributes
         self.env = gymnasium.make(self.gymnasium_id)
+        for name, value in self.attributes.items():
+            setattr(self.env.unwrapped, name, value)
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (B,) and positions (B, steps + 1)."""
@@ -208,9 +223,10 @@ class PlanConfig:
     """Roll out all plans at once, or one by one in Gymnasium's simulator: the same returns, and slow."""
 
 
-TASKS: dict[str, tuple[type[PendulumTask] | type[MountainCarTask], Callable[[torch.Tensor], torch.Tensor], str]] = {
+TASKS: dict[str, tuple[Callable[[], PendulumTask | MountainCarTask], Callable[[torch.Tensor], torch.Tensor], str]] = {
     "pendulum": (PendulumTask, stays_upright, "swing a pendulum up and hold it"),
     "mountaincar": (MountainCarTask, reaches_flag, "drive a weak car up a hill"),
+    "mountaincar-half": (lambda: MountainCarTask(0.00075), reaches_flag, "the same with half the engine"),
 }
 
 
@@ -263,7 +279,7 @@ SPECS = [
         config=PlanConfig(),
         recommended=lambda config: RECOMMENDED,
         total_timesteps=40_000,
-        summary=f"a plan of {LENGTH} actions for Gymnasium's {task.gymnasium_id}: {what}; reward is its return / 100",
+        summary=f"a plan of {LENGTH} actions for Gymnasium's {task().gymnasium_id}: {what}; reward is its return / 100",
     )
     for kind, (task, _, what) in TASKS.items()
 ]

@@ -18,7 +18,7 @@ from flowrl.evaluation import evaluate
 from flowrl.files import write_json
 from flowrl.pictures import image_grid, save_picture
 from flowrl.registry import algorithm_class, named_by_a_file, own_module
-from flowrl.runfolder import without_nan
+from flowrl.runfolder import finite_or_none
 from flowrl.steering import Steering
 from flowrl.suite import REMEDY, UNTRAINED, Cell
 
@@ -84,7 +84,7 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     }
-    write_json(folder / "result.json", without_nan({"cell": cell.to_dict(), "cost": cost, **numbers}))
+    write_json(folder / "result.json", finite_or_none({"cell": cell.to_dict(), "cost": cost, **numbers}))
 
 
 def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from flowrl.errors import CheckpointError
 from flowrl.files import LARGEST_JSON, parsed_json, read_file, write_json
-from flowrl.runfolder import without_nan
+from flowrl.runfolder import finite_or_none
 from flowrl.suite import Cell
 
 if TYPE_CHECKING:
@@ -412,7 +412,7 @@ def write_comparison(cells: Sequence[Cell], root: Path) -> list[Path]:
     """Write results.json, table.md, curves.png, frontier.png and frontier.html into `root`; returns their paths."""
     entries = collect(cells, root)
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
-    write_json(paths[0], _rounded(without_nan(entries)))
+    write_json(paths[0], _rounded(finite_or_none(entries)))
     paths[1].write_text(markdown(entries))
     save_drawing(learning_curves(entries), paths[2], dpi=80)
     save_drawing(frontier(entries), paths[3], dpi=110)

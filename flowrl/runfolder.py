@@ -112,17 +112,17 @@ def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> N
 def write_evaluation(folder: Path, result: EvaluationResult, tag: str = "") -> Path:
     """Write `evaluation{tag}.json`; numbers that do not exist are null."""
     path = folder / f"evaluation{tag}.json"
-    write_json(path, without_nan(result.to_dict()))
+    write_json(path, finite_or_none(result.to_dict()))
     return path
 
 
-def without_nan(value: Any) -> Any:
-    """The same numbers, dicts and lists, with None for NaN: JSON has none."""
+def finite_or_none(value: Any) -> Any:
+    """The same numbers, dicts and lists, with None for those that are not finite: JSON has none."""
     if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
+        return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def header(model: FlowAlgorithm, folder: Path, total: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 import flowrl
 from flowrl.registry import environment_spec
 from flowrl.run import main
-from flowrl.runfolder import alone_in, write_evaluation
+from flowrl.runfolder import alone_in, finite_or_none, write_evaluation
 
 TINY = [
     "--algo.n-samples", 64, "--algo.batch-size", 32, "--algo.rollout-steps", 2, "--algo.ema-decay", 0.9,
@@ -440,6 +441,7 @@ def test_evaluation_is_valid_json_even_of_one_sample(tmp_path: Path) -> None:
     model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, rollout_steps=2)
     write_evaluation(tmp_path, flowrl.evaluate(model, 1))
     assert "NaN" not in (tmp_path / "evaluation.json").read_text()
+    assert finite_or_none({"drift": math.inf, "ci": (math.nan, 1.0)}) == {"drift": None, "ci": [None, 1.0]}
 
 
 THIRD_PARTY = '''
