@@ -1,8 +1,8 @@
 """Plans for control tasks: a sample is a whole sequence of actions, its reward the return of rolling it out.
 
-The tasks are Gymnasium's Pendulum-v1 and MountainCarContinuous-v0, the car also with half the engine, from a fixed state
-at rest. Rollouts are batched (`PendulumTask`, `MountainCarTask`: the same equations, float64, on the samples' device);
-`GymnasiumTask` rolls out in Gymnasium's own simulators, of these and of other tasks with continuous actions.
+The tasks are Gymnasium's Pendulum-v1 and MountainCarContinuous-v0, the car also with half the engine, from a fixed
+state at rest. Rollouts are batched (`PendulumTask`, `MountainCarTask`: the same equations, float64, on the samples'
+device); `GymnasiumTask` rolls out in Gymnasium's own simulators, of these and of other tasks with continuous actions.
 """
 
 from __future__ import annotations
