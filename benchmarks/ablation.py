@@ -73,14 +73,19 @@ def measured(folder: Path) -> Row | None:
     return {
         "reward": result["reward_mean"],
         "gain": (result["reward_mean"] - before["reward_mean"]) / before["reward_std"],
-        "diversity": result["diversity"] / before["diversity"],
+        "diversity": known(result["diversity"]) / before["diversity"],
         "ess_first": ess[0],
         "ess": sum(ess) / len(ess),
-        "w2": math.nan if optimum is None else optimum / start,
-        "drift": result["drift"],
-        "velocity": result["velocity_ratio"],
+        "w2": math.nan if start is None else known(optimum) / start,
+        "drift": known(result["drift"]),
+        "velocity": known(result["velocity_ratio"]),
         "samples": result["cost"]["samples"],
     }
+
+
+def known(value: float | None) -> float:
+    """A figure of a file, where null stands for one that is not finite."""
+    return math.nan if value is None else value
 
 
 def table(cells: Sequence[Cell], root: Path) -> list[Row]:
