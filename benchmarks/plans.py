@@ -136,17 +136,18 @@ def table(results: Sequence[Result], kind: str) -> str:
     lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for method in dict.fromkeys(result["method"] for result in mine):
         entries = [result for result in mine if result["method"] == method]
-        shown = [number(summary([e.get(key) for e in entries]), digits) for key, (_, digits) in COLUMNS.items()]
+        values = {key: summary([e.get(key) for e in entries]) for key in COLUMNS}
+        shown = [number(values[key], digits, len(entries)) for key, (_, digits) in COLUMNS.items()]
         lines.append(f"| {method} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
-def number(values: dict[str, float], digits: int) -> str:
-    """Mean ± half width; empty where there is none."""
+def number(values: dict[str, float], digits: int, seeds: int) -> str:
+    """Mean ± half width, and of how many seeds where others have no finite number; empty where none has."""
     if not values["n"]:
         return ""
     spread = f" ± {values['half_width']:.{digits}f}" if values["n"] > 1 else ""
-    return f"{values['mean']:.{digits}f}{spread}"
+    return f"{values['mean']:.{digits}f}{spread}" + (f" ({values['n']} of {seeds})" if values["n"] < seeds else "")
 
 
 def main() -> None:

@@ -33,14 +33,12 @@ class Task(Protocol):
         steps: Steps of the simulator in an episode.
         bound: The largest action.
         position: What a position is.
-        attributes: What the simulator in Gymnasium has as attributes, and here has another value.
     """
 
     gymnasium_id: str
     steps: int
     bound: float
     position: str
-    attributes: dict[str, float]
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (B,) and positions (B, steps + 1) of action sequences (B, steps)."""
@@ -54,9 +52,6 @@ class PendulumTask:
     bound: float = 2.0
     position: str = "angle (0 and 2 pi: upright)"
     start: ClassVar[tuple[float, float]] = (math.pi, 0.0)  # angle, angular velocity
-
-    def __init__(self) -> None:
-        self.attributes: dict[str, float] = {}
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (B,) and angles (B, steps + 1), unwrapped."""
@@ -88,7 +83,6 @@ class MountainCarTask:
 
     def __init__(self, power: float = 0.0015) -> None:
         self.power = power
-        self.attributes: dict[str, float] = {"power": power}
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (B,) and positions (B, steps + 1); at the flag the episode ends and the car stays."""
@@ -120,10 +114,10 @@ class GymnasiumTask:
         import gymnasium
 
         self.gymnasium_id, self.steps, self.bound = task.gymnasium_id, task.steps, task.bound
-        self.start, self.position, self.attributes = task.start, task.position, task.attributes
+        self.start, self.position = task.start, task.position
         self.env = gymnasium.make(self.gymnasium_id)
-        for name, value in self.attributes.items():
-            setattr(self.env.unwrapped, name, value)
+        if isinstance(task, MountainCarTask):
+            self.env.unwrapped.power = task.power  # type: ignore[attr-defined]
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (B,) and positions (B, steps + 1)."""

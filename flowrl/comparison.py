@@ -176,7 +176,7 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     cost = entry["cost"]
     cells = [entry["label"], _interval(entry["reward_mean"]), _interval(entry["gain"])]
     cells.append(f"{entry['reward_mean']['iqm']:.3g}")
-    cells += [_interval(entry["diversity"]), _number(entry["drift"]["mean"], 2)]
+    cells += [_interval(entry["diversity"]), _drift(entry)]
     cells += [_interval(entry["w2_to_optimum"])] if exact else []
     if "held_out" in example:
         cells += [_interval(entry["held_out"][key]) if "held_out" in entry else "" for key in ("gain", "diversity")]
@@ -187,6 +187,15 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     cells.append(f"{entry['evaluations_per_sample']:.0f}")
     cells += [f"{cost['samples']:.0f}", f"{cost['gradient_steps']:.0f}", f"{cost['training_seconds'] / 60:.1f}"]
     return [*cells, str(entry["seeds_finished"])]
+
+
+def _drift(entry: Entry) -> str:
+    """Mean over seeds; of a trained flow that ran off it is not finite, and missing."""
+    n, seeds = entry["drift"]["n"], entry["seeds_finished"]
+    text = _number(entry["drift"]["mean"], 2)
+    if entry["cost"]["gradient_steps"] and n < seeds:
+        text = f"{text} (finite in {n} of {seeds})".strip()
+    return text
 
 
 def _number(value: float, digits: int) -> str:

@@ -19,7 +19,17 @@ from PIL import Image
 import flowrl
 from flowrl.benchmark import run_cells
 from flowrl.cell import run_cell
-from flowrl.comparison import CURVE_POINTS, Entry, collect, frontier, learning_curves, markdown, page, summary
+from flowrl.comparison import (
+    CURVE_POINTS,
+    Entry,
+    _drift,
+    collect,
+    frontier,
+    learning_curves,
+    markdown,
+    page,
+    summary,
+)
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.models.mlp import MLP
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
@@ -274,3 +284,12 @@ def test_long_curves_are_thinned_and_keep_both_ends(tmp_path: Path) -> None:
     assert len(told["curve"]) == CURVE_POINTS
     assert [told["curve"][i]["evaluations"] for i in (0, -1)] == [0, 199]
     assert told["evaluations_to_90_percent"] == 180, "measured on the whole curve"
+
+
+def test_seeds_whose_drift_is_not_finite_are_told() -> None:
+    """A flow that ran off must not look better for it: its drift is null in result.json."""
+    entry = {"seeds_finished": 3, "cost": {"gradient_steps": 8.0}}
+    assert _drift({**entry, "drift": summary([0.1, None, 0.3])}) == "0.2 (finite in 2 of 3)"
+    assert _drift({**entry, "drift": summary([None] * 3)}) == "(finite in 0 of 3)"
+    assert _drift({**entry, "drift": summary([0.1] * 3)}) == "0.1"
+    assert _drift({**entry, "cost": {"gradient_steps": 0.0}, "drift": summary([None] * 3)}) == ""
