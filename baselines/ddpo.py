@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.losses import group_mean
+from flowrl.functional.losses import group_mean
 from flowrl.registry import register_algorithm
-from flowrl.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
+from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
 from flowrl.types import Batch
 
 

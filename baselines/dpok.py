@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from flowrl.config import FlowConfig
-from flowrl.losses import Standardisation, standardise
-from flowrl.optimizers import step_unless
+from flowrl.functional.losses import Standardisation, standardise
 from flowrl.registry import register_algorithm
-from flowrl.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
+from flowrl.training.optimizers import step_unless
+from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
 from flowrl.types import Batch
 
 

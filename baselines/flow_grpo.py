@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.losses import group_advantage
+from flowrl.functional.losses import group_advantage
+from flowrl.functional.solvers import GaussianStep
 from flowrl.registry import register_algorithm
-from flowrl.sampler import GaussianStep
-from flowrl.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
+from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
 from flowrl.types import Batch, Role, Transitions
 
 

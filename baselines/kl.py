@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.likelihood import Divergence, log_prob
+from flowrl.functional.likelihood import Divergence, log_prob
 from flowrl.orw_w2 import ORWCFMW2, ORWConfig
 from flowrl.registry import register_algorithm
 from flowrl.types import Role
@@ -53,8 +53,8 @@ class ExactKL(ORWCFMW2):
 
     def log_prob(self, x_1: torch.Tensor, contexts: torch.Tensor, role: Role) -> torch.Tensor:
         """Log-likelihood (B,) of samples, in the space of the flow; the same random signs for every role."""
-        config, chunk = self.config, self.config.batch_size // self.ranks.count
-        first = self.buffer.size + self.ranks.index * len(x_1)  # among the samples of the iteration
+        config, chunk = self.config, self.config.batch_size // self.ranks.world_size
+        first = self.buffer.size + self.ranks.rank * len(x_1)  # among the samples of the iteration
         parts = []
         for i, (samples, c) in enumerate(zip(x_1.split(chunk), contexts.split(chunk))):
             generator = torch.Generator(x_1.device).manual_seed(self.iteration * 100_003 + first + i)

@@ -74,8 +74,8 @@ class RWR(ORWCFMW2):
         """Latents of the reference, of the flow in training (online), or given ones."""
         if self.data is None:
             return super().draw_latents(contexts)
-        done, n = self.buffer.size, len(contexts) * self.ranks.count
-        return self.data[0][self.ranks.mine(self.rows[done : done + n])]
+        done, n = self.buffer.size, len(contexts) * self.ranks.world_size
+        return self.data[0][self.ranks.shard(self.rows[done : done + n])]
 
 
 def read_samples(path: Path, model: RWR) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from flowrl.benchmark import run_cells
-from flowrl.comparison import save_drawing
-from flowrl.suite import Cell, load_suite
+from flowrl.pages.comparison import save_drawing
+from flowrl.suites.suite import Cell, load_suite
 
 ALPHAS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 TAUS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import flowrl
-from flowrl.callbacks import KeepCheckpoints
+from flowrl.runs.callbacks import KeepCheckpoints
 
 PICTURES = {"n_samples": 64, "group_size": 8, "batch_size": 64, "n_epochs": 1, "rollout_steps": 4, "ema_decay": 0.9}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

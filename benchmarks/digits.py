@@ -21,7 +21,7 @@ from PIL import Image
 
 import flowrl
 from flowrl.envs.rewards.even import CLASSES
-from flowrl.pictures import image_grid, stacked
+from flowrl.runs.pictures import image_grid, stacked
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "digits"
 ALPHAS, SEEDS = (0.0, 0.3, 0.8), (0, 1, 2)

@@ -20,8 +20,8 @@ from torch import nn
 
 import flowrl
 from flowrl.envs.emoji import real_emoji
-from flowrl.metrics import wasserstein2
-from flowrl.pictures import image_grid, stacked
+from flowrl.functional.metrics import wasserstein2
+from flowrl.runs.pictures import image_grid, stacked
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "emoji"
 ALPHAS, SEEDS = (0.0, 0.1, 0.2, 0.5, 1.0), (0, 1, 2)

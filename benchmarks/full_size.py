@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
 
     import flowrl
-    from flowrl.memory import predict_memory
+    from flowrl.training.memory_plan import predict_memory
 
     settings = {**SETTINGS, "gradient_checkpointing": args.gradient_checkpointing}
     with tempfile.TemporaryDirectory() as name:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 import flowrl
-from flowrl.callbacks import IterationCallback
-from flowrl.comparison import save_drawing, summary
 from flowrl.envs.plans import TASKS, smooth_plans
-from flowrl.files import write_json
-from flowrl.metrics import diversity
-from flowrl.runfolder import finite_or_none
+from flowrl.functional.metrics import diversity
+from flowrl.pages.comparison import save_drawing, summary
+from flowrl.runs.callbacks import IterationCallback
+from flowrl.runs.folder import finite_or_none
+from flowrl.storage.files import write_json
 
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "ORW-CFM-W2": ("orw_w2", {}),

@@ -12,7 +12,7 @@ from typing import Any
 import architectures
 
 import flowrl
-from flowrl.memory import predict_memory
+from flowrl.training.memory_plan import predict_memory
 
 GIB = 2**30
 RECIPES: list[tuple[str, str, int, dict[str, Any]]] = [

@@ -20,8 +20,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import flowrl
-from flowrl.memory import _without_storage
-from flowrl.ranks import Ranks
+from flowrl.distributed.ranks import Ranks
+from flowrl.training.memory_plan import _without_storage
 
 RATE = 400e12
 """FLOP/s of a GPU in bfloat16: 40 % of an H100's 989e12."""

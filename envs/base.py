@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -84,6 +84,12 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         """Take back what `extra_state` gave; by default in place."""
         for name, tensor in self.extra_state().items():
             tensor.copy_(tensors[name])
+
+    def gather_with(self, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take `all_gather`, which maps values (B,) of this process to those of all that train together.
+
+        For rewards with running statistics, which `observe` must feed with the values of every process.
+        """
 
     def describe(self) -> list[str]:
         """Lines for the head of a run: which flow and which reward, and how to choose others."""

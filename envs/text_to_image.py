@@ -114,6 +114,11 @@ class TextToImageEnv(GenerationEnv):
             return self.reward.observe(samples, contexts)
         return self.score(samples, contexts)
 
+    def gather_with(self, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Feed a mixture's running statistics with the values of every process."""
+        if isinstance(self.reward, MixtureReward):
+            self.reward.all_gather = all_gather
+
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Running statistics of a mixture."""
         return self.reward.extra_state() if isinstance(self.reward, MixtureReward) else {}

@@ -1,8 +1,5 @@
 """flowrl fine-tunes flow-matching generators with rewards, and compares the ways to do it."""
 
-__version__ = "0.1.0"
-
-from flowrl.algorithm import FlowAlgorithm
 from flowrl.baselines.ddpo import DDPO
 from flowrl.baselines.dpok import DPOK
 from flowrl.baselines.flow_grpo import FlowGRPO
@@ -19,12 +16,14 @@ from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.prompts import Prompt
 from flowrl.envs.registration import make, make_vec, register, register_env
 from flowrl.envs.rewards.catalogue import register_reward
-from flowrl.evaluation import EvaluationResult, evaluate
+from flowrl.evaluation.measure import EvaluationResult, evaluate
 from flowrl.models.base import VelocityModel
 from flowrl.orw_w2 import ORWCFM, ORWCFMKL, ORWCFMW2
-from flowrl.policy import FlowPolicy
 from flowrl.registry import algorithm_class, register_algorithm
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.policy import FlowPolicy
 from flowrl.types import Batch, RewardOutput
+from flowrl.version import __version__ as __version__
 
 for _spec in (*_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *_text_to_image.SPECS):
     register(_spec)

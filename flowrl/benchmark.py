@@ -23,12 +23,12 @@ from typing import Any
 
 import tyro
 
-from flowrl.cell import run_logged
-from flowrl.comparison import write_comparison
 from flowrl.errors import ConfigError, FlowRLError
-from flowrl.files import read_json, write_json
+from flowrl.pages.comparison import write_comparison
 from flowrl.registry import own_module
-from flowrl.suite import Cell, load_suite, suites
+from flowrl.storage.files import read_json, write_json
+from flowrl.suites.cell import run_logged
+from flowrl.suites.suite import Cell, load_suite, suites
 
 PROGRAM = "python -m flowrl.benchmark"
 
@@ -38,7 +38,7 @@ class BenchmarkConfig:
     """Algorithms x environments x seeds at equal cost; a table, curves and the reward-diversity frontier."""
 
     suite: str = ""
-    """Suite that ships with flowrl, or a TOML file of your own (see flowrl/suite.py)."""
+    """Suite that ships with flowrl, or a TOML file of your own (see flowrl/suites/suite.py)."""
     algos: tuple[str, ...] = ()
     """Only these algorithms of the suite."""
     envs: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ def _processes() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flowrl.cell", "ot", "matplotlib.figure", "torchdiffeq"])
+    context.set_forkserver_preload(["flowrl.suites.cell", "ot", "matplotlib.figure", "torchdiffeq"])
     return context
 
 

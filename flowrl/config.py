@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from flowrl.checks import check_types
 from flowrl.errors import ConfigError
-from flowrl.flow import TimeSampling
-from flowrl.sampler import GUIDANCES, SOLVERS, Guidance, Solver
+from flowrl.functional.flow import TimeSampling
+from flowrl.functional.solvers import GUIDANCES, SOLVERS, Guidance, Solver
 
 Precision = Literal["float32", "bfloat16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]

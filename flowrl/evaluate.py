@@ -1,6 +1,6 @@
 """Evaluate a run: `python -m flowrl.evaluate runs/NAME`; or steer a flow that is not trained at all.
 
-The module can also be called, `flowrl.evaluate(model)`: it then is the function `flowrl.evaluation.evaluate`.
+The module can also be called, `flowrl.evaluate(model)`: it then is the function `flowrl.evaluation.measure.evaluate`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from flowrl import evaluation, runfolder
-from flowrl.algorithm import FlowAlgorithm
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import ConfigError, FlowRLError
-from flowrl.pictures import save_before_after
+from flowrl.evaluation import measure as evaluation
+from flowrl.evaluation.steering import Steering
+from flowrl.functional.solvers import Solver
 from flowrl.registry import algorithm_class, environment_spec
 from flowrl.report import write_report
-from flowrl.sampler import Solver
-from flowrl.snapshot import algorithm_name
-from flowrl.steering import Steering
+from flowrl.runs import folder as runfolder
+from flowrl.runs.pictures import save_before_after
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.saving import algorithm_name
 
 PROGRAM = "python -m flowrl.evaluate"
 

@@ -20,12 +20,13 @@ from typing import Annotated, Any
 import tyro
 from safetensors import SafetensorError
 
-import flowrl
-from flowrl import hub, runfolder
-from flowrl.algorithm import FlowAlgorithm
-from flowrl.card import Kind, hub_name, write_card
 from flowrl.errors import ConfigError, FlowRLError
-from flowrl.files import replace_folder, write_json
+from flowrl.pages.model_card import Kind, hub_name, write_card
+from flowrl.runs import folder as runfolder
+from flowrl.storage import hub
+from flowrl.storage.files import replace_folder, write_json
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.version import __version__
 
 PROGRAM = "python -m flowrl.export"
 
@@ -119,7 +120,7 @@ def export(model: FlowAlgorithm, run: Path, folder: Path, name: str = "") -> lis
             write_card(temporary, model, run, name, kind, sampling)
             files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
             files.append(hub.MANIFEST)
-            about = {"flowrl": flowrl.__version__, "name": name, "kind": kind, "files": files}
+            about = {"flowrl": __version__, "name": name, "kind": kind, "files": files}
             write_json(temporary / hub.MANIFEST, about)
             replace_folder(temporary, folder)
         finally:

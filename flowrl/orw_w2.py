@@ -12,10 +12,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from flowrl.algorithm import FlowAlgorithm
 from flowrl.config import FlowConfig
-from flowrl.flow import Coupling, interpolate, ot_permutation, sample_time
-from flowrl.losses import (
+from flowrl.functional.flow import Coupling, interpolate, ot_permutation, sample_time
+from flowrl.functional.losses import (
     Baseline,
     Normalisation,
     Standardisation,
@@ -28,6 +27,7 @@ from flowrl.losses import (
     standardise,
 )
 from flowrl.registry import register_algorithm
+from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.types import Batch, Role
 
 
@@ -130,12 +130,12 @@ class ORWCFMW2(FlowAlgorithm):
         x_0 = self.policy.noise(len(batch.x_1), self.generator)
         if self.config.coupling == "independent":
             return batch, x_0
-        ranks, n = self.ranks, len(x_0) * self.ranks.count  # coupled over the whole minibatch
-        x_0, x_1, contexts, reward, weight = (ranks.all(rows, n) for rows in (x_0, *batch[:4]))
+        ranks, n = self.ranks, len(x_0) * self.ranks.world_size  # coupled over the whole minibatch
+        x_0, x_1, contexts, reward, weight = (ranks.all_gather(rows, n) for rows in (x_0, *batch[:4]))
         index = torch.multinomial(weight, n, replacement=True, generator=self.generator)
         x_1, contexts, reward = x_1[index], contexts[index], reward[index]
         x_0 = x_0[ot_permutation(x_0, x_1, contexts)]
-        mine = ranks.mine
+        mine = ranks.shard
         drawn = Batch(mine(x_1), mine(contexts), mine(reward), mine(weight.mean().expand(n)))
         return drawn, mine(x_0)
 

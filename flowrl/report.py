@@ -17,14 +17,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from flowrl import charts, pictures
-from flowrl.charts import Series, chart, legend
-from flowrl.checkpoint import DAMAGE
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError
-from flowrl.files import read_json
-from flowrl.logs import WARNINGS, read_metrics
-from flowrl.pictures import STEPS
+from flowrl.pages import charts
+from flowrl.pages.charts import Series, chart, legend
 from flowrl.registry import ALGORITHMS
+from flowrl.runs import pictures
+from flowrl.runs.logs import WARNINGS, read_metrics
+from flowrl.runs.pictures import STEPS
+from flowrl.storage.files import read_json
+from flowrl.training.loading import DAMAGE
 
 PROGRAM = "python -m flowrl.report"
 CURVES = {**pictures.CURVES, "train/loss": "loss", "train/grad_norm": "gradient norm"}

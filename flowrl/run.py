@@ -14,11 +14,16 @@ import torch
 import tyro
 from stable_baselines3.common.logger import Logger
 
-from flowrl import runfolder
-from flowrl.algorithm import FlowAlgorithm
-from flowrl.callbacks import HeldOutCallback, KeepCheckpoints, PictureCallback, StopOnSignal
-from flowrl.checkpoint import checkpoint_folder, load_checkpoint
-from flowrl.commandline import (
+from flowrl.distributed.ranks import is_launched, is_lost, join, place_in_job
+from flowrl.envs.rewards.catalogue import RewardFunction
+from flowrl.envs.rewards.mixture import make_rewards
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
+from flowrl.evaluation.measure import evaluate
+from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
+from flowrl.report import write_report
+from flowrl.runs import folder as runfolder
+from flowrl.runs.callbacks import HeldOutCallback, KeepCheckpoints, PictureCallback, StopOnSignal
+from flowrl.runs.commandline import (
     KEPT,
     PROGRAM,
     RunConfig,
@@ -29,20 +34,15 @@ from flowrl.commandline import (
     require_names,
     second_pass,
 )
-from flowrl.construction import check_device
-from flowrl.envs.rewards.catalogue import RewardFunction
-from flowrl.envs.rewards.mixture import make_rewards
-from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
-from flowrl.evaluation import evaluate
-from flowrl.files import clear_away, read_json
-from flowrl.logs import logger, say, telling_warnings
-from flowrl.memory import is_out_of_memory, ways_to_save
-from flowrl.pictures import save_before_after
-from flowrl.ranks import is_launched, is_lost, join, place_in_job
-from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
-from flowrl.report import write_report
-from flowrl.snapshot import algorithm_name
-from flowrl.wandb_writer import WandbWriter
+from flowrl.runs.logs import logger, say, telling_warnings
+from flowrl.runs.pictures import save_before_after
+from flowrl.runs.wandb_writer import WandbWriter
+from flowrl.storage.files import clear_away, read_json
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.construction import check_device
+from flowrl.training.loading import checkpoint_folder, load_checkpoint
+from flowrl.training.memory_plan import is_out_of_memory, ways_to_save
+from flowrl.training.saving import algorithm_name
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
 
@@ -88,7 +88,7 @@ def _main(args: list[str]) -> int:
     assert spec is not None
     assert algo_config is not None
     ranks = join(run.device)
-    algo_config.check_ranks(ranks.count)
+    algo_config.check_ranks(ranks.world_size)
     from_file = nullcontext() if before is None else named_by_a_file("--config", "name it with --env module:name")
     with ranks.main_first(), from_file:  # what a reward fetches from the hub
         env = make_env(spec, env_config)
@@ -96,11 +96,11 @@ def _main(args: list[str]) -> int:
         check_device(run.device)
         if ranks.is_main:
             folder = run.out / _name(run, algo)
-            print(runfolder.plan(folder, algo, algo_config, env, _timesteps(run, spec), ranks.count))
+            print(runfolder.plan(folder, algo, algo_config, env, _timesteps(run, spec), ranks.world_size))
         return 0
     _set_deterministic(run)
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
-    folder = Path(ranks.same(str(runfolder.create(run.out, _name(run, algo), env.name) if ranks.is_main else "")))
+    folder = Path(ranks.broadcast(str(runfolder.create(run.out, _name(run, algo), env.name) if ranks.is_main else "")))
     return _train(model, folder, run, _timesteps(run, spec))
 
 

@@ -17,17 +17,17 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import flowrl
-from flowrl import runfolder
-from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import checkpoint_folder
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
-from flowrl.files import write_json
-from flowrl.pictures import image_grid, save_picture
-from flowrl.policy import FlowPolicy
-from flowrl.snapshot import algorithm_name
+from flowrl.runs import folder as runfolder
+from flowrl.runs.pictures import image_grid, save_picture
+from flowrl.storage.files import write_json
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.loading import checkpoint_folder
+from flowrl.training.policy import FlowPolicy
+from flowrl.training.saving import algorithm_name
+from flowrl.version import __version__
 
 PROGRAM = "python -m flowrl.sample"
 OWN_PROMPTS = 8
@@ -167,7 +167,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
         write = _write_images if env.flow.is_image else _write_points
         entries, picture = write(folder, env, each, seeds, chain([first], batches), n)
         about = {
-            "flowrl": flowrl.__version__,
+            "flowrl": __version__,
             "checkpoint": str(config.run),
             "trained_on_samples": model.num_timesteps,
             "algorithm": algorithm_name(type(model)),

@@ -22,14 +22,14 @@ import torch
 import tyro
 from stable_baselines3.common.utils import get_device
 
-import flowrl
 from flowrl.config import FlowConfig
-from flowrl.construction import check_device
 from flowrl.envs.base import check_reward
 from flowrl.envs.rewards import REWARDS, make_reward, wire
 from flowrl.envs.rewards.catalogue import RewardFunction, check_options, parse_options
 from flowrl.errors import ConfigError, FlowRLError, RewardError
+from flowrl.training.construction import check_device
 from flowrl.types import RewardOutput
+from flowrl.version import __version__
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
@@ -198,7 +198,7 @@ class Service:
         """`GET /health`, which needs no token and says no more than who this is."""
         from fastapi.responses import JSONResponse
 
-        return JSONResponse({"reward": self.scorer.name, "version": flowrl.__version__})
+        return JSONResponse({"reward": self.scorer.name, "version": __version__})
 
     def _check_head(self, request: Request) -> None:
         """Refuse whatever can be refused before the body is read."""

@@ -21,9 +21,9 @@ from torch import nn
 
 from flowrl.envs.digits import SPLIT_SEED, Digits, real_digits
 from flowrl.envs.rewards.even import CLASSES, DigitClassifier
-from flowrl.metrics import wasserstein2
+from flowrl.functional.metrics import wasserstein2
+from flowrl.functional.solvers import ode_sample, time_grid
 from flowrl.models.unet import UNetFlow, UNetShape, to_latents
-from flowrl.sampler import ode_sample, time_grid
 
 ASSET = Path(__file__).resolve().parent.parent / "flowrl" / "assets" / "digits"
 SOURCE = "scikit-learn's load_digits: UCI Optical Recognition of Handwritten Digits, CC BY 4.0"

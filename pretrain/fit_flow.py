@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flowrl.flow import interpolate
+from flowrl.functional.flow import interpolate
 from flowrl.models.base import VelocityModel
 from flowrl.models.mlp import MLP, ModuleFlow
 from flowrl.types import Condition

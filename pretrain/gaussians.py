@@ -15,9 +15,9 @@ import torch
 from fit_flow import as_shipped, save, train
 
 from flowrl.envs.gaussians import eight_gaussians
-from flowrl.flow import interpolate
-from flowrl.metrics import wasserstein2
-from flowrl.sampler import ode_sample, time_grid
+from flowrl.functional.flow import interpolate
+from flowrl.functional.metrics import wasserstein2
+from flowrl.functional.solvers import ode_sample, time_grid
 
 ASSET = Path(__file__).resolve().parent.parent / "flowrl" / "assets" / "gaussians"
 

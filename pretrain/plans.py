@@ -14,8 +14,8 @@ import torch
 from fit_flow import as_shipped, save, train
 
 from flowrl.envs.plans import LENGTH, TASKS, PlanEnv, smooth_plans
-from flowrl.metrics import wasserstein2
-from flowrl.sampler import ode_sample, time_grid
+from flowrl.functional.metrics import wasserstein2
+from flowrl.functional.solvers import ode_sample, time_grid
 
 ASSET = Path(__file__).resolve().parent.parent / "flowrl" / "assets" / "plans"
 

@@ -62,13 +62,13 @@ def checkpoint(folder: Path) -> Path:
 def readers(folder: Path) -> Readers:
     """What reads bytes, with sound ones to begin with."""
     import flowrl
-    from flowrl import hub
     from flowrl.envs.prompts import fingerprint, prompts_from
     from flowrl.envs.rewards import wire
-    from flowrl.files import read_json, read_rows, read_tensors
-    from flowrl.logs import read_metrics
     from flowrl.models.loading import ASSETS, FlowSource
-    from flowrl.suite import load_suite
+    from flowrl.runs.logs import read_metrics
+    from flowrl.storage import hub
+    from flowrl.storage.files import read_json, read_rows, read_tensors
+    from flowrl.suites.suite import load_suite
 
     suite = re.search(r'^SUITE = """(.*?)"""', SEEDS.read_text(), re.DOTALL | re.MULTILINE)
     assert suite is not None

@@ -15,16 +15,19 @@ from pathlib import Path
 import numpy as np
 from fuzzing import CANARY, JSON, NAMING_CODE, TEXT, Damage, Target, json_code, main, pick
 
-from flowrl import benchmark, card, hub, run, runfolder
-from flowrl.comparison import collect
+from flowrl import benchmark, run
 from flowrl.envs.prompts import fingerprint, prompts_from, shares_of
 from flowrl.errors import FlowRLError
-from flowrl.files import read_json, write_json
-from flowrl.logs import read_metrics
 from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.pages import model_card as card
+from flowrl.pages.comparison import collect
 from flowrl.registry import algorithm_class
 from flowrl.report import RunFiles, _made, page
-from flowrl.suite import Cell, load_suite
+from flowrl.runs import folder as runfolder
+from flowrl.runs.logs import read_metrics
+from flowrl.storage import hub
+from flowrl.storage.files import read_json, write_json
+from flowrl.suites.suite import Cell, load_suite
 
 SUITE = """
 description = "everything that a suite can say"

@@ -30,11 +30,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a pool of threads
 
 import torch
 
-from flowrl.checkpoint import checkpoint_folder
 from flowrl.errors import CheckpointError
-from flowrl.files import LEFT_BEHIND
 from flowrl.registry import ALGORITHMS
 from flowrl.run import main as run_main
+from flowrl.storage.files import LEFT_BEHIND
+from flowrl.training.loading import checkpoint_folder
 
 OPTIONS = {
     "mlp": [

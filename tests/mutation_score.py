@@ -50,8 +50,8 @@ class Mutation(NamedTuple):
         return text.replace(self.old, self.new)
 
 
-LOSSES, SAMPLER, FLOW = "flowrl/losses.py", "flowrl/sampler.py", "flowrl/flow.py"
-ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/steering.py", "flowrl/algorithm.py"
+LOSSES, SAMPLER, FLOW = "flowrl/functional/losses.py", "flowrl/functional/solvers.py", "flowrl/functional/flow.py"
+ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/evaluation/steering.py", "flowrl/training/algorithm.py"
 OF_LOSSES, OF_FLOW, OF_METRICS = ("test_losses.py",), ("test_flow.py",), ("test_metrics.py",)
 GRADIENT = "test_transitions.py::test_policy_gradient_is_the_gradient_of_the_expected_reward"
 LOSS_BY_HAND = "test_transitions.py::test_losses_by_hand"
@@ -226,28 +226,28 @@ MUTATIONS = (
     # policy gradients
     Mutation(
         "ratio-sign",
-        "flowrl/transitions.py",
+        "flowrl/training/transitions.py",
         "(step.mean_log_prob(steps.x_next) - steps.log_prob).exp()",
         "(steps.log_prob - step.mean_log_prob(steps.x_next)).exp()",
         (GRADIENT,),
     ),
     Mutation(
         "clip-direction",
-        "flowrl/transitions.py",
+        "flowrl/training/transitions.py",
         "torch.maximum(-advantage * ratio",
         "torch.minimum(-advantage * ratio",
         ("test_transitions.py::test_clipped_objective_by_hand",),
     ),
     Mutation(
         "next-state",
-        "flowrl/buffer.py",
+        "flowrl/training/buffer.py",
         "self.states[rows // n, rows % n + 1]",
         "self.states[rows // n, rows % n]",
         ("test_transitions.py::test_recomputed_log_probability_is_the_stored_one",),
     ),
     Mutation(
         "step-index",
-        "flowrl/buffer.py",
+        "flowrl/training/buffer.py",
         "self.first_step + step,",
         "step,",
         ("test_transitions.py::test_grpo_window_slides_and_returns",),
@@ -324,9 +324,13 @@ MUTATIONS = (
         ("test_baselines.py::test_exact_kl_is_taken_off_the_reward",),
     ),
     Mutation(
-        "change-of-variables", "flowrl/likelihood.py", "return normal + gained", "return normal - gained", (DENSITY,)
+        "change-of-variables",
+        "flowrl/functional/likelihood.py",
+        "return normal + gained",
+        "return normal - gained",
+        (DENSITY,),
     ),
-    Mutation("hutchinson", "flowrl/likelihood.py", "/ math.sqrt(n_probes)", "/ n_probes", (DENSITY,)),
+    Mutation("hutchinson", "flowrl/functional/likelihood.py", "/ math.sqrt(n_probes)", "/ n_probes", (DENSITY,)),
     # steering
     Mutation(
         "best-of-n",
@@ -342,7 +346,7 @@ MUTATIONS = (
     # the loop, copies, measures
     Mutation(
         "moving-average",
-        "flowrl/policy.py",
+        "flowrl/training/policy.py",
         "torch._foreach_lerp_(target, source, 1 - decay)",
         "torch._foreach_lerp_(target, source, decay)",
         ("test_policy.py::test_update_copy",),
@@ -368,10 +372,10 @@ MUTATIONS = (
         "loss.backward()",
         ("test_algorithm.py::test_accumulated_minibatches_have_the_gradient_of_a_large_one",),
     ),
-    Mutation("diversity-pairs", "flowrl/metrics.py", ".triu(1)", ".triu(0)", OF_METRICS),
+    Mutation("diversity-pairs", "flowrl/functional/metrics.py", ".triu(1)", ".triu(0)", OF_METRICS),
     Mutation(
         "exact-w2",
-        "flowrl/metrics.py",
+        "flowrl/functional/metrics.py",
         'compute_mode="donot_use_mm_for_euclid_dist").square()',
         'compute_mode="donot_use_mm_for_euclid_dist")',
         OF_METRICS,

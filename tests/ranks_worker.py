@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import flowrl
-from flowrl.ranks import join
+from flowrl.distributed.ranks import join
+from flowrl.distributed.sharding import unsharded
 from flowrl.registry import ALGORITHMS
-from flowrl.sharded import whole
 
 SMALL: dict[str, Any] = {
     "n_samples": 64,
@@ -64,7 +64,7 @@ RELOADED = ("ddpo", "dpok", "mixture", "orw_w2, LoRA")
 
 def weight_sums(model: flowrl.FlowAlgorithm) -> torch.Tensor:
     """Sum of each trained parameter, float64."""
-    return torch.stack([whole(p.detach()).double().sum() for p in model.policy.parameters_of("current").values()])
+    return torch.stack([unsharded(p.detach()).double().sum() for p in model.policy.parameters_of("current").values()])
 
 
 def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
         rows.append({key: value for key, value in model.last_logged.items() if "per_second" not in key})
     result = flowrl.evaluate(model, 18, batch_size=10, samples_per_context=2)  # of which nothing divides evenly
     weights = weight_sums(model)
-    everywhere = model.ranks.all(weights[None], model.ranks.count)
+    everywhere = model.ranks.all_gather(weights[None], model.ranks.world_size)
     return {
         "rows": rows,
         "evaluation": {"reward": result.reward_mean, "before": result.reference.reward_mean, "drift": result.drift},

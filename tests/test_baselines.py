@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward
 from flowrl.errors import ConfigError
-from flowrl.flow import interpolate
-from flowrl.likelihood import log_prob
-from flowrl.metrics import wasserstein2
-from flowrl.steering import Steering, steer
+from flowrl.evaluation.steering import Steering, steer
+from flowrl.functional.flow import interpolate
+from flowrl.functional.likelihood import log_prob
+from flowrl.functional.metrics import wasserstein2
 from flowrl.types import Batch
 
 N = 2000

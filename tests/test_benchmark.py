@@ -18,8 +18,9 @@ from PIL import Image
 
 import flowrl
 from flowrl.benchmark import run_cells
-from flowrl.cell import run_cell
-from flowrl.comparison import (
+from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.models.mlp import MLP
+from flowrl.pages.comparison import (
     CURVE_POINTS,
     Entry,
     _drift,
@@ -30,10 +31,9 @@ from flowrl.comparison import (
     page,
     summary,
 )
-from flowrl.errors import ConfigError, UnknownNameError
-from flowrl.models.mlp import MLP
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
-from flowrl.suite import Cell, load_suite, suites
+from flowrl.suites.cell import run_cell
+from flowrl.suites.suite import Cell, load_suite, suites
 
 SUITE = """
 description = "small"

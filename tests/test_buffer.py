@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flowrl
-from flowrl.buffer import RolloutBuffer
+from flowrl.training.buffer import RolloutBuffer
 
 
 def filled() -> RolloutBuffer:

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import flowrl
-from flowrl import snapshot
-from flowrl.callbacks import KeepCheckpoints, StopOnSignal
-from flowrl.checkpoint import checkpoint_folder
 from flowrl.errors import CheckpointError
-from flowrl.files import clear_away, replace_folder
-from flowrl.snapshot import Snapshot
+from flowrl.runs.callbacks import KeepCheckpoints, StopOnSignal
+from flowrl.storage.files import clear_away, replace_folder
+from flowrl.training import saving as snapshot
+from flowrl.training.loading import checkpoint_folder
+from flowrl.training.saving import Snapshot
 
 N = 32
 
@@ -79,7 +79,7 @@ def test_without_the_best(tmp_path: Path) -> None:
 
 def test_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 25))  # seconds: one look an iteration, one more with every checkpoint
-    monkeypatch.setattr("flowrl.callbacks.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("flowrl.runs.callbacks.time.monotonic", lambda: float(next(clock)))
     keep = KeepCheckpoints(tmp_path, every=0, minutes=1, keep=100, keep_best=False)
     model().learn(8 * N, callback=keep)
     keep.wait()

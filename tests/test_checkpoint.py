@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flowrl
-from flowrl import files
-from flowrl.algorithm import FlowAlgorithm
-from flowrl.checkpoint import checkpoint_folder
 from flowrl.errors import CheckpointError
 from flowrl.models.mlp import MLP
+from flowrl.storage import files
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.loading import checkpoint_folder
 
 N = 32
 SETTINGS = {

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import flowrl
 from flowrl.registry import environment_spec
 from flowrl.run import main
-from flowrl.runfolder import alone_in, finite_or_none, write_evaluation
+from flowrl.runs.folder import alone_in, finite_or_none, write_evaluation
 
 TINY = [
     "--algo.n-samples", 64, "--algo.batch-size", 32, "--algo.rollout-steps", 2, "--algo.ema-decay", 0.9,
@@ -113,7 +113,7 @@ MISTAKES = [
     (["--env", "gaussians-linear"], ["--algo must be given", "orw_kl"]),
     (["--algo", "no_such_module:Algo", "--env", "gaussians-linear"], ["no_such_module"]),
     (["--algo", "flowrl.orw_w2:ORWCFMW3", "--env", "gaussians-linear"], ["'ORWCFMW3'", "'ORWCFMW2'"]),
-    (["--algo", "flowrl.buffer:RolloutBuffer", "--env", "gaussians-linear"], ["no FlowAlgorithm"]),
+    (["--algo", "flowrl.training.buffer:RolloutBuffer", "--env", "gaussians-linear"], ["no FlowAlgorithm"]),
     ([*RUN, "--device", "warp"], ["warp", "cpu"]),
     (["--resume", "no-such-run"], ["no-such-run"]),
 ]
@@ -286,7 +286,7 @@ def test_two_runs_never_write_into_the_same_folder(run_here, three: Path, tmp_pa
 
 def test_a_process_that_is_killed_does_not_block_its_run_folder(tmp_path: Path) -> None:
     code = (
-        "import os, signal; from pathlib import Path; from flowrl.runfolder import alone_in\n"
+        "import os, signal; from pathlib import Path; from flowrl.runs.folder import alone_in\n"
         f"with alone_in(Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import flowrl
-from flowrl.commandline import names
 from flowrl.registry import ALGORITHMS
+from flowrl.runs.commandline import names
 
 
 def test_an_algorithm_needs_no_docstring_to_be_listed() -> None:

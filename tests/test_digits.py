@@ -18,10 +18,10 @@ from flowrl.envs.digits import EvenDigits, real_digits
 from flowrl.envs.idx import LARGEST, read_idx, read_pair
 from flowrl.envs.rewards.even import DigitClassifier, EvenReward
 from flowrl.errors import ConfigError, ModelLoadError, RewardError
-from flowrl.metrics import entropy, wasserstein2
+from flowrl.functional.metrics import entropy, wasserstein2
 from flowrl.models.loading import FlowSource
 from flowrl.models.unet import UNetFlow, UNetShape, to_latents
-from flowrl.pictures import image_grid, save_before_after
+from flowrl.runs.pictures import image_grid, save_before_after
 
 TINY = {"n_samples": 16, "batch_size": 16, "rollout_steps": 2}
 

@@ -14,9 +14,10 @@ import pytest
 from conftest import Run
 
 import flowrl
-from flowrl import callbacks, files
-from flowrl.callbacks import KeepCheckpoints, PictureCallback
-from flowrl.logs import logger
+from flowrl.runs import callbacks
+from flowrl.runs.callbacks import KeepCheckpoints, PictureCallback
+from flowrl.runs.logs import logger
+from flowrl.storage import files
 
 SIZES = {"n_samples": 64, "batch_size": 64}
 

@@ -22,14 +22,14 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 
-from flowrl import hub
-from flowrl.card import LIMITATIONS, _without_folders
 from flowrl.errors import CheckpointError, ConfigError, HubError
 from flowrl.export import export, main
 from flowrl.models.loading import ASSETS, FlowSource
-from flowrl.policy import FlowPolicy
-from flowrl.runfolder import load_model
+from flowrl.pages.model_card import LIMITATIONS, _without_folders
+from flowrl.runs.folder import load_model
 from flowrl.sample import draw, seeded_noise
+from flowrl.storage import hub
+from flowrl.training.policy import FlowPolicy
 
 MINI = ASSETS / "mini-sd3"
 CARD = ["README.md", "before_after.png", "curves.png", "export.json", "sampling.json"]

@@ -11,7 +11,7 @@ import torch
 
 import flowrl
 from flowrl.errors import NonFiniteError
-from flowrl.optimizers import step_unless
+from flowrl.training.optimizers import step_unless
 
 
 class Sometimes(flowrl.ORWCFMW2):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowrl import flow
+from flowrl.functional import flow
 
 
 @pytest.mark.parametrize("shape", [(2,), (3, 4, 4)])

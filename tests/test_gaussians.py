@@ -19,7 +19,7 @@ from flowrl.envs.gaussians import (
     eight_gaussians,
 )
 from flowrl.errors import ConfigError
-from flowrl.sampler import ode_sample, time_grid
+from flowrl.functional.solvers import ode_sample, time_grid
 
 
 def mixture(dim: int) -> GaussianMixture:

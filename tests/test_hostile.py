@@ -15,17 +15,20 @@ import pytest
 import torch
 
 import flowrl
-from flowrl import benchmark, card, comparison, hub
-from flowrl.algorithm import FlowAlgorithm
+from flowrl import benchmark
 from flowrl.checks import check_types
 from flowrl.envs.prompts import prompts_from
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, ModelLoadError, UnknownNameError
-from flowrl.files import LARGEST_JSON, read_json, read_rows
-from flowrl.logs import logger, read_metrics
 from flowrl.models.loading import ASSETS, FlowSource
-from flowrl.pictures import curves
+from flowrl.pages import comparison
+from flowrl.pages import model_card as card
 from flowrl.run import main
-from flowrl.suite import MOST_CELLS, Cell, load_suite
+from flowrl.runs.logs import logger, read_metrics
+from flowrl.runs.pictures import curves
+from flowrl.storage import hub
+from flowrl.storage.files import LARGEST_JSON, read_json, read_rows
+from flowrl.suites.suite import MOST_CELLS, Cell, load_suite
+from flowrl.training.algorithm import FlowAlgorithm
 
 SUITE = """
 seeds = [0]
@@ -161,7 +164,7 @@ def test_code_named_by_a_suite_is_not_imported(
 
 
 def test_a_reward_named_by_a_suite_is_not_imported_by_its_cells(tmp_path: Path, hostile_module: str) -> None:
-    from flowrl.cell import run_cell
+    from flowrl.suites.cell import run_cell
 
     settings = {"flow": "mini-sd3", "reward": "hostile_module:hostile"}
     cell = Cell("a", "sd3-compress", "ddpo", 0, 1, 1, env_settings=settings)

@@ -13,9 +13,9 @@ import torch
 from stable_baselines3.common.callbacks import CallbackList
 
 import flowrl
-from flowrl.buffer import RolloutBuffer
 from flowrl.errors import CheckpointError, ConfigError
-from flowrl.optimizers import state_shapes
+from flowrl.training.buffer import RolloutBuffer
+from flowrl.training.optimizers import state_shapes
 from flowrl.types import Transitions
 
 SMALL = {
@@ -241,7 +241,7 @@ def test_a_missing_8_bit_optimizer_names_the_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_cfg_zero_by_hand() -> None:
-    from flowrl.sampler import guided_velocity
+    from flowrl.functional.solvers import guided_velocity
 
     v, v_null = torch.tensor([[3.0, 1.0], [3.0, 1.0]]), torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     t = torch.tensor([0.0, 0.5])

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from stable_baselines3.common.logger import KVWriter
 
-from flowrl.files import read_rows
-from flowrl.logs import MetricsFile, PatientWriter, logger
+from flowrl.runs.logs import MetricsFile, PatientWriter, logger
+from flowrl.storage.files import read_rows
 
 ROWS = [{"time/total_timesteps": 64 * i, "a": i / 3} for i in range(1, 4)]
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from flowrl import losses
 from flowrl.errors import NonFiniteError
+from flowrl.functional import losses
 
 GROUPS = torch.tensor([0, 1, 0, 1, 3])  # group 2 is empty
 REWARD = torch.tensor([1.0, -2.0, 3.0, 0.5, 7.0])

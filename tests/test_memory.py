@@ -16,7 +16,7 @@ import torch
 from conftest import REPOSITORY
 
 import flowrl
-from flowrl.memory import MemoryPlan, predict_memory, ways_to_save
+from flowrl.training.memory_plan import MemoryPlan, predict_memory, ways_to_save
 
 MIB = 2**20
 
@@ -137,7 +137,7 @@ print(peak)
 def test_the_peak_is_within_15_percent_of_the_measured_one() -> None:
     settings = {"n_samples": 128, "batch_size": 128, "n_epochs": 1, "rollout_steps": 2, "lora_rank": 8}
     script = (
-        "import json, sys, flowrl; from flowrl.memory import predict_memory; cls = flowrl.ORWCFMW2;"
+        "import json, sys, flowrl; from flowrl.training.memory_plan import predict_memory; cls = flowrl.ORWCFMW2;"
         "env = flowrl.make('sd3-compress'); settings = json.loads(sys.argv[1]);"
         "plan = predict_memory(cls, cls.configure(recommended=env.recommended, settings=settings), env);"
         "print(plan.peak + plan.libraries)"

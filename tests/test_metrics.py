@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.metrics import diversity, edge_density, entropy, mean_interval, wasserstein2
+from flowrl.functional.metrics import diversity, edge_density, entropy, mean_interval, wasserstein2
 
 
 def test_diversity_by_brute_force() -> None:

@@ -36,6 +36,6 @@ def test_text_that_is_gone_or_is_there_twice_is_an_error() -> None:
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--only", "weight-sign"]) == 0
-    assert capsys.readouterr().out.split()[:2] == ["weight-sign", "flowrl/losses.py"]
+    assert capsys.readouterr().out.split()[:2] == ["weight-sign", "flowrl/functional/losses.py"]
     with pytest.raises(SystemExit):
         main(["--only", "no-such-mutation"])

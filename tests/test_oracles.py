@@ -10,9 +10,9 @@ import torch
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward, eight_gaussians
 from flowrl.errors import NonFiniteError
-from flowrl.flow import interpolate
-from flowrl.losses import kl_time_weight, residual_baseline, residual_weighted_loss, reward_weighted_loss
-from flowrl.metrics import wasserstein2
+from flowrl.functional.flow import interpolate
+from flowrl.functional.losses import kl_time_weight, residual_baseline, residual_weighted_loss, reward_weighted_loss
+from flowrl.functional.metrics import wasserstein2
 from flowrl.types import Batch
 
 N = 2000  # points in a comparison by optimal transport

@@ -14,7 +14,7 @@ from flowrl.models.diffusers_loading import ADAPTERS
 from flowrl.models.flux import FluxFlow, pack, unpack
 from flowrl.models.loading import FlowSource
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
-from flowrl.policy import FlowPolicy
+from flowrl.training.policy import FlowPolicy
 
 KINDS = {
     "sd3": lambda folder: small_pipelines.sd3(folder),

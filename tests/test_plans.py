@@ -21,7 +21,7 @@ from flowrl.envs.plans import (
     stays_upright,
 )
 from flowrl.errors import ConfigError
-from flowrl.pictures import save_picture
+from flowrl.runs.pictures import save_picture
 
 KINDS = sorted(TASKS)
 

@@ -7,8 +7,8 @@ import torch
 
 import flowrl
 from flowrl.errors import ConfigError
-from flowrl.policy import FlowPolicy, LoRA
-from flowrl.sampler import evaluations_per_sample
+from flowrl.functional.solvers import evaluations_per_sample
+from flowrl.training.policy import FlowPolicy, LoRA
 
 PROMPTS = ("red stars on black", "two blue circles", "stars")
 TINY = {"rollout_steps": 2, "ema_decay": 0.9, "refresh_every": 2, "learning_rate": 1e-2, "warmup_updates": 0}

@@ -24,25 +24,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import flowrl
-from flowrl import flow, losses
-from flowrl.buffer import RolloutBuffer
-from flowrl.commandline import RunConfig, second_pass
+from flowrl.distributed.ranks import Ranks, SharedGenerator
 from flowrl.envs.base import draw_contexts
 from flowrl.envs.gaussians import GaussianMixture
 from flowrl.envs.rewards.groups import WinRateReward
 from flowrl.envs.rewards.mixture import Normalisation, PartSpec, RunningStatistics, parse_mixture
 from flowrl.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
-from flowrl.files import host_copies, read_json, read_tensors, save_tensors, write_json
-from flowrl.likelihood import log_prob
-from flowrl.metrics import diversity, entropy, mean_interval, pair_distances, wasserstein2
-from flowrl.ranks import Ranks, SharedGenerator
+from flowrl.evaluation.steering import _resampled
+from flowrl.functional import flow, losses
+from flowrl.functional.likelihood import log_prob
+from flowrl.functional.metrics import diversity, entropy, mean_interval, pair_distances, wasserstein2
+from flowrl.functional.solvers import SDE, SOLVERS, GaussianStep, guided_velocity, ode_sample, sde_sample, time_grid
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, algorithm_class, environment_spec
 from flowrl.run import main
+from flowrl.runs.commandline import RunConfig, second_pass
 from flowrl.sample import draw, seeded_noise
-from flowrl.sampler import SDE, SOLVERS, GaussianStep, guided_velocity, ode_sample, sde_sample, time_grid
-from flowrl.scoring import stand_ins
-from flowrl.steering import _resampled
-from flowrl.transitions import clipped_objective
+from flowrl.storage.files import host_copies, read_json, read_tensors, save_tensors, write_json
+from flowrl.training.buffer import RolloutBuffer
+from flowrl.training.reward_calls import stand_ins
+from flowrl.training.transitions import clipped_objective
 from flowrl.types import Batch
 
 settings.register_profile("flowrl", derandomize=True, deadline=None, database=None, max_examples=40)
@@ -220,7 +220,7 @@ def test_minibatches_of_several_ranks_are_those_of_one(count, per_rank, batches,
         buffer = RolloutBuffer(n, (1,), "cpu", path_steps=2, ranks=ranks)
         buffer.reset()
         for part in parts:
-            add_paths(buffer, ranks.mine(part), 3)
+            add_paths(buffer, ranks.shard(part), 3)
         buffer.share()
         return [
             *buffer.minibatches(batch_size, seeded(seed)),
@@ -249,7 +249,7 @@ def test_what_ranks_draw_is_what_one_process_draws(n, count, kind, seed) -> None
     def of(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
         generator = SharedGenerator("cpu", ranks)
         generator.manual_seed(seed)
-        rows = n * count if ranks.count == 1 else n
+        rows = n * count if ranks.world_size == 1 else n
         return flow.normal(rows, (2, 3), generator), flow.sample_time(rows, kind, generator)
 
     noise, times = (torch.cat(parts) for parts in zip(*(of(Thread(i, count)) for i in range(count))))

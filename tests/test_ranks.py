@@ -19,8 +19,8 @@ import ranks_worker
 import torch
 
 import flowrl
+from flowrl.distributed.ranks import Ranks, SharedGenerator, drawn, join
 from flowrl.errors import ConfigError
-from flowrl.ranks import Ranks, SharedGenerator, drawn, join
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from flowrl.charts import MOST_POINTS, Series, chart, label, legend, ticks
-from flowrl.logs import WARNINGS, telling_warnings
+from flowrl.pages.charts import MOST_POINTS, Series, chart, label, legend, ticks
 from flowrl.report import RunFiles, comparison_page, main, page, write_report
+from flowrl.runs.logs import WARNINGS, telling_warnings
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -145,7 +145,7 @@ def test_warnings_are_said_in_a_line_and_kept(tmp_path: Path, capsys: pytest.Cap
     plain = warnings.showwarning
     with telling_warnings(tmp_path):
         for _ in range(2):
-            warnings.showwarning(UserWarning("low\n  ESS"), UserWarning, "/x/flowrl/algorithm.py", 3)
+            warnings.showwarning(UserWarning("low\n  ESS"), UserWarning, "/x/flowrl/training/algorithm.py", 3)
         with pytest.warns(DeprecationWarning, match="old"):
             warnings.warn("old", DeprecationWarning, stacklevel=1)
     assert warnings.showwarning is plain

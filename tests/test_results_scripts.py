@@ -16,8 +16,8 @@ import torch
 from conftest import REPOSITORY
 
 import flowrl
-from flowrl.cell import run_cell
 from flowrl.envs.plans import smooth_plans
+from flowrl.suites.cell import run_cell
 
 
 def script(name: str) -> ModuleType:

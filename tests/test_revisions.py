@@ -12,9 +12,10 @@ import torch
 from huggingface_hub import constants
 
 import flowrl
-from flowrl import card, revisions
 from flowrl.errors import ModelLoadError
 from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.pages import model_card as card
+from flowrl.storage import revisions
 
 OLD, NEW = "a" * 40, "b" * 40
 SMALL = {"n_samples": 4, "batch_size": 4, "group_size": 2, "rollout_batch_size": 4, "rollout_steps": 2, "lora_rank": 2}

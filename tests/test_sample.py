@@ -15,11 +15,11 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from flowrl.algorithm import FlowAlgorithm
 from flowrl.errors import UnknownNameError
 from flowrl.models.loading import ASSETS
-from flowrl.runfolder import load_model
+from flowrl.runs.folder import load_model
 from flowrl.sample import chosen_contexts, draw, main, seeded_noise, slug
+from flowrl.training.algorithm import FlowAlgorithm
 
 MINI = ASSETS / "mini-sd3"
 PROMPTS = ["three red stars on blue", "four white circles"]  # the first is none of the run's own

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.sampler import SOLVERS, evaluations_per_sample, ode_sample, time_grid
+from flowrl.functional.solvers import SOLVERS, evaluations_per_sample, ode_sample, time_grid
 
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 

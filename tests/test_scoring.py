@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import flowrl
-from flowrl import scoring
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, RewardError
-from flowrl.scoring import Scorer, stand_ins
+from flowrl.training import reward_calls as scoring
+from flowrl.training.reward_calls import Scorer, stand_ins
 from flowrl.types import Contexts, RewardOutput
 
 

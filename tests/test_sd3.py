@@ -11,11 +11,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 import flowrl
 from flowrl.errors import ModelLoadError
+from flowrl.functional.solvers import ode_sample
 from flowrl.models.loading import ASSETS, FlowSource
 from flowrl.models.pipeline import Shapes
 from flowrl.models.sd3 import SD3Flow
-from flowrl.policy import FlowPolicy
-from flowrl.sampler import ode_sample
+from flowrl.training.policy import FlowPolicy
 
 MINI = ASSETS / "mini-sd3"
 PROMPTS = ["three red stars on blue", "white circles", "two green squares on black"]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import flowrl
-from flowrl.callbacks import HeldOutCallback
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import RewardError, UnknownNameError
-from flowrl.logs import logger, read_metrics
-from flowrl.side_effects import compare, held_out, looks
+from flowrl.evaluation.side_effects import compare, held_out, looks
+from flowrl.runs.callbacks import HeldOutCallback
+from flowrl.runs.logs import logger, read_metrics
 
 SMALL = ["--algo.n-samples", 8, "--algo.group-size", 2, "--algo.rollout-steps", 2, "--total-timesteps", 8]
 

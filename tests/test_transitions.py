@@ -11,11 +11,11 @@ from torch import nn
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, QuadraticReward, eight_gaussians
 from flowrl.errors import ConfigError
-from flowrl.flow import score
-from flowrl.losses import best_of_groups, group_advantage
-from flowrl.metrics import wasserstein2
-from flowrl.sampler import SDE, GaussianStep, sde_sample, time_grid
-from flowrl.transitions import clip_fraction, clipped_objective
+from flowrl.functional.flow import score
+from flowrl.functional.losses import best_of_groups, group_advantage
+from flowrl.functional.metrics import wasserstein2
+from flowrl.functional.solvers import SDE, GaussianStep, sde_sample, time_grid
+from flowrl.training.transitions import clip_fraction, clipped_objective
 from flowrl.types import Batch
 
 KINDS = [SDE("flow", 0.7), SDE("flow", math.sqrt(2)), SDE("constant", 0.7), SDE("cps", 0.6)]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from flowrl.errors import ConfigError
-from flowrl.logs import logger, read_metrics
 from flowrl.run import main
-from flowrl.wandb_writer import ID_FILE, WandbWriter
+from flowrl.runs.logs import logger, read_metrics
+from flowrl.runs.wandb_writer import ID_FILE, WandbWriter
 
 TINY = ["--algo", "orw", "--env", "gaussians-linear", "--algo.n-samples", "32", "--total-timesteps", "64"]
 TINY += ["--eval-samples", "8", "--name", "r"]

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import flowrl
-from flowrl.losses import effective_sample_size, reward_weights
-from flowrl.sampler import time_grid
+from flowrl.functional.losses import effective_sample_size, reward_weights
+from flowrl.functional.solvers import time_grid
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 ENVIRONMENT = "gaussians-quadratic"

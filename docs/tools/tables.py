@@ -23,7 +23,7 @@ from typing import Any
 from flowrl import FlowConfig, algorithm_class
 from flowrl.envs.registration import CustomConfig
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, environment_spec
-from flowrl.transitions import TransitionAlgorithm
+from flowrl.training.transitions import TransitionAlgorithm
 
 DOCS = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- table: ([^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)

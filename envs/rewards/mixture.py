@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,7 +13,6 @@ import torch
 from flowrl.envs.rewards.catalogue import RewardFunction, check_options, make_reward, parse_options
 from flowrl.envs.rewards.groups import PairwiseReward, WinRateReward, groups_of, raw_values
 from flowrl.errors import ConfigError
-from flowrl.ranks import of_all_ranks
 from flowrl.types import RewardOutput
 
 Normalisation = Literal["fixed", "running", "group"]
@@ -178,6 +177,7 @@ class MixtureReward:
             if not (math.isfinite(part.scale) and part.scale > 0):
                 raise ConfigError(f"The scale of the reward '{part.label}' must be positive, not {part.scale}.")
         self.groupwise = any(p.normalisation == "group" or getattr(p.reward, "groupwise", False) for p in self.parts)
+        self.all_gather: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
         self.running = {p.label: RunningStatistics() for p in self.parts if p.normalisation == "running"}
         self.description = " + ".join(
             f"{p.weight:g} {p.label}" + (f" / {p.scale:g}" if p.normalisation == "fixed" else f" ({p.normalisation})")
@@ -209,7 +209,7 @@ class MixtureReward:
             components |= own
             values = raw.cpu().double()
             if observe and part.label in self.running:
-                self.running[part.label].update(of_all_ranks(raw).cpu().double())
+                self.running[part.label].update(self.all_gather(raw).cpu().double())
             total += part.weight * self._normalised(part, values, prompts)
         return RewardOutput(total.float(), components)
 

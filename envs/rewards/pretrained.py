@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flowrl import revisions
 from flowrl.errors import ModelLoadError
+from flowrl.storage import revisions
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

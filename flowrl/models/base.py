@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowrl.errors import ConfigError
-from flowrl.sampler import time_grid
+from flowrl.functional.solvers import time_grid
 from flowrl.types import Condition, Contexts
 
 

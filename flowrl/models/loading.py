@@ -13,9 +13,9 @@ from torch import nn
 
 from flowrl.checks import is_whole
 from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
-from flowrl.files import LARGEST_JSON, parsed_json, read_file
 from flowrl.models.base import VelocityModel
 from flowrl.models.pipeline import DEFAULTS, PipelineOptions
+from flowrl.storage.files import LARGEST_JSON, parsed_json, read_file
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"

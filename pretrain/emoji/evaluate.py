@@ -11,7 +11,7 @@ import torch
 
 import flowrl
 from flowrl.envs.emoji import GROUPS, real_emoji
-from flowrl.pictures import image_grid
+from flowrl.runs.pictures import image_grid
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "emoji-samples.png"
 EACH = 12

@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 
 from flowrl.envs.rewards.spatial import SpatialReward
 from flowrl.envs.spatial import all_pairs, draw_pair, pair_prompts
-from flowrl.pictures import image_grid
+from flowrl.runs.pictures import image_grid
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "flowrl" / "assets" / "mini-spatial"

@@ -1,0 +1,220 @@
+"""Ranks: the processes of a job that train one flow together, each on a device of its own, through accelerate.
+
+Settings count over all ranks: with twice the ranks each does half of every batch, and the run is the same run. What
+is random is drawn alike on every rank (`SharedGenerator`) for the rows of all; each rank takes its own. Rows of a
+batch are divided in consecutive parts, one a rank.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flowrl.distributed.sharding import is_sharded, shard
+from flowrl.errors import ConfigError
+
+
+class Ranks:
+    """This process among those that train together. One alone gives every method's argument back as it is.
+
+    Args:
+        accelerator: accelerate's, where there are several.
+
+    Attributes:
+        index: Which rank this is.
+        count: How many there are.
+    """
+
+    def __init__(self, accelerator: Any = None) -> None:
+        self.accelerator = accelerator
+        self.rank: int = 0 if accelerator is None else accelerator.process_index
+        self.world_size: int = 1 if accelerator is None else accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where this rank computes; None for a single process, which may choose."""
+        device = None if self.accelerator is None else self.accelerator.device
+        return torch.device("cpu") if device is not None and device.type == "cpu" else device  # not "cpu:0"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def shard(self, rows: torch.Tensor, group: int = 1) -> torch.Tensor:
+        """This rank's rows (m, ...) of those of all (n, ...): consecutive ones, in whole groups of `group`."""
+        if self.world_size == 1:
+            return rows
+        sizes = self._sizes(len(rows), group)
+        start = sum(sizes[: self.rank])
+        return rows[start : start + sizes[self.rank]]
+
+    def all_gather(self, rows: torch.Tensor, n: int, group: int = 1) -> torch.Tensor:
+        """The `n` rows of which each rank gives what `mine` gave it: (n, ...), on every rank."""
+        if self.world_size == 1:
+            return rows
+        sizes = self._sizes(n, group)
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
+
+    def _sizes(self, n: int, group: int) -> list[int]:
+        """Rows of each rank: groups as evenly as they can be; what is left over goes to the last."""
+        groups = n // group
+        sizes = [group * (groups // self.world_size + (i < groups % self.world_size)) for i in range(self.world_size)]
+        sizes[-1] += n - sum(sizes)
+        return sizes
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over all ranks, in place."""
+        return self.all_reduce_(tensor).div_(self.world_size) if self.world_size > 1 else tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.all_reduce_(torch.tensor(float(flag), device=self.device)).item())
+
+    def broadcast(self, text: str) -> str:
+        """The main rank's text, on every rank."""
+        if self.world_size == 1:
+            return text
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = self.all_reduce_(torch.tensor(len(content) if self.is_main else 0, device=self.device))
+        content = content if self.is_main else content.new_zeros(int(length))
+        dist.broadcast(content, 0)
+        return bytes(content.tolist()).decode()
+
+    def all_to_all(self, rows: torch.Tensor, given: list[int], received: list[int]) -> torch.Tensor:
+        """Send consecutive rows to the ranks, `given[i]` of them to rank i, and get `received[i]` from rank i."""
+        result = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(result, rows.contiguous(), received, given)
+        return result
+
+    def main_first(self) -> AbstractContextManager[Any]:
+        """Context that the first rank of each machine goes through before the others: what it fetches is then there."""
+        return nullcontext() if self.world_size == 1 else self.accelerator.local_main_process_first()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank keeps a part of every weight (FSDP), not all weights."""
+        return self.world_size > 1 and self.accelerator.distributed_type.name == "FSDP"
+
+    def prepare(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, copies: Iterable[nn.Module] = ()
+    ) -> nn.Module:
+        """The network to train through: gradients of its backward pass are means over all ranks.
+
+        With FSDP the network and its copies (other networks, that are not trained) are divided among the ranks, in
+        place; their parameters, and the optimizer's, are others then.
+
+        Raises:
+            ConfigError: accelerate was configured for a way of training that is not supported.
+        """
+        if self.world_size == 1:
+            return network
+        kind = self.accelerator.distributed_type.name
+        if kind not in SUPPORTED or (self.is_sharded and not self.accelerator.is_fsdp2):
+            raise ConfigError(
+                f"accelerate is configured for {kind.replace('FSDP', 'FSDP version 1')}; flowrl trains with DDP and "
+                "FSDP version 2. Give one of the files in docs/accelerate/ to `accelerate launch --config_file`."
+            )
+        if self.is_sharded:
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # every rank has read the weights
+            for copied in copies:
+                shard(self.accelerator, copied)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is not in all versions
+            return self.accelerator.prepare(network, optimizer)[0]
+
+    def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
+        """Context whose backward passes leave gradients to each rank."""
+        return nullcontext() if self.world_size == 1 or self.is_sharded else self.accelerator.no_sync(network)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients left to each rank -> their means over all."""
+        for parameter in parameters:
+            if parameter.grad is not None and not is_sharded(parameter.grad):
+                self.mean_(parameter.grad)
+
+    def leave(self) -> None:
+        """Say good-bye to the others, at the end."""
+        if self.world_size > 1:
+            self.accelerator.end_training()
+
+
+SUPPORTED = ("MULTI_GPU", "MULTI_CPU", "FSDP")
+
+
+class SharedGenerator(torch.Generator):
+    """Random numbers that are the same on every rank: a batch is drawn for all ranks at once, see `shard`."""
+
+    ranks: Ranks
+
+    def __new__(cls, device: torch.device | str, ranks: Ranks) -> SharedGenerator:
+        """A generator on `device`."""
+        self = super().__new__(cls, device)  # type: ignore[call-arg]
+        self.ranks = ranks
+        return self
+
+    def shard(self, draw: Callable[[int], torch.Tensor], n: int) -> torch.Tensor:
+        """Draw the rows of all ranks by `draw(n * world size)`, and keep this rank's `n`."""
+        return self.ranks.shard(draw(n * self.ranks.world_size))
+
+
+def is_launched() -> bool:
+    """Whether a launcher (`accelerate launch`, `torchrun`) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+_joined: list[Ranks] = []
+
+
+def join(device: torch.device | str = "auto") -> Ranks:
+    """This process's place among those that a launcher started together; alone without one.
+
+    Args:
+        device: "cpu", or "auto" or a type of device for the one that accelerate gives this rank.
+
+    Raises:
+        ConfigError: A numbered device was asked for.
+    """
+    if not is_launched():
+        return Ranks()
+    kind, _, number = str(device).partition(":")
+    if number and (not _joined or str(_joined[0].device) != str(device)):
+        raise ConfigError(f"With several processes each gets a device of its own: take --device {kind}, not {device}.")
+    if not _joined:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        settings = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=[settings])
+        _joined.append(Ranks(accelerator))  # precision is the policy's own
+    return _joined[0]
+
+
+def place_in_job() -> str:
+    """ " (process 3 of 8)" for messages; nothing for a single process."""
+    return f" (process {int(os.environ.get('RANK', '0')) + 1} of {os.environ['WORLD_SIZE']})" if is_launched() else ""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return is_launched() and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))

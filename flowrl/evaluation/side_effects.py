@@ -1,0 +1,101 @@
+"""What training did besides raising its reward: rewards that it never saw, looks of images, size of velocities.
+
+A reward that rises while these fall is the usual face of a reward that is exploited instead of met.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flowrl.envs.base import check_reward
+from flowrl.envs.rewards.aesthetic import colourfulness
+from flowrl.envs.rewards.catalogue import RewardFunction
+from flowrl.functional import metrics
+from flowrl.types import Contexts, RewardOutput
+
+SIGNIFICANT = 2.58
+"""Standard errors by which means must differ to count as different (99 %)."""
+FALL = 0.25
+"""Share by which diversity or a look must fall for a warning."""
+VELOCITY = (0.8, 1.25)
+"""Ratios of the sizes of velocities outside which there is a warning."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Means of what was measured beside the reward, of the reference and of the trained flow.
+
+    Attributes:
+        before: Name -> mean, of the reference's samples.
+        after: Name -> mean, of the trained flow's samples.
+        warnings: What fell while the reward rose, a sentence each.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones.
+
+    Grey images (B, 1, H, W) have no colourfulness.
+    """
+    measured = {"entropy": metrics.entropy(images), "edge density": metrics.edge_density(images)}
+    return measured if images.shape[1] == 1 else measured | {"colourfulness": colourfulness(images)}
+
+
+def held_out(
+    rewards: Mapping[str, RewardFunction], samples: torch.Tensor, contexts: Contexts
+) -> dict[str, torch.Tensor]:
+    """Values (B,) of rewards, by name.
+
+    Raises:
+        RewardError: A reward is not one finite number per sample.
+    """
+    values = {}
+    for name, reward in rewards.items():
+        output = reward(samples, contexts)
+        value = output.reward if isinstance(output, RewardOutput) else output
+        values[f"held-out {name}"] = check_reward(value, samples, contexts, name)
+    return values
+
+
+def compare(
+    reward: tuple[torch.Tensor, torch.Tensor],
+    measured: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
+    diversity: tuple[float, float],
+    velocity_ratio: float,
+) -> Comparison:
+    """Compare the reference (first of each pair) with the trained flow (second).
+
+    Args:
+        reward: The trained reward, (B,) each.
+        measured: What `looks` and `held_out` gave.
+        diversity: Of the samples.
+        velocity_ratio: `E|v| / E|v_ref|`.
+    """
+    before, after = ({name: value.mean().item() for name, value in part.items()} for part in measured)
+    warnings = []
+    if _change(*reward) > SIGNIFICANT:
+        for name, old, new in zip(before, measured[0].values(), measured[1].values()):
+            is_reward = name.startswith("held-out ")
+            far = is_reward or after[name] < (1 - FALL) * before[name]
+            if far and _change(old, new) < -SIGNIFICANT:
+                warnings.append(f"{name} fell from {before[name]:.4g} to {after[name]:.4g}")
+        if diversity[1] < (1 - FALL) * diversity[0]:
+            warnings.append(f"diversity fell from {diversity[0]:.4g} to {diversity[1]:.4g}")
+        if not math.isnan(velocity_ratio) and not VELOCITY[0] <= velocity_ratio <= VELOCITY[1]:
+            warnings.append(f"velocities are {velocity_ratio:.2f} times as long as the reference's")
+    return Comparison(before, after, tuple(f"the reward rose while {text}" for text in warnings))
+
+
+def _change(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Difference of two means in standard errors (Welch)."""
+    difference = (after.mean() - before.mean()).item()
+    error = math.sqrt(sum(x.var().item() / len(x) for x in (before, after))) if len(before) > 1 else math.inf
+    return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0

@@ -1,0 +1,122 @@
+"""LoRA by peft: one base network, an adapter per role, the reference with all of them switched off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from flowrl.errors import ConfigError
+from flowrl.models.base import VelocityModel
+from flowrl.types import Role
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation (Hu et al. 2021).
+
+    Attributes:
+        rank: Rank of the adapters.
+        alpha: Their scale; they count `alpha / rank` times.
+        dropout: Dropout before the trained adapter.
+        targets: Ends of the names of adapted modules; the flow's own choice when empty.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(config: Any) -> LoRA | None:
+        """The adapters that an algorithm's config asks for; None for full fine-tuning."""
+        rank = config.lora_rank
+        if not rank:
+            return None
+        return LoRA(rank, config.lora_alpha or 2.0 * rank, config.lora_dropout, config.lora_targets)
+
+
+def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any]:
+    """Put LoRA adapters into the network (in place); only the first is trainable.
+
+    Raises:
+        ConfigError: There are no such modules, or LoRA cannot adapt them.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    targets = list(lora.targets) or model.lora_targets or _linear_layers(model.network)
+    model.network.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant here
+        for name in names:
+            config = LoraConfig(
+                r=lora.rank,
+                lora_alpha=cast(int, lora.alpha),
+                lora_dropout=lora.dropout if name == "current" else 0.0,
+                target_modules=targets,
+                init_lora_weights="gaussian",
+            )
+            try:
+                inject_adapter_in_model(config, model.network, adapter_name=name)
+            except ValueError as error:
+                raise ConfigError(f"LoRA cannot be put on this network: {error}") from error
+    adapters = [m for m in model.network.modules() if isinstance(m, BaseTunerLayer)]
+    _activate(adapters, "current")
+    for layer in adapters:  # in float32, whatever the base network's type
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
+    state = {n: p for n, p in model.network.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in state.items():
+            for other in names[1:]:
+                if f".{other}." in name:
+                    parameter.copy_(state[name.replace(f".{other}.", ".current.")])
+    return adapters
+
+
+def count_parameters(model: VelocityModel, lora: LoRA | None) -> tuple[int, int]:
+    """Frozen and trained parameters of the velocity network; `model` may be on the meta device."""
+    if lora is not None:
+        add_adapters(model, ["current"], lora)
+    parameters = list(model.network.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(p.numel() for p in parameters) - trained, trained
+
+
+def _linear_layers(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _activate(adapters: list[Any], name: str) -> None:
+    for layer in adapters:
+        layer.set_adapter(name)
+
+
+class switched:
+    """Context in which another adapter is active, or none ("reference"), with gradients' flags as before.
+
+    `before_change` is called before flags change: where weights are sharded, flags belong to the shards.
+    """
+
+    def __init__(self, adapters: list[Any], role: Role, before_change: Callable[[], None] = lambda: None) -> None:
+        self.adapters, self.role, self.before_change = adapters, role, before_change
+
+    def __enter__(self) -> None:
+        self.before_change()
+        for layer in self.adapters:
+            if self.role == "reference":
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter(self.role, inference_mode=True)
+
+    def __exit__(self, *exc: object) -> None:
+        self.before_change()
+        for layer in self.adapters:
+            if self.role == "reference":
+                layer.enable_adapters(True)
+            layer.set_adapter("current")

@@ -1,0 +1,218 @@
+"""The model card of an exported run: a README.md that the Hugging Face hub understands, and its pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from inspect import getdoc
+from pathlib import Path
+from typing import Any, Literal
+
+from flowrl.checks import is_finite
+from flowrl.envs.base import GenerationEnv
+from flowrl.models.loading import FlowSource
+from flowrl.runs.logs import read_metrics
+from flowrl.runs.pictures import curves
+from flowrl.storage.files import read_json
+from flowrl.storage.revisions import split
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.saving import algorithm_name
+from flowrl.version import __version__
+
+Kind = Literal["lora", "transformer", "pipeline"]
+"""What is shared: LoRA weights, the fine-tuned network alone, or a whole pipeline."""
+NOT_EVALUATED = "This state of the run has not been evaluated.\n"
+PROMPTS = 20
+"""Prompts that the card lists."""
+LIMITATIONS = (
+    "Fine-tuning on a reward raises that reward and nothing else: what it does not measure can get worse, diversity "
+    "usually falls, and a high score can come from exploiting the reward instead of from better images. The figures "
+    "hold for the prompts, the reward, the sampler and the one seed of this run; beyond them nothing was measured, and "
+    "all limits and biases of the base model remain."
+)
+
+
+def hub_name(flow: FlowSource) -> str:
+    """The repository on the hub that a flow's pipeline comes from; empty when it comes from elsewhere."""
+    elsewhere = flow.is_embedded or not flow.source or Path(flow.source).exists()
+    return "" if elsewhere else split(flow.source)[0]
+
+
+def write_card(
+    folder: Path, model: FlowAlgorithm, run: Path, name: str, kind: Kind, sampling: Mapping[str, Any]
+) -> None:
+    """Write `README.md`, `curves.png` and `before_after.png`.
+
+    Pictures and results are those of the run folder; what it does not have is left out, and the card says so.
+
+    Args:
+        folder: Folder to write to.
+        model: The run's trained algorithm.
+        run: The run folder.
+        name: What to load: a name on the hub, or a folder.
+        kind: What is shared.
+        sampling: How the run sampled, as the pipeline takes it.
+    """
+    parts = [_front_matter(model, kind), f"# {name.rpartition('/')[2]}\n", _summary(model, kind)]
+    evaluated = (run / "evaluation.json").exists()
+    if evaluated and (run / "before_after.png").exists():
+        shutil.copyfile(run / "before_after.png", folder / "before_after.png")
+        parts.append(
+            "![samples before and after](before_after.png)\n\nBase model (left) and fine-tuned (right), from the same "
+            "noise and prompts.\n"
+        )
+    parts += ["## Use\n", _use(model, kind, name, sampling)]
+    parts += ["## Training\n", _training(model)]
+    if rows := read_metrics(run / "metrics.csv"):
+        curves(rows).savefig(folder / "curves.png", dpi=110)
+        parts.append("![training curves](curves.png)\n")
+    parts += ["## Results\n", _results(read_json(run / "evaluation.json")) if evaluated else NOT_EVALUATED]
+    parts += ["## Limitations\n", LIMITATIONS]
+    (folder / "README.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(model: FlowAlgorithm, kind: Kind) -> str:
+    """YAML for the hub. No licence: it is the base model's. Values are written as JSON, which is YAML."""
+    tags = ["flowrl", "text-to-image", "flow-matching", "reward-fine-tuning"]
+    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if base := hub_name(model.env.core.flow):
+        data["base_model"] = base
+    data["tags"] = [*tags, "lora"] if kind == "lora" else tags
+    data["instance_prompt"] = None
+    lines = [f"{key}: {json.dumps(value)}" for key, value in data.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _base(flow: FlowSource) -> str:
+    """The base model in words, without the folders of the machine that it was on."""
+    if name := hub_name(flow):
+        return f"[{name}](https://huggingface.co/{name})"
+    if flow.is_embedded:
+        return f"`{flow.source}`, which ships with [flowrl](https://pypi.org/project/flowrl-torch/)"
+    return f"`{Path(flow.source).name}`, a local pipeline" if flow.source else "a pipeline made in code"
+
+
+def _summary(model: FlowAlgorithm, kind: Kind) -> str:
+    what = {"lora": "LoRA weights", "transformer": "A fully fine-tuned transformer", "pipeline": "A whole pipeline"}
+    core = model.env.core
+    return (
+        f"{what[kind]} for diffusers' `{type(_pipeline(model)).__name__}`, trained by the algorithm "
+        f"`{algorithm_name(type(model))}` of flowrl {__version__} with the reward *{_reward(core)}*. "
+        f"Base model: {_base(core.flow)}; its licence holds here too.\n"
+    )
+
+
+def _reward(core: GenerationEnv) -> str:
+    return getattr(core, "reward_name", "") or core.name
+
+
+def _pipeline(model: FlowAlgorithm) -> Any:
+    return model.policy.model.pipeline
+
+
+def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any]) -> str:
+    """A script that loads the folder and draws a picture as the run does."""
+    pipeline = _pipeline(model)
+    cls, network = type(pipeline).__name__, type(model.policy.model.network).__name__
+    imports = ["import torch"]
+    imports.append(f"from diffusers import {f'{network}, {cls}' if kind == 'transformer' else cls}")
+    lines = []
+    if kind == "pipeline":
+        lines.append(f"pipe = {cls}.from_pretrained({json.dumps(name)})")
+    elif kind == "transformer":
+        lines.append(f'transformer = {network}.from_pretrained({json.dumps(name)}, subfolder="transformer")')
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, transformer=transformer)")
+    else:
+        if model.env.core.flow.is_embedded:
+            imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)})")
+        lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
+    options = [f"    {key}={value}," for key, value in sampling.items()]
+    options.append("    generator=torch.Generator().manual_seed(0),")
+    prompt = json.dumps(model.env.core.contexts[0], ensure_ascii=False)
+    call = ["image = pipe(", f"    {prompt},", *options, ").images[0]", 'image.save("image.png")']
+    code = "\n".join([*imports, "", *lines, *call])
+    solver = model.policy.solver
+    note = "" if solver == "euler" else f" The run sampled with {solver}; the pipeline's own scheduler comes near it."
+    advice = 'On a GPU add `torch_dtype=torch.bfloat16` to `from_pretrained` and call `pipe.to("cuda")`.'
+    return f"```python\n{code}\n```\n\n{advice}{note}\n"
+
+
+def _base_code(model: FlowAlgorithm) -> str:
+    flow = model.env.core.flow
+    if flow.is_embedded:
+        return f'ASSETS / "{flow.source}"'
+    revision = f", revision={json.dumps(flow.revision)}" if flow.revision else ""
+    return json.dumps(hub_name(flow) or Path(flow.source).name or "BASE") + revision
+
+
+def _training(model: FlowAlgorithm) -> str:
+    core, policy = model.env.core, model.policy
+    what = (getdoc(type(model)) or "").partition("\n")[0]
+    listed = [json.dumps(prompt, ensure_ascii=False) for prompt in core.contexts[:PROMPTS]]
+    more = len(core.contexts) - len(listed)
+    prompts = ", ".join(listed) + (f", and {more} more" if more > 0 else "")
+    settings = {
+        "algorithm": algorithm_name(type(model)),
+        "settings": asdict(model.config),
+        "environment": None if core.origin is None else {"name": core.origin[0], **core.origin[1]},
+        "seed": model.seed,
+    }
+    whole = json.dumps(_without_folders(settings), indent=1, ensure_ascii=False, default=str)
+    return "\n".join(
+        [
+            f"- algorithm: `{algorithm_name(type(model))}`: {what}",
+            f"- reward: {_reward(core)}",
+            f"- length: {model.num_timesteps:,} generated samples, {model._n_updates:,} gradient steps, "
+            f"{policy.evaluations:,} network evaluations (a forward is 1 per sample, a backward 2)",
+            f"- weights shared: {'the moving average' if policy.sampling_role == 'ema' else 'those trained last'}",
+            f"- prompts ({len(core.contexts)}): {prompts}",
+            "\n<details><summary>All settings</summary>\n",
+            f"```json\n{whole}\n```\n\n</details>\n",
+        ]
+    )
+
+
+def _without_folders(value: Any) -> Any:
+    """Settings in which absolute paths, as such or after a `=`, are only the last part: the rest is nobody's matter."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    if not isinstance(value, str | Path):
+        return value
+    key, equals, path = str(value).rpartition("=")
+    return key + equals + Path(path).name if path.startswith("~") or Path(path).is_absolute() else str(value)
+
+
+def _results(result: Mapping[str, Any]) -> str:
+    """Table of `evaluation.json`; figures that do not exist are dashes."""
+    base, components = _table(result.get("reference")), _table(result.get("components"))
+    rows = [("reward", _with_interval(base), _with_interval(result))]
+    for key, value in components.items():
+        rows.append((key[:100], _figure(_table(base.get("components")).get(key)), _figure(value)))
+    rows.append(("diversity", _figure(base.get("diversity")), _figure(result.get("diversity"))))
+    rows.append(("drift E\\|v - v_ref\\|²", "0", _figure(result.get("drift"))))
+    lines = ["| | base model | fine-tuned |", "|---|---|---|"]
+    lines += [f"| {name} | {before} | {after} |" for name, before, after in rows]
+    lines.append(
+        f"\n{_figure(result.get('n_samples'))} samples of each, from the same noise and prompts; intervals are of "
+        "95 %. Diversity is the mean distance of two images of the same prompt.\n"
+    )
+    return "\n".join(lines)
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _with_interval(statistics: Mapping[str, Any]) -> str:
+    interval = statistics.get("reward_ci")
+    low, high = map(_figure, interval if isinstance(interval, list) and len(interval) == 2 else (None, None))
+    return f"{_figure(statistics.get('reward_mean'))} ({low} to {high})"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if is_finite(value) else "–"

@@ -1,0 +1,101 @@
+"""Pictures of samples and of training, as PNG."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flowrl.evaluation.measure import EvaluationResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from flowrl.envs.base import GenerationEnv
+
+STEPS = "time/total_timesteps"
+CURVES = {
+    "rollout/reward_mean": "reward",
+    "rollout/diversity": "diversity",
+    "train/drift": "drift E|v - v_ref|²",
+    "rollout/ess": "effective sample share",
+}
+
+
+def image_grid(images: torch.Tensor, columns: int = 0, pad: int = 2) -> Image.Image:
+    """Images (B, 1 or 3, H, W) in [0, 1] as one picture, row by row; about square unless `columns` is given."""
+    images = images.expand(-1, 3, -1, -1)
+    pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    n, height, width, _ = pixels.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    grid = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = (i // columns) * (height + pad) + pad, (i % columns) * (width + pad) + pad
+        grid[top : top + height, left : left + width] = image
+    return Image.fromarray(grid)
+
+
+def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+    """Pictures one below the other, `gap` white pixels between them."""
+    height = sum(picture.height + gap for picture in pictures) - gap
+    sheet, top = Image.new("RGB", (max(picture.width for picture in pictures), height), "white"), 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + gap
+    return sheet
+
+
+def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
+    """Picture of samples as PNG: a grid of images, or a scatter plot of points."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if env.flow.is_image:
+        image_grid(samples).save(path)
+    else:
+        _save_plots([("samples", samples)], env, path)
+
+
+def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
+    """Reference and trained samples at the same noise, as PNG."""
+    if env.flow.is_image:
+        halves = [image_grid(s[:36]) for s in (result.reference_samples, result.samples)]
+        gap = 12
+        both = Image.new("RGB", (2 * halves[0].width + gap, halves[0].height), "white")
+        both.paste(halves[0], (0, 0))
+        both.paste(halves[1], (halves[0].width + gap, 0))
+        both.save(path)
+    else:
+        _save_plots([("reference", result.reference_samples), ("trained", result.samples)], env, path)
+
+
+def _save_plots(clouds: Sequence[tuple[str, torch.Tensor]], env: GenerationEnv, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(clouds), 4), layout="constrained")
+    for i, (title, points) in enumerate(clouds):
+        axes = figure.add_subplot(1, len(clouds), i + 1)
+        env.plot(axes, points)
+        axes.set(title=f"{title} ({len(points)})")
+    figure.savefig(path, dpi=100)
+    del axes, figure
+    gc.collect()  # a figure is a cycle of some hundred kB, and training makes too little garbage to have it found
+
+
+def curves(rows: Sequence[dict[str, float]]) -> Figure:
+    """Reward, diversity, drift and effective sample share against samples."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    for i, (key, title) in enumerate(CURVES.items()):
+        axes = figure.add_subplot(2, 2, i + 1)
+        points = [(row[STEPS], row[key]) for row in rows if row.keys() >= {key, STEPS}]
+        axes.plot(*zip(*points)) if points else None
+        axes.set(title=title, xlabel="samples")
+        axes.grid(alpha=0.3)
+    return figure

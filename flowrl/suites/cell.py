@@ -1,0 +1,100 @@
+"""One cell of a benchmark: train (or steer), evaluate, write what it cost and what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowrl.evaluation.measure import evaluate
+from flowrl.evaluation.steering import Steering
+from flowrl.registry import algorithm_class, named_by_a_file, own_module
+from flowrl.runs.callbacks import IterationCallback
+from flowrl.runs.folder import finite_or_none
+from flowrl.runs.pictures import image_grid, save_picture
+from flowrl.storage.files import write_json
+from flowrl.suites.suite import REMEDY, UNTRAINED, Cell
+
+UNBOUNDED = 10**12
+
+
+class StopAtBudget(IterationCallback):
+    """Records cost and metrics of every iteration; ends the training when the budget is spent."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__()
+        self.budget = budget
+        self.rows: list[dict[str, float]] = []
+        self.started = time.monotonic()
+
+    def on_iteration_end(self) -> bool:
+        """One row per iteration."""
+        model: Any = self.model
+        logged = {key: value for key, value in model.last_logged.items() if isinstance(value, int | float)}
+        self.rows.append(
+            {**logged, "evaluations": model.policy.evaluations, "seconds": time.monotonic() - self.started}
+        )
+        return bool(model.policy.evaluations < self.budget)
+
+
+def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
+    """Train, evaluate, and write `curve.json`, `samples.png` and, last, `result.json`.
+
+    Args:
+        folder: Holds `cell.json`.
+        modules: To import first; nothing else that the cell names is imported.
+    """
+    for module in modules:
+        own_module(module)
+    cell = Cell(**json.loads((folder / "cell.json").read_text()))
+    with named_by_a_file("The suite", REMEDY):
+        model = algorithm_class(cell.algo or UNTRAINED)(
+            "FlowPolicy", cell.env, seed=cell.seed, env_settings=cell.env_settings or None, **cell.settings
+        )
+    stop = StopAtBudget(cell.budget)
+    if cell.algo:
+        model.learn(UNBOUNDED, callback=stop)
+    training_seconds = time.monotonic() - stop.started
+    steering = Steering(**cell.steer) if cell.steer else None
+    seed = 10_000 + cell.seed
+    result = evaluate(model, cell.eval_samples, seed=seed, steering=steering)
+    numbers = result.to_dict()
+    if model.env.core.held_out:
+        unseen = evaluate(model, cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
+        numbers["held_out"] = unseen.to_dict()
+    write_json(folder / "curve.json", stop.rows)
+    core = model.env.core
+    if core.flow.is_image:
+        image_grid(result.samples[:16], columns=4).save(folder / "samples.png")
+    else:
+        save_picture(result.samples, result.sample_contexts, core, folder / "samples.png")
+    cost = {
+        "network_evaluations": model.policy.evaluations,
+        "samples": model.num_timesteps,
+        "gradient_steps": model._n_updates,
+        "training_seconds": round(training_seconds, 1),
+        "buffer_bytes": model.buffer.nbytes,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+    }
+    write_json(folder / "result.json", finite_or_none({"cell": cell.to_dict(), "cost": cost, **numbers}))
+
+
+def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:
+    """`run_cell` in a process of its own, which ends with 1 on an error; what it prints goes into `log.txt`."""
+    torch.set_num_threads(1)
+    with (folder / "log.txt").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    try:
+        run_cell(folder, modules)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,87 @@
+"""Gradients that are not finite: counted on the device, looked at once an iteration, explained when they do not end."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowrl.distributed.sharding import unsharded
+from flowrl.errors import NonFiniteError
+from flowrl.functional.losses import effective_sample_size
+
+if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
+
+
+class BadUpdates:
+    """Counts gradient steps that are left out.
+
+    Attributes:
+        total: So far.
+        in_a_row: Until now, as far as looked at.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.total = self.in_a_row = 0
+        self._steps = 0  # since the last look
+        self._bad = torch.zeros(2, device=device)  # of them: all bad ones, and those in a row until now
+
+    def note(self, bad: torch.Tensor) -> None:
+        """Take in a step; `bad` is a scalar, 0 or 1. No host synchronisation."""
+        self._steps += 1
+        self._bad += bad
+        self._bad[1] *= bad
+
+    def look(self) -> int:
+        """How many were bad since the last look."""
+        steps, self._steps = self._steps, 0
+        bad, in_a_row = (int(n) for n in self._bad.tolist())
+        self._bad.zero_()
+        self.total += bad
+        self.in_a_row = self.in_a_row + steps if in_a_row == steps else in_a_row
+        return bad
+
+
+def check_updates(model: FlowAlgorithm) -> None:
+    """Warn of gradient steps of this iteration that were left out.
+
+    Raises:
+        NonFiniteError: There were too many in a row; says what to look at.
+    """
+    bad = model.bad_updates.look()
+    if bad and model.ranks.is_main:
+        warnings.warn(f"{bad} gradient steps were left out: their gradients are not finite.", stacklevel=3)
+    if model.bad_updates.in_a_row >= model.config.max_bad_updates:
+        raise NonFiniteError(
+            f"The gradients of the last {model.bad_updates.in_a_row} gradient steps are not finite, and nothing was "
+            f"learnt from them: {'; '.join(_facts(model))}. Lower the learning rate or tau, or take precision float32; "
+            "the weights are those of before."
+        )
+
+
+def _facts(model: FlowAlgorithm) -> list[str]:
+    """Loss of a minibatch, weights, samples, settings, and the first parameters that are not finite."""
+    loss, _ = model.loss(next(model.minibatches()))
+    loss.backward()
+    parameters, rollout = model.policy.parameters_of("current"), model.buffer.all()
+    grads = {name: unsharded(p.grad) for name, p in parameters.items() if p.grad is not None}
+    bad_grads = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
+    bad_weights = [name for name, p in parameters.items() if not bool(unsharded(p.detach()).isfinite().all())]
+    model.policy.optimizer.zero_grad(set_to_none=True)
+    weight = rollout.weight
+    facts = [
+        f"loss of a minibatch {loss.item():.3g}",
+        f"weights {weight.min().item():.3g} to {weight.max().item():.3g}",
+        f"effective sample share {(effective_sample_size(weight) / len(weight)).item():.3g}",
+        f"samples up to {rollout.x_1.abs().max().item():.3g}",
+        f"learning rate {model.config.learning_rate:g}",
+    ]
+    if hasattr(model.config, "tau"):
+        facts.append(f"tau {model.config.tau:g}")
+    if bad_grads:
+        facts.append(f"{len(bad_grads)} of {len(parameters)} parameters have such gradients, first '{bad_grads[0]}'")
+    if bad_weights:
+        facts.append(f"the weights of '{bad_weights[0]}' are not finite")
+    return facts

@@ -1,0 +1,265 @@
+"""Loading checkpoints, which `flowrl.training.saving` writes.
+
+Numbers and strings are read, and nothing else: a hostile folder cannot run code.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from flowrl.distributed.sharding import sharded_like
+from flowrl.envs.prompts import fingerprint
+from flowrl.errors import CheckpointError, FlowRLError, did_you_mean
+from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by_a_file
+from flowrl.storage import revisions
+from flowrl.storage.files import read_json, read_tensors, standing
+from flowrl.training.optimizers import state_shapes
+from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name, own_tensors
+
+if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest one of a run folder.
+
+    Raises:
+        CheckpointError: There is none; says what is there.
+    """
+    folder = Path(path)
+    folder = folder.with_suffix("") if folder.suffix == ".zip" and not folder.exists() else folder
+    folder = standing(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder '{folder}'.")
+    if (folder / "state.json").exists() or (folder / "policy.safetensors").exists():
+        return folder
+    found = [*folder.glob("checkpoints/[!.]*/state.json"), *folder.glob("final/state.json")]
+    if not found:
+        raise CheckpointError(f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/).")
+    return max(found, key=lambda file: (read_json(file).get("num_timesteps", 0), file.parent.name)).parent
+
+
+def load_checkpoint(
+    cls: type[FlowAlgorithm], path: str | Path, *, env: Any = None, device: Any = "auto", **kwargs: Any
+) -> FlowAlgorithm:
+    """Algorithm with the state of a checkpoint folder, or of a run folder's newest one; see `FlowAlgorithm.load`."""
+    folder = checkpoint_folder(path)
+    config = read_json(folder / "config.json")
+    if config.get("format") != FORMAT:
+        raise CheckpointError(f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}.")
+    check_description(config, folder / "config.json")
+    cls = _class_of(cls, config, folder)
+    env_settings = None
+    stored = config.get("environment") or {}
+    if isinstance(env, str) and environment_spec(env).name == stored.get("name"):
+        env_settings = stored["settings"]
+    if env is None:
+        if not config.get("environment"):
+            raise CheckpointError(f"'{folder}' was trained on an environment object: give it again as env=.")
+        env, env_settings = config["environment"]["name"], config["environment"]["settings"]
+        if env not in ENVIRONMENTS:
+            raise CheckpointError(
+                f"'{folder}' was trained on '{env}', which is not registered here. Code named by a checkpoint is never "
+                "imported: import its module yourself, or name it (--env module:name)."
+            )
+    env_settings = pinned_settings(env, env_settings, config)
+    _compare_settings(cls, config, folder)
+    try:
+        algorithm_config = cls.Config(**cast(Any, tupled(config["settings"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}."
+        ) from error
+    try:
+        with named_by_a_file(f"'{folder / 'config.json'}'", "import it yourself, or name it (--env module:name)"):
+            model = cls(
+                "FlowPolicy",
+                env,
+                config=algorithm_config,
+                seed=config.get("seed"),
+                device=device,
+                env_settings=env_settings,
+                **kwargs,
+            )
+    except FlowRLError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"What '{folder / 'config.json'}' describes cannot be made: {type(error).__name__} {error}."
+        ) from error
+    if env_settings is not None and config.get("prompts") not in (None, fingerprint(model.env.core.contexts)):
+        raise CheckpointError(
+            f"'{folder}' was trained on other prompts than '{model.env.core.name}' has now: bring back its prompt "
+            "file as it was, or give the environment to go on with as env= (an object)."
+        )
+    load_state(model, folder)
+    return model
+
+
+def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back, with tuples where there were tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def pinned_settings(env: Any, settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Stored settings, if any, in which a flow from the hub is of the commit that was trained on."""
+    if settings is None:
+        return None
+    flow, read = config.get("flow"), config.get("hub")
+    commit = read.get(flow) if isinstance(read, dict) and isinstance(flow, str) else None
+    has_flow = "flow" in {field.name for field in fields(environment_spec(env).config)}
+    if has_flow and isinstance(commit, str) and revisions.is_commit(commit) and not Path(str(flow)).exists():
+        return {**settings, "flow": f"{flow}@{commit}"}
+    return dict(settings)
+
+
+def check_description(config: Mapping[str, Any], file: Path) -> None:
+    """Whether `config.json` holds what `description` writes, as far as types go.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    environment, seed = config.get("environment"), config.get("seed")
+    named = isinstance(environment, dict) and isinstance(environment.get("name"), str)
+    sound = {
+        "algorithm": isinstance(config.get("algorithm"), str),
+        "environment": environment is None or (named and isinstance(environment.get("settings"), dict)),
+        "settings": isinstance(config.get("settings"), dict),
+        "seed": seed is None or (isinstance(seed, int) and 0 <= seed < 2**32),
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise CheckpointError(f"The file '{file}' is damaged: '{name}' is no {name}.")
+
+
+def _compare_settings(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> None:
+    """Say which settings a checkpoint of another version has, or has not.
+
+    Raises:
+        CheckpointError: It has some that mean nothing here.
+    """
+    stored, known = config["settings"], {field.name: field for field in fields(cls.Config)}
+    of_version = f"'{folder}' was written by flowrl {config.get('flowrl')}"
+    if gone := [name for name in stored if name not in known]:
+        raise CheckpointError(
+            f"{of_version}, and this one has no settings {', '.join(gone)} of {cls.__name__}."
+            f"{did_you_mean(gone[0], known)} Train on with that version, or take them out of its config.json."
+        )
+    if new := [name for name in known if name not in stored]:
+        warnings.warn(
+            f"{of_version}, before {cls.__name__} had {', '.join(new)}: the defaults of this version are taken.",
+            stacklevel=3,
+        )
+
+
+def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> type[FlowAlgorithm]:
+    """The class to load with: the given one, or for the base class the registered one of that name."""
+    name = config.get("algorithm", "")
+    if getattr(cls, "__abstractmethods__", None):
+        if name not in ALGORITHMS:
+            raise CheckpointError(
+                f"'{folder}' was trained with '{name}', which is not registered here. Code named by a checkpoint is "
+                "never imported: import its module yourself, or name it (--algo module:Class)."
+            )
+        return ALGORITHMS[name]
+    if name not in (algorithm_name(cls), f"{cls.__module__}:{cls.__qualname__}"):
+        raise CheckpointError(f"'{folder}' was trained with '{name}', not with '{cls.name or cls.__qualname__}'.")
+    return cls
+
+
+def load_state(model: FlowAlgorithm, folder: Path) -> None:
+    """Put a checkpoint's weights, optimizer, counters and random states into a model of the same settings.
+
+    Raises:
+        CheckpointError: Damaged, or of another architecture; names the file and what does not fit.
+    """
+    state = read_json(folder / "state.json")
+    tensors = read_tensors(folder / "policy.safetensors", model.device)
+    moments = read_tensors(folder / "optimizer.safetensors")
+    random_states = read_tensors(folder / "random.safetensors")
+    for role in model.policy.roles:
+        _copy_into(own_tensors(model.policy, role), tensors, role, folder)
+        model.policy.weights_changed(role)
+    if not model.env.core.flow.reloadable:
+        _copy_into(model.policy.frozen_state(), tensors, "frozen", folder)
+    try:
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in moments.items():
+            index, _, name = key.partition(".")
+            entries.setdefault(int(index), {})[name] = value
+        _check_moments(entries, model, folder)
+        parameters = list(model.policy.parameters_of("current").values())
+        entries = {i: {k: sharded_like(v, parameters[i]) for k, v in e.items()} for i, e in entries.items()}
+        groups = model.policy.optimizer.state_dict()["param_groups"]
+        merged = [{**stored, "params": g["params"]} for stored, g in zip(state["param_groups"], groups)]
+        model.policy.optimizer.load_state_dict({"state": entries, "param_groups": merged})
+        for name in COUNTERS:
+            setattr(model, name, type(getattr(model, name))(state[name]))
+        model.policy.evaluations = int(state["evaluations"]) // model.ranks.world_size
+        model.n_dropped = int(state.get("n_dropped", 0))
+        model.rollout_reward = state.get("reward")
+        model.bad_updates.total, model.bad_updates.in_a_row = (int(n) for n in state.get("bad_updates", (0, 0)))
+        _set_random_states(model, random_states, state)
+        if model.extra_state():
+            model.load_extra_state(read_tensors(folder / "algorithm.safetensors", model.device))
+        if model.env.core.extra_state():
+            model.env.core.load_extra_state(read_tensors(folder / "environment.safetensors"))
+    except FlowRLError:
+        raise
+    except DAMAGE as error:
+        raise CheckpointError(f"The checkpoint '{folder}' is damaged: {type(error).__name__} {error}.") from error
+
+
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, MemoryError)
+"""What code raises when it is given other numbers than it wrote."""
+
+
+def _set_random_states(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    model.generator.set_state(tensors["training"])
+    model.policy.generator.set_state(tensors["policy"])
+    if model.ranks.is_main:  # the others draw dropout of their own
+        torch.set_rng_state(tensors["torch"])
+        if torch.cuda.is_available() and "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda"])
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *state["numpy"]))
+    version, internal, normal = state["python"]
+    random.setstate((version, tuple(internal), normal))
+
+
+def _check_moments(entries: dict[int, dict[str, Any]], model: FlowAlgorithm, folder: Path) -> None:
+    parameters = list(model.policy.parameters_of("current").values())
+    for index, entry in entries.items():
+        shapes = {key: tuple(value.shape) for key, value in entry.items()}
+        if index >= len(parameters) or shapes != state_shapes(model.config, parameters[index]):
+            file = folder / "optimizer.safetensors"
+            raise CheckpointError(f"'{file}' does not fit this flow: the state of parameter {index} has {shapes}.")
+        if model.config.optimizer == "adamw8bit":
+            entry["step"] = int(entry["step"])  # bitsandbytes counts in Python
+
+
+def _copy_into(
+    target: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], role: str, folder: Path
+) -> None:
+    own = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
+    if own.keys() != target.keys():
+        odd = sorted(own.keys() ^ target.keys())
+        raise CheckpointError(
+            f"'{folder / 'policy.safetensors'}' does not fit this flow: {len(odd)} weights of '{role}' differ in name, "
+            f"the first '{odd[0]}'."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != target[name].shape:
+                raise CheckpointError(
+                    f"'{folder / 'policy.safetensors'}' does not fit this flow: '{name}' has shape "
+                    f"{tuple(tensor.shape)}, not {tuple(target[name].shape)}."
+                )
+            target[name].copy_(sharded_like(tensor, target[name]))

@@ -1,0 +1,213 @@
+"""How much memory a run will take: its own code, run on tensors that have shapes and types but no storage."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flowrl.distributed.ranks import Ranks
+from flowrl.envs.base import draw_contexts
+
+if TYPE_CHECKING:
+    from flowrl.config import FlowConfig
+    from flowrl.envs.base import GenerationEnv
+    from flowrl.training.algorithm import FlowAlgorithm
+
+STEPS = 2
+"""Sampler steps that are tried; what an ODE sampler holds does not depend on their number."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted memory in bytes.
+
+    Attributes:
+        parts: What is there while the network trains, by part.
+        phases: The most that is there at once in each phase.
+        libraries: What this process holds without those tensors: libraries, and networks of the reward.
+        missing: What could not be tried, and why; empty when all was.
+    """
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+    libraries: int
+    missing: str = ""
+
+    @property
+    def peak(self) -> int:
+        """The most that all tensors take at once."""
+        return max(self.phases.values())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on whichever device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def ways_to_save(config: FlowConfig) -> list[str]:
+    """Settings that lower the memory of a run, in the order to try them: first what costs time only."""
+    large = config.batch_size > 1
+    ways = {
+        "--algo.precision bfloat16": config.precision == "float32",
+        "--algo.gradient-checkpointing": not config.gradient_checkpointing,
+        f"--algo.batch-size {max(1, config.batch_size // 2)} --algo.accumulation {2 * config.accumulation}": large,
+        "a smaller --algo.rollout-batch-size": config.rollout_batch_size != 1,
+        "--env.decode-batch 1 or --env.vae-tiling": True,
+        "--algo.offload": not config.offload,
+        "--algo.lora-rank 32": not config.lora_rank,
+        "--algo.optimizer adamw8bit": config.optimizer == "adamw",
+        "a smaller --env.resolution": True,
+    }
+    return [way for way, applies in ways.items() if applies]
+
+
+def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv) -> MemoryPlan:
+    """Memory of a run with these settings, from the flow's configuration alone: no weight is read.
+
+    One iteration is tried: prompts encoded, a batch drawn and decoded, a gradient step. Work that depends on the
+    values of tensors (adaptive solvers, optimal transport) cannot be tried; `missing` says so.
+    """
+    tracker = _Tracker()
+    random_state = torch.get_rng_state()
+    with _without_storage(), tracker:
+        parts, missing = _try(cls, replace(config, n_epochs=1), env, tracker)
+    torch.set_rng_state(random_state)
+    gc.collect()
+    return MemoryPlan(parts, tracker.phases, psutil.Process().memory_info().rss, missing)
+
+
+def _try(
+    cls: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, tracker: _Tracker
+) -> tuple[dict[str, int], str]:
+    env = copy.copy(env)
+    env.flow = replace(env.flow, load=env.flow.imitation)
+    with tracker.phase("loading, encoding prompts"):
+        model: Any = cls("FlowPolicy", env, config=config, device="cpu", ranks=Ranks())
+    policy, buffer = model.policy, model.buffer
+    missing = cls.unpredictable
+    contexts = draw_contexts(len(env.contexts), model.env.num_envs, config.group_size, model.generator)
+    try:
+        with tracker.phase("drawing samples"):
+            policy.steps = min(STEPS, config.rollout_steps)
+            if config.path_steps():
+                x_1 = policy.sample_path(contexts, model.sde, role=model.behaviour_role, generator=model.generator)[0]
+            else:
+                x_1 = model.draw_latents(contexts)
+        more = max(0, config.path_steps() + 1 - STEPS)  # a path is held twice while its states are put together
+        tracker.phases["drawing samples"] += 2 * more * _bytes([x_1])
+        with tracker.phase("decoding samples"):
+            policy.decode(x_1)
+        rows = config.batch_size * config.accumulation
+        buffer.size = min(config.n_samples, -(-rows // max(1, config.path_steps())))
+        for parameter in policy.parameters_of("current").values():
+            parameter.grad = torch.zeros_like(parameter)
+        policy.optimizer.step()  # its moments are there from the first step on
+        policy.optimizer.zero_grad()
+        with tracker.phase("training"):
+            model.update()
+    except Exception as error:
+        missing = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return _parts(model), missing
+
+
+def _parts(model: Any) -> dict[str, int]:
+    policy = model.policy
+    sizes = {role: _bytes(policy.parameters_of(role).values()) for role in policy.roles}
+    return {
+        "frozen weights": _bytes(policy.parameters()) - sum(sizes.values()),
+        "trained weights": sizes.pop("current"),
+        "copies of them": sum(sizes.values()),
+        "gradients": _bytes(policy.parameters_of("current").values()),
+        "optimizer": _bytes(v for state in policy.optimizer.state.values() for v in state.values()),
+        "encoded prompts": _bytes(policy.condition(torch.arange(len(policy.contexts)))),
+        "rollout buffer": model.buffer.nbytes,
+    }
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+class _Tracker(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.live = self.peak = 0
+        self.phases: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Note the most that is alive at once."""
+        gc.collect()
+        self.peak = self.live
+        yield
+        self.phases[name] = max(self.peak, self.phases.get(name, 0))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.live += self.sizes[key]
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key).atexit = False
+
+    def _forget(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+def _replace_tensors(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply` that puts new tensors into a module; torch's own swaps fake ones in place, or refuses to."""
+    for child in module.children() if recurse else ():
+        _replace_tensors(child, fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                converted = fn(parameter)
+            if converted is not parameter:
+                module._parameters[name] = torch.nn.Parameter(converted, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else fn(buffer)
+    return module
+
+
+def _copy_of(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """`deepcopy` of a tensor without storage; torch's own reads the storage that is not there."""
+    copied = torch.empty_like(tensor, requires_grad=False)
+    if isinstance(tensor, torch.nn.Parameter):
+        copied = torch.nn.Parameter(copied, tensor.requires_grad)
+    memo[id(tensor)] = copied
+    return copied
+
+
+@contextlib.contextmanager
+def _without_storage() -> Iterator[None]:
+    """Tensors are made without storage; modules can be converted and copied all the same."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with (
+        mock.patch("torch.nn.Module._apply", _replace_tensors),
+        mock.patch.object(FakeTensor, "__deepcopy__", _copy_of),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield

@@ -1,0 +1,220 @@
+"""What a checkpoint holds, and how it is written: a folder of JSON and safetensors, atomically, never a pickle.
+
+config.json         algorithm, settings, environment, seed
+state.json          counters, optimizer settings, shapes of what the tensors mean
+policy.safetensors  weights of every role ("current.NAME", "behaviour.NAME", ...)
+optimizer.safetensors
+random.safetensors  states of all random generators
+algorithm.safetensors  what else an algorithm keeps (running statistics, a critic); only where it keeps any
+environment.safetensors  what an environment keeps (running statistics of its reward); only where it keeps any
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flowrl.distributed.sharding import unsharded
+from flowrl.envs.prompts import fingerprint
+from flowrl.errors import CheckpointError
+from flowrl.registry import ALGORITHMS
+from flowrl.storage import revisions
+from flowrl.storage.files import host_copies, replace_folder, save_tensors, write_json
+from flowrl.version import __version__
+
+if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
+    from flowrl.training.policy import FlowPolicy
+    from flowrl.types import Role
+
+FORMAT = 1
+COUNTERS = ("num_timesteps", "iteration", "_n_updates", "_total_timesteps", "_current_progress_remaining")
+
+
+def save_checkpoint(model: FlowAlgorithm, path: str | Path) -> Path:
+    """Write the whole training state into the folder `path` (a `.zip` ending is dropped); see `Snapshot`.
+
+    Raises:
+        CheckpointError: The folder cannot be written; what was there before is left as it was.
+    """
+    return Snapshot.of(model).write(path)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole training state at a moment, which need not be the moment when it is written.
+
+    Nothing in it depends on how many ranks there are: others can go on with it. Ranks other than the main one have an
+    empty one.
+
+    Attributes:
+        documents: Content of the JSON files, by name.
+        tensors: Tensors of the safetensors files, by name; the run's own, unless `copied`.
+        export: Writes the adapter for other libraries into a folder.
+    """
+
+    documents: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    export: Callable[[Path, Mapping[str, torch.Tensor]], None] | None
+    is_copied: bool = False
+
+    @classmethod
+    def of(cls, model: FlowAlgorithm) -> Snapshot:
+        """The state now. With several ranks all of them have to ask."""
+        weights, moments = _weights(model), _moments(model)  # of sharded networks every rank gives its part
+        if not model.ranks.is_main:
+            return cls({}, {}, None)
+        state, random_states = _counters(model)
+        tensors = {
+            "policy.safetensors": weights,
+            "optimizer.safetensors": moments,
+            "random.safetensors": random_states,
+            "algorithm.safetensors": model.extra_state(),
+            "environment.safetensors": model.env.core.extra_state(),
+        }
+        export = None if model.policy.lora is None else partial(_export, model.policy)  # full weights: not twice
+        documents = {"config.json": description(model), "state.json": state}
+        return cls(documents, {name: file for name, file in tensors.items() if file or name not in OPTIONAL}, export)
+
+    def copied(self) -> Snapshot:
+        """The same with tensors of its own on the host: training may go on before it is written."""
+        tensors = {name: host_copies(file) for name, file in self.tensors.items()}
+        return replace(self, tensors=tensors, is_copied=True)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the folder `path` (a `.zip` ending is dropped), on the main rank.
+
+        Everything goes to a temporary folder beside it first, which is then renamed: `path` is either the old
+        checkpoint or the new one.
+
+        Raises:
+            CheckpointError: The folder cannot be written; what was there before is left as it was.
+        """
+        folder = Path(path)
+        folder = folder.with_suffix("") if folder.suffix == ".zip" else folder
+        if not self.documents:
+            return folder
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        except OSError as error:
+            raise CheckpointError(f"Cannot write a checkpoint to '{folder}': {error}.") from error
+        try:
+            for name, content in self.documents.items():
+                write_json(temporary / name, content)
+            for name, tensors in self.tensors.items():
+                save_tensors(temporary / name, tensors if self.is_copied else host_copies(tensors))
+            if self.export is not None:
+                self.export(temporary, self.tensors["policy.safetensors"])
+            replace_folder(temporary, folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"Writing the checkpoint '{folder}' failed: {error}. An older checkpoint there is as it was."
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+
+OPTIONAL = ("algorithm.safetensors", "environment.safetensors")
+"""Files that are left out where there is nothing to be in them."""
+
+
+def _export(policy: FlowPolicy, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    role = f"{policy.sampling_role}."
+    policy.export(folder, {name.removeprefix(role): t for name, t in weights.items() if name.startswith(role)})
+
+
+def description(model: FlowAlgorithm) -> dict[str, Any]:
+    """What `config.json` holds: enough to build the algorithm again."""
+    origin = model.env.core.origin
+    cls = type(model)
+    return {
+        "format": FORMAT,
+        "flowrl": __version__,
+        "algorithm": algorithm_name(cls),
+        "settings": asdict(model.config),
+        "environment": None if origin is None else {"name": origin[0], "settings": _plain(origin[1])},
+        "prompts": fingerprint(model.env.core.contexts),
+        "flow": model.env.core.flow.source,
+        "hub": dict(revisions.READ),
+        "seed": model.seed,
+    }
+
+
+def algorithm_name(cls: type) -> str:
+    """The registered name, or `module:Class`; a subclass of a registered class is not that class."""
+    name = getattr(cls, "name", "")
+    return name if ALGORITHMS.get(name) is cls else f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that JSON can hold; a factory or any other object is left out (the caller gives it again)."""
+    plain = {}
+    for key, value in settings.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            continue
+        plain[key] = value
+    return plain
+
+
+def _weights(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
+    policy = model.policy
+    tensors = {f"{role}.{name}": tensor for role in policy.roles for name, tensor in own_tensors(policy, role).items()}
+    if not model.env.core.flow.reloadable:
+        tensors |= {f"frozen.{name}": tensor for name, tensor in policy.frozen_state().items()}
+    return _whole(model, tensors)
+
+
+def _moments(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
+    states = [model.policy.optimizer.state.get(p, {}) for p in model.policy.parameters_of("current").values()]
+    return _whole(model, {f"{i}.{k}": torch.as_tensor(v) for i, entry in enumerate(states) for k, v in entry.items()})
+
+
+def _whole(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same; of sharded networks with the parts of all ranks, on the main rank's host."""
+    if not model.ranks.is_sharded:
+        return dict(tensors)
+    gathered = ((name, unsharded(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if model.ranks.is_main}
+
+
+def _counters(model: FlowAlgorithm) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `state.json` and `random.safetensors` hold."""
+    policy = model.policy
+    numpy_state: Any = np.random.get_state(legacy=False)
+    random_states = {
+        "training": model.generator.get_state(),
+        "policy": policy.generator.get_state(),
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        random_states["cuda"] = torch.cuda.get_rng_state()
+    state = {name: getattr(model, name) for name in COUNTERS} | {
+        "evaluations": policy.evaluations * model.ranks.world_size,
+        "n_dropped": model.n_dropped,
+        "bad_updates": [model.bad_updates.total, model.bad_updates.in_a_row],
+        "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in policy.optimizer.param_groups],
+        "numpy": [int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])],
+        "python": random.getstate(),
+        "reward": model.rollout_reward,
+    }
+    return state, random_states
+
+
+def own_tensors(policy: FlowPolicy, role: Role) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a role, by name."""
+    return {**policy.parameters_of(role), **policy.buffers_of(role)}
