@@ -22,7 +22,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     """Draw a context, take one sample as the action, give its reward; every episode is one step.
 
     The observation is the index of a context (`Discrete`; 1 when unconditional), the action is the sample
-    `x_1` in the space that the reward sees (`Box`). Subclasses write `score`.
+    `x_1` in the space that the reward sees (`Box`). Subclasses write `reward`.
 
     Args:
         flow: Where the flow model that generates samples comes from.
@@ -36,7 +36,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (Gymnasium's own convention)
     groupwise: bool = False
-    """Whether `score` compares samples of the same context, and so needs several of each in a call."""
+    """Whether `reward` compares samples of the same context, and so needs several of each in a call."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         self._last = np.zeros(self.sample_shape, dtype=np.float32)
 
     @abstractmethod
-    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of samples (B, *sample_shape) on any device, with one context per sample."""
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """As `score`, of samples of training: where a reward has running statistics, they take them in."""
-        return self.score(samples, contexts)
+        """As `reward`, of samples of training: where a reward has running statistics, they take them in."""
+        return self.reward(samples, contexts)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Tensors that a checkpoint must keep: what `observe` has changed."""
@@ -118,7 +118,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
             )
         asked = [self.contexts[i] for i in contexts.tolist()]
         try:
-            output = self.observe(samples, asked) if observe else self.score(samples, asked)
+            output = self.observe(samples, asked) if observe else self.reward(samples, asked)
         except FlowRLError:
             raise
         except Exception as error:

@@ -110,17 +110,17 @@ class DigitsEnv(GenerationEnv):
     ) -> None:
         source = FlowSource.of(flow)
         super().__init__(source, contexts=[None], low=0.0, high=1.0, name="digits-even", render_mode=render_mode)
-        self.reward, self.judge, self.oracle = reward, judge, oracle
+        self.reward_function, self.judge, self.oracle = reward, judge, oracle
 
-    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Probability of an even digit."""
         judged = self.judge(samples, contexts)
         components = {"judged even": judged.reward, **judged.components}
-        return RewardOutput(self.reward(samples, contexts).reward, components)
+        return RewardOutput(self.reward_function(samples, contexts).reward, components)
 
     def describe(self) -> list[str]:
         """Lines for the head of a run."""
-        return [*super().describe(), f"reward: {self.reward.description}; another one judges"]
+        return [*super().describe(), f"reward: {self.reward_function.description}; another one judges"]
 
     def render(self) -> np.ndarray | None:
         """The last picture as (size, size, 3) uint8, when `render_mode` is "rgb_array"."""

@@ -269,12 +269,12 @@ class GaussiansEnv(GenerationEnv):
             render_mode=render_mode,
         )
         self.mixture = mixture
-        self.reward = reward
+        self.reward_function = reward
         self.oracle = Oracle(mixture, cast(TiltableReward, reward), tau) if hasattr(reward, "sample_tilted") else None
 
-    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of points (B, D)."""
-        return RewardOutput(self.reward(samples))
+        return RewardOutput(self.reward_function(samples))
 
 
 def eight_gaussians(radius: float = 2.0, std: float = 0.25) -> GaussianMixture:

@@ -175,7 +175,7 @@ class PlanEnv(GenerationEnv):
         held = plans.clamp(-1, 1).repeat_interleave(hold, dim=1)[:, : self.task.steps]
         return held * self.task.bound
 
-    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """The return of each plan, divided by `scale`."""
         total, positions = self.task.rollout(self.actions(samples))
         moved = positions - positions[:, :1]

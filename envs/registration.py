@@ -84,12 +84,12 @@ class CustomEnv(GenerationEnv):
         held_out: Sequence[Any] = (),
     ):
         super().__init__(flow, contexts, low=low, high=high, name=name, held_out=held_out)
-        self.reward = reward
+        self.reward_function = reward
         self.groupwise = getattr(reward, "groupwise", False)
 
-    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """What the registered function says."""
-        output = self.reward(samples, contexts)
+        output = self.reward_function(samples, contexts)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
 

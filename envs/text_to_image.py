@@ -99,29 +99,29 @@ class TextToImageEnv(GenerationEnv):
             render_mode=render_mode,
             held_out=held_out,
         )
-        self.reward = reward
+        self.reward_function = reward
         self.groupwise = getattr(reward, "groupwise", False)
         self.reward_name = reward_name or getattr(reward, "description", getattr(reward, "__name__", "custom"))
 
-    def score(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of images (B, 3, H, W)."""
-        output = self.reward(samples, contexts)
+        output = self.reward_function(samples, contexts)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward of images (B, 3, H, W) of training, after a mixture's running statistics have taken them in."""
-        if isinstance(self.reward, MixtureReward):
-            return self.reward.observe(samples, contexts)
-        return self.score(samples, contexts)
+        if isinstance(self.reward_function, MixtureReward):
+            return self.reward_function.observe(samples, contexts)
+        return self.reward(samples, contexts)
 
     def gather_with(self, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Feed a mixture's running statistics with the values of every process."""
-        if isinstance(self.reward, MixtureReward):
-            self.reward.all_gather = all_gather
+        if isinstance(self.reward_function, MixtureReward):
+            self.reward_function.all_gather = all_gather
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Running statistics of a mixture."""
-        return self.reward.extra_state() if isinstance(self.reward, MixtureReward) else {}
+        return self.reward_function.extra_state() if isinstance(self.reward_function, MixtureReward) else {}
 
     def describe(self) -> list[str]:
         """Lines for the head of a run."""
@@ -178,14 +178,14 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
         if config.reward == "auto" and reward == "aesthetic" and flow.is_embedded:
             chosen = "colourfulness"
             note = "; the LAION predictor is not meant for drawings this small: choose it with --env.reward aesthetic"
-        scorer = make_mixture(chosen, parse_options(config.reward_options))
+        reward_function = make_mixture(chosen, parse_options(config.reward_options))
         prompts = _prompts(config, _own_prompts(wanted, flow))
         return TextToImageEnv(
             flow,
             prompts.train,
-            scorer,
+            reward_function,
             name=f"sd3-{reward}",
-            reward_name=getattr(scorer, "description", chosen) + note,
+            reward_name=getattr(reward_function, "description", chosen) + note,
             render_mode=render_mode,
             held_out=prompts.held_out,
         )

@@ -74,7 +74,7 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ServedReward:
     """A reward with its name, and the device that it gets its samples on."""
 
     name: str
@@ -121,8 +121,8 @@ def _main(args: list[str]) -> int:
     options = parse_options(config.reward_options)
     check_options(options, [config.reward])
     reward = make_reward(config.reward, options.get(config.reward))
-    scorer = Scorer(config.reward, reward, get_device(config.device))
-    service = Service(scorer, token, max_batch=config.max_batch, max_body=int(config.max_body_mb * 1e6))
+    served = ServedReward(config.reward, reward, get_device(config.device))
+    service = Service(served, token, max_batch=config.max_batch, max_body=int(config.max_body_mb * 1e6))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     server = uvicorn.Server(
         uvicorn.Config(
@@ -147,7 +147,7 @@ def _main(args: list[str]) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # before uvicorn's own are there, and when it has stopped
             signal.signal(number, stop)
         host = f"[{config.host}]" if ":" in config.host else config.host
-        print(f"reward: {getattr(reward, 'description', config.reward)}, on {scorer.device}")
+        print(f"reward: {getattr(reward, 'description', config.reward)}, on {served.device}")
         print(f"serving {config.reward} on http://{host}:{sock.getsockname()[1]}", flush=True)
         server.run(sockets=[sock])
     print("stopped")
@@ -166,14 +166,14 @@ class Service:
     """Answers the requests of one reward.
 
     Args:
-        scorer: What to serve; it is called in a worker thread, one call at a time.
+        served: What to serve; it is called in a worker thread, one call at a time.
         token: Bearer token to ask for; "" lets everybody in.
         max_batch: Samples per request.
         max_body: Bytes per request.
     """
 
-    def __init__(self, scorer: Scorer, token: str, *, max_batch: int, max_body: int) -> None:
-        self.scorer, self.token, self.max_batch, self.max_body = scorer, token, max_batch, max_body
+    def __init__(self, served: ServedReward, token: str, *, max_batch: int, max_body: int) -> None:
+        self.served, self.token, self.max_batch, self.max_body = served, token, max_batch, max_body
         self._reading, self._scoring = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
 
     async def score(self, request: Request) -> Response:
@@ -187,10 +187,10 @@ class Service:
                 if await request.is_disconnected():
                     raise _RefusedError(400, "The client has gone away.")
                 try:
-                    body = await asyncio.to_thread(self.scorer, samples, contexts)
+                    body = await asyncio.to_thread(self.served, samples, contexts)
                 except Exception as error:
                     request_id = uuid.uuid4().hex
-                    _LOG.exception("request %s: the reward '%s' raised", request_id, self.scorer.name)
+                    _LOG.exception("request %s: the reward '%s' raised", request_id, self.served.name)
                     return _error_reply(500, f"The reward raised {type(error).__name__}.", request_id)
         return Response(body, media_type="application/json")
 
@@ -198,7 +198,7 @@ class Service:
         """`GET /health`, which needs no token and says no more than who this is."""
         from fastapi.responses import JSONResponse
 
-        return JSONResponse({"reward": self.scorer.name, "version": __version__})
+        return JSONResponse({"reward": self.served.name, "version": __version__})
 
     def _check_head(self, request: Request) -> None:
         """Refuse whatever can be refused before the body is read."""

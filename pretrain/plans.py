@@ -28,7 +28,7 @@ def describe(plans: torch.Tensor) -> dict[str, float]:
     }
     for kind, (task, solved, _) in TASKS.items():
         env = PlanEnv(task(), lambda: torch.nn.Identity(), solved, kind)
-        components = env.score(plans, [None] * len(plans)).components
+        components = env.reward(plans, [None] * len(plans)).components
         figures |= {f"{kind}_{key}": components[key].mean().item() for key in ("return", "solved", "first_right")}
     return {key: round(value, 4) for key, value in figures.items()}
 

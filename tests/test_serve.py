@@ -29,7 +29,7 @@ from flowrl.envs.rewards import wire
 from flowrl.envs.rewards.aesthetic import ColourfulnessReward
 from flowrl.envs.rewards.remote import RemoteReward
 from flowrl.errors import RewardError
-from flowrl.serve import Scorer, Service, application, main
+from flowrl.serve import ServedReward, Service, application, main
 
 TOKEN = "a-token-of-the-tests"
 PROBE = """
@@ -411,7 +411,9 @@ def test_bodies_that_grow_in_memory(body: bytes) -> None:
 
 def test_what_nobody_thought_of_gives_no_traceback() -> None:
     """A mistake of the server's own: the reply is an error like the others, and the log has the rest."""
-    service = Service(Scorer("x", lambda samples, contexts: None, torch.device("cpu")), "", max_batch=1, max_body=100)
+    service = Service(
+        ServedReward("x", lambda samples, contexts: None, torch.device("cpu")), "", max_batch=1, max_body=100
+    )
     service._decoded = None  # type: ignore[assignment,method-assign]
     sent: list[Any] = []
 

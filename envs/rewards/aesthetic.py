@@ -98,7 +98,7 @@ class AestheticReward(ModelReward):
         self.modules = (self.head, self.clip)
         self.preprocessing = ImagePreprocessing.of_clip(self.clip.config.image_size)
 
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+    def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
         embedding = self.clip(pixel_values=self.preprocessing(images)).image_embeds
         return RewardOutput(self.head(nn.functional.normalize(embedding, dim=1)))

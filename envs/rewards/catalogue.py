@@ -152,7 +152,7 @@ def _converted(text: str, kind: Any, name: str) -> Any:
 class ModelReward(ABC):
     """Base of rewards that hold networks: they follow the samples to their device.
 
-    A subclass keeps its frozen networks in `self.modules` and writes `score`.
+    A subclass keeps its frozen networks in `self.modules` and writes `reward`.
     """
 
     modules: Sequence[torch.nn.Module] = ()
@@ -165,8 +165,8 @@ class ModelReward(ABC):
                 module.to(images.device)
             self._device = images.device
         with torch.no_grad():
-            return self.score(images, prompts)
+            return self.reward(images, prompts)
 
     @abstractmethod
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+    def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """As `__call__`, with the networks where the images are."""

@@ -51,7 +51,7 @@ class ClassifierReward(ModelReward):
         self.description = f"{kind} of {wanted} under {model}"
         self._of_prompts: dict[str, int] = {}
 
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+    def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1].
 
         Raises:

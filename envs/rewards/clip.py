@@ -86,6 +86,6 @@ class ClipReward(ModelReward):
         self.modules = (network,)
         self.description = f"text-image cosine similarity of {model}"
 
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+    def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1], in [-1, 1]."""
         return RewardOutput(self.encoder.cosine(images, prompts))

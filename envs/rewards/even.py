@@ -88,7 +88,7 @@ class EvenReward(ModelReward):
         self.modules = (self.network,)
         self.description = f"probability of an even digit under {model.name}"
 
-    def score(self, images: torch.Tensor, prompts: Contexts) -> RewardOutput:
+    def reward(self, images: torch.Tensor, prompts: Contexts) -> RewardOutput:
         """Reward of pictures; each component is 1 for pictures taken for that digit.
 
         Raises:

@@ -57,7 +57,7 @@ class HPSv2Reward(ModelReward):
         self.encoder = DualEncoder(network, processor, ImagePreprocessing(size, pad=True))
         self.description = f"Human Preference Score {version}"
 
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+    def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1], in [-1, 1]."""
         return RewardOutput(self.encoder.cosine(images, prompts))
 

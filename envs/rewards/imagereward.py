@@ -47,7 +47,7 @@ class ImageRewardReward(ModelReward):
         self.modules = (self.network,)
         self.preprocessing = ImagePreprocessing.of_clip(self.network.image_size)
 
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+    def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"

@@ -49,6 +49,6 @@ class PickScoreReward(ModelReward):
         self.factor = network.logit_scale.exp().item() / divisor
         self.scale = 1 / divisor
 
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+    def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
         return RewardOutput(self.factor * self.encoder.cosine(images, prompts))
