@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.losses import group_mean
+from flowrl.functional.losses import clip_fraction, clipped_objective, group_mean
 from flowrl.registry import register_algorithm
-from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
+from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig
 from flowrl.types import Batch
 
 
@@ -33,7 +33,7 @@ class DDPOConfig(TransitionConfig):
             self.variant == "is" or one_update,
             "The score function is right only for the policy that drew the samples: variant 'sf' needs one gradient "
             f"step per iteration, these settings make {self.updates_per_iteration()}. Set n_epochs = 1 and "
-            f"accumulation = {-(-self.rows_per_epoch() // self.batch_size)}, or variant 'is'.",
+            f"accumulation = {-(-self.entries_per_epoch() // self.batch_size)}, or variant 'is'.",
         )
 
 
@@ -42,44 +42,43 @@ class DDPO(TransitionAlgorithm):
     """Denoising diffusion policy optimisation."""
 
     Config: ClassVar[type[FlowConfig]] = DDPOConfig
+    kind = "steps-free"
     config: DDPOConfig
 
     def _setup_model(self) -> None:
         super()._setup_model()
         n = len(self.env.core.contexts)
-        self.count, self.mean, self.square = torch.zeros(3, n, device=self.device).unbind()
+        self.count, self.mean, self.square = (self.keep(name, torch.zeros(n)) for name in ("count", "mean", "square"))
 
-    def extra_state(self) -> dict[str, torch.Tensor]:
-        """Running statistics of each context's rewards."""
-        return {"count": self.count, "mean": self.mean, "square": self.square}
-
-    def observe(self, rollout: Batch) -> None:
+    def _take_in(self, rollout: Batch) -> None:
         """Take new rewards into each context's running mean and sum of squared deviations (Chan et al. 1983)."""
 
         def total(values: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(self.count).index_add_(0, rollout.contexts, values)
+            return torch.zeros_like(self.count).index_add_(0, rollout.context_ids, values)
 
         n = total(torch.ones_like(rollout.reward))
-        means = group_mean(rollout.reward, rollout.contexts, len(n))  # exact where rewards agree
-        mean = torch.zeros_like(n).scatter(0, rollout.contexts, means)
-        square = total((rollout.reward - mean[rollout.contexts]).square())
+        means = group_mean(rollout.reward, rollout.context_ids, len(n))  # exact where rewards agree
+        mean = torch.zeros_like(n).scatter(0, rollout.context_ids, means)
+        square = total((rollout.reward - mean[rollout.context_ids]).square())
         count = self.count + n
         step = torch.where(n > 0, mean - self.mean, 0)
         self.square += square + step.square() * self.count * n / count.clamp_min(1)
         self.mean += step * (n / count.clamp_min(1))
         self.count.copy_(count)
 
-    def score(self, rollout: Batch) -> torch.Tensor:
-        """Advantages (B,): rewards standardised by their own context's running statistics."""
+    def advantage(self, rollout: Batch) -> torch.Tensor:
+        """Advantages (B,): rewards standardised by their own context's running statistics, which take them in first."""
+        self._take_in(rollout)
         std = (self.square / self.count.clamp_min(1)).sqrt()
-        advantage = (rollout.reward - self.mean[rollout.contexts]) / (std[rollout.contexts] + 1e-4)
+        advantage = (rollout.reward - self.mean[rollout.context_ids]) / (std[rollout.context_ids] + 1e-4)
         return advantage.clamp(-self.config.max_advantage, self.config.max_advantage)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`-A log p` or its clipped ratio, per step of the sampler."""
-        steps, step = self.recorded(batch)
+        steps, advantage = self.recorded(batch), batch.advantage
+        step = self.step(steps, batch.context_ids)
         if self.config.variant == "sf":
-            return (-batch.weight * step.mean_log_prob(steps.x_next)).mean(), {}
+            return (-advantage * step.mean_log_prob(steps.x_next)).mean(), {}
         ratio = self.ratio(batch, steps, step)
-        loss = clipped_objective(ratio, batch.weight, self.config.clip_range)
+        loss = clipped_objective(ratio, advantage, self.config.clip_range)
         return loss.mean(), {"clip_fraction": clip_fraction(ratio, self.config.clip_range)}

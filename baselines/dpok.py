@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from flowrl.config import FlowConfig
-from flowrl.functional.losses import Standardisation, standardise
+from flowrl.functional.losses import Standardisation, clip_fraction, clipped_objective, standardise
 from flowrl.registry import register_algorithm
-from flowrl.training.optimizers import step_unless
-from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
+from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig
 from flowrl.types import Batch
 
 
@@ -71,55 +70,28 @@ class DPOK(TransitionAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        core, shape = self.env.core, self.policy.model.latent_shape
-        self.critic = Critic(torch.Size(shape).numel(), len(core.contexts), self.config.critic_width).to(self.device)
-        self.critic_optimizer = torch.optim.Adam(
-            self.critic.parameters(), lr=self.config.critic_learning_rate, fused=True
-        )
+        config, dim = self.config, torch.Size(self.policy.model.latent_shape).numel()
+        critic = Critic(dim, len(self.env.core.contexts), config.critic_width)
+        self.critic = self.add_network("critic", critic, config.critic_learning_rate)
 
-    def extra_state(self) -> dict[str, torch.Tensor]:
-        """The critic and its optimizer."""
-        moments = self.critic_optimizer.state_dict()["state"]
-        state = {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
-        return state | {f"moments.{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}
-
-    def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take back the critic and its optimizer."""
-        self.critic.load_state_dict(
-            {name.removeprefix("critic."): t for name, t in tensors.items() if name.startswith("critic.")}
-        )
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("moments."):
-                _, index, key = name.split(".")
-                moments.setdefault(int(index), {})[key] = tensor
-        state = self.critic_optimizer.state_dict()
-        self.critic_optimizer.load_state_dict({**state, "state": moments})
-
-    def score(self, rollout: Batch) -> torch.Tensor:
-        """Standardised rewards (B,)."""
+    def advantage(self, rollout: Batch) -> torch.Tensor:
+        """Standardised rewards (B,), less the critic's estimate in the loss."""
         n = len(self.env.core.contexts)
-        return standardise(rollout.reward, self.config.standardise, rollout.contexts, n)
+        return standardise(rollout.reward, self.config.standardise, rollout.context_ids, n)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`lambda max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
         config = self.config
-        steps, step = self.recorded(batch)
+        steps, advantage = self.recorded(batch), batch.advantage
+        step = self.step(steps, batch.context_ids)
         ratio = self.ratio(batch, steps, step)
-        kl = step.kl(self.reference_step(batch))
-        advantage, metrics = batch.weight, {"kl": kl.mean(), "clip_fraction": clip_fraction(ratio, config.clip_range)}
+        kl = step.kl(self.step(steps, batch.context_ids, "reference"))
+        metrics = {"kl": kl.mean(), "clip_fraction": clip_fraction(ratio, config.clip_range)}
         if config.critic:
-            value = self.critic(steps.x_k, self.policy.times()[steps.k], batch.contexts)
-            error = (batch.weight - value).square().mean()
-            self._improve_critic(error)
-            advantage, metrics["critic_error"] = batch.weight - value.detach(), error
+            value = self.critic(steps.x_k, self.policy.times()[steps.k], batch.context_ids)
+            error = (advantage - value).square().mean()
+            self.critic.improve(error)
+            advantage, metrics["critic_error"] = advantage - value.detach(), error
         advantage = advantage.clamp(-config.max_advantage, config.max_advantage)
         objective = clipped_objective(ratio, advantage, config.clip_range)
         return (config.reward_weight * objective + config.beta * kl).mean(), metrics
-
-    def _improve_critic(self, error: torch.Tensor) -> None:
-        self.critic_optimizer.zero_grad()
-        error.backward()
-        self.ranks.average_gradients(self.critic.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), torch.inf)
-        step_unless((~norm.isfinite()).float(), self.critic_optimizer)

@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.losses import group_advantage
-from flowrl.functional.solvers import GaussianStep
+from flowrl.functional.losses import clip_fraction, clipped_objective, group_advantage
+from flowrl.functional.sde import GaussianStep
 from flowrl.registry import register_algorithm
-from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig, clip_fraction, clipped_objective
+from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig
 from flowrl.types import Batch, Role, Transitions
 
 
@@ -48,10 +48,10 @@ class FlowGRPOConfig(TransitionConfig):
             self.window_start >= 0 and self.window >= 0 and self.window_stride >= 0,
             "window, window_start and window_stride must not be negative.",
         )
-        end = self.window_start + self.path_steps()
+        end = self.window_start + self.parts()
         self.require(
             end <= self.rollout_steps - 1,
-            f"The window of {self.path_steps()} steps from step {self.window_start} passes the last noisy step, "
+            f"The window of {self.parts()} steps from step {self.window_start} passes the last noisy step, "
             f"{self.rollout_steps - 2}.",
         )
         chunk = self.rollout_batch_size or self.n_samples
@@ -70,7 +70,7 @@ class FlowGRPOConfig(TransitionConfig):
             f"{own} samples of rollout_batch_size.",
         )
 
-    def path_steps(self) -> int:
+    def parts(self) -> int:
         """Noisy steps per sample."""
         return self.window or self.rollout_steps - 1
 
@@ -90,7 +90,7 @@ class FlowGRPO(TransitionAlgorithm):
 
     def window(self) -> range:
         """The noisy steps of this iteration."""
-        config, size = self.config, self.config.path_steps()
+        config, size = self.config, self.config.parts()
         places = config.rollout_steps - size - config.window_start  # where the window can begin
         start = config.window_start + self.iteration * config.window_stride % max(1, places)
         return range(start, start + size)
@@ -101,29 +101,30 @@ class FlowGRPO(TransitionAlgorithm):
             return super().draw_noise(n)
         return super().draw_noise(n // self.config.group_size).repeat_interleave(self.config.group_size, dim=0)
 
-    def score(self, rollout: Batch) -> torch.Tensor:
+    def advantage(self, rollout: Batch) -> torch.Tensor:
         """Advantages (B,) relative to the group; zero where all of a group agree."""
-        return group_advantage(rollout.reward, self.config.group_size, self.config.max_advantage)
+        return group_advantage(rollout.reward, rollout.group, self.config.max_advantage)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
         config = self.config
-        steps, step = self.recorded(batch)
+        steps = self.recorded(batch)
+        step = self.step(steps, batch.context_ids)
         ratio = self.ratio(batch, steps, step)
-        objective = clipped_objective(ratio, batch.weight, config.clip_range)
+        objective = clipped_objective(ratio, batch.advantage, config.clip_range)
         if config.step_weighting == "noise":
             objective = objective * self.noise_weight(steps)
         metrics = {"clip_fraction": clip_fraction(ratio, config.clip_range)}
         if config.beta == 0:
             return objective.mean(), metrics
-        kl = step.kl(self.reference_step(batch))
+        kl = step.kl(self.step(steps, batch.context_ids, "reference"))
         return (objective + config.beta * kl).mean(), {**metrics, "kl": kl.mean()}
 
     def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
         """Ratio (B,) of each step's probability now to when it was drawn, or its guarded form."""
         if self.config.ratio == "plain":
             return super().ratio(batch, steps, step)
-        old = self.policy.transition(steps, batch.contexts, self.sde, "behaviour")
+        old = self.step(steps, batch.context_ids, "behaviour")
         log_ratio = step.mean_log_prob(steps.x_next) - old.mean_log_prob(steps.x_next)
         distance = (step.mean - old.mean).square().flatten(1).mean(1)
         return (step.std * log_ratio + distance / (2 * step.std)).exp()

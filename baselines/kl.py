@@ -15,7 +15,7 @@ from flowrl.config import FlowConfig
 from flowrl.functional.likelihood import Divergence, log_prob
 from flowrl.orw_w2 import ORWCFMW2, ORWConfig
 from flowrl.registry import register_algorithm
-from flowrl.types import Role
+from flowrl.types import Batch, Role, Rows
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,28 @@ class ExactKL(ORWCFMW2):
     """Reward-weighted flow matching whose reward is less the exact log-likelihood ratio."""
 
     Config: ClassVar[type[FlowConfig]] = ExactKLConfig
+    kind = "likelihood"
     unpredictable = "likelihoods, by a solver with adaptive steps"
     config: ExactKLConfig
 
-    def objective(self, x_1: torch.Tensor, contexts: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
-        """`r - beta (log p_theta - log p_ref)` (B,), which is then weighted as a reward is."""
-        ratio = self.log_prob(x_1, contexts, self.behaviour_role) - self.log_prob(x_1, contexts, "reference")
-        return reward - self.config.beta * ratio
+    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+        """Draw latents, with the log-likelihood ratio `log p_theta - log p_ref` of each."""
+        x_1, rows = super().draw(context_ids)
+        ratio = self.log_prob(x_1, context_ids, self.behaviour_role) - self.log_prob(x_1, context_ids, "reference")
+        return x_1, {**rows, "log_ratio": ratio}
 
-    def log_prob(self, x_1: torch.Tensor, contexts: torch.Tensor, role: Role) -> torch.Tensor:
+    def weigh(self, rollout: Batch) -> torch.Tensor:
+        """Weights (B,) of `r - beta (log p_theta - log p_ref)`, taken as a reward is."""
+        return super().weigh(rollout._replace(reward=rollout.reward - self.config.beta * rollout.extra["log_ratio"]))
+
+    def log_prob(self, x_1: torch.Tensor, context_ids: torch.Tensor, role: Role) -> torch.Tensor:
         """Log-likelihood (B,) of samples, in the space of the flow; the same random signs for every role."""
-        config, chunk = self.config, self.config.batch_size // self.ranks.world_size
-        first = self.buffer.size + self.ranks.rank * len(x_1)  # among the samples of the iteration
-        parts = []
-        for i, (samples, c) in enumerate(zip(x_1.split(chunk), contexts.split(chunk))):
+        config, ranks, parts = self.config, self.ranks, []
+        chunk = config.batch_size // ranks.world_size
+        first = self.buffer.size + ranks.rank * len(x_1)  # among the samples of the iteration
+        for i, (samples, ids) in enumerate(zip(x_1.split(chunk), context_ids.split(chunk))):
             generator = torch.Generator(x_1.device).manual_seed(self.iteration * 100_003 + first + i)
-            field = self.policy.field(self.policy.condition(c), len(samples), role)
+            field = self.policy.field(self.policy.condition(ids), len(samples), role)
             parts.append(
                 log_prob(
                     field,

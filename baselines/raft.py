@@ -7,7 +7,6 @@ With `n_best` = K and a threshold this is reward-filtered fine-tuning (ReFT).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,7 +46,7 @@ class RAFTConfig(ORWCFMW2Config):
             "or equal with a threshold.",
         )
 
-    def rows_per_epoch(self) -> int:
+    def entries_per_epoch(self) -> int:
         """The plain target fits what is kept, the residual one all samples."""
         return self.n_samples if self.target == "residual" else self.n_samples // self.group_size * self.n_best
 
@@ -57,20 +56,19 @@ class RAFT(ORWCFMW2):
     """Reward-ranked fine-tuning."""
 
     Config: ClassVar[type[FlowConfig]] = RAFTConfig
+    kind = "selection"
     config: RAFTConfig
 
-    def score(self, rollout: Batch) -> torch.Tensor:
+    def weigh(self, rollout: Batch) -> torch.Tensor:
         """Weights (B,): equal for the samples kept, zero for all others, mean one."""
-        kept = best_of_groups(rollout.reward, self.config.group_size, self.config.n_best)
+        kept = best_of_groups(rollout.reward, rollout.group, self.config.n_best)
         weight = (kept & (rollout.reward > self.config.threshold)).float()
         return weight / weight.mean().clamp_min(1e-6)
 
-    def minibatches(self) -> Iterator[Batch]:
-        """The plain target fits what is kept; the residual one is given all samples."""
+    def order(self) -> torch.Tensor:
+        """Shuffle what is kept for the plain target, all samples for the residual one."""
         if self.config.target == "residual":
-            yield from super().minibatches()
-            return
-        n_kept = self.config.rows_per_epoch()
-        kept = self.buffer.weight.topk(n_kept).indices
-        order = kept[torch.randperm(n_kept, generator=self.generator, device=self.device)]
-        yield from self.buffer.batches(order, self.config.batch_size)
+            return super().order()
+        n_kept = self.config.entries_per_epoch()
+        kept = self.buffer.coefficient.topk(n_kept).indices
+        return kept[torch.randperm(n_kept, generator=self.generator, device=self.device)]

@@ -16,7 +16,7 @@ from flowrl.config import FlowConfig
 from flowrl.errors import ConfigError
 from flowrl.orw_w2 import ORWCFMW2, ORWConfig
 from flowrl.registry import register_algorithm
-from flowrl.types import Role
+from flowrl.types import Role, Rows
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class RWR(ORWCFMW2):
     """Reward-weighted regression."""
 
     Config: ClassVar[type[FlowConfig]] = RWRConfig
+    kind = "offline"
     config: RWRConfig
 
     def _setup_model(self) -> None:
         super()._setup_model()
         self.data = read_samples(Path(self.config.data), self) if self.config.data else None
+        self.learns_from = "samples" if self.data is None else "data"
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:
@@ -62,20 +64,20 @@ class RWR(ORWCFMW2):
         """Offline, the reference draws the samples."""
         return "reference" if self.config.mode == "offline" else super().behaviour_role
 
-    def draw_contexts(self) -> torch.Tensor:
+    def contexts(self) -> torch.Tensor:
         """Given samples bring their own contexts."""
         if self.data is None:
-            return super().draw_contexts()
+            return super().contexts()
         _, contexts = self.data
         self.rows = torch.randint(len(contexts), (self.config.n_samples,), generator=self.generator, device=self.device)
         return contexts[self.rows]
 
-    def draw_latents(self, contexts: torch.Tensor) -> torch.Tensor:
-        """Latents of the reference, of the flow in training (online), or given ones."""
+    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+        """Draw latents of the reference or of the flow in training (online), or take given ones."""
         if self.data is None:
-            return super().draw_latents(contexts)
-        done, n = self.buffer.size, len(contexts) * self.ranks.world_size
-        return self.data[0][self.ranks.shard(self.rows[done : done + n])]
+            return super().draw(context_ids)
+        done, n = self.buffer.size, len(context_ids) * self.ranks.world_size
+        return self.data[0][self.ranks.shard(self.rows[done : done + n])], {}
 
 
 def read_samples(path: Path, model: RWR) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,7 +63,7 @@ def run(
     model = flowrl.ORWCFMW2("FlowPolicy", "digits-even", **settings)
     model.learn(samples)
     trained = time.process_time() - started
-    result = flowrl.evaluate(model, N_SAMPLES, seed=100)
+    result = flowrl.evaluate(model, n_samples=N_SAMPLES, seed=100)
     row = {"alpha": alpha, "seed": seed, "samples": model.num_timesteps, "cpu_seconds": round(trained, 1)}
     row |= figures(result, result.drift)
     row["reference"] = figures(result.reference, 0.0)

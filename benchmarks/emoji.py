@@ -76,7 +76,7 @@ def run(alpha: float, seed: int, samples: int, features: Features, real: torch.T
     model = flowrl.ORWCFMW2("FlowPolicy", "emoji-compress", alpha=alpha, seed=seed, device="cpu")
     model.learn(samples)
     trained = time.process_time() - started
-    result = flowrl.evaluate(model, N_SAMPLES, seed=100, n_kept=N_SAMPLES)
+    result = flowrl.evaluate(model, n_samples=N_SAMPLES, seed=100, n_kept=N_SAMPLES)
     mine, before = features(result.samples), features(result.reference_samples)
     row = {"alpha": alpha, "seed": seed, "samples": model.num_timesteps, "cpu_seconds": round(trained, 1)}
     row |= {

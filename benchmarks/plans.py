@@ -89,7 +89,7 @@ def train(kind: str, method: str, seed: int, timesteps: int, threshold: float) -
     model = flowrl.algorithm_class(algo)("FlowPolicy", f"plan-{kind}", seed=seed, device="cpu", **settings)
     model.learn(timesteps, callback=best)
     seconds = time.process_time() - started
-    result = flowrl.evaluate(model, FINAL, seed=1000 + seed)
+    result = flowrl.evaluate(model, n_samples=FINAL, seed=1000 + seed)
     figures = {"best": best.best * model.env.core.scale, "seconds": seconds, "rollouts": model.num_timesteps}
     return figures | {"drift": result.drift} | described(result.samples, model.env.core, threshold), model
 
@@ -116,7 +116,7 @@ def picture(kind: str, model: flowrl.FlowAlgorithm, path: Path) -> None:
     """Where 100 plans lead before and after training, at the same noise."""
     from matplotlib.figure import Figure
 
-    result = flowrl.evaluate(model, 100, seed=5)
+    result = flowrl.evaluate(model, n_samples=100, seed=5)
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     shown = [("reference", result.reference_samples), ("ORW-CFM-W2", result.samples)]
     last = None

@@ -32,7 +32,7 @@ def run(factor: float, shift: float, tau: float, samples: int, seed: int, **sett
         "FlowPolicy", env, seed=seed, device="cpu", tau=tau, alpha=0.3, learning_rate=1e-3, **settings
     )
     model.learn(samples)
-    result = flowrl.evaluate(model, 512, seed=seed)
+    result = flowrl.evaluate(model, n_samples=512, seed=seed)
     assert result.reference is not None
     gain = (result.reward_mean - result.reference.reward_mean) / factor
     return gain, result.diversity / result.reference.diversity

@@ -213,7 +213,7 @@ def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: s
         RewardError: Not convertible, wrong shape, NaN or infinite.
     """
     try:
-        values = torch.as_tensor(reward).detach().to(samples.device, torch.float32)
+        values = torch.as_tensor(reward).to(samples.device, torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
             f"The reward '{name}' returned a {type(reward).__name__}, not one number per sample: {error} "

@@ -119,13 +119,13 @@ class FlowConfig:
         if not condition:
             raise ConfigError(message)
 
-    def path_steps(self) -> int:
-        """Sampler steps that the rollout buffer keeps of each sample; 0 for methods that need the sample alone."""
-        return 0
+    def parts(self) -> int:
+        """Entries of a sample that minibatches are made of: 1, or the recorded steps of its path."""
+        return 1
 
-    def rows_per_epoch(self) -> int:
-        """What one pass of an iteration goes over: samples, or recorded steps of the sampler."""
-        return self.n_samples * max(1, self.path_steps())
+    def entries_per_epoch(self) -> int:
+        """How many entries one pass of an iteration goes over."""
+        return self.n_samples * self.parts()
 
     def check_ranks(self, count: int) -> None:
         """Whether so many ranks can divide every batch of these settings evenly.
@@ -134,7 +134,7 @@ class FlowConfig:
             ConfigError: They cannot; names the setting.
         """
         batches = {name: getattr(self, name) for name in ("n_samples", "rollout_batch_size", "batch_size")}
-        batches["the last minibatch of an epoch"] = self.rows_per_epoch() % self.batch_size
+        batches["the last minibatch of an epoch"] = self.entries_per_epoch() % self.batch_size
         for name, n in batches.items():
             self.require(
                 n % count == 0,
@@ -151,5 +151,5 @@ class FlowConfig:
 
     def updates_per_iteration(self) -> int:
         """Gradient steps per iteration."""
-        minibatches = self.n_epochs * -(-self.rows_per_epoch() // self.batch_size)
+        minibatches = self.n_epochs * -(-self.entries_per_epoch() // self.batch_size)
         return -(-minibatches // self.accumulation)

@@ -85,7 +85,7 @@ def main(args: list[str] | None = None) -> int:
             print(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
         result = evaluation.evaluate(
             model,
-            config.n_samples,
+            n_samples=config.n_samples,
             prompts=config.prompts,
             seed=config.seed,
             steering=steering,

@@ -155,13 +155,15 @@ def _must_be_new(folder: Path) -> None:
 def _write_weights(model: FlowAlgorithm, folder: Path) -> Kind:
     policy = model.policy
     if policy.lora is not None:
-        policy.export(folder)
+        policy.networks.export(folder, policy.sampling_role)
         return "lora"
     if hub_name(model.env.core.flow):
-        policy.export(folder)
+        policy.networks.export(folder, policy.sampling_role)
         return "transformer"
     flow: Any = policy.model
-    flow.with_encoders(policy.model_of(policy.sampling_role).network).save_pretrained(folder, safe_serialization=True)
+    flow.with_encoders(policy.networks.model_of(policy.sampling_role).network).save_pretrained(
+        folder, safe_serialization=True
+    )
     flow.release_encoders()
     return "pipeline"
 

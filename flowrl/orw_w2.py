@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.flow import Coupling, interpolate, ot_permutation, sample_time
+from flowrl.functional.flow import Coupling, ot_permutation
 from flowrl.functional.losses import (
     Baseline,
     Normalisation,
@@ -77,14 +77,14 @@ class ORWCFMW2(FlowAlgorithm):
         copies = super().copies_for(config)
         return copies | {"behaviour"} if config.target == "residual" else copies
 
-    def score(self, rollout: Batch) -> torch.Tensor:
+    def weigh(self, rollout: Batch) -> torch.Tensor:
         """Weights `w = exp(tau r)` (B,)."""
         n = len(self.env.core.contexts)
-        reward = standardise(rollout.reward, self.config.standardise, rollout.contexts, n)
-        return reward_weights(reward, self.config.tau, self.config.weight_normalisation, rollout.contexts, n)
+        reward = standardise(rollout.reward, self.config.standardise, rollout.context_ids, n)
+        return reward_weights(reward, self.config.tau, self.config.weight_normalisation, rollout.context_ids, n)
 
     def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
-        """Weights that lie on a few samples."""
+        """Tell of weights that lie on a few samples."""
         share, config = logged["rollout/ess"], self.config
         if share >= config.min_ess:
             return {}
@@ -102,27 +102,23 @@ class ORWCFMW2(FlowAlgorithm):
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Eq. 12 of the paper, or its residual form, on fresh noise and times."""
         batch, x_0 = self.couple(batch)
-        t = sample_time(len(x_0), self.config.time_sampling, self.generator)
-        x_t, u = interpolate(x_0, batch.x_1, t)
-        cond = self.policy.condition(batch.contexts)
-
-        v = self.policy.velocity(x_t, t, cond)
-        v_ref = self.policy.velocity(x_t, t, cond, "reference") if self.config.alpha > 0 else None
+        pair = self.pair(batch, x_0)
+        v, w, penalty = self.velocity(pair), batch.weight, self.penalty(pair.t)
+        v_ref = self.velocity(pair, "reference") if self.config.alpha > 0 else None
         if self.config.target == "residual":
-            v_old = self.policy.velocity(x_t, t, cond, self.behaviour_role)
-            mean, penalty = self.buffer.all().weight.mean(), self.penalty(t)
-            baseline = residual_baseline(batch.weight, mean, penalty, self.config.baseline)
-            loss = residual_weighted_loss(v, u, batch.weight, baseline, v_old, v_ref, penalty)
+            v_old = self.velocity(pair, self.behaviour_role)
+            baseline = residual_baseline(w, self.buffer.all().weight.mean(), penalty, self.config.baseline)
+            loss = residual_weighted_loss(v, pair.u, w, baseline, v_old, v_ref, penalty)
         else:
-            loss = reward_weighted_loss(v, u, batch.weight, v_ref, self.penalty(t))
+            loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)
 
-        metrics = {"fit": (batch.weight * squared_error(v, u)).mean()}
+        metrics = {"fit": (w * squared_error(v, pair.u)).mean()}
         if v_ref is not None:
             metrics["drift"] = squared_error(v, v_ref).mean()
         return loss.mean(), metrics
 
     def couple(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
-        """The minibatch and the noise (B, *latent_shape) that each of its samples is paired with.
+        """Pair each sample of a minibatch with noise (B, *latent_shape).
 
         Weighting optimally coupled pairs would tilt the noise as well. So "ot" first draws samples in proportion
         to their weight (each then carries the mean weight), and couples those.
@@ -131,13 +127,13 @@ class ORWCFMW2(FlowAlgorithm):
         if self.config.coupling == "independent":
             return batch, x_0
         ranks, n = self.ranks, len(x_0) * self.ranks.world_size  # coupled over the whole minibatch
-        x_0, x_1, contexts, reward, weight = (ranks.all_gather(rows, n) for rows in (x_0, *batch[:4]))
+        x_0, x_1, ids, reward, weight, group = (ranks.all_gather(rows, n) for rows in (x_0, *batch[:5]))
         index = torch.multinomial(weight, n, replacement=True, generator=self.generator)
-        x_1, contexts, reward = x_1[index], contexts[index], reward[index]
-        x_0 = x_0[ot_permutation(x_0, x_1, contexts)]
-        mine = ranks.shard
-        drawn = Batch(mine(x_1), mine(contexts), mine(reward), mine(weight.mean().expand(n)))
-        return drawn, mine(x_0)
+        x_1, ids = x_1[index], ids[index]
+        x_0 = x_0[ot_permutation(x_0, x_1, ids)]
+        own = ranks.shard
+        drawn = Batch(own(x_1), own(ids), own(reward[index]), own(weight.mean().expand(n)), own(group[index]))
+        return drawn, own(x_0)
 
 
 @dataclass(frozen=True)
@@ -157,6 +153,7 @@ class ORWCFM(ORWCFMW2):
     """Online reward-weighted conditional flow matching without regularisation; collapses in the end."""
 
     Config: ClassVar[type[FlowConfig]] = ORWConfig
+    kind = "endpoint-free"
 
 
 @register_algorithm("orw_kl")

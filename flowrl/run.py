@@ -242,9 +242,9 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
     model.save(folder / "final")
     if model.ranks.is_main:
         if model.policy.lora is None and not model.ranks.is_sharded:  # `flowrl.export` writes those
-            model.policy.export(folder / "final")
+            model.policy.networks.export(folder / "final", model.policy.sampling_role)
         say("evaluating ...")
-    result = evaluate(model, eval_samples, eval_rewards=held_out)
+    result = evaluate(model, n_samples=eval_samples, eval_rewards=held_out)
     model.ranks.leave()
     if not model.ranks.is_main:
         return 0

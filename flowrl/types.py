@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,18 +24,36 @@ Contexts = Sequence[Any]
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """What an environment says of a batch of samples."""
+    """Rewards of a batch of samples, and their components."""
 
     reward: torch.Tensor  # (B,) float32, finite
     components: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (B,)
     info: dict[str, Any] = field(default_factory=dict)
 
+    def detached(self) -> RewardOutput:
+        """Cut the graph that led to it."""
+        return RewardOutput(self.reward.detach(), {k: v.detach() for k, v in self.components.items()}, self.info)
+
     def at(self, kept: torch.Tensor, index: torch.Tensor) -> RewardOutput:
-        """The output of samples `index` (B,), where this is that of samples `kept` (M,), among which they are."""
+        """Pick the rows of samples `index` (B,), all of them in `kept` (M,), whose output this is."""
         row = torch.zeros(int(kept.max()) + 1, dtype=torch.long, device=kept.device)
         row[kept] = torch.arange(len(kept), device=kept.device)
         rows = row[index]
         return RewardOutput(self.reward[rows], {key: value[rows] for key, value in self.components.items()}, self.info)
+
+
+Rows = dict[str, torch.Tensor]
+"""Whatever belongs to each sample, by name: tensors whose first dimension is the batch."""
+
+
+class Pair(NamedTuple):
+    """Samples paired with noise, and points between them: where a flow-matching error is taken."""
+
+    x_0: torch.Tensor  # (B, *latent_shape), noise
+    t: torch.Tensor  # (B,)
+    x_t: torch.Tensor  # (B, *latent_shape), (1 - t) x_0 + t x_1
+    u: torch.Tensor  # (B, *latent_shape), x_1 - x_0
+    cond: Condition
 
 
 class Transitions(NamedTuple):
@@ -47,10 +66,21 @@ class Transitions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A minibatch of the rollout buffer, on the training device."""
+    """A minibatch of the rollout buffer, on the training device; or all that it holds."""
 
     x_1: torch.Tensor  # (B, *latent_shape)
-    contexts: torch.Tensor  # (B,) int64, indices into the environment's contexts
+    context_ids: torch.Tensor  # (B,) int64, indices into the environment's contexts
     reward: torch.Tensor  # (B,)
-    weight: torch.Tensor  # (B,) what the algorithm's `score` made of the reward
-    transitions: Transitions | None = None  # only where an algorithm records paths
+    coefficient: torch.Tensor  # (B,) what the algorithm made of the rewards: weights, or advantages
+    group: torch.Tensor  # (B,) int64, equal for samples that were drawn together for one context
+    extra: Mapping[str, torch.Tensor] = MappingProxyType({})  # name -> (B, ...), what `draw` gave beside the samples
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Weights (B,) that `weigh` gave, not negative."""
+        return self.coefficient
+
+    @property
+    def advantage(self) -> torch.Tensor:
+        """Advantages (B,) that `advantage` gave, of both signs."""
+        return self.coefficient

@@ -54,12 +54,13 @@ def test_every_algorithm_logs_what_a_run_shows(algo):
     model.set_logger(Logger(None, [recorder]))
     model.learn(2 * 64)
     expected = {
-        *(f"rollout/{key}" for key in ("reward_mean", "reward_std", "reward_min", "reward_max", "ess", "diversity")),
+        *(f"rollout/{key}" for key in ("reward_mean", "reward_std", "reward_min", "reward_max", "diversity")),
         *(f"train/{key}" for key in ("loss", "drift", "grad_norm", "learning_rate", "n_updates")),
         *(f"time/{key}" for key in ("iteration", "samples_per_second", "network_evaluations", "total_timesteps")),
     }
     assert len(recorder.rows) == 2
     assert expected <= recorder.rows[-1].keys()
+    assert ("rollout/ess" in recorder.rows[-1]) == model.has_weights == (model.learns_from != "steps")
     assert all(math.isfinite(value) for value in recorder.rows[-1].values())
 
 
@@ -68,7 +69,7 @@ def test_network_evaluations_are_counted():
     model = small()
     model.learn(64)
     assert model.policy.evaluations == 64 * 4 + 64 * (3 + 1 + 1)
-    flowrl.evaluate(model, 16)
+    flowrl.evaluate(model, n_samples=16)
     assert model.policy.evaluations == 64 * 4 + 64 * (3 + 1 + 1)  # evaluation is not part of the method's cost
 
 
@@ -86,7 +87,7 @@ def test_looking_does_not_change_training():
     class Look(BaseCallback):
         def _on_step(self) -> bool:
             self.model.predict(0)
-            flowrl.evaluate(self.model, 8)
+            flowrl.evaluate(self.model, n_samples=8)
             return True
 
     a, b = small(), small()
@@ -187,7 +188,7 @@ def test_callbacks_of_stable_baselines3(tmp_path):
 def test_evaluate_policy_agrees_with_flowrl_evaluate():
     model = small()
     mean, std = evaluate_policy(model, flowrl.make_vec("gaussians-linear", 256), 2048, warn=False)
-    assert mean == pytest.approx(flowrl.evaluate(model, 2048).reward_mean, abs=4 * std / math.sqrt(2048))
+    assert mean == pytest.approx(flowrl.evaluate(model, n_samples=2048).reward_mean, abs=4 * std / math.sqrt(2048))
 
 
 def test_progress_bar_counts_samples():
@@ -219,7 +220,7 @@ def test_an_update_never_waits_for_the_device(algo, settings):
     model.learn(64)
     with Synchronisations() as watch:
         model.update()
-        model.sync()
+        model.refresh()
     assert watch.seen == []
 
 
@@ -291,6 +292,6 @@ def test_contexts_come_in_groups_and_cover_all():
         return samples[:, 0]
 
     model = flowrl.ORWCFMW2("FlowPolicy", "grouped", seed=0, device="cpu", n_samples=24, group_size=4)
-    contexts = model.draw_contexts()
+    contexts = model.contexts()
     assert (contexts.reshape(6, 4) == contexts.reshape(6, 4)[:, :1]).all()  # groups of four
     assert set(contexts[:20].tolist()) == set(range(5))  # each once before any again

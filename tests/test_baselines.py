@@ -46,7 +46,7 @@ def test_who_draws_for_rwr(mode: str) -> None:
             weight.add_(0.1 * torch.randn_like(weight))
     contexts = torch.zeros(8, dtype=torch.long)
     model.generator.manual_seed(5)
-    drawn = model.draw_latents(contexts)
+    drawn, _ = model.draw(contexts)
     model.generator.manual_seed(5)
     x_0 = model.policy.noise(8, model.generator)
     role, other = ("reference", "current") if mode == "offline" else ("current", "reference")
@@ -80,9 +80,9 @@ def test_given_samples_keep_their_contexts(tmp_path) -> None:
     save_file({"x_1": x_1, "contexts": contexts}, tmp_path / "samples.safetensors")
     settings = {"n_samples": 16, "group_size": 1, "data": str(tmp_path / "samples.safetensors")}
     model = flowrl.RWR("FlowPolicy", "sd3-count", seed=0, device="cpu", **settings)
-    drawn = model.draw_contexts()
+    drawn = model.contexts()
     assert len(drawn.unique()) > 8
-    assert torch.equal(model.draw_latents(drawn)[:, 0, 0, 0], drawn.float())
+    assert torch.equal(model.draw(drawn)[0][:, 0, 0, 0], drawn.float())
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,8 @@ def test_raft_moves_as_far_as_the_best_of_k(target: str) -> None:
 def test_raft_weights_by_hand() -> None:
     model = flowrl.RAFT("FlowPolicy", "gaussians-linear", device="cpu", group_size=4, n_best=2, threshold=0.5)
     reward = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.1, 0.2, 0.3, 0.6])
-    weight = model.score(Batch(torch.zeros(8, 2), torch.zeros(8, dtype=torch.long), reward, reward))
+    ids, group = torch.zeros(8, dtype=torch.long), torch.arange(8) // 4
+    weight = model.weigh(Batch(torch.zeros(8, 2), ids, reward, reward, group))
     assert weight.tolist() == pytest.approx([0, 0, 8 / 3, 8 / 3, 0, 0, 0, 8 / 3])
 
 
@@ -164,7 +165,7 @@ def test_raft_must_choose(n_best: int) -> None:
 def steered(env, steering: Steering, n: int) -> torch.Tensor:
     model = flowrl.ORWCFM("FlowPolicy", env, seed=0, device="cpu", rollout_steps=30)
     generator = torch.Generator().manual_seed(3)
-    return steer(model, steering, torch.zeros(n, dtype=torch.long), generator)
+    return steer(model.policy, model.env.core, steering, torch.zeros(n, dtype=torch.long), generator)
 
 
 def test_best_of_n_is_the_law_of_the_best() -> None:
@@ -206,7 +207,14 @@ def test_steering_keeps_contexts_apart() -> None:
     model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device="cpu", rollout_steps=4)
     contexts = torch.tensor([3, 7, 11])
     for method in ("best_of_n", "smc"):
-        x_1 = steer(model, Steering(method, 3, 0.1), contexts, torch.Generator().manual_seed(0), guidance_scale=2.0)
+        x_1 = steer(
+            model.policy,
+            model.env.core,
+            Steering(method, 3, 0.1),
+            contexts,
+            torch.Generator().manual_seed(0),
+            guidance_scale=2.0,
+        )
         assert x_1.shape == (3, *model.policy.model.latent_shape)
         assert model.env.core.evaluate(model.policy.decode(x_1), contexts).reward.shape == (3,)
 
@@ -219,10 +227,10 @@ def test_steering_settings(settings: dict) -> None:
 
 def test_evaluation_of_steering_counts_its_cost() -> None:
     model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device="cpu", rollout_steps=10)
-    result = flowrl.evaluate(model, 256, steering=Steering("best_of_n", 5))
+    result = flowrl.evaluate(model, n_samples=256, steering=Steering("best_of_n", 5))
     assert result.evaluations_per_sample == 50
     assert result.reward_mean > result.reference.reward_mean + 0.5
-    assert flowrl.evaluate(model, 256).evaluations_per_sample == 10
+    assert flowrl.evaluate(model, n_samples=256).evaluations_per_sample == 10
     assert model.policy.evaluations == 0
 
 
@@ -278,7 +286,13 @@ def test_exact_kl_is_taken_off_the_reward() -> None:
             weight.add_(0.02 * torch.randn_like(weight))
     old, reference = (model.log_prob(x_1, contexts, role) for role in ("behaviour", "reference"))
     assert (old - reference).abs().mean() > 0.05
-    torch.testing.assert_close(model.objective(x_1, contexts, reward), reward - 0.5 * (old - reference))
+    drawn, rows = model.draw(contexts)
+    ratio = model.log_prob(drawn, contexts, "behaviour") - model.log_prob(drawn, contexts, "reference")
+    torch.testing.assert_close(rows["log_ratio"], ratio)
+    group, extra = torch.arange(64), {"log_ratio": old - reference}
+    weight = model.weigh(Batch(x_1, contexts, reward, reward, group, extra))
+    plain = flowrl.ORWCFMW2.weigh(model, Batch(x_1, contexts, reward - 0.5 * (old - reference), reward, group))
+    torch.testing.assert_close(weight, plain)
 
 
 @pytest.mark.slow
@@ -306,7 +320,7 @@ def test_regularisation_trades_reward_for_closeness(cls: type, strength: str, va
     drifts, rewards = [], []
     for value in values:
         model = cls("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **{strength: value}, **settings)
-        result = flowrl.evaluate(model.learn(10 * 256), 512)
+        result = flowrl.evaluate(model.learn(10 * 256), n_samples=512)
         drifts.append(result.drift)
         rewards.append(result.reward_mean)
     assert drifts == sorted(drifts, reverse=True)
@@ -329,7 +343,7 @@ def test_without_regularisation_the_best_point_is_found(cls: type, own: dict) ->
     """`gaussians-quadratic` is best at one point, (1, 1), with reward 0; the reference's mean reward is -3."""
     settings = {"n_samples": 256, "batch_size": 256, "learning_rate": 1e-3, "rollout_steps": 8, **own}
     model = cls("FlowPolicy", "gaussians-quadratic", seed=0, device="cpu", **settings)
-    result = flowrl.evaluate(model.learn(40 * 256), 512)
+    result = flowrl.evaluate(model.learn(40 * 256), n_samples=512)
     assert result.reference.reward_mean == pytest.approx(-3.0, abs=0.3)
     assert result.reward_mean > -0.1
 

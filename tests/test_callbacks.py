@@ -61,7 +61,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_reward_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = model()
-    trained._rollout_metrics = {"rollout/reward_mean": torch.tensor(float("nan"))}
+    trained.rollout_figures = {"rollout/reward_mean": torch.tensor(float("nan"))}
     assert trained.rollout_reward is None
     set_rewards(monkeypatch, {1: -3.0, 2: None, 3: None})  # type: ignore[dict-item]
     keep = KeepCheckpoints(tmp_path, every=1, keep=1)

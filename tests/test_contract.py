@@ -46,7 +46,7 @@ def test_trains_saves_resumes_and_evaluates(name: str, env: str, lora_rank: int,
     assert again.num_timesteps == model.num_timesteps == 2 * n
     assert again.policy.evaluations == model.policy.evaluations
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(again)))
-    result = flowrl.evaluate(model, 8)
+    result = flowrl.evaluate(model, n_samples=8)
     assert result.n_samples == 8
     assert torch.isfinite(torch.tensor([result.reward_mean, result.reference.reward_mean, result.drift])).all()
 

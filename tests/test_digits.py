@@ -118,7 +118,7 @@ def test_mnist_trains_on_a_flow_of_its_own(tmp_path: Path) -> None:
     settings = {"flow": str(tmp_path / "flow"), "data_dir": str(tmp_path / "data")}
     model = flowrl.ORWCFMW2("FlowPolicy", "digits-even", seed=0, device="cpu", env_settings=settings, **TINY)
     model.learn(16)
-    assert flowrl.evaluate(model, 8).samples.shape == (8, 1, 12, 12)
+    assert flowrl.evaluate(model, n_samples=8).samples.shape == (8, 1, 12, 12)
     even = torch.from_numpy(pictures[::2]).float() / 255  # labels count up
     drawn = model.env.core.oracle.sample(50, torch.Generator().manual_seed(0))[:, 0]
     assert bool((drawn[:, None] == even).flatten(2).all(2).any(1).all())
@@ -198,7 +198,7 @@ def test_trains_saves_and_draws_the_same(lora_rank: int, tmp_path: Path) -> None
     kinds = ("conv1", "conv2", "time_emb_proj", "to_q", "to_out.0")
     assert all(any(kind in name for name in adapted) for kind in kinds) == bool(lora_rank)
     model.learn(16)
-    result = flowrl.evaluate(model, 16)
+    result = flowrl.evaluate(model, n_samples=16)
     assert result.drift > 0
     assert {"entropy", "edge density"} == set(result.side)
     assert result.w2_to_optimum > 0

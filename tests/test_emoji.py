@@ -50,7 +50,7 @@ def test_trains_on_groups() -> None:
     model = flowrl.ORWCFMW2("FlowPolicy", "emoji-compress", seed=0, device="cpu", env_settings=settings, **TINY)
     assert model.env.core.contexts == ["Symbols", "Objects"]
     model.learn(16)
-    result = flowrl.evaluate(model, 16)
+    result = flowrl.evaluate(model, n_samples=16)
     assert {row["prompt"] for row in result.per_prompt} == {"Symbols", "Objects"}
     assert result.drift > 0
     assert "colourfulness" in result.side

@@ -122,13 +122,13 @@ def test_a_whole_pipeline(shared: dict[str, Path], policies: dict[str, FlowPolic
     assert again.sample_shape == policy.model.sample_shape
     loaded = again.load()
     assert loaded.max_sequence_length == 1
-    network = policy.model_of("ema").network.state_dict()
+    network = policy.networks.model_of("ema").network.state_dict()
     assert all(torch.equal(value, network[key]) for key, value in loaded.network.state_dict().items())
 
 
 def test_exporting_leaves_the_model_as_it_was(policies: dict[str, FlowPolicy], shared: dict[str, Path]) -> None:
     policy = policies["full"]
-    assert policy.model.pipeline.transformer is policy.model.network is policy.model_of("current").network
+    assert policy.model.pipeline.transformer is policy.model.network is policy.networks.model_of("current").network
 
 
 def test_front_matter(shared: dict[str, Path]) -> None:

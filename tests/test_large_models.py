@@ -72,7 +72,7 @@ def test_bfloat16_is_close_and_trains_in_float32(folder: Path, lora_rank: int) -
     frozen = {p.dtype for n, p in low.policy.model.network.named_parameters() if ".base_layer." in n}
     assert frozen == ({torch.bfloat16} if lora_rank else set())
     low.learn(4)
-    assert low.buffer.reward.dtype == low.buffer.weight.dtype == low.buffer.x_1.dtype == torch.float32
+    assert low.buffer.reward.dtype == low.buffer.coefficient.dtype == low.buffer.x_1.dtype == torch.float32
     for parameter in low.policy.parameters_of("current").values():
         assert bool(parameter.isfinite().all())
     assert {s["exp_avg"].dtype for s in low.policy.optimizer.state.values()} == {torch.float32}
@@ -84,11 +84,11 @@ def test_in_bfloat16_the_ratio_starts_at_one(folder: Path) -> None:
     callback = CallbackList([])
     model._setup_learn(4, callback, True, "", False)
     model.collect(callback)
-    for k in range(model.buffer.path_steps):
-        states, log_prob = model.buffer.states, model.buffer.log_prob[:, k]
+    for k in range(model.buffer.parts):
+        states, log_prob = model.buffer.rows["states"], model.buffer.rows["log_prob"][:, k]
         steps = Transitions(states[:, k], states[:, k + 1], torch.full((4,), k), log_prob)
         with torch.no_grad():
-            law = model.policy.transition(steps, model.buffer.all().contexts, model.sde)
+            law = model.step(steps, model.buffer.all().context_ids)
         assert (law.mean_log_prob(steps.x_next) - log_prob).abs().max() <= 1e-5
 
 

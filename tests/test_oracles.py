@@ -78,7 +78,7 @@ def test_refreshes_without_penalty_add_up_their_tilts(target):
 class LinearlyWeighted(flowrl.ORWCFMW2):
     """ORW-CFM-W2 whose weight is the (linear) reward itself, as C4 has it."""
 
-    def score(self, rollout: Batch) -> torch.Tensor:
+    def weigh(self, rollout: Batch) -> torch.Tensor:
         return rollout.reward
 
 
@@ -169,7 +169,7 @@ def test_many_refreshes(baseline, bounded):
     except NonFiniteError:  # what running away comes to
         assert not bounded
         return
-    result = flowrl.evaluate(model, 512)
+    result = flowrl.evaluate(model, n_samples=512)
     assert (result.drift < 2) == bounded
     assert (result.reward_mean > result.reference.reward_mean + 0.5) == bounded
 
@@ -218,9 +218,10 @@ def test_the_loss_is_that_of_the_three_networks(target):
         for weight in model.policy.parameters_of(role).values():
             weight.data.add_(0.05 * torch.randn_like(weight))
     x_1, w, contexts = torch.randn(512, 2), torch.rand(512), torch.zeros(512, dtype=torch.long)
-    model.buffer.add(x_1, contexts, w, w)
+    model.buffer.add(x_1, contexts, w)
+    model.buffer.coefficient.copy_(w)
     model.generator.manual_seed(3)
-    loss, metrics = model.loss(Batch(x_1, contexts, w, w))
+    loss, metrics = model.loss(model.buffer.all())
     model.generator.manual_seed(3)
     x_0, t = model.policy.noise(512, model.generator), torch.rand(512, generator=model.generator)
     x_t, u = (1 - t)[:, None] * x_0 + t[:, None] * x_1, x_1 - x_0
@@ -251,7 +252,7 @@ def reward_signal(model: flowrl.ORWCFMW2) -> float:
     for _ in range(40):
         x_1 = mixture.sample(256, generator)
         weight = (0.5 * x_1[:, 0]).exp()
-        batch = Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight)
+        batch = Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight, torch.arange(256))
         batch, x_0 = model.couple(batch)
         pulls.append((batch.weight[:, None] * (batch.x_1 - x_0)).mean(0)[0] / batch.weight.mean())
     return torch.stack(pulls).mean().item()
@@ -287,8 +288,9 @@ def test_optimal_transport_keeps_the_noise_standard_normal():
     x_1 = model.env.core.mixture.sample(256, torch.Generator().manual_seed(1))
     weight = (2 * x_1[:, 0]).exp()
     weighted = []
+    drawn = Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight / weight.mean(), torch.arange(256))
     for _ in range(20):
-        batch, x_0 = model.couple(Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight / weight.mean()))
+        batch, x_0 = model.couple(drawn)
         weighted.append((batch.weight[:, None] * x_0).mean(0))
     assert torch.stack(weighted).mean(0).abs().max() < 0.06
 

@@ -143,6 +143,6 @@ def test_recommended_settings_learn() -> None:
     """Six thousand plans suffice to move the mean return by more than the spread between seeds of evaluation."""
     model = flowrl.ORWCFMW2("FlowPolicy", "plan-pendulum", seed=0, device="cpu")
     model.learn(6_000)
-    result = flowrl.evaluate(model, 256)
+    result = flowrl.evaluate(model, n_samples=256)
     assert result.reference is not None
     assert result.reward_mean > result.reference.reward_mean + 2

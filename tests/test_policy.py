@@ -136,7 +136,7 @@ def test_the_lora_reference_is_the_adapter_switched_off() -> None:
     change(policy, size=1.0)
     assert torch.equal(policy.velocity(x, t, cond, "reference"), base)
     assert (policy.velocity(x, t, cond) - base).abs().max() > 0.1
-    assert "reference" not in policy.networks
+    assert "reference" not in policy.networks.copies
     frozen = sum(p.numel() for n, p in policy.named_parameters() if "lora_" not in n)
     assert frozen == sum(p.numel() for p in model.env.core.flow.load().parameters())
 

@@ -305,7 +305,7 @@ def test_rewards_read_fields_and_weights_shape_training(shapes: Path) -> None:
     assert core.contexts == [entry["prompt"] for entry in SHAPES[:3]]
     assert core.describe()[-1] == "prompts: 3 to train on, 2 held out, drawn in proportion to their weights"
     assert [context.fields["count"] for context in core.contexts] == [2, 1, 3]
-    groups = torch.stack([algorithm.draw_contexts() for _ in range(300)])[:, ::2]
+    groups = torch.stack([algorithm.contexts() for _ in range(300)])[:, ::2]
     np.testing.assert_allclose(np.bincount(groups.flatten()) / groups.numel(), [0.6, 0.2, 0.2], atol=0.03)
     assert torch.equal(algorithm.policy.sample(core.contexts[:1], x_0=torch.ones(1, 16, 8, 8), steps=1),
                        algorithm.policy.sample(torch.tensor([0]), x_0=torch.ones(1, 16, 8, 8), steps=1))  # fmt: skip
@@ -339,12 +339,14 @@ def test_held_out_prompts_are_evaluated_as_any_others(shapes: Path) -> None:
     """The figures are those of a model that has these prompts as its own; the model is left as it was."""
     algorithm = model(prompt_file=str(shapes))
     encoded, n, state = algorithm.policy._condition, algorithm.policy.evaluations, algorithm.generator.get_state()
-    held_out = flowrl.evaluate(algorithm, 8, prompts="held_out", samples_per_context=2)
+    held_out = flowrl.evaluate(algorithm, n_samples=8, prompts="held_out", samples_per_context=2)
     assert set(held_out.sample_contexts) == {entry["prompt"] for entry in SHAPES[3:]}
     assert (held_out.prompts, held_out.n_prompts) == ("held_out", 2)
     assert "prompts: held_out (2)" in held_out.table()
     assert math.isnan(held_out.ess)
-    own = flowrl.evaluate(model(prompts=tuple(entry["prompt"] for entry in SHAPES[3:])), 8, samples_per_context=2)
+    own = flowrl.evaluate(
+        model(prompts=tuple(entry["prompt"] for entry in SHAPES[3:])), n_samples=8, samples_per_context=2
+    )
     assert own.prompts == "train"
     torch.testing.assert_close(held_out.samples, own.samples)
     assert held_out.reward_mean == pytest.approx(own.reward_mean)
@@ -357,10 +359,10 @@ def test_held_out_prompts_are_evaluated_as_any_others(shapes: Path) -> None:
 def test_evaluation_weighs_and_takes_lists_and_files(shapes: Path) -> None:
     algorithm = model(prompts=("stars",))
     given = [Prompt("two stars", weight=3), "one circle on red"]
-    result = flowrl.evaluate(algorithm, 8, prompts=given, samples_per_context=1, steps=1)
+    result = flowrl.evaluate(algorithm, n_samples=8, prompts=given, samples_per_context=1, steps=1)
     assert sorted(result.sample_contexts) == ["one circle on red"] * 2 + ["two stars"] * 6
     assert (result.prompts, result.n_prompts) == ("given", 2)
-    assert flowrl.evaluate(algorithm, 4, prompts=shapes, steps=1).n_prompts == 5
+    assert flowrl.evaluate(algorithm, n_samples=4, prompts=shapes, steps=1).n_prompts == 5
 
 
 def test_statistics_per_context_do_not_hinder_evaluation(shapes: Path) -> None:
@@ -369,19 +371,19 @@ def test_statistics_per_context_do_not_hinder_evaluation(shapes: Path) -> None:
     algorithm = flowrl.DDPO(
         "FlowPolicy", "sd3-count", env_settings={"flow": "mini-sd3", "prompts": ("stars",)}, seed=0, **settings
     )
-    assert flowrl.evaluate(algorithm, 10, prompts=shapes, samples_per_context=2, steps=1).n_prompts == 5
+    assert flowrl.evaluate(algorithm, n_samples=10, prompts=shapes, samples_per_context=2, steps=1).n_prompts == 5
 
 
 def test_nothing_to_evaluate_on() -> None:
     algorithm = model(prompts=("stars",))
     with pytest.raises(ConfigError, match=r"holds no prompts out.*--env\.held-out-share"):
-        flowrl.evaluate(algorithm, 4, prompts="held_out")
+        flowrl.evaluate(algorithm, n_samples=4, prompts="held_out")
     with pytest.raises(ConfigError, match="the list is empty"):
-        flowrl.evaluate(algorithm, 4, prompts=[])
+        flowrl.evaluate(algorithm, n_samples=4, prompts=[])
     unconditional = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0)
     with pytest.raises(ConfigError, match="unconditional"):
-        flowrl.evaluate(unconditional, 4, prompts=["stars"])
-    assert "prompts" not in flowrl.evaluate(unconditional, 4).table()
+        flowrl.evaluate(unconditional, n_samples=4, prompts=["stars"])
+    assert "prompts" not in flowrl.evaluate(unconditional, n_samples=4).table()
 
 
 def test_a_changed_prompt_file_is_noticed(shapes: Path, tmp_path: Path) -> None:

@@ -89,11 +89,11 @@ def test_rewards_with_options() -> None:
 
 def test_velocity_ratio_of_a_longer_velocity() -> None:
     model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", ema_decay=0.0)
-    assert flowrl.evaluate(model, 64).velocity_ratio == pytest.approx(1)
+    assert flowrl.evaluate(model, n_samples=64).velocity_ratio == pytest.approx(1)
     with torch.no_grad():
         for parameter in list(model.policy.model.network.output.parameters()):
             parameter.mul_(1.5)
-    assert flowrl.evaluate(model, 64).velocity_ratio == pytest.approx(1.5, rel=1e-3)
+    assert flowrl.evaluate(model, n_samples=64).velocity_ratio == pytest.approx(1.5, rel=1e-3)
 
 
 def test_a_run_scores_with_rewards_that_it_did_not_see(run_here, tmp_path: Path) -> None:
@@ -153,6 +153,6 @@ def test_rewards_of_an_evaluation_are_asked_in_batches_of_whole_groups() -> None
     judge.groupwise = True
     settings = {"n_samples": 4, "group_size": 2, "rollout_steps": 2, "batch_size": 4}
     model = flowrl.ORWCFMW2("FlowPolicy", "sd3-compress", seed=0, device="cpu", **settings)
-    result = flowrl.evaluate(model, 10, batch_size=5, samples_per_context=2, eval_rewards={"judge": judge})
+    result = flowrl.evaluate(model, n_samples=10, batch_size=5, samples_per_context=2, eval_rewards={"judge": judge})
     assert sizes == [4, 4, 2] * 2  # of the reference and of the trained flow
     assert result.side["held-out judge"] == pytest.approx(result.reference.side["held-out judge"], abs=1e-4)

@@ -12,10 +12,10 @@ import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, QuadraticReward, eight_gaussians
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import score
-from flowrl.functional.losses import best_of_groups, group_advantage
+from flowrl.functional.losses import best_and_worst, best_of_groups, clip_fraction, clipped_objective, group_advantage
 from flowrl.functional.metrics import wasserstein2
-from flowrl.functional.solvers import SDE, GaussianStep, sde_sample, time_grid
-from flowrl.training.transitions import clip_fraction, clipped_objective
+from flowrl.functional.sde import SDE, GaussianStep, sde_sample
+from flowrl.functional.solvers import time_grid
 from flowrl.types import Batch
 
 KINDS = [SDE("flow", 0.7), SDE("flow", math.sqrt(2)), SDE("constant", 0.7), SDE("cps", 0.6)]
@@ -155,9 +155,10 @@ def test_recomputed_log_probability_is_the_stored_one(variant: str) -> None:
     settings = {"n_samples": 8, "group_size": 4, "rollout_steps": 4, **VARIANTS[variant]}
     model = recorded(flowrl.FlowGRPO, "sd3-count", **settings)
     for batch_size in (1, 5, 24):
-        for batch in model.buffer.transition_minibatches(batch_size, model.generator):
+        for batch in model.buffer.batches(model.order(), batch_size):
             with torch.no_grad():
-                steps, step = model.recorded(batch)
+                steps = model.recorded(batch)
+                step = model.step(steps, batch.context_ids)
             torch.testing.assert_close(step.mean_log_prob(steps.x_next), steps.log_prob, atol=1e-5, rtol=0)
 
 
@@ -165,12 +166,12 @@ def test_recomputed_log_probability_is_the_stored_one(variant: str) -> None:
 def test_minibatches_hold_every_step_once(cls: type) -> None:
     model = recorded(cls, "gaussians-linear", n_samples=32, batch_size=50, group_size=8)
     batches = list(model.minibatches())
-    steps = torch.cat([b.transitions.k for b in batches])
+    steps = torch.cat([model.recorded(b).k for b in batches])
     assert torch.bincount(steps).tolist() == [32] * 9
-    starts = torch.cat([b.transitions.x_k for b in batches])[steps == 8]
+    starts = torch.cat([model.recorded(b).x_k for b in batches])[steps == 8]
     assert len(starts.unique(dim=0)) == 32
     times = model.policy.times()
-    last = model.buffer.states[:, -1]
+    last = model.buffer.rows["states"][:, -1]
     t = times[9].expand(32)
     with torch.no_grad():
         x_1 = last + (1 - times[9]) * model.policy.velocity(last, t, ())
@@ -209,7 +210,7 @@ def test_policy_gradient_is_the_gradient_of_the_expected_reward(cls: type, own: 
     settings = {"n_samples": n, "rollout_steps": n_steps, "batch_size": 10**6}
     model = recorded(cls, env, **settings, **own)
     reward = model.buffer.reward
-    model.buffer.weight.copy_(reward - reward.mean())  # the plain advantage, not each method's scaling of it
+    model.buffer.coefficient.copy_(reward - reward.mean())  # the plain advantage, not each method's scaling of it
     (batch,) = model.minibatches()
     loss, _ = model.loss(batch)
     (gradient,) = torch.autograd.grad(loss, model.policy.model.network.b)
@@ -239,14 +240,30 @@ def test_clipped_objective_by_hand() -> None:
 def test_group_advantage_by_hand() -> None:
     reward = torch.tensor([1.0, 9.0, 5.0, 5.0, 7.0])  # the first group's standard deviation is 4
     expected = [-1.0, 1.0, 0.0, 0.0, 0.0]
-    assert group_advantage(reward, 2).tolist() == pytest.approx(expected, abs=1e-3)
-    assert group_advantage(torch.tensor([0.0] * 99 + [1.0]), 100).max() == 5.0
+    group = torch.tensor([0, 0, 1, 1, 2])
+    assert group_advantage(reward, group).tolist() == pytest.approx(expected, abs=1e-3)
+    order = torch.tensor([4, 2, 0, 3, 1])  # groups are an index, wherever their samples lie
+    mixed = group_advantage(reward[order], group[order])
+    assert mixed.tolist() == pytest.approx([expected[i] for i in order], abs=1e-3)
+    assert group_advantage(torch.tensor([0.0] * 99 + [1.0]), torch.zeros(100, dtype=torch.long)).max() == 5.0
 
 
 def test_best_of_groups_by_hand() -> None:
     reward = torch.tensor([1.0, 3.0, 2.0, 9.0, 8.0, 7.0, 0.0])
-    assert best_of_groups(reward, 3).tolist() == [False, True, False, True, False, False, True]
-    assert best_of_groups(reward, 3, 2).tolist() == [False, True, True, True, True, False, True]
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    assert best_of_groups(reward, group).tolist() == [False, True, False, True, False, False, True]
+    assert best_of_groups(reward, group, 2).tolist() == [False, True, True, True, True, False, True]
+    order = torch.tensor([6, 1, 3, 0, 5, 2, 4])
+    mixed = best_of_groups(reward[order], group[order], 2)
+    assert mixed.tolist() == [[False, True, True, True, True, False, True][i] for i in order]
+
+
+def test_pairs_are_the_best_and_the_worst_of_a_group() -> None:
+    """By hand; a group that agrees and a group of one have no preference."""
+    reward = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 0.0, 7.0, 8.0])
+    group = torch.tensor([0, 0, 0, 4, 4, 5, 2, 2])
+    assert best_and_worst(reward, group).tolist() == [[1, 0], [7, 6]]
+    assert best_and_worst(torch.ones(4), torch.tensor([0, 0, 1, 1])).shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -262,20 +279,18 @@ def test_losses_by_hand(cls: type, own: dict) -> None:
     """Away from the policy that drew the samples, by laws of torch and a plain minimum."""
     model = recorded(cls, "gaussians-linear", n_samples=64, clip_range=0.05, **own)
     weights = [*model.policy.parameters_of("current").values()]
-    weights += model.critic.parameters() if cls is flowrl.DPOK else []
+    weights += model.critic.module.parameters() if cls is flowrl.DPOK else []
     with torch.no_grad():
         for weight in weights:
             weight.add_(0.02 * torch.randn_like(weight))
-        (batch,) = model.buffer.transition_minibatches(10**6, model.generator)
-        steps, advantage = batch.transitions, batch.weight
-        now, reference = (
-            model.policy.transition(steps, batch.contexts, model.sde, role) for role in ("current", "reference")
-        )
+        (batch,) = model.buffer.batches(model.order(), 10**6)
+        steps, advantage = model.recorded(batch), batch.advantage
+        now, reference = (model.step(steps, batch.context_ids, role) for role in ("current", "reference"))
         now, reference = (torch.distributions.Normal(law.mean, law.std[:, None]) for law in (now, reference))
         ratio = (now.log_prob(steps.x_next).mean(1) - steps.log_prob).exp()
         kl = torch.distributions.kl_divergence(now, reference).mean(1)
         if own.get("critic", cls is flowrl.DPOK):
-            advantage = advantage - model.critic(steps.x_k, model.policy.times()[steps.k], batch.contexts)
+            advantage = advantage - model.critic(steps.x_k, model.policy.times()[steps.k], batch.context_ids)
         advantage = advantage.clamp(-5, 5)
     assert (ratio - 1).abs().max() > 0.1
     objective = torch.minimum(ratio * advantage, ratio.clamp(0.95, 1.05) * advantage)
@@ -285,26 +300,29 @@ def test_losses_by_hand(cls: type, own: dict) -> None:
     assert metrics["clip_fraction"].item() == pytest.approx(((ratio - 1).abs() > 0.05).float().mean().item(), abs=0.01)
 
 
+def batch_of(context_ids: torch.Tensor, reward: torch.Tensor) -> Batch:
+    """Samples without anything but contexts and rewards."""
+    n = len(reward)
+    return Batch(torch.zeros(n, 1), context_ids, reward, torch.ones(n), torch.arange(n))
+
+
 def test_ddpo_statistics_are_those_of_all_rewards_of_a_context() -> None:
     model = flowrl.DDPO("FlowPolicy", "sd3-count", seed=0, device="cpu", n_samples=8)
     contexts, rewards = torch.randint(3, (5, 40)), torch.randn(5, 40) + 2
     for c, r in zip(contexts, rewards):
-        model.observe(Batch(torch.zeros(40, 1), c, r, r))
+        advantage = model.advantage(batch_of(c, r))
     for i in range(3):
         seen = rewards[contexts == i]
         assert model.count[i] == len(seen)
         assert model.mean[i].item() == pytest.approx(seen.mean().item(), abs=1e-5)
         assert (model.square[i] / model.count[i]).item() == pytest.approx(seen.var(correction=0).item(), abs=1e-4)
-    advantage = model.score(Batch(torch.zeros(40, 1), contexts[0], rewards[0], rewards[0]))
-    assert model.count.sum() == 200  # scoring, as an evaluation does, leaves the statistics alone
-    where = contexts[0] == 1
+    assert model.count.sum() == 200
+    where = contexts[-1] == 1
     seen = rewards[contexts == 1]
-    expected = (rewards[0][where] - seen.mean()) / seen.std(correction=0)
+    expected = (rewards[-1][where] - seen.mean()) / seen.std(correction=0)
     torch.testing.assert_close(advantage[where], expected, atol=1e-3, rtol=1e-3)
-    agreed = Batch(torch.zeros(40, 1), torch.full((40,), 7), torch.full((40,), 147.1), rewards[0])
     for _ in range(2):
-        model.observe(agreed)
-        assert model.score(agreed).abs().max() == 0
+        assert model.advantage(batch_of(torch.full((40,), 7), torch.full((40,), 147.1))).abs().max() == 0
 
 
 def test_score_function_needs_one_update_per_iteration() -> None:
@@ -321,8 +339,8 @@ def test_grpo_window_slides_and_returns() -> None:
     for _ in range(5):
         seen.append(model.window().start)
         model.learn(16, reset_num_timesteps=False)
-        assert model.buffer.first_step == seen[-1]
-        k = torch.cat([batch.transitions.k for batch in model.minibatches()])
+        assert set(model.buffer.all().extra["first_step"].tolist()) == {seen[-1]}
+        k = torch.cat([model.recorded(batch).k for batch in model.minibatches()])
         assert sorted(set(k.tolist())) == list(range(seen[-1], seen[-1] + 3))
     assert seen == [1, 3, 1, 3, 1]  # steps 1-3, 3-5; 5-7 would hold the last step
 
@@ -331,7 +349,8 @@ def test_grpo_branches_share_their_past() -> None:
     model = recorded(
         flowrl.FlowGRPO, "gaussians-linear", n_samples=32, group_size=8, window=1, window_start=3, branch=True
     )
-    start, end = model.buffer.states[:, 0].view(4, 8, 2), model.buffer.states[:, 1].view(4, 8, 2)
+    states = model.buffer.rows["states"]
+    start, end = states[:, 0].view(4, 8, 2), states[:, 1].view(4, 8, 2)
     assert torch.equal(start, start[:, :1].expand(4, 8, 2))
     assert len(end.flatten(0, 1).unique(dim=0)) == 32
 
@@ -343,12 +362,13 @@ def test_guarded_ratio_has_a_logarithm_of_mean_zero() -> None:
     with torch.no_grad():
         for weight in model.policy.parameters_of("current").values():
             weight.add_(0.01 * torch.randn_like(weight))
-    (batch,) = model.buffer.transition_minibatches(10**6, model.generator)
+    (batch,) = model.buffer.batches(model.order(), 10**6)
     with torch.no_grad():
-        steps, step = model.recorded(batch)
+        steps = model.recorded(batch)
+        step = model.step(steps, batch.context_ids)
         guarded = model.ratio(batch, steps, step).log()
         plain = step.mean_log_prob(steps.x_next) - steps.log_prob
-        old = model.policy.transition(steps, batch.contexts, model.sde, "behaviour")
+        old = model.step(steps, batch.context_ids, "behaviour")
     noise = (steps.x_next - old.mean) / old.std[:, None]
     torch.testing.assert_close(guarded, (noise * (step.mean - old.mean)).mean(1), atol=1e-4, rtol=1e-3)
     error = guarded.std() / math.sqrt(len(guarded))
@@ -358,9 +378,9 @@ def test_guarded_ratio_has_a_logarithm_of_mean_zero() -> None:
 
 def test_noise_weighting_has_mean_one() -> None:
     model = recorded(flowrl.FlowGRPO, "gaussians-linear", n_samples=32, step_weighting="noise")
-    (batch,) = model.buffer.transition_minibatches(10**6, model.generator)
-    weight = model.noise_weight(batch.transitions)
+    (batch,) = model.buffer.batches(model.order(), 10**6)
+    weight = model.noise_weight(model.recorded(batch))
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-5)
-    k = batch.transitions.k
+    k = model.recorded(batch).k
     expected = model.sde.step(*([torch.zeros(len(k), 1)] * 2), model.policy.times()[k], model.policy.times()[k + 1]).std
     torch.testing.assert_close(weight, expected / expected.mean())

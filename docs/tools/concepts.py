@@ -79,7 +79,7 @@ def alphas(reference: flowrl.ORWCFMW2, tell: Callable[[str], None]) -> Figure:
         trained[f"alpha = {alpha:g}"] = model(alpha=alpha, **settings).learn(total_timesteps=30_720)
     figure, panels = panels_of(len(trained))
     for axes, (name, trained_model) in zip(panels, trained.items()):
-        result = flowrl.evaluate(trained_model, 1024)
+        result = flowrl.evaluate(trained_model, n_samples=1024)
         axes.plot(*result.samples[:1024].T, ".", markersize=2, color="C0")
         axes.plot(1, 1, "x", color="black")
         axes.set_title(f"{name}\nreward {result.reward_mean:.2f}, diversity {result.diversity:.2f}")

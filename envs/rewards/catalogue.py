@@ -162,10 +162,9 @@ class ModelReward(ABC):
         """Reward of images (B, 3, H, W) in [0, 1] with their prompts."""
         if images.device != self._device:
             for module in self.modules:
-                module.to(images.device)
+                module.to(images.device).requires_grad_(False)
             self._device = images.device
-        with torch.no_grad():
-            return self.reward(images, prompts)
+        return self.reward(images, prompts)
 
     @abstractmethod
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from flowrl.checks import check_types
+from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import x1_hat
-from flowrl.functional.solvers import SDE, SDEKind
-from flowrl.types import Field, Role
-
-if TYPE_CHECKING:
-    from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.functional.sde import SDE, SDEKind
+from flowrl.training.policy import FlowPolicy
+from flowrl.types import Field, RewardOutput, Role
 
 
 @dataclass(frozen=True)
@@ -48,41 +47,48 @@ class Steering:
         SDE(self.sde, self.noise_level)  # raises for settings without meaning
 
 
+def rewarded(
+    policy: FlowPolicy, env: GenerationEnv, x_1: torch.Tensor, context_ids: torch.Tensor
+) -> tuple[torch.Tensor, RewardOutput]:
+    """Decode latents (B, *latent_shape) and reward them: samples, and the environment's output."""
+    samples = policy.decode(x_1)
+    return samples, env.evaluate(samples, context_ids).detached()
+
+
 def steer(
-    model: FlowAlgorithm,
+    policy: FlowPolicy,
+    env: GenerationEnv,
     steering: Steering,
-    contexts: torch.Tensor,
+    context_ids: torch.Tensor,
     generator: torch.Generator,
     role: Role = "reference",
     **sampling: Any,
 ) -> torch.Tensor:
-    """Latents (B, *latent_shape), one for each of the context indices (B,).
+    """Draw latents (B, *latent_shape), one for each of the context indices (B,).
 
     Args:
-        model: Whose flow is steered, by the reward of its environment.
+        policy: Whose flow is steered.
+        env: By whose reward.
         steering: How.
-        contexts: (B,) int64.
-        generator: Source of all randomness, on the model's device.
+        context_ids: (B,) int64.
+        generator: Source of all randomness, on the policy's device.
         role: Which copy of the flow.
         **sampling: `steps`, `guidance_scale`, and for best-of-n `solver`.
     """
-    repeated = contexts.repeat_interleave(steering.n)
+    repeated = context_ids.repeat_interleave(steering.n)
     if steering.method == "smc":
-        return _smc(model, steering, repeated, generator, role, **sampling)
-    x_1 = model.policy.sample_latents(repeated, role=role, generator=generator, **sampling)
-    best = _reward(model, x_1, repeated).view(-1, steering.n).argmax(dim=1)
-    return x_1.unflatten(0, (-1, steering.n))[torch.arange(len(contexts), device=x_1.device), best]
+        return _smc(policy, env, steering, repeated, generator, role, **sampling)
+    x_1 = policy.sample_latents(repeated, role=role, generator=generator, **sampling)
+    best = rewarded(policy, env, x_1, repeated)[1].reward.view(-1, steering.n).argmax(dim=1)
+    return x_1.unflatten(0, (-1, steering.n))[torch.arange(len(context_ids), device=x_1.device), best]
 
 
-def _reward(model: FlowAlgorithm, x_1: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-    return model.env.core.evaluate(model.policy.decode(x_1), contexts).reward
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def _smc(
-    model: FlowAlgorithm,
+    policy: FlowPolicy,
+    env: GenerationEnv,
     steering: Steering,
-    contexts: torch.Tensor,
+    context_ids: torch.Tensor,
     generator: torch.Generator,
     role: Role,
     steps: int | None = None,
@@ -91,19 +97,19 @@ def _smc(
 ) -> torch.Tensor:
     if solver not in (None, "euler"):
         raise ConfigError(f"Sequential Monte Carlo takes Euler steps of the SDE, not '{solver}'.")
-    policy, n = model.policy, steering.n
-    times = policy.model.times(steps or policy.steps).to(contexts.device)
+    n = steering.n
+    times = policy.model.times(steps or policy.steps).to(context_ids.device)
     sde = SDE(steering.sde, steering.noise_level)
-    field: Field = policy.field(policy.condition(contexts), len(contexts), role, guidance_scale)
-    x = policy.noise(len(contexts), generator)
-    log_weight = torch.zeros(len(contexts) // n, n, device=x.device)
+    field: Field = policy.field(policy.condition(context_ids), len(context_ids), role, guidance_scale)
+    x = policy.noise(len(context_ids), generator)
+    log_weight = torch.zeros(len(context_ids) // n, n, device=x.device)
     reached = torch.zeros_like(log_weight)  # reward of the estimate that the weights stand for
     first_of_group = n * torch.arange(len(log_weight), device=x.device)
     for k in range(len(times) - 1):
         t = times[k].expand(len(x))
         v = field(x, t)
         estimate = x1_hat(v, x, t)
-        reward = _reward(model, estimate, contexts).view(-1, n)
+        reward = rewarded(policy, env, estimate, context_ids)[1].reward.view(-1, n)
         log_weight += (reward - reached) / steering.temperature
         if k == len(times) - 2:  # the last step has no noise: it ends in the estimate
             break

@@ -103,6 +103,8 @@ class PipelineFlow(VelocityModel):
         self.load_encoders = load_encoders
         self.device = torch.device("cpu")
         vae = getattr(pipeline, "vae", None)
+        if vae is not None:
+            vae.requires_grad_(False)  # gradients of a reward flow through it, none are its own
         if options.vae_tiling and vae is not None:
             if not hasattr(vae, "enable_tiling"):
                 raise ConfigError(f"The autoencoder of this pipeline ({type(vae).__name__}) has no tiling.")
@@ -172,7 +174,6 @@ class PipelineFlow(VelocityModel):
     def _encoders(self) -> dict[str, torch.nn.Module]:
         return {name: part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
 
-    @torch.no_grad()
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Latents -> images (B, 3, H, W), float32 in [0, 1]."""
         vae: Any = self.pipeline.vae

@@ -64,10 +64,10 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     training_seconds = time.monotonic() - stop.started
     steering = Steering(**cell.steer) if cell.steer else None
     seed = 10_000 + cell.seed
-    result = evaluate(model, cell.eval_samples, seed=seed, steering=steering)
+    result = evaluate(model, n_samples=cell.eval_samples, seed=seed, steering=steering)
     numbers = result.to_dict()
     if model.env.core.held_out:
-        unseen = evaluate(model, cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
+        unseen = evaluate(model, n_samples=cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
         numbers["held_out"] = unseen.to_dict()
     write_json(folder / "curve.json", stop.rows)
     core = model.env.core

@@ -1,30 +1,37 @@
-"""RolloutBuffer: what an iteration generated, preallocated on the training device."""
+"""RolloutBuffer: what an iteration generated, on the training device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from flowrl.distributed.ranks import Ranks
-from flowrl.types import Batch, Transitions
+from flowrl.types import Batch, Rows
+
+Read = Callable[[Rows, torch.Tensor, torch.Tensor], Rows]
 
 
 class RolloutBuffer:
-    """Sample, context, reward and weight; and for algorithms that record paths, the sampler's noisy steps.
+    """Samples, contexts, rewards, coefficients, groups, and any rows that an algorithm drew with its samples.
 
-    Endpoint storage does not grow with the number of sampler steps, path storage does. With several ranks each keeps
-    the samples and paths that it drew, and the vectors (contexts, reward, weight, log-probabilities) of all samples;
-    a minibatch is dealt out evenly, whoever drew its samples.
+    A minibatch is one of *entries*: of samples, or with `parts` of parts of samples (steps of their paths, say), entry
+    `parts * sample + part`.
+
+    With several ranks each keeps the samples and rows that it drew; what is one number per sample (context, reward,
+    coefficient, and rows of shape (B,)) is known to every rank after `share`. A minibatch is dealt out evenly, whoever
+    drew its samples.
 
     Args:
         capacity: Samples it holds, over all ranks.
         latent_shape: Shape of one sample in the space of the flow.
         device: Training device.
-        path_steps: Noisy sampler steps to keep of each sample; 0 keeps endpoints only.
-        half: Keep samples in float16; paths stay in float32, their log-probabilities are of those very states.
-        ranks: The processes that fill it together; they divide `capacity`.
+        group_size: Consecutive samples that were drawn together for one context.
+        half: Keep samples in float16. Rows keep the type that they were drawn in.
+        ranks: The processes that fill it together; they share `capacity`.
+        parts: Entries of a sample.
+        read: With parts, `read(rows, sample, part)`: what a minibatch gets of entries (B,), "x_1" among it, given the
+            stored rows by name and the indices (B,) of samples and of their parts.
     """
 
     def __init__(
@@ -32,32 +39,36 @@ class RolloutBuffer:
         capacity: int,
         latent_shape: tuple[int, ...],
         device: torch.device | str,
-        path_steps: int = 0,
+        *,
+        group_size: int = 1,
         half: bool = False,
         ranks: Ranks | None = None,
+        parts: int = 1,
+        read: Read | None = None,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self.parts, self.read = capacity, parts, read
         self.ranks = Ranks() if ranks is None else ranks
         self.own_capacity = capacity // self.ranks.world_size
         self.device = torch.device(device)
-        self.x_1 = torch.zeros(
-            self.own_capacity, *latent_shape, device=self.device, dtype=torch.float16 if half else torch.float32
-        )
-        self.contexts = torch.zeros(capacity, dtype=torch.long, device=self.device)
+        dtype = torch.float16 if half else torch.float32
+        self.rows: Rows = {"x_1": torch.zeros(self.own_capacity, *latent_shape, device=self.device, dtype=dtype)}
+        self.numbers: Rows = {}  # rows of shape (B,), of all ranks
+        self.context_ids = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.reward = torch.zeros(capacity, device=self.device)
-        self.weight = torch.ones(capacity, device=self.device)
-        self.path_steps = path_steps
-        if path_steps:
-            self.states = torch.zeros(self.own_capacity, path_steps + 1, *latent_shape, device=self.device)
-            self.log_prob = torch.zeros(capacity, path_steps, device=self.device)
-            self.first_step = torch.zeros((), dtype=torch.long, device=self.device)
+        self.coefficient = torch.ones(capacity, device=self.device)
+        self.group = torch.arange(capacity, device=self.device) // group_size
         self.place = [0] * capacity  # of each sample, with several ranks: rank * own_capacity + row there
         self.size = 0
 
     @property
+    def x_1(self) -> torch.Tensor:
+        """Storage (own capacity, *latent_shape) of this rank's samples."""
+        return self.rows["x_1"]
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the storage takes."""
-        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, torch.Tensor))
+        return sum(t.nbytes for t in (*self.rows.values(), self.group, self.coefficient, *self._vectors()))
 
     @property
     def full(self) -> bool:
@@ -72,15 +83,19 @@ class RolloutBuffer:
                 vector.zero_()
 
     def add(
-        self, x_1: torch.Tensor, contexts: torch.Tensor, reward: torch.Tensor, objective: torch.Tensor | None = None
+        self,
+        x_1: torch.Tensor,
+        context_ids: torch.Tensor,
+        reward: torch.Tensor,
+        extra: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Append a scored batch; of a batch that ranks divided, this rank's rows.
+        """Append a batch; of a batch that ranks share, this rank's rows.
 
         Args:
             x_1: (B, *latent_shape).
-            contexts: (B,) int64.
+            context_ids: (B,) int64.
             reward: (B,).
-            objective: (B,), what weights will be made of, kept in their place.
+            extra: Whatever else belongs to each sample, name -> (B, ...); the same names in every call.
 
         Raises:
             IndexError: The batch does not fit.
@@ -91,121 +106,88 @@ class RolloutBuffer:
             raise IndexError(
                 f"The buffer holds {self.capacity} samples, {self.size} are in it; {end - self.size} do not fit."
             )
-        own = self._own_rows(n)
-        self.x_1[own].copy_(x_1)
-        here = self._own_positions(n)
-        self.contexts[here].copy_(contexts)
+        row, position = self.size // ranks.world_size, self.size + ranks.rank * n
+        own, here = slice(row, row + n), slice(position, position + n)
+        for name, value in {"x_1": x_1, **(extra or {})}.items():
+            if value.dim() == 1:
+                self._vector(name, value)[here].copy_(value)
+            else:
+                self._stored(name, value)[own].copy_(value)
+        self.context_ids[here].copy_(context_ids)
         self.reward[here].copy_(reward)
-        if objective is not None:
-            self.weight[here].copy_(objective)
         for rank in range(ranks.world_size if ranks.world_size > 1 else 0):
-            first, row = self.size + rank * n, rank * self.own_capacity + own.start
-            self.place[first : first + n] = range(row, row + n)
+            first, start = self.size + rank * n, rank * self.own_capacity + row
+            self.place[first : first + n] = range(start, start + n)
         self.size = end
 
-    def add_path(self, states: torch.Tensor, log_prob: torch.Tensor, first_step: int) -> None:
-        """Append the noisy steps of the batch that `add` appends next.
-
-        Args:
-            states: (B, path_steps + 1, *latent_shape).
-            log_prob: (B, path_steps), mean over dimensions.
-            first_step: Index of the first of them in the sampler; the same for the whole buffer.
-        """
-        self.states[self._own_rows(len(states))].copy_(states)
-        self.log_prob[self._own_positions(len(states))].copy_(log_prob)
-        self.first_step.fill_(first_step)
-
-    def rearrange_path(self, index: torch.Tensor) -> None:
-        """Of the batch (B,) that `add` appends next, put the path of sample `index[i]` in place of that of i."""
-        rows, positions = self._own_rows(len(index)), self._own_positions(len(index))
-        self.states[rows] = self.states[rows][index]
-        self.log_prob[positions] = self.log_prob[positions][index]
-
     def share(self) -> None:
-        """Make the vectors of all samples known to every rank, after the last `add`."""
+        """Make what is one number per sample known to every rank, after the last `add`."""
         if self.ranks.world_size > 1:
             for vector in self._vectors():
                 self.ranks.all_reduce_(vector)
 
     def all(self) -> Batch:
-        """Everything in the buffer, in order; views, no copies (but of samples kept in float16).
+        """Give everything in the buffer, in order: views, no copies (but of samples kept in float16).
 
-        With several ranks `x_1` has this rank's samples only.
+        With several ranks `x_1` and rows that are more than a number are those of this rank's samples.
         """
-        n = self.size
-        x_1 = self.x_1[: n // self.ranks.world_size].float()
-        return Batch(x_1, self.contexts[:n], self.reward[:n], self.weight[:n])
-
-    def minibatches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One pass in random order, in minibatches of `batch_size` (the last may be smaller).
-
-        Indices are drawn and used on the device: no host synchronisation, or one a pass with several ranks.
-        """
-        return self.batches(torch.randperm(self.size, generator=generator, device=self.device), batch_size)
+        n, own = self.size, self.size // self.ranks.world_size
+        extra = {name: rows[:own] for name, rows in self.rows.items() if name != "x_1"}
+        extra |= {name: rows[:n] for name, rows in self.numbers.items()}
+        x_1 = self.rows["x_1"][:own].float()
+        return Batch(x_1, self.context_ids[:n], self.reward[:n], self.coefficient[:n], self.group[:n], extra)
 
     def batches(self, order: torch.Tensor, batch_size: int) -> Iterator[Batch]:
-        """The samples of these indices in minibatches, without their paths; of each minibatch this rank's rows."""
-        for index, fetch in self._dealt(order, batch_size):
-            yield self._batch(fetch(lambda rows: self.x_1[rows]), index)
+        """Go over these entries (N,) in minibatches (the last may be smaller); with several ranks, over this rank's.
 
-    def transition_minibatches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One pass over all recorded steps of all samples in random order, in minibatches of `batch_size` steps."""
-        n = self.path_steps
-        order = torch.randperm(self.size * n, generator=generator, device=self.device)
-        for chosen, fetch in self._dealt(order, batch_size, n):
-            index, step = chosen // n, chosen % n
-            steps = Transitions(
-                fetch(lambda rows: self.states[rows // n, rows % n]),
-                fetch(lambda rows: self.states[rows // n, rows % n + 1]),
-                self.first_step + step,
-                self.log_prob[index, step],
-            )
-            yield self._batch(fetch(lambda rows: self.x_1[rows // n]), index)._replace(transitions=steps)
+        Indices are used on the device: no host synchronisation, or one a pass with several ranks.
+        """
+        for entries, extra in self._dealt(order, batch_size):
+            sample = entries
+            if self.read is not None:
+                sample, extra["part"] = entries // self.parts, entries % self.parts
+            extra |= {name: numbers[sample] for name, numbers in self.numbers.items()}
+            vectors = (self.context_ids[sample], self.reward[sample], self.coefficient[sample], self.group[sample])
+            yield Batch(extra.pop("x_1").float(), *vectors, extra)
 
     def _vectors(self) -> list[torch.Tensor]:
-        return [self.contexts, self.reward, self.weight, *([self.log_prob] if self.path_steps else [])]
+        return [self.context_ids, self.reward, *self.numbers.values()]
 
-    def _own_rows(self, n: int) -> slice:
-        start = self.size // self.ranks.world_size
-        return slice(start, start + n)
+    def _vector(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        if name not in self.numbers:
+            self.numbers[name] = like.new_zeros(self.capacity)
+        return self.numbers[name]
 
-    def _own_positions(self, n: int) -> slice:
-        start = self.size + self.ranks.rank * n
-        return slice(start, start + n)
+    def _stored(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        if name not in self.rows or self.rows[name].shape[1:] != like.shape[1:]:
+            self.rows[name] = like.new_zeros(self.own_capacity, *like.shape[1:])
+        return self.rows[name]
 
-    def _batch(self, x_1: torch.Tensor, index: torch.Tensor) -> Batch:
-        return Batch(x_1.float(), self.contexts[index], self.reward[index], self.weight[index])
-
-    def _dealt(
-        self, order: torch.Tensor, batch_size: int, per_sample: int = 1
-    ) -> Iterator[tuple[torch.Tensor, Callable[[Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]]]:
-        """Of each minibatch of `order` this rank's entries, and a function that gets their rows of the storage.
-
-        An entry is `sample * per_sample + step`; the function is given what reads entries of a rank's own storage.
-        """
-        parts = order.split(batch_size)
+    def _dealt(self, order: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, Rows]]:
+        """Give of each minibatch of `order` this rank's entries, and their rows."""
         if self.ranks.world_size == 1:
-            for part in parts:
-                yield part, partial(_read, part)
+            for entries in order.split(batch_size):
+                yield entries, self._read_local(entries)
             return
         host = order.cpu()
-        place = torch.tensor(self.place)[host // per_sample]
+        place = torch.tensor(self.place)[host // self.parts]
         owner = place // self.own_capacity
-        entry = place % self.own_capacity * per_sample + host % per_sample
-        for part, owners, entries in zip(parts, owner.split(batch_size), entry.split(batch_size)):
-            yield self.ranks.shard(part), partial(self._exchanged, owners, entries)
+        local = place % self.own_capacity * self.parts + host % self.parts
+        for entries, owners, stored in zip(*(part.split(batch_size) for part in (order, owner, local))):
+            yield self.ranks.shard(entries), self._exchanged(owners, stored)
 
-    def _exchanged(
-        self, owners: torch.Tensor, entries: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """This rank's rows of a minibatch whose entries lie with their owners."""
+    def _read_local(self, entries: torch.Tensor) -> Rows:
+        """Read entries of this rank's storage."""
+        if self.read is None:
+            return {name: rows[entries] for name, rows in self.rows.items()}
+        return self.read(self.rows, entries // self.parts, entries % self.parts)
+
+    def _exchanged(self, owners: torch.Tensor, entries: torch.Tensor) -> Rows:
+        """Get this rank's rows of a minibatch whose entries lie with their owners (all_to_all)."""
         ranks = self.ranks
         here, wanted = owners == ranks.rank, ranks.shard(owners)
         taker = torch.arange(ranks.world_size).repeat_interleave(len(owners) // ranks.world_size)
         given, received = (torch.bincount(r, minlength=ranks.world_size).tolist() for r in (taker[here], wanted))
-        rows = ranks.all_to_all(read(entries[here].to(self.device)), given, received)
-        return rows[wanted.argsort(stable=True).argsort().to(self.device)]  # they came ordered by owner
-
-
-def _read(entries: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return read(entries)
+        place = wanted.argsort(stable=True).argsort().to(self.device)  # rows come ordered by owner
+        own = self._read_local(entries[here].to(self.device))
+        return {name: ranks.all_to_all(rows, given, received)[place] for name, rows in own.items()}

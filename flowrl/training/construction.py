@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
-from flowrl.errors import ConfigError, DeviceError
+from flowrl.errors import ConfigError, DeviceError, UnknownNameError
+
+if TYPE_CHECKING:
+    from flowrl.training.method import Method
 
 
 def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> GenerationEnv:
@@ -27,12 +31,46 @@ def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> Ge
     return core
 
 
-def recommended_settings(algo: str, known: Collection[str], recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """Those recommendations that an algorithm has (`known` settings): `setting`, overridden by `ALGO.setting`."""
-    general = {key: value for key, value in recommended.items() if key in known}
-    prefix = f"{algo}."
-    own = {key.removeprefix(prefix): value for key, value in recommended.items() if key.startswith(prefix)}
-    return {**general, **own}
+def configured(
+    cls: type[Method], config: FlowConfig | None, recommended: Mapping[str, Any], settings: Mapping[str, Any]
+) -> FlowConfig:
+    """Make the config of a run: the given one, or the defaults with an environment's recommendations.
+
+    Raises:
+        UnknownNameError: An unknown setting; names the closest.
+        ConfigError: Settings without meaning, or those of another algorithm.
+    """
+    known = [f.name for f in fields(cls.Config)]
+    for key in settings:
+        if key not in known:
+            raise UnknownNameError.of(f"setting of {cls.__name__}", key, known)
+    if config is None:
+        config = cls.Config(**{**recommended_settings(cls, known, recommended), **settings})
+    elif settings:
+        config = replace(config, **settings)
+    if type(config) is not cls.Config:
+        raise ConfigError(f"{cls.__name__} takes a {cls.Config.__name__}, not a {type(config).__name__}.")
+    return config
+
+
+def recommended_settings(cls: type[Method], known: Collection[str], recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the recommendations that are for an algorithm, of its `known` settings.
+
+    A key is a setting, `KIND.setting` for a kind of algorithm, or `NAME.setting` for one; the later win.
+    """
+    found = {key: value for key, value in recommended.items() if key in known}
+    for prefix in (f"{cls.kind}.", f"{cls.name}."):
+        found |= {key.removeprefix(prefix): value for key, value in recommended.items() if key.startswith(prefix)}
+    return found
+
+
+def without_gradient(algorithm: str, env: GenerationEnv) -> str:
+    """Say that an algorithm needs a gradient that the reward of an environment has not."""
+    return (
+        f"'{algorithm}' needs the gradient of the reward by the samples, and the reward of '{env.name}' has none. "
+        "Take an environment whose reward is differentiable (`python -m flowrl.run` lists which are), or an algorithm "
+        "that needs values only."
+    )
 
 
 def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:

@@ -70,12 +70,12 @@ def _facts(model: FlowAlgorithm) -> list[str]:
     bad_grads = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
     bad_weights = [name for name, p in parameters.items() if not bool(unsharded(p.detach()).isfinite().all())]
     model.policy.optimizer.zero_grad(set_to_none=True)
-    weight = rollout.weight
+    given, word = rollout.coefficient, "weights" if model.has_weights else "advantages"
     facts = [
         f"loss of a minibatch {loss.item():.3g}",
-        f"weights {weight.min().item():.3g} to {weight.max().item():.3g}",
-        f"effective sample share {(effective_sample_size(weight) / len(weight)).item():.3g}",
-        f"samples up to {rollout.x_1.abs().max().item():.3g}",
+        f"{word} {given.min().item():.3g} to {given.max().item():.3g}",
+        *([f"effective sample share {(effective_sample_size(given) / len(given)).item():.3g}"] * model.has_weights),
+        f"samples up to {rollout.x_1.abs().amax().item() if rollout.x_1.numel() else 0:.3g}",
         f"learning rate {model.config.learning_rate:g}",
     ]
     if hasattr(model.config, "tau"):

@@ -22,7 +22,7 @@ from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by
 from flowrl.storage import revisions
 from flowrl.storage.files import read_json, read_tensors, standing
 from flowrl.training.optimizers import state_shapes
-from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name, own_tensors
+from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -186,10 +186,10 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
     moments = read_tensors(folder / "optimizer.safetensors")
     random_states = read_tensors(folder / "random.safetensors")
     for role in model.policy.roles:
-        _copy_into(own_tensors(model.policy, role), tensors, role, folder)
-        model.policy.weights_changed(role)
+        _copy_into(model.policy.networks.tensors_of(role), tensors, role, folder)
+        model.policy.networks.weights_changed(role)
     if not model.env.core.flow.reloadable:
-        _copy_into(model.policy.frozen_state(), tensors, "frozen", folder)
+        _copy_into(model.policy.networks.frozen_state(), tensors, "frozen", folder)
     try:
         entries: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
@@ -205,11 +205,12 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
             setattr(model, name, type(getattr(model, name))(state[name]))
         model.policy.evaluations = int(state["evaluations"]) // model.ranks.world_size
         model.n_dropped = int(state.get("n_dropped", 0))
-        model.rollout_reward = state.get("reward")
+        stored = {"rollout/reward_mean": state.get("reward"), "rollout/ess": state.get("ess")}
+        model.rollout_figures = {key: torch.tensor(float(v)) for key, v in stored.items() if v is not None}
         model.bad_updates.total, model.bad_updates.in_a_row = (int(n) for n in state.get("bad_updates", (0, 0)))
         _set_random_states(model, random_states, state)
-        if model.extra_state():
-            model.load_extra_state(read_tensors(folder / "algorithm.safetensors", model.device))
+        if model.extra_state.state():
+            model.extra_state.load(read_tensors(folder / "algorithm.safetensors", model.device))
         if model.env.core.extra_state():
             model.env.core.load_extra_state(read_tensors(folder / "environment.safetensors"))
     except FlowRLError:

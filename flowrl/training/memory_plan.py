@@ -13,11 +13,12 @@ from unittest import mock
 
 import psutil
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowrl.distributed.ranks import Ranks
-from flowrl.envs.base import draw_contexts
+from flowrl.types import RewardOutput, Rows
 
 if TYPE_CHECKING:
     from flowrl.config import FlowConfig
@@ -79,6 +80,7 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     values of tensors (adaptive solvers, optimal transport) cannot be tried; `missing` says so.
     """
     tracker = _Tracker()
+    config = replace(config, on_reward_error="raise")
     random_state = torch.get_rng_state()
     with _without_storage(), tracker:
         parts, missing = _try(cls, replace(config, n_epochs=1), env, tracker)
@@ -94,31 +96,59 @@ def _try(
     env.flow = replace(env.flow, load=env.flow.imitation)
     with tracker.phase("loading, encoding prompts"):
         model: Any = cls("FlowPolicy", env, config=config, device="cpu", ranks=Ranks())
-    policy, buffer = model.policy, model.buffer
+    model.checks, model.reward_calls = None, _imitated_reward
     missing = cls.unpredictable
-    contexts = draw_contexts(len(env.contexts), model.env.num_envs, config.group_size, model.generator)
     try:
-        with tracker.phase("drawing samples"):
-            policy.steps = min(STEPS, config.rollout_steps)
-            if config.path_steps():
-                x_1 = policy.sample_path(contexts, model.sde, role=model.behaviour_role, generator=model.generator)[0]
-            else:
-                x_1 = model.draw_latents(contexts)
-        more = max(0, config.path_steps() + 1 - STEPS)  # a path is held twice while its states are put together
-        tracker.phases["drawing samples"] += 2 * more * _bytes([x_1])
-        with tracker.phase("decoding samples"):
-            policy.decode(x_1)
-        rows = config.batch_size * config.accumulation
-        buffer.size = min(config.n_samples, -(-rows // max(1, config.path_steps())))
-        for parameter in policy.parameters_of("current").values():
-            parameter.grad = torch.zeros_like(parameter)
-        policy.optimizer.step()  # its moments are there from the first step on
-        policy.optimizer.zero_grad()
-        with tracker.phase("training"):
-            model.update()
+        _iterate(model, tracker)
     except Exception as error:
         missing = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return _parts(model), missing
+
+
+def _iterate(model: Any, tracker: _Tracker) -> None:
+    """Go through an iteration by the algorithm's own methods, with one chunk of samples and one gradient step."""
+    policy, buffer, config = model.policy, model.buffer, model.config
+    ids = model.contexts()[: model.env.num_envs]
+    if model.learns_from == "contexts":
+        model._fill(ids)
+    else:
+        with tracker.phase("drawing samples"):
+            if model.learns_from == "samples":
+                policy.steps = min(STEPS, config.rollout_steps)
+            x_1, rows = _drawn(model, ids)
+            if policy.steps < config.rollout_steps and any(row.dim() > 1 for row in rows.values()):
+                policy.steps, policy._times = config.rollout_steps, None  # rows may be of the sampler's steps
+                x_1, rows = model.draw(ids)
+        with tracker.phase("decoding samples"):
+            output, _ = model.reward(policy.decode(x_1), ids)
+            buffer.add(x_1, ids, output.reward, rows)
+    buffer.size = min(config.n_samples, -(-config.batch_size * config.accumulation // buffer.parts))
+    for parameter in policy.parameters_of("current").values():
+        parameter.grad = torch.zeros_like(parameter)
+    policy.optimizer.step()  # its moments are there from the first step on
+    policy.optimizer.zero_grad()
+    with tracker.phase("training"):
+        with contextlib.suppress(DataDependentOutputException):  # weights that depend on values: numbers, no memory
+            if not model.unpredictable:
+                model._weigh()
+        model.update()
+
+
+def _drawn(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+    """Draw by the algorithm's own method; where that is said to be unpredictable, by the policy alone."""
+    try:
+        return model.draw(ids)
+    except DataDependentOutputException:
+        if not model.unpredictable:
+            raise
+        return model.policy.sample_latents(ids, role=model.behaviour_role, generator=model.generator), {}
+
+
+def _imitated_reward(
+    samples: torch.Tensor, context_ids: torch.Tensor, *, grad: bool = False
+) -> tuple[RewardOutput, torch.Tensor]:
+    """Stand in for a reward, whose own memory is not counted: with a gradient by the samples, as `RewardCalls`."""
+    return RewardOutput(samples.flatten(1).float().mean(1)), torch.arange(len(samples), device=samples.device)
 
 
 def _parts(model: Any) -> dict[str, int]:
@@ -130,6 +160,7 @@ def _parts(model: Any) -> dict[str, int]:
         "copies of them": sum(sizes.values()),
         "gradients": _bytes(policy.parameters_of("current").values()),
         "optimizer": _bytes(v for state in policy.optimizer.state.values() for v in state.values()),
+        "further networks": _bytes(model.extra_state.state().values()),
         "encoded prompts": _bytes(policy.condition(torch.arange(len(policy.contexts)))),
         "rollout buffer": model.buffer.nbytes,
     }

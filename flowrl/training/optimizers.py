@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from flowrl.config import FlowConfig
+from flowrl.distributed.sharding import unsharded
 from flowrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
 
 
 def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -59,3 +64,27 @@ SMALLEST_QUANTISED = 4096
 """bitsandbytes keeps the moments of smaller parameters in float32."""
 BLOCK = 256
 """Values that share a scale in bitsandbytes' 8-bit moments."""
+
+
+def gradient_step(model: FlowAlgorithm, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """Take one optimizer step of the trained network, with warm-up, clipping and moving average.
+
+    Returns:
+        The gradient's norm before clipping, a scalar tensor; a step whose norm is not finite changes nothing.
+    """
+    config, policy = model.config, model.policy
+    rate = model.lr_schedule(model._current_progress_remaining)
+    if config.warmup_updates:
+        rate *= min(1.0, (model._n_updates + 1) / config.warmup_updates)
+    for group in policy.optimizer.param_groups:
+        group["lr"] = rate
+    norm = unsharded(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    bad = (~norm.isfinite()).float()
+    step_unless(bad, policy.optimizer, model.ranks.is_sharded)
+    model.bad_updates.note(bad)
+    policy.networks.weights_changed("current")
+    policy.optimizer.zero_grad(set_to_none=True)
+    model._n_updates += 1
+    if config.ema_decay > 0:  # the average of few steps forgets its start sooner
+        policy.update_copy("ema", min(config.ema_decay, (1 + model._n_updates) / (10 + model._n_updates)))
+    return norm

@@ -1,4 +1,4 @@
-"""Scores of training samples by a reward that may fail: stop, ask again, or leave samples out; never make one up."""
+"""Rewards of training samples from a reward that may fail: stop, ask again, or leave samples out; never make one up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from flowrl.config import OnRewardError
+from flowrl.config import FlowConfig, OnRewardError
+from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import RewardError
 from flowrl.types import RewardOutput
@@ -18,8 +19,8 @@ FIRST_PAUSE = 1.0
 """Seconds before a failed reward is asked again; twice as many each further time."""
 
 
-class Scorer:
-    """Asks an environment's reward.
+class RewardCalls:
+    """Calls of an environment's reward, and what happens when one fails.
 
     Args:
         env: The environment.
@@ -40,24 +41,44 @@ class Scorer:
         self.errors = 0
         self.last_error: RewardError | None = None
 
-    def __call__(self, samples: torch.Tensor, contexts: torch.Tensor) -> tuple[RewardOutput, torch.Tensor]:
-        """Reward of samples of training (B, *sample_shape), and which of them it is: indices (M,), in order.
+    def __call__(
+        self, samples: torch.Tensor, context_ids: torch.Tensor, *, grad: bool = False
+    ) -> tuple[RewardOutput, torch.Tensor]:
+        """Reward samples of training (B, *sample_shape), and say which of them it is: indices (M,), in order.
 
-        Rows of the reward and its components are those indices; only "drop" leaves any out.
+        Rows of the reward and its components are those indices; only "drop" leaves any out. `grad`: keep the graph.
 
         Raises:
             RewardError: The reward fails; with "drop" for every sample.
         """
-        everything = torch.arange(len(samples), device=contexts.device)
+        everything = torch.arange(len(samples), device=context_ids.device)
         if self.on_error != "drop":
-            return self._persistently(samples, contexts), everything
-        parts = self._halves(samples, contexts, everything)
+            output = self._persistently(samples, context_ids)
+            return (output if grad else output.detached()), everything
+        parts = self._halves(samples, context_ids, everything)
         if not parts:
             assert self.last_error is not None
             raise self.last_error
         outputs, kept = zip(*parts)
         components = {key: torch.cat([output.components[key] for output in outputs]) for key in outputs[0].components}
-        return RewardOutput(torch.cat([output.reward for output in outputs]), components), torch.cat(kept)
+        output = RewardOutput(torch.cat([output.reward for output in outputs]), components)
+        return (output if grad else output.detached()), torch.cat(kept)
+
+    def check_dropped(self, dropped: int, config: FlowConfig, ranks: Ranks) -> int:
+        """Add up over all ranks how many samples of an iteration were left out.
+
+        Raises:
+            RewardError: Too many.
+        """
+        if self.on_error != "drop":
+            return 0
+        total = int(ranks.all_reduce_(torch.tensor(dropped, device=ranks.device)).item())
+        if total > config.max_dropped * config.n_samples:
+            raise RewardError(
+                f"The reward failed for {total} of {config.n_samples} samples of an iteration, more than "
+                f"max_dropped = {config.max_dropped:g} allows. The last error: {self.last_error}"
+            )
+        return total
 
     def _persistently(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
         for attempt in range(self.retries if self.on_error == "retry" else 0):

@@ -35,7 +35,6 @@ from flowrl.version import __version__
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
     from flowrl.training.policy import FlowPolicy
-    from flowrl.types import Role
 
 FORMAT = 1
 COUNTERS = ("num_timesteps", "iteration", "_n_updates", "_total_timesteps", "_current_progress_remaining")
@@ -79,7 +78,7 @@ class Snapshot:
             "policy.safetensors": weights,
             "optimizer.safetensors": moments,
             "random.safetensors": random_states,
-            "algorithm.safetensors": model.extra_state(),
+            "algorithm.safetensors": model.extra_state.state(),
             "environment.safetensors": model.env.core.extra_state(),
         }
         export = None if model.policy.lora is None else partial(_export, model.policy)  # full weights: not twice
@@ -131,8 +130,9 @@ OPTIONAL = ("algorithm.safetensors", "environment.safetensors")
 
 
 def _export(policy: FlowPolicy, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    role = f"{policy.sampling_role}."
-    policy.export(folder, {name.removeprefix(role): t for name, t in weights.items() if name.startswith(role)})
+    role = policy.sampling_role
+    adapter = {name.removeprefix(f"{role}."): t for name, t in weights.items() if name.startswith(f"{role}.")}
+    policy.networks.export(folder, role, adapter)
 
 
 def description(model: FlowAlgorithm) -> dict[str, Any]:
@@ -172,9 +172,11 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _weights(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
     policy = model.policy
-    tensors = {f"{role}.{name}": tensor for role in policy.roles for name, tensor in own_tensors(policy, role).items()}
+    tensors = {
+        f"{role}.{name}": tensor for role in policy.roles for name, tensor in policy.networks.tensors_of(role).items()
+    }
     if not model.env.core.flow.reloadable:
-        tensors |= {f"frozen.{name}": tensor for name, tensor in policy.frozen_state().items()}
+        tensors |= {f"frozen.{name}": tensor for name, tensor in policy.networks.frozen_state().items()}
     return _whole(model, tensors)
 
 
@@ -211,10 +213,11 @@ def _counters(model: FlowAlgorithm) -> tuple[dict[str, Any], dict[str, torch.Ten
         "numpy": [int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])],
         "python": random.getstate(),
         "reward": model.rollout_reward,
+        "ess": _number(model.rollout_figures.get("rollout/ess")),
     }
     return state, random_states
 
 
-def own_tensors(policy: FlowPolicy, role: Role) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a role, by name."""
-    return {**policy.parameters_of(role), **policy.buffers_of(role)}
+def _number(value: torch.Tensor | None) -> float | None:
+    """A scalar for JSON, None where there is none or it is not finite."""
+    return None if value is None or not bool(value.isfinite()) else float(value)

@@ -6,16 +6,15 @@ reward at the end (Black et al. 2024, Fan et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.solvers import SDE, GaussianStep, SDEKind
+from flowrl.functional.sde import SDE, GaussianStep, SDEKind
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.types import Batch, Transitions
+from flowrl.types import Batch, Role, Rows, Transitions
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,17 @@ class TransitionConfig(FlowConfig):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         SDE(self.sde, self.noise_level)  # raises for settings without meaning
 
-    def path_steps(self) -> int:
+    def parts(self) -> int:
         """Noisy steps per sample."""
         return self.rollout_steps - 1
 
 
 class TransitionAlgorithm(FlowAlgorithm):
-    """A `FlowAlgorithm` whose minibatches are steps of the sampler (`batch.transitions`), not samples."""
+    """A `FlowAlgorithm` whose minibatches are steps of the sampler, see `recorded`, not samples."""
 
     Config: ClassVar[type[FlowConfig]] = TransitionConfig
+    kind = "steps"
+    learns_from = "steps"
     config: TransitionConfig
 
     @property
@@ -59,51 +60,47 @@ class TransitionAlgorithm(FlowAlgorithm):
 
     def window(self) -> range:
         """The noisy steps of this iteration."""
-        return range(self.config.path_steps())
+        return range(self.config.parts())
 
     def draw_noise(self, n: int) -> torch.Tensor:
         """Noise (n, *latent_shape) at the start of `n` samples."""
         return self.policy.noise(n, self.generator)
 
-    def draw_latents(self, contexts: torch.Tensor) -> torch.Tensor:
-        """Latents by the SDE; the noisy steps go into the buffer."""
+    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+        """Draw latents by the SDE, with the states of their noisy steps and the log-probabilities of these."""
         window = self.window()
         x_1, states, log_prob = self.policy.sample_path(
-            contexts,
+            context_ids,
             self.sde,
             role=self.behaviour_role,
             window=window,
             generator=self.generator,
-            x_0=self.draw_noise(len(contexts)),
+            x_0=self.draw_noise(len(context_ids)),
         )
-        self.buffer.add_path(states, log_prob, window.start)
-        return x_1
+        first = torch.full((len(x_1),), window.start, device=x_1.device)
+        return x_1, {"states": states, "log_prob": log_prob, "first_step": first}
 
-    def minibatches(self) -> Iterator[Batch]:
-        """One pass over all recorded steps."""
-        return self.buffer.transition_minibatches(self.config.batch_size, self.generator)
+    def read(self, rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
+        """Read of each step the state before and after it, and its log-probability."""
+        return {
+            "x_1": rows["x_1"][sample],
+            "x_k": rows["states"][sample, part],
+            "x_next": rows["states"][sample, part + 1],
+            "log_prob": rows["log_prob"][sample, part],
+        }
 
-    def recorded(self, batch: Batch) -> tuple[Transitions, GaussianStep]:
-        """The recorded steps of a minibatch, and their law under the current network."""
-        assert batch.transitions is not None
-        return batch.transitions, self.policy.transition(batch.transitions, batch.contexts, self.sde)
+    def recorded(self, batch: Batch) -> Transitions:
+        """The recorded steps of a minibatch."""
+        extra = batch.extra
+        return Transitions(extra["x_k"], extra["x_next"], extra["first_step"] + extra["part"], extra["log_prob"])
 
-    def reference_step(self, batch: Batch) -> GaussianStep:
-        """The law of the recorded steps under the reference."""
-        assert batch.transitions is not None
-        return self.policy.transition(batch.transitions, batch.contexts, self.sde, "reference")
+    def step(self, steps: Transitions, context_ids: torch.Tensor, role: Role = "current") -> GaussianStep:
+        """Law of recorded steps under a role's network now, with the sampler's own times and guidance."""
+        policy, times = self.policy, self.policy.times()
+        t, t_next = times[steps.k], times[steps.k + 1]
+        v = policy.field(policy.condition(context_ids), len(context_ids), role)(steps.x_k, t)
+        return self.sde.step(v, steps.x_k, t, t_next)
 
     def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
         """Ratio (B,) of each step's probability now to when it was drawn."""
         return (step.mean_log_prob(steps.x_next) - steps.log_prob).exp()
-
-
-def clipped_objective(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """PPO's pessimistic surrogate as a loss (B,): `max(-A rho, -A clip(rho, 1 - c, 1 + c))` (Schulman et al. 2017)."""
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * clipped)
-
-
-def clip_fraction(ratio: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Share of ratios outside the clip range; a scalar tensor."""
-    return ((ratio - 1).abs() > clip_range).float().mean()

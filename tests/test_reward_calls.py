@@ -12,8 +12,8 @@ import torch
 import flowrl
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, RewardError
-from flowrl.training import reward_calls as scoring
-from flowrl.training.reward_calls import Scorer, stand_ins
+from flowrl.training import reward_calls
+from flowrl.training.reward_calls import RewardCalls, stand_ins
 from flowrl.types import Contexts, RewardOutput
 
 
@@ -34,7 +34,7 @@ class Judge:
 
 def environment(judge: Judge) -> GenerationEnv:
     env = flowrl.make("gaussians-linear")
-    env.score = judge  # type: ignore[method-assign]
+    env.reward = judge  # type: ignore[method-assign]
     return env
 
 
@@ -62,20 +62,20 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long was slept, without sleeping."""
     slept: list[float] = []
-    monkeypatch.setattr(scoring.time, "sleep", slept.append)
+    monkeypatch.setattr(reward_calls.time, "sleep", slept.append)
     return slept
 
 
 @pytest.mark.parametrize("fail", [broken_beyond, not_a_number_beyond])
 def test_samples_that_a_reward_fails_for_are_found(fail: Callable[..., Any]) -> None:
-    scorer = Scorer(environment(Judge(fail)), "drop")
-    output, kept = scorer(*batch())
+    calls = RewardCalls(environment(Judge(fail)), "drop")
+    output, kept = calls(*batch())
     assert kept.tolist() == [0, 2, 4]
     assert output.reward.tolist() == [0, 1, -1]
     if fail is broken_beyond:
         assert output.components["second"].tolist() == [1, 2, 0]
-    assert scorer.errors > 0
-    assert "gaussians-linear" in str(scorer.last_error)
+    assert calls.errors > 0
+    assert "gaussians-linear" in str(calls.last_error)
 
 
 def test_a_reward_that_fails_for_all_is_an_error() -> None:
@@ -83,18 +83,18 @@ def test_a_reward_that_fails_for_all_is_an_error() -> None:
         raise ValueError("out of order")
 
     with pytest.raises(RewardError, match="out of order"):
-        Scorer(environment(Judge(fail)), "drop")(*batch())
+        RewardCalls(environment(Judge(fail)), "drop")(*batch())
 
 
 def test_a_good_reward_is_asked_once() -> None:
     judge = Judge()
-    output, kept = Scorer(environment(judge), "drop")(*batch())
+    output, kept = RewardCalls(environment(judge), "drop")(*batch())
     assert (judge.calls, kept.tolist(), output.reward.tolist()) == (1, [0, 1, 2, 3, 4], [0, 3, 1, 5, -1])
 
 
 def test_asking_again(pauses: list[float]) -> None:
     judge = Judge(first_two)
-    output, kept = Scorer(environment(judge), "retry", retries=3)(*batch())
+    output, kept = RewardCalls(environment(judge), "retry", retries=3)(*batch())
     assert (judge.calls, len(kept), output.reward.tolist()) == (3, 5, [0, 3, 1, 5, -1])
     assert pauses == [1, 2]
 
@@ -102,14 +102,14 @@ def test_asking_again(pauses: list[float]) -> None:
 def test_asking_again_ends(pauses: list[float]) -> None:
     judge = Judge(first_two)
     with pytest.raises(RewardError, match="busy"):
-        Scorer(environment(judge), "retry", retries=1)(*batch())
+        RewardCalls(environment(judge), "retry", retries=1)(*batch())
     assert judge.calls == 2
 
 
 def test_by_default_nothing_is_asked_twice() -> None:
     judge = Judge(first_two)
     with pytest.raises(RewardError, match="busy"):
-        Scorer(environment(judge))(*batch())
+        RewardCalls(environment(judge))(*batch())
     assert judge.calls == 1
 
 
@@ -119,14 +119,14 @@ def test_a_reward_that_hangs() -> None:
 
     start = time.monotonic()
     with pytest.raises(RewardError, match=r"no answer for 5 samples in 0\.1 seconds"):
-        Scorer(environment(Judge(hang)), timeout=0.1)(*batch())
+        RewardCalls(environment(Judge(hang)), timeout=0.1)(*batch())
     assert time.monotonic() - start < 4
 
 
 def test_in_time_errors_and_answers_are_passed_on() -> None:
-    assert Scorer(environment(Judge()), timeout=30)(*batch())[0].reward.tolist() == [0, 3, 1, 5, -1]
+    assert RewardCalls(environment(Judge()), timeout=30)(*batch())[0].reward.tolist() == [0, 3, 1, 5, -1]
     with pytest.raises(RewardError, match="too far right"):
-        Scorer(environment(Judge(broken_beyond)), timeout=30)(*batch())
+        RewardCalls(environment(Judge(broken_beyond)), timeout=30)(*batch())
 
 
 def test_running_statistics_are_put_back_where_a_reward_fails() -> None:
@@ -140,7 +140,7 @@ def test_running_statistics_are_put_back_where_a_reward_fails() -> None:
     judge = Counting(broken_beyond)
     env = environment(judge)
     env.extra_state = lambda: {"seen": judge.state}  # type: ignore[method-assign]
-    Scorer(env, "drop")(*batch())
+    RewardCalls(env, "drop")(*batch())
     assert judge.state.item() == 3
 
 
@@ -168,8 +168,8 @@ def test_training_leaves_samples_out_and_counts_them(algo: str) -> None:
     assert 0 < model.n_dropped < 64
     assert model.last_logged["rollout/dropped"] == model.n_dropped
     if algo == "flow_grpo":
-        last, times = model.buffer.states[:, -1], model.policy.times()[-2:]
-        v = model.policy.networks["reference"](last, times[0].expand(len(last)))  # the network that drew them
+        last, times = model.buffer.rows["states"][:, -1], model.policy.times()[-2:]
+        v = model.policy.networks.copies["reference"](last, times[0].expand(len(last)))  # the network that drew them
         torch.testing.assert_close(last + times.diff() * v, model.buffer.x_1)  # each path ends at its own sample
 
 

@@ -1,0 +1,105 @@
+"""What an evaluation gives: figures of the trained flow beside its reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from flowrl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """Figures of a set of samples.
+
+    Attributes:
+        reward_mean: Mean reward.
+        reward_ci: 95 % confidence interval of the mean.
+        reward_std: Standard deviation over samples.
+        components: Mean of each component of the reward.
+        diversity: Mean Euclidean distance of two samples of the same context (flattened).
+        w2_to_optimum: Exact W2 to equally many exact samples of the environment's optimum; NaN without an oracle.
+        side: Means of what was measured beside the reward: held-out rewards, and looks of images.
+    """
+
+    reward_mean: float
+    reward_ci: tuple[float, float]
+    reward_std: float
+    components: dict[str, float]
+    diversity: float
+    w2_to_optimum: float = math.nan
+    side: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationResult(SampleStatistics):
+    """Statistics of the trained flow, and how they compare with the reference.
+
+    Attributes:
+        drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
+        velocity_ratio: `E|v| / E|v_ref|` over flow time, norms over all dimensions.
+        warnings: What fell while the reward rose: signs of a reward that is exploited.
+        ess: Effective share of the samples under the weights of training's last iteration, in (0, 1]; NaN for methods
+            without weights, flows that no algorithm trains, and prompts that training does not draw.
+        n_samples: Samples of each flow.
+        prompts: What they were conditioned on: "train", "held_out", a file or set, or "given".
+        n_prompts: How many prompts these are; 0 for an unconditional flow.
+        evaluations_per_sample: Network evaluations that a sample of the trained flow cost.
+        per_prompt: Of each prompt that was drawn: how many samples, and the mean reward of the reference and of the
+            trained flow; empty for an unconditional flow.
+        reference: The same statistics of the reference, at the same noise and contexts.
+        w2_floor: W2 of two independent sets of exact samples of that size: what `w2_to_optimum` can reach.
+        samples: A few samples of the trained flow (for grids), decoded, on the CPU.
+        reference_samples: The reference's samples at the same noise.
+        sample_contexts: Their contexts.
+    """
+
+    drift: float = math.nan
+    velocity_ratio: float = math.nan
+    warnings: tuple[str, ...] = ()
+    ess: float = math.nan
+    n_samples: int = 0
+    prompts: str = "train"
+    n_prompts: int = 0
+    evaluations_per_sample: float = math.nan
+    per_prompt: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    reference: SampleStatistics | None = None
+    w2_floor: float = math.nan
+    samples: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    reference_samples: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    sample_contexts: list[Any] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers only, for JSON."""
+        numbers = asdict(self)
+        for key in ("samples", "reference_samples", "sample_contexts"):
+            del numbers[key]
+        return numbers
+
+    def table(self) -> str:
+        """A small table: reference, trained, change."""
+        before = self.reference
+        if before is None:
+            raise ConfigError("This result holds no reference to compare with.")
+        rows = [("reward", before.reward_mean, self.reward_mean)]
+        rows += [(name, before.components[name], value) for name, value in self.components.items()]
+        rows += [("diversity", before.diversity, self.diversity)]
+        rows += [(name, before.side[name], value) for name, value in self.side.items()]
+        if not math.isnan(self.w2_to_optimum):
+            rows += [("W2 to optimum", before.w2_to_optimum, self.w2_to_optimum)]
+        width = max(16, *(len(name) + 1 for name, _, _ in rows))
+        lines = [f"{'':{width}s}{'reference':>12s}{'trained':>12s}{'change':>12s}"]
+        lines += [f"{name:{width}s}{a:12.4g}{b:12.4g}{b - a:+12.4g}" for name, a, b in rows]
+        low, high = self.reward_ci
+        lines.append(f"reward of trained, 95 % interval: {low:.4g} to {high:.4g} ({self.n_samples} samples)")
+        share = "" if math.isnan(self.ess) else f"    effective sample share: {self.ess:.3f}"
+        lines.append(f"drift E|v - v_ref|^2: {self.drift:.4g}{share}")
+        if self.n_prompts:
+            lines.append(f"prompts: {self.prompts} ({self.n_prompts})")
+        if not math.isnan(self.w2_floor):
+            lines.append(f"W2 floor (exact samples against each other): {self.w2_floor:.4g}")
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join(lines)

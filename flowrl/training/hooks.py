@@ -1,0 +1,129 @@
+"""Checks of what an algorithm's own methods give: once, in the first iteration, with messages that name the method."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flowrl.errors import ConfigError
+
+HOOKS = (
+    *("contexts", "draw", "reward", "weigh", "advantage", "order", "loss", "refresh", "refresh_decay"),
+    *("pair", "velocity", "error", "reward_of", "cautions", "copies_for", "couple", "read"),
+)
+"""Methods that a subclass of `FlowAlgorithm` replaces or calls."""
+FORMER = {
+    "score": "weigh (weights) or advantage",
+    "draw_contexts": "contexts",
+    "draw_latents": "draw",
+    "objective": "draw",
+    "minibatches": "order",
+}
+"""Hooks of earlier versions, and what took their place."""
+
+
+def check_names(cls: type, base: type) -> None:
+    """Check that no public method of a subclass is nearly a hook's name: it would never be called.
+
+    Raises:
+        ConfigError: One is; names the hook.
+    """
+    for parent in cls.__mro__[: cls.__mro__.index(base)]:
+        for name, value in vars(parent).items():
+            if name.startswith("_") or not callable(value) or isinstance(value, type):
+                continue
+            if hasattr(base, name) and name not in FORMER:
+                continue
+            meant = FORMER.get(name) or next(iter(difflib.get_close_matches(name, HOOKS, 1, 0.8)), None)
+            if meant is not None and meant != name:
+                raise ConfigError(
+                    f"{parent.__name__}.{name} is never called: the method is called {meant}. Rename it, or give it a "
+                    "leading underscore if it is a helper."
+                )
+    own = [name for name in ("weigh", "advantage") if getattr(cls, name) is not getattr(base, name)]
+    if len(own) > 1:
+        raise ConfigError(f"{cls.__name__} has both weigh and advantage: rewards become weights or advantages.")
+
+
+class HookChecks:
+    """Checks for one algorithm; each raises a ConfigError that names the method, what it gave and what it must give.
+
+    Args:
+        name: The algorithm's class.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _fail(self, method: str, gave: str, must: str) -> None:
+        raise ConfigError(f"{self.name}.{method} gave {gave}; it must give {must}.")
+
+    def contexts(self, ids: Any, n: int, n_contexts: int) -> None:
+        """Check context indices."""
+        if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.shape != (n,):
+            self._fail("contexts", described(ids), f"int64 indices of shape ({n},), one per sample (n_samples)")
+        elif not bool(((ids >= 0) & (ids < n_contexts)).all()):
+            self._fail("contexts", f"indices from {ids.min()} to {ids.max()}", f"indices below {n_contexts}")
+
+    def draw(self, drawn: Any, n: int, shape: tuple[int, ...]) -> None:
+        """Check samples and their rows."""
+        must = f"(x_1 ({', '.join(map(str, (n, *shape)))}), {{name: tensor ({n}, ...)}})"
+        if not isinstance(drawn, tuple) or len(drawn) != 2:
+            self._fail("draw", described(drawn), must)
+        x_1, extra = drawn
+        if not isinstance(x_1, torch.Tensor) or x_1.shape != (n, *shape):
+            self._fail("draw", f"x_1 {described(x_1)}", must)
+        if not isinstance(extra, Mapping):
+            self._fail("draw", described(extra), must)
+        for name, rows in extra.items():
+            if not isinstance(rows, torch.Tensor) or rows.dim() == 0 or len(rows) != n:
+                self._fail("draw", f"{described(rows)} as '{name}'", f"a tensor of first dimension {n} for each name")
+            if name in ("x_1", "part"):
+                self._fail("draw", f"rows named '{name}'", "other names than x_1 and part")
+
+    def coefficient(self, method: str, values: Any, n: int) -> None:
+        """Check weights or advantages."""
+        if not isinstance(values, torch.Tensor) or values.shape != (n,):
+            self._fail(method, described(values), f"one number per sample, shape ({n},)")
+        if not bool(values.isfinite().all()):
+            self._fail(method, "numbers that are not finite", "finite numbers")
+        if method == "weigh" and bool((values < 0).any()):
+            warnings.warn(
+                f"{self.name}.weigh gave weights down to {values.min():.3g}: the effective sample share of negative "
+                "weights has no meaning. Numbers of both signs are advantages: give them by `advantage`.",
+                stacklevel=2,
+            )
+
+    def order(self, order: Any, n: int) -> None:
+        """Check the entries of a pass."""
+        if not isinstance(order, torch.Tensor) or order.dtype != torch.long or order.dim() != 1 or len(order) == 0:
+            self._fail("order", described(order), "int64 indices of shape (N,), at least one")
+        if not bool(((order >= 0) & (order < n)).all()):
+            self._fail("order", f"indices from {order.min()} to {order.max()}", f"indices below {n}")
+
+    def loss(self, result: Any) -> None:
+        """Check a loss and its metrics."""
+        must = "(a scalar loss that has a gradient, {name: scalar tensor})"
+        if not isinstance(result, tuple) or len(result) != 2:
+            self._fail("loss", described(result), must)
+        loss, parts = result
+        if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+            self._fail("loss", described(loss), must + "; take the mean over the minibatch")
+        if not loss.requires_grad:
+            self._fail("loss", "a loss without gradient", "one made from self.velocity(pair), say")
+        if not isinstance(parts, Mapping):
+            self._fail("loss", f"metrics {described(parts)}", must)
+        for name, value in parts.items():
+            if not isinstance(value, torch.Tensor) or value.dim() != 0:
+                self._fail("loss", f"{described(value)} as metric '{name}'", "a scalar tensor (never a number)")
+
+
+def described(value: Any) -> str:
+    """Describe a value for a message: a tensor by type and shape, others by their type."""
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return "nothing (None)" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,187 @@
+"""Method: what an algorithm replaces and what it calls, to say in a few lines how it learns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from flowrl.config import FlowConfig
+from flowrl.distributed.ranks import Ranks
+from flowrl.envs.base import GenerationVecEnv, draw_contexts
+from flowrl.errors import ConfigError
+from flowrl.functional.flow import interpolate, sample_time
+from flowrl.functional.losses import squared_error
+from flowrl.training.buffer import RolloutBuffer
+from flowrl.training.construction import configured, without_gradient
+from flowrl.training.networks import ExtraState, TrainedNetwork
+from flowrl.training.policy import FlowPolicy
+from flowrl.training.records import RolloutRecord
+from flowrl.training.reward_calls import RewardCalls
+from flowrl.types import Batch, Pair, RewardOutput, Role, Rows
+
+
+class Method(ABC):
+    """The part of a `FlowAlgorithm` that its author sees: `contexts -> draw -> reward -> weigh -> update -> refresh`.
+
+    Attributes:
+        policy: The flow in its roles.
+        buffer: What the iteration has drawn.
+        generator: Source of all randomness of training.
+        ranks: The processes that train together.
+        iteration: Iterations so far.
+    """
+
+    Config: ClassVar[type[FlowConfig]] = FlowConfig
+    name: ClassVar[str] = ""
+    kind: ClassVar[str] = "endpoint"
+    """Kind of algorithm, by which environments recommend settings (docs/how-to/algorithm.md)."""
+    learns_from: Literal["samples", "steps", "contexts", "data"] = "samples"
+    """What `loss` is given: samples; recorded steps of their paths; contexts, for which it draws itself, with
+    gradients; or samples of a data set, so that nothing is drawn."""
+    unpredictable: ClassVar[str] = ""
+    """Work whose memory a dry run cannot try, since it depends on the values of tensors."""
+    config: Any
+    policy: FlowPolicy
+    env: GenerationVecEnv
+    buffer: RolloutBuffer
+    generator: torch.Generator
+    ranks: Ranks
+    device: torch.device
+    iteration: int
+    shares: torch.Tensor | None
+    reward_calls: RewardCalls
+    record: RolloutRecord
+    extra_state: ExtraState
+
+    @classmethod
+    def copies_for(cls, config: Any) -> set[Role]:
+        """Copies of the network that these settings need; a subclass adds its own."""
+        copies: set[Role] = {"reference"}
+        if config.refresh_every > 1:
+            copies.add("behaviour")
+        if config.ema_decay > 0:
+            copies.add("ema")
+        return copies
+
+    @classmethod
+    def configure(
+        cls,
+        config: FlowConfig | None = None,
+        recommended: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> FlowConfig:
+        """Make the config of a run: the given one, or the defaults with an environment's recommendations."""
+        return configured(cls, config, recommended or {}, settings or {})
+
+    def contexts(self) -> torch.Tensor:
+        """Draw context indices (n_samples,) of an iteration, over all ranks: each repeated `group_size` times."""
+        n = len(self.env.core.contexts)
+        return draw_contexts(n, self.config.n_samples, self.config.group_size, self.generator, self.shares)
+
+    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+        """Draw latents `x_1` (B, *latent_shape) of the behaviour policy for context indices (B,).
+
+        Returns:
+            The latents, and whatever else belongs to each of them, name -> (B, ...): `loss` gets it as `batch.extra`.
+        """
+        return self.policy.sample_latents(context_ids, role=self.behaviour_role, generator=self.generator), {}
+
+    def reward(self, samples: torch.Tensor, context_ids: torch.Tensor) -> tuple[RewardOutput, torch.Tensor]:
+        """Reward decoded samples (B, *sample_shape): see `RewardCalls`."""
+        return self.reward_calls(samples, context_ids)
+
+    def weigh(self, rollout: Batch) -> torch.Tensor:
+        """Make weights (B,) of all samples of an iteration from their rewards: not negative.
+
+        With several ranks `rollout.x_1`, and rows that are more than a number per sample, are those of this rank; the
+        rest of `rollout` is of all: what needs the samples themselves is a row that `draw` gives.
+        """
+        return torch.ones_like(rollout.reward)
+
+    def advantage(self, rollout: Batch) -> torch.Tensor:
+        """Make advantages (B,) of both signs from the rewards, in place of `weigh`."""
+        return rollout.reward
+
+    def order(self) -> torch.Tensor:
+        """Give the entries that one pass goes over, in the order of its minibatches: samples, or steps of samples."""
+        n = self.buffer.size * self.buffer.parts
+        return torch.randperm(n, generator=self.generator, device=self.device)
+
+    def read(self, rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
+        """Read what a minibatch gets of parts (B,) of samples (B,), "x_1" among it; for configs with `parts`."""
+        return {name: stored[sample] for name, stored in rows.items()}
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Scalar loss of a minibatch, and scalar metrics as tensors (never `.item()` here)."""
+
+    def refresh(self) -> None:
+        """Refresh the behaviour policy, after every `refresh_every` iterations."""
+        self.policy.update_copy("behaviour", self.refresh_decay())
+
+    def refresh_decay(self) -> float:
+        """Share of the behaviour policy that a refresh keeps; 0 makes it a copy of the current one."""
+        return 0.0
+
+    def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
+        """Say what a user should be told of the figures of an iteration, by kind; each kind is told once."""
+        return {}
+
+    def pair(self, batch: Batch, x_0: torch.Tensor | None = None, t: torch.Tensor | None = None) -> Pair:
+        """Pair the samples of a minibatch with fresh noise, at fresh times; or with given ones."""
+        x_0 = self.policy.noise(len(batch.x_1), self.generator) if x_0 is None else x_0
+        t = sample_time(len(x_0), self.config.time_sampling, self.generator) if t is None else t
+        return Pair(x_0, t, *interpolate(x_0, batch.x_1, t), self.policy.condition(batch.context_ids))
+
+    def velocity(self, pair: Pair, role: Role = "current") -> torch.Tensor:
+        """Velocity (B, *latent_shape) of a role at the points of a pair."""
+        return self.policy.velocity(pair.x_t, pair.t, pair.cond, role)
+
+    def error(self, pair: Pair, role: Role = "current") -> torch.Tensor:
+        """Flow-matching error `|v - u|^2` (B,) of a role, mean over dimensions."""
+        return squared_error(self.velocity(pair, role), pair.u)
+
+    def reward_of(self, x_1: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+        """Reward (B,) of latents with its gradient by them; zero gradient for samples that "drop" leaves out.
+
+        Raises:
+            ConfigError: The reward has no gradient; names it.
+        """
+        samples = self.policy.decode(x_1)
+        output, kept = self.reward_calls(samples, context_ids, grad=True)
+        if not output.reward.requires_grad:
+            raise ConfigError(without_gradient(self.name or type(self).__name__, self.env.core))
+        if self.learns_from == "contexts":
+            self.record.add(samples.detach(), context_ids, output.detached())
+        return output.reward.detach().mean().repeat(len(x_1)).index_copy(0, kept, output.reward)
+
+    def add_network(self, name: str, module: torch.nn.Module, learning_rate: float) -> TrainedNetwork:
+        """Register a further network with an optimizer of its own: saved, resumed, and averaged over ranks like all."""
+        self.extra_state.networks[name] = TrainedNetwork(module.to(self.device), learning_rate, self.ranks)
+        return self.extra_state.networks[name]
+
+    def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Register a tensor that a checkpoint must keep (running statistics); change it in place. On the device."""
+        self.extra_state.tensors[name] = tensor.to(self.device)
+        return self.extra_state.tensors[name]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether samples get weights; otherwise they get advantages, or nothing."""
+        return type(self).weigh is not Method.weigh
+
+    @property
+    def behaviour_role(self) -> Role:
+        """The copy that draws the samples."""
+        return "behaviour" if "behaviour" in self.policy.roles else "current"
+
+    @torch.no_grad()
+    def drift(self) -> torch.Tensor:
+        """`E|v - v_ref|^2`, mean over dimensions, estimated on one minibatch; a scalar tensor."""
+        order = torch.randperm(self.buffer.size, generator=self.generator, device=self.device) * self.buffer.parts
+        batch = next(self.buffer.batches(order, self.config.batch_size))
+        pair = self.pair(batch, t=sample_time(len(batch.x_1), self.config.time_sampling, self.generator))
+        return squared_error(self.velocity(pair), self.velocity(pair, "reference")).mean()

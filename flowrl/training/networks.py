@@ -1,0 +1,96 @@
+"""Further networks that an algorithm trains beside its flow, such as a critic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowrl.distributed.ranks import Ranks
+from flowrl.errors import CheckpointError
+from flowrl.training.optimizers import step_unless
+
+
+class TrainedNetwork:
+    """A network with an optimizer of its own; `FlowAlgorithm.add_network` makes it.
+
+    Args:
+        module: On the training device; the same on every rank.
+        learning_rate: Of Adam.
+        ranks: The processes that train together; gradients are means over them.
+    """
+
+    def __init__(self, module: nn.Module, learning_rate: float, ranks: Ranks) -> None:
+        self.module, self.ranks = module, ranks
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
+    def improve(self, loss: torch.Tensor) -> None:
+        """Take a gradient step on a scalar loss; one whose gradient is not finite changes nothing."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = list(self.module.parameters())
+        self.ranks.average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)
+        step_unless((~norm.isfinite()).float(), self.optimizer)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Weights by their names, and the optimizer's as `moments.INDEX.NAME`."""
+        moments = self.optimizer.state_dict()["state"]
+        state = {f"moments.{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}
+        return {**self.module.state_dict(), **state}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            CheckpointError: It is of another network.
+        """
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("moments."):
+                _, index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+        try:
+            weights = {name: t for name, t in tensors.items() if not name.startswith("moments.")}
+            self.module.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"A stored network does not fit this one: {error}.") from error
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+
+class ExtraState:
+    """Whatever an algorithm keeps beside its policy, registered once by name: tensors, and trained networks.
+
+    A checkpoint stores it and gives it back: tensors in place, which must keep their shapes.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.networks: dict[str, TrainedNetwork] = {}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All of it, by name."""
+        own = {f"{name}.{key}": t for name, net in self.networks.items() for key, t in net.state().items()}
+        return {**self.tensors, **own}
+
+    def load(self, stored: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            CheckpointError: Something is missing or of another shape; names it.
+        """
+        for name, tensor in self.tensors.items():
+            if name not in stored or stored[name].shape != tensor.shape:
+                raise CheckpointError(f"The checkpoint holds no '{name}' of shape {tuple(tensor.shape)}.")
+            tensor.copy_(stored[name])
+        for name, network in self.networks.items():
+            own = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
+            if len(self.networks) == 1:  # as checkpoints of version 0.1.0 have them
+                own |= {key: t for key, t in stored.items() if key.startswith("moments.")}
+            network.load(own)

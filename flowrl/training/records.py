@@ -1,0 +1,83 @@
+"""What is logged of an iteration: its samples while they are drawn, and the figures in the end."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowrl.functional import metrics
+from flowrl.functional.losses import effective_sample_size
+from flowrl.types import RewardOutput
+
+if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
+
+
+class RolloutRecord:
+    """Samples, rewards and components of an iteration on this rank, for its figures."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.rewards: list[torch.Tensor] = []
+        self.components: dict[str, list[torch.Tensor]] = {}
+        self.dropped = 0  # samples that the reward failed for
+
+    def add(self, samples: torch.Tensor, context_ids: torch.Tensor, output: RewardOutput) -> None:
+        """Take in a batch; a few of its samples are kept for the diversity."""
+        self.rewards.append(output.reward)
+        for key, value in output.components.items():
+            self.components.setdefault(key, []).append(value)
+        if len(context_ids) * len(self.shown) < metrics.DIVERSITY_SAMPLES:
+            self.shown.append((samples, context_ids))
+
+    def figures(self, model: FlowAlgorithm) -> dict[str, torch.Tensor]:
+        """Scalars by name, still on the device; those of components are of this rank."""
+        reward = model.buffer.all().reward
+        if model.learns_from == "contexts":  # drawn for each update, not kept
+            reward = torch.cat(self.rewards)
+            reward = model.ranks.all_gather(reward, len(reward) * model.ranks.world_size)
+        figures = {
+            "rollout/reward_mean": reward.mean(),
+            "rollout/reward_std": reward.std(correction=0),
+            "rollout/reward_min": reward.min(),
+            "rollout/reward_max": reward.max(),
+        }
+        if self.shown:
+            figures["rollout/diversity"] = self._diversity(model)
+        if model.has_weights:
+            figures["rollout/ess"] = effective_sample_size(model.buffer.all().weight) / len(reward)
+        if model.config.on_reward_error == "drop":
+            figures["rollout/dropped"] = torch.tensor(float(model.n_dropped), device=reward.device)
+        return figures | {f"rollout/{key}": torch.cat(values).mean() for key, values in self.components.items()}
+
+    def _diversity(self, model: FlowAlgorithm) -> torch.Tensor:
+        """Diversity of some samples of each rank, from pairs within the ranks: images are not sent; a scalar."""
+        samples, context_ids = (torch.cat(parts)[: metrics.DIVERSITY_SAMPLES] for parts in zip(*self.shown))
+        total, n_pairs = model.ranks.all_reduce_(metrics.pair_distances(samples, context_ids))
+        return total / n_pairs
+
+
+def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], seconds: float) -> None:
+    """Write the figures of an iteration to the logger, and warn of what an algorithm cautions against, once each."""
+    measured = {**model.rollout_figures, **{f"train/{key}": value for key, value in updates.items()}}
+    values = model.ranks.mean_(torch.stack([value.float() for value in measured.values()])).tolist()
+    record = model.logger.record
+    for key, value in zip(measured, values):
+        record(key, value)
+    record("train/learning_rate", model.policy.optimizer.param_groups[0]["lr"])
+    record("train/n_updates", model._n_updates)
+    if model.bad_updates.total:
+        record("train/bad_updates", model.bad_updates.total)
+    record("time/iteration", model.iteration)
+    record("time/samples_per_second", model.config.n_samples / max(seconds, sys.float_info.epsilon))
+    record("time/network_evaluations", model.policy.evaluations * model.ranks.world_size)
+    record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
+    model.last_logged = dict(model.logger.name_to_value)
+    for kind, text in model.cautions(model.last_logged).items():
+        if kind not in model.warned and model.ranks.is_main:
+            model.warned.add(kind)
+            warnings.warn(text, stacklevel=3)
+    model.logger.dump(step=model.num_timesteps)

@@ -1,0 +1,163 @@
+"""RoleNetworks: the velocity network in its roles (trained, reference, behaviour, moving average)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flowrl.distributed.sharding import local_shard, reshard
+from flowrl.errors import ConfigError
+from flowrl.models.base import VelocityModel
+from flowrl.models.lora import LoRA, add_adapters, switched
+from flowrl.types import Condition, Role
+
+
+class RoleNetworks(nn.Module):
+    """One flow, and a velocity network for each of its roles.
+
+    Full fine-tuning keeps a network per role, made only for the roles asked for. With LoRA there is one base network:
+    the reference is the adapter switched off, behaviour and ema are further adapters.
+
+    Args:
+        model: The flow; its network becomes the current role.
+        copies: Roles to keep beside the current one.
+        lora: Adapters instead of full fine-tuning.
+        precision: Type that the networks compute in.
+
+    Attributes:
+        roles: Roles that have weights of their own.
+        available: These, and the reference where it is kept.
+        copies: Networks that are not trained, by role (full fine-tuning).
+    """
+
+    def __init__(
+        self,
+        model: VelocityModel,
+        copies: Iterable[Role] = ("reference",),
+        lora: LoRA | None = None,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.model, self.lora, self.precision = model, lora, precision
+        lagged: list[Role] = [role for role in ("behaviour", "ema") if role in copies]
+        self.roles: tuple[Role, ...] = ("current", *lagged)
+        frozen: tuple[Role, ...] = ("reference",) if "reference" in copies or lora is not None else ()
+        self.available: tuple[Role, ...] = (*self.roles, *frozen)
+        self.copies = nn.ModuleDict()
+        self._models: dict[Role, VelocityModel] = {"current": model}
+        if lora is None:
+            for role in (*lagged, *frozen):
+                self.copies[role] = copy.deepcopy(model.network).requires_grad_(False).eval()
+                self._models[role] = model.with_network(self.copies[role])
+        else:
+            self._adapters = add_adapters(model, list(self.roles), lora)
+        self.train_through(model.network)
+        if not self._parameters_of["current"]:
+            raise ConfigError("This flow has no trainable parameters.")
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role) -> torch.Tensor:
+        """Velocity (B, *latent_shape), float32, of a role's network; gradients as `carries_gradient` says."""
+        if role not in self.available:
+            raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(self.available)}.")
+        with_grad, low = self.carries_gradient(x_t, role), self.precision != torch.float32
+        switch = self.lora is not None and role != "current"
+        with (
+            torch.set_grad_enabled(with_grad),
+            torch.autocast(x_t.device.type, self.precision) if low else nullcontext(),
+            switched(self._adapters, role, lambda: self.weights_changed(role)) if switch else nullcontext(),
+        ):
+            model = self._trained[0] if with_grad and role == "current" else self.model_of(role)
+            return model(x_t, t, cond).float()
+
+    def carries_gradient(self, x_t: torch.Tensor, role: Role) -> bool:
+        """Tell whether a forward pass is differentiated: by the current role's weights, or by `x_t` for every role."""
+        return torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
+
+    def train_through(self, network: nn.Module, is_sharded: bool = False) -> None:
+        """Compute gradients of the current role through `network`, which wraps its network.
+
+        `is_sharded`: its weights and those of the copies have been sharded over ranks since they were made.
+        """
+        self._trained = (self.model.with_network(network),)  # in a tuple: no submodule of its own
+        self.is_sharded = is_sharded
+        self._parameters_of = {role: self._collect(role) for role in self.roles}
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network that gradients of the current role are computed through."""
+        return self._trained[0].network
+
+    def model_of(self, role: Role) -> VelocityModel:
+        """The flow around a role's own network; with LoRA all roles share one."""
+        return self._models.get(role, self.model)
+
+    def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
+        """A role's own parameters by name: the whole network's, or the adapter's."""
+        return self._parameters_of[role]
+
+    def buffers_of(self, role: Role) -> dict[str, torch.Tensor]:
+        """A role's own buffers by name (running statistics, say); none with LoRA, whose base stays as it is."""
+        return {} if self.lora is not None else dict(self.model_of(role).network.named_buffers())
+
+    def tensors_of(self, role: Role) -> dict[str, torch.Tensor]:
+        """A role's own parameters and buffers by name."""
+        return {**self.parameters_of(role), **self.buffers_of(role)}
+
+    def frozen_state(self) -> dict[str, torch.Tensor]:
+        """Everything that no role trains: what a flow from a factory cannot give again.
+
+        With LoRA the base network; in full fine-tuning the reference network.
+        """
+        if self.lora is None:
+            return self.copies["reference"].state_dict() if "reference" in self.copies else {}
+        markers = tuple(f".{role}." for role in self.roles)
+        return {n: t for n, t in self.model.network.state_dict().items() if not any(m in n for m in markers)}
+
+    @torch.no_grad()
+    def update_copy(self, role: Role, decay: float = 0.0) -> None:
+        """`copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
+        if role not in self.roles:
+            return
+        target, source = ([local_shard(p.data) for p in self._parameters_of[r].values()] for r in (role, "current"))
+        torch._foreach_lerp_(target, source, 1 - decay)
+        self.weights_changed(role)
+        for copied, own in zip(self.buffers_of(role).values(), self.buffers_of("current").values()):
+            copied.copy_(own)
+
+    def weights_changed(self, role: Role) -> None:
+        """Take note that a role's weights were changed from outside."""
+        if self.is_sharded:
+            reshard(self.model_of(role).network)
+
+    def compile_each(self) -> None:
+        """Compile the networks with torch.compile."""
+        for network in {id(m.network): m.network for m in (self.model, *self._models.values())}.values():
+            network.compile(dynamic=True)
+
+    def export(self, folder: Path, role: Role, adapter: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write a role's weights as the flow's own library loads them, where the flow can; see `VelocityModel.export`.
+
+        `adapter`: LoRA weights to write in place of the role's own.
+        """
+        if self.lora is None:
+            self.model_of(role).export(folder, None)
+        else:
+            scale = self.lora.alpha / self.lora.rank  # other libraries take it as 1: put it into the weights
+            state = {
+                name: (scale if ".lora_B." in name else 1.0) * weight.detach().cpu()
+                for name, weight in (adapter or self._parameters_of[role]).items()
+            }
+            self.model.export(folder, state)
+
+    def _collect(self, role: Role) -> dict[str, nn.Parameter]:
+        if self.lora is None:
+            trained = [n for n, p in self.model.network.named_parameters() if p.requires_grad]
+            parameters = dict(self.model_of(role).network.named_parameters())
+            return {name: parameters[name] for name in trained}
+        marker = f".{role}."
+        return {name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name}

@@ -1,0 +1,41 @@
+"""SB3Policy: what stable-baselines3 asks of a policy, for one that draws samples."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.policies import BasePolicy
+
+
+class SB3Policy(BasePolicy):
+    """A policy of stable-baselines3 whose actions are samples drawn for contexts."""
+
+    @abstractmethod
+    def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
+        """Draw samples (B, *sample_shape) for context indices (B,)."""
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """Draw samples for observed contexts, as arrays: stable-baselines3's interface.
+
+        A flow is random through its noise; `deterministic` has no meaning here and is ignored.
+        """
+        index = np.asarray(observation)
+        samples = self.sample(torch.from_numpy(np.atleast_1d(index).astype(np.int64).reshape(-1)))
+        actions = samples.cpu().numpy()
+        return (actions if index.ndim else actions[0]), state
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> torch.Tensor:
+        return self.sample(observation.reshape(-1).long())
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Put the current network into training or evaluation mode; copies stay in evaluation mode."""
+        self.networks.trained.train(mode)  # type: ignore[union-attr]
