@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from flowrl.pages.charts import MOST_POINTS, Series, chart, label, legend, ticks
-from flowrl.report import RunFiles, comparison_page, main, page, write_report
+from flowrl.pages.run_files import RunFiles
+from flowrl.pages.run_page import run_page, write_report
+from flowrl.pages.runs_page import runs_page
+from flowrl.report import main
 from flowrl.runs.logs import WARNINGS, telling_warnings
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -79,7 +82,7 @@ def test_rewards_by_prompt(run: Path) -> None:
     for side, mean in (("trained", evaluation["reward_mean"]), ("reference", evaluation["reference"]["reward_mean"])):
         total = sum(row["n"] * row[side] for row in per_prompt)
         assert total / evaluation["n_samples"] == pytest.approx(mean, rel=1e-4)
-    found = checked(page(RunFiles.read(run)))
+    found = checked(run_page(RunFiles.read(run)))
     assert f"Reward by prompt ({len(per_prompt)})" in found.text
     assert per_prompt[0]["prompt"] in found.text
 
@@ -99,7 +102,7 @@ def test_names_cannot_break_the_page(run: Path) -> None:
     evaluation["per_prompt"][0]["prompt"] = '"><script>'
     evaluation["warnings"] = ["<b>"]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    checked(page(RunFiles.read(run)))
+    checked(run_page(RunFiles.read(run)))
 
 
 def test_curves_against_time() -> None:
@@ -124,7 +127,7 @@ def test_comparing_runs(tiny_runs: dict[str, Path], tmp_path: Path, capsys: pyte
 def test_a_run_and_one_without_an_evaluation(tiny_runs: dict[str, Path], run: Path) -> None:
     for name in ("evaluation.json", "before_after.png"):
         (run / name).unlink()
-    found = checked(comparison_page([RunFiles.read(folder) for folder in (tiny_runs["full"], run)]))
+    found = checked(runs_page([RunFiles.read(folder) for folder in (tiny_runs["full"], run)]))
     assert found.tags.count("img") == 1
 
 

@@ -36,8 +36,13 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        with contextlib.suppress(OSError):  # what is printed later, and what is left at the end, goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
+
+
+def discard_output() -> None:
+    """Let what is printed from now on, and what has not been sent yet, go nowhere."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def logger(folder: Path, num_timesteps: int, *others: KVWriter) -> Logger:
