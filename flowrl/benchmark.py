@@ -137,7 +137,7 @@ def _finished(process: BaseProcess, folder: Path) -> bool:
 
 
 def _processes() -> Any:
-    """How cells are started: on Linux, forked off a server that has imported everything once."""
+    """Choose how cells are started: on Linux, forked off a server that has imported everything once."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -148,7 +148,7 @@ def _processes() -> Any:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """The stop signals received so far. None interrupts: a cell just being started could not be ended any more."""
+    """Collect stop signals; none interrupts, since a cell that is just being started could not be ended any more."""
     received: list[int] = []
     before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

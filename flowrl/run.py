@@ -165,14 +165,7 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
 def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
     held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
     _begin(model, folder, run, total)
-    checkpoints = KeepCheckpoints(
-        folder / "checkpoints",
-        run.checkpoint_every,
-        run.checkpoint_minutes,
-        run.keep_checkpoints,
-        run.keep_best,
-        run.checkpoint_background,
-    )
+    checkpoints = _checkpoints(folder / "checkpoints", run)
     shown = [PictureCallback(folder / "samples", run.picture_every), HeldOutCallback(held_out, run.picture_every)]
     with StopOnSignal() as stop, telling_warnings(folder if model.ranks.is_main else None), closing(model.logger):
         try:
@@ -215,6 +208,17 @@ def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> No
     for outdated in ("evaluation.json", "report.html"):
         (folder / outdated).unlink(missing_ok=True)
     model.set_logger(logger(folder, model.num_timesteps, *others))
+
+
+def _checkpoints(folder: Path, run: RunConfig) -> KeepCheckpoints:
+    return KeepCheckpoints(
+        folder,
+        run.checkpoint_every,
+        run.checkpoint_minutes,
+        run.keep_checkpoints,
+        run.keep_best,
+        run.checkpoint_background,
+    )
 
 
 def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:

@@ -107,7 +107,7 @@ class RunFiles:
 
 @contextlib.contextmanager
 def telling_damage() -> Iterator[None]:
-    """Context in which files that hold something else than a run writes are a `ConfigError`."""
+    """Raise a `ConfigError` where files hold something else than a run writes; a context, or a decorator."""
     try:
         yield
     except DAMAGE as error:

@@ -35,7 +35,7 @@ def create_run_folder(out: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Context in which no other process writes into a run folder; a process that is killed leaves it, too.
+    """Keep other processes from writing into a run folder; a process that is killed does so no longer.
 
     Raises:
         ConfigError: Another process is writing into it.
