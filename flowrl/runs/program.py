@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -78,11 +79,19 @@ def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None) -> int
 
 
 def _has_no_reader(stream: TextIO) -> bool:
+    """Tell whether a stream is a pipe whose reader is gone, also where nothing is left to be written to it."""
     try:
         stream.flush()
+        number = stream.fileno()
     except BrokenPipeError:
         return True
-    return False
+    except OSError:  # no stream of the operating system's
+        return False
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _run(body: Callable[[list[str]], int], args: list[str]) -> int:
