@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -181,7 +181,8 @@ def main(args: list[str] | None = None) -> int:
 
 def _main(args: list[str]) -> int:
     if not args:
-        tyro.extras.get_parser(BenchmarkConfig, prog=PROGRAM, description=__doc__).print_help()
+        with suppress(SystemExit):
+            tyro.cli(BenchmarkConfig, args=["--help"], prog=PROGRAM, description=__doc__)
         print(f"\nsuites: {', '.join(suites())}")
         return 0
     config = tyro.cli(BenchmarkConfig, args=args, prog=PROGRAM, description=__doc__)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from html_checker import checked
 from PIL import Image
 
 import flowrl
@@ -235,6 +236,22 @@ def test_a_diverged_run_hides_nothing_in_the_plots(tmp_path: Path) -> None:
     assert len(places) == 10
     assert len({round(x) for x in places[:9]}) == 9, "the others are still told apart"
     assert max(places) == places[9] <= 760
+
+
+def test_the_page_of_a_benchmark(tmp_path: Path) -> None:
+    """A mark for each setting that shows its samples, dotted the way of one that is alone; no name breaks the page."""
+    (tmp_path / "f").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "f" / "samples.png")
+    hostile = '"><script>alert(1)</script>'
+    entries = [entry("swept", 1.0, 0.1), entry("swept", 1.2, 0.2), entry(hostile, 1.5, 0.3)]
+    entries[-1]["curve"] = [{**entries[-1]["curve"][0], "rollout/diversity": diversity} for diversity in (1.0, 1.4)]
+    text = benchmark_page(entries, tmp_path)
+    found = checked(text, scripts=1)
+    assert found.tags.count("circle") == text.count("data-told=") == text.count("data:image/jpeg;base64,") == 3
+    assert text.count('class="curve s1 dotted"') == 1
+    assert found.tags.count("polyline") == 3
+    for expected in (f"Benchmark {tmp_path.name}", "swept", hostile, "before training", "diversity"):
+        assert expected in found.text
 
 
 def test_held_out_prompts_are_measured_apart(tmp_path: Path) -> None:

@@ -439,7 +439,7 @@ def test_evaluate_nothing(run_here) -> None:
 def test_evaluation_is_valid_json_even_of_one_sample(tmp_path: Path) -> None:
     """One sample has no spread: numbers that do not exist are null."""
     model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, rollout_steps=2)
-    write_evaluation(tmp_path, flowrl.evaluate(model, 1))
+    write_evaluation(tmp_path, flowrl.evaluate(model, n_samples=1))
     assert "NaN" not in (tmp_path / "evaluation.json").read_text()
     assert finite_or_none({"drift": math.inf, "ci": (math.nan, 1.0)}) == {"drift": None, "ci": [None, 1.0]}
 

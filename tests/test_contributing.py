@@ -33,7 +33,7 @@ model = my_algos.BestShare("FlowPolicy", "red-sd3", share=0.5, seed=0, device="c
 model.save("saved")
 assert my_algos.BestShare.load("saved").num_timesteps == 8
 assert model.policy.sample(["two stars"], steps=2).shape == (1, 3, 64, 64)
-print(flowrl.evaluate(model, 4, samples_per_context=2).table())
+print(flowrl.evaluate(model, n_samples=4, samples_per_context=2).table())
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -8,54 +8,17 @@ import re
 import shutil
 import subprocess
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_checker import checked
 
-from flowrl.pages.charts import MOST_POINTS, Series, chart, label, legend, ticks
+from flowrl.pages.charts import LEFT, MOST_POINTS, RIGHT, WIDTH, Mark, Series, chart, label, legend, ticks
 from flowrl.pages.run_files import RunFiles
 from flowrl.pages.run_page import run_page, write_report
 from flowrl.pages.runs_page import runs_page
 from flowrl.report import main
 from flowrl.runs.logs import WARNINGS, telling_warnings
-
-VOID = {"meta", "link", "img", "input", "br"}
-
-
-class Checker(HTMLParser):
-    """Tags that match, and what is loaded from elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loaded: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loaded += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith("data:")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += f"{data} "
-
-
-def checked(text: str) -> Checker:
-    checker = Checker()
-    checker.feed(text)
-    assert checker.open == []
-    assert checker.loaded == []
-    assert "script" not in checker.tags
-    return checker
 
 
 @pytest.fixture
@@ -195,6 +158,22 @@ def test_a_chart() -> None:
     assert points
     assert len(points[1].split()) == MOST_POINTS
     assert "s1" in legend(["a", "b"])
+
+
+def test_marks_and_limits_of_a_chart() -> None:
+    inside = Mark((0.5, 0.5), "told <b>", data={"told": '"quoted"'})
+    series = Series("a", [(0, 0), (1, 1), (9, 9)], marks=[inside, Mark((9, 0), "star", symbol="*")], colour=3)
+    drawn = chart("t", [series], "x", limits=((0, 1), (0, 1)))
+    checked(drawn)
+    (circle,) = re.findall(r"<circle [^>]*>", drawn)
+    assert 'class="end s3" tabindex="0" data-told="&quot;quoted&quot;"' in circle
+    right, middle = WIDTH - RIGHT, LEFT + (WIDTH - LEFT - RIGHT) / 2
+    assert f'cx="{middle:.1f}"' in circle
+    path, star = re.search(r'points="([^"]*)"', drawn), re.search(r'<text x="([^"]*)"[^>]*>\*<title>star', drawn)
+    assert path
+    assert star
+    assert path[1].split()[-1] == path[1].split()[-2]  # far out is on the border
+    assert float(star[1]) == right
 
 
 def browser() -> str | None:

@@ -70,7 +70,7 @@ def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None) -> int
         try:
             return _run(body, list(sys.argv[1:] if args is None else args))
         finally:
-            sys.stdout.flush()
+            print(end="", flush=True)  # an error of writing comes now, not at the end of the process
     except BrokenPipeError:
         if not _has_no_reader(sys.stdout):
             raise  # another pipe broke
