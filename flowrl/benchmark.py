@@ -26,7 +26,7 @@ import tyro
 from flowrl.errors import ConfigError
 from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves, save_drawing
-from flowrl.pages.benchmark_results import collect, rounded
+from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
 from flowrl.runs.folder import finite_or_none
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
@@ -166,7 +166,7 @@ def write_results(cells: Sequence[Cell], root: Path) -> list[Path]:
     """
     entries = collect(cells, root)
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
-    write_json(paths[0], rounded(finite_or_none(entries)))
+    write_json(paths[0], to_six_digits(finite_or_none(entries)))
     paths[1].write_text(markdown(entries))
     save_drawing(learning_curves(entries), paths[2], dpi=80)
     save_drawing(frontier(entries), paths[3], dpi=110)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowrl.pages import charts
+from flowrl.pages.benchmark_frontier import before, frontiers, limits, rows_of
 from flowrl.pages.benchmark_results import Entry
-from flowrl.pages.benchmark_tables import interval, rounded
+from flowrl.pages.benchmark_tables import figure, interval
 from flowrl.pages.charts import Mark, Series, chart, legend
-from flowrl.pages.frontier import before, frontiers, limits, rows_of
 from flowrl.pages.html import data_url, heading, page, paragraph
 
 THUMBNAIL = 160  # pixels
@@ -72,7 +72,7 @@ def _mark(entry: Entry, root: Path) -> Mark:
     """Mark a setting, with its figures and samples."""
     place = entry["diversity"]["mean"], entry["reward_mean"]["mean"]
     told = f"{entry['label']}\nreward {interval(entry['reward_mean'])}, diversity {interval(entry['diversity'])}"
-    told += f", drift {rounded(entry['drift']['mean'], 2)}\nsettings: {json.dumps(entry['settings'])}"
+    told += f", drift {figure(entry['drift']['mean'], 2)}\nsettings: {json.dumps(entry['settings'])}"
     picture = _thumbnail(root / entry["folders"][0] / "samples.png")
     return Mark(place, told, data={"told": told, "picture": data_url(picture, "jpeg")})
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowrl.pages.benchmark_frontier import before, frontiers, limits, rows_of, without_far_out
 from flowrl.pages.benchmark_results import Entry
 from flowrl.pages.charts import COLOURS
-from flowrl.pages.frontier import before, frontiers, limits, rows_of, without_far_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -135,10 +135,10 @@ def _smoothed(curve: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
     return [(p["evaluations"], float(np.mean(rewards[max(0, i - 2) : i + 1]))) for i, p in enumerate(curve)]
 
 
-def rounded(value: Any) -> Any:
+def to_six_digits(value: Any) -> Any:
     """Round all numbers in it to six digits."""
     if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
+        return {key: to_six_digits(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [rounded(inner) for inner in value]
+        return [to_six_digits(inner) for inner in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -55,13 +55,13 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
 def drift(entry: Entry) -> str:
     """Write the mean over seeds, and in how many of them it is finite where a trained flow ran off in some."""
     n, seeds = entry["drift"]["n"], entry["seeds_finished"]
-    text = rounded(entry["drift"]["mean"], 2)
+    text = figure(entry["drift"]["mean"], 2)
     if entry["cost"]["gradient_steps"] and n < seeds:
         text = f"{text} (finite in {n} of {seeds})".strip()
     return text
 
 
-def rounded(value: float, digits: int) -> str:
+def figure(value: float, digits: int) -> str:
     """Write a number; nothing for one that is missing."""
     return "" if math.isnan(value) else f"{value:.{digits}g}"
 
