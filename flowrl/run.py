@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -32,7 +31,7 @@ from flowrl.runs.commandline import (
     require_names,
     second_pass,
 )
-from flowrl.runs.folder import alone_in, cannot_write, create_run_folder, write_config, write_evaluation
+from flowrl.runs.folder import algorithm_of, alone_in, cannot_write, create_run_folder, write_config, write_evaluation
 from flowrl.runs.logs import logger, say, telling_warnings
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.plan import dry_run, head_of
@@ -116,7 +115,7 @@ def _resume(args: list[str], folder: Path) -> int:
         raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
     before = kept_options(stored)
     run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
-    cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
+    cls = algorithm_of(checkpoint, run.algo)
     spec = environment_spec(run.env) if run.env else None
     total = run.total_timesteps
     if not isinstance(total, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from typing import Any
 import gymnasium
 import pytest
 
+import flowrl
 from flowrl.envs.rewards.catalogue import REWARDS
 from flowrl.errors import ConfigError
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.run import _resume_hint, main
 from flowrl.runs.commandline import RunConfig
+from flowrl.runs.folder import imported_algorithm
 from flowrl.runs.program import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, guarded
 
 OWN = '''
@@ -27,6 +30,10 @@ import flowrl
 @flowrl.register_algorithm("own_algo")
 class OwnAlgo(flowrl.ORWCFM):
     """ORW-CFM under another name."""
+
+
+class Unregistered(flowrl.ORWCFM):
+    """Likewise, which only `own:Unregistered` names."""
 
 
 @flowrl.register_env("own-env", flow="gaussians")
@@ -60,8 +67,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = [dict(registry) for registry in REGISTRIES]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        own = ["--modules", "own", "--algo", "own_algo", "--env", "own-env"]
-        assert main([*own, *SMALL, "--out", str(folder), "--name", "run"]) == 0
+        for algo, name in (("own_algo", "run"), ("own:Unregistered", "other")):
+            own = ["--modules", "own", "--algo", algo, "--env", "own-env"]
+            assert main([*own, *SMALL, "--out", str(folder), "--name", name]) == 0
         for registry, content in zip(REGISTRIES, before):
             registry.clear()
             registry.update(content)
@@ -85,8 +93,11 @@ PROGRAMS = {
     "run": ["--algo", "own_algo", "--env", "own-env", "--dry-run"],
     "run --resume": ["--resume", "{run}", "--total-timesteps", "32", "--dry-run"],
     "run --config": ["--config", "{run}", "--dry-run"],
+    "run --resume, unregistered": ["--resume", "{other}", "--total-timesteps", "32", "--dry-run"],
+    "run --config, unregistered": ["--config", "{other}", "--dry-run"],
     "evaluate": ["{run}", "--n-samples", "8"],
     "sample": ["{run}", "--n", "4"],
+    "sample, unregistered": ["{other}", "--n", "4"],
     "export": ["{run}", "exported"],
     "serve": ["--reward", "own_reward", "--host", "192.0.2.1"],
     "benchmark": ["--suite", "{place}/own.toml", "--dry-run"],
@@ -101,8 +112,8 @@ WITH = {"export": "no diffusers pipeline", "serve": "Cannot listen on 192.0.2.1"
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_imports_the_modules_that_are_named(run_here, place: Path, program: str) -> None:
     """Without them the names in a file or on the command line are unknown: what a file names is never imported."""
-    module = f"flowrl.{program.split()[0]}"
-    arguments = [word.format(run=place / "run", place=place) for word in PROGRAMS[program]]
+    module = f"flowrl.{re.split('[ ,]', program)[0]}"
+    arguments = [word.format(run=place / "run", other=place / "other", place=place) for word in PROGRAMS[program]]
     done = run_here(module, *arguments)
     assert done.returncode == EXIT_ERROR
     assert WITHOUT.get(program, "registered") in done.stderr
@@ -118,6 +129,16 @@ def test_a_report_knows_the_defaults_of_an_own_algorithm(run_here, place: Path) 
         done = run_here("flowrl.report", place / "run", "--out", "page.html", *modules)
         assert done.returncode == 0, done.stderr
         assert ("algo.refresh_every" in Path("page.html").read_text().split("config.json")[0]) != knows
+
+
+@pytest.mark.parametrize(
+    "name", ["os:PathLike", "flowrl:FlowAlgo", "flowrl", "", ":", "no_such_module:Algo", None, ["flowrl:ORWCFM"]]
+)
+def test_a_name_in_a_file_imports_nothing(name: object) -> None:
+    before = set(sys.modules)
+    assert imported_algorithm(name) is None
+    assert set(sys.modules) == before
+    assert imported_algorithm("flowrl:ORWCFM") is flowrl.ORWCFM
 
 
 def test_modules_are_the_users_word_and_not_kept(place: Path) -> None:

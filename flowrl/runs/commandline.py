@@ -16,6 +16,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
+from flowrl.runs.folder import imported_algorithm
 from flowrl.runs.program import Device, OwnModules
 from flowrl.storage.files import read_json
 from flowrl.training.algorithm import FlowAlgorithm
@@ -121,7 +122,7 @@ class Description:
         if environment is None or not isinstance(stored.get("run"), dict):
             raise ConfigError(f"--config: '{file}' does not come from a run of {PROGRAM}.")
         algo, env = stored["algorithm"], environment["name"]
-        if algo not in ALGORITHMS or env not in ENVIRONMENTS:
+        if (algo not in ALGORITHMS and imported_algorithm(algo) is None) or env not in ENVIRONMENTS:
             raise ConfigError(
                 f"--config: '{file}' is of '{algo}' on '{env}', of which one is not registered here. Code named by a "
                 "file is never imported: name its module yourself (--modules NAME, --algo module:Class or --env "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from filelock import FileLock, Timeout
 from flowrl.errors import ConfigError
 from flowrl.evaluation.measure import EvaluationResult
 from flowrl.registry import algorithm_class, environment_spec
-from flowrl.storage.files import write_json
+from flowrl.storage.files import read_json, write_json
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.loading import load_checkpoint
+from flowrl.training.loading import checkpoint_folder, load_checkpoint
 from flowrl.training.saving import description
 
 
@@ -86,7 +87,8 @@ def load_model(path: Path, algo: str = "", env: str = "", device: str = "auto") 
 
     Args:
         path: The folder.
-        algo: `module:Class` of a third-party algorithm; by default that in the checkpoint, which must be registered.
+        algo: `module:Class` of a third-party algorithm; by default that in the checkpoint, which must be registered, or
+            of a module that has been imported.
         env: `module:name` of a third-party environment; likewise.
         device: Where to compute.
 
@@ -94,8 +96,25 @@ def load_model(path: Path, algo: str = "", env: str = "", device: str = "auto") 
         CheckpointError: There is none, or it is damaged or does not fit.
         UnknownNameError: No such algorithm or environment.
     """
-    cls: Any = algorithm_class(algo) if algo else FlowAlgorithm
-    return load_checkpoint(cls, path, env=environment_spec(env).name if env else None, device=device)
+    folder = checkpoint_folder(path)
+    cls = algorithm_of(folder, algo)
+    return load_checkpoint(cls, folder, env=environment_spec(env).name if env else None, device=device)
+
+
+def algorithm_of(checkpoint: Path, named: str = "") -> type[FlowAlgorithm]:
+    """Find the class to load a checkpoint with: the one named, one of a module that the user imported, or the base."""
+    if named:
+        return algorithm_class(named)
+    return imported_algorithm(read_json(checkpoint / "config.json").get("algorithm")) or FlowAlgorithm
+
+
+def imported_algorithm(name: Any) -> type[FlowAlgorithm] | None:
+    """Find the class of a `module:Class` that a file names, if the module has been imported; nothing is imported."""
+    if not isinstance(name, str):
+        return None
+    module, _, attribute = name.partition(":")
+    cls = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
+    return cls if isinstance(cls, type) and issubclass(cls, FlowAlgorithm) else None
 
 
 def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> None:
