@@ -9,15 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import gymnasium
 import pytest
+from conftest import forgetting
 
 import flowrl
-from flowrl.envs.rewards.catalogue import REWARDS
 from flowrl.errors import ConfigError
-from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.run import _resume_hint, main
 from flowrl.runs.commandline import RunConfig
 from flowrl.runs.folder import imported_algorithm
@@ -55,7 +52,6 @@ budget = 100
 algo = "own_algo"
 """
 SMALL = ["--algo.n-samples", "16", "--algo.rollout-steps", "2", "--total-timesteps", "16", "--eval-samples", "8"]
-REGISTRIES: list[dict[str, Any]] = [ALGORITHMS, ENVIRONMENTS, REWARDS, gymnasium.registry]
 
 
 @pytest.fixture(scope="module")
@@ -64,29 +60,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("own")
     (folder / "own.py").write_text(OWN)
     (folder / "own.toml").write_text(SUITE)
-    before = [dict(registry) for registry in REGISTRIES]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forgetting("own"):
         patch.syspath_prepend(folder)
         for algo, name in (("own_algo", "run"), ("own:Unregistered", "other")):
             own = ["--modules", "own", "--algo", algo, "--env", "own-env"]
             assert main([*own, *SMALL, "--out", str(folder), "--name", name]) == 0
-        for registry, content in zip(REGISTRIES, before):
-            registry.clear()
-            registry.update(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
         yield folder
 
 
 @pytest.fixture
-def unknown(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The module has not been imported, and what it registers is forgotten afterwards."""
-    before = [dict(registry) for registry in REGISTRIES]
-    sys.modules.pop("own", None)
     monkeypatch.setenv("FLOWRL_REWARD_TOKEN", "token")
-    yield
-    sys.modules.pop("own", None)
-    for registry, content in zip(REGISTRIES, before):
-        registry.clear()
-        registry.update(content)
+    with forgetting("own"):
+        yield
 
 
 PROGRAMS = {
