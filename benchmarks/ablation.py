@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from flowrl.benchmark import run_cells
-from flowrl.pages.comparison import save_drawing
+from flowrl.pages.benchmark_plots import save_drawing
 from flowrl.suites.suite import Cell, load_suite
 
 ALPHAS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)

@@ -22,7 +22,8 @@ import torch
 import flowrl
 from flowrl.envs.plans import TASKS, smooth_plans
 from flowrl.functional.metrics import diversity
-from flowrl.pages.comparison import save_drawing, summary
+from flowrl.pages.benchmark_plots import save_drawing
+from flowrl.pages.benchmark_results import summary
 from flowrl.runs.callbacks import IterationCallback
 from flowrl.runs.folder import finite_or_none
 from flowrl.storage.files import write_json

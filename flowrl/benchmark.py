@@ -13,8 +13,8 @@ import reprlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -23,9 +23,13 @@ from typing import Any
 
 import tyro
 
-from flowrl.errors import ConfigError, FlowRLError
-from flowrl.pages.comparison import write_comparison
-from flowrl.registry import own_module
+from flowrl.errors import ConfigError
+from flowrl.pages.benchmark_page import benchmark_page
+from flowrl.pages.benchmark_plots import frontier, learning_curves, save_drawing
+from flowrl.pages.benchmark_results import collect, to_six_digits
+from flowrl.pages.benchmark_tables import markdown
+from flowrl.runs.folder import finite_or_none
+from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
 from flowrl.storage.files import read_json, write_json
 from flowrl.suites.cell import run_logged
 from flowrl.suites.suite import Cell, load_suite, suites
@@ -51,15 +55,13 @@ class BenchmarkConfig:
     """Folder that the suite's folder goes into."""
     workers: int = 0
     """Cells at a time; 0 takes one per core."""
-    modules: tuple[str, ...] = ()
-    """Modules of your own to import first: a suite may name their algorithms, environments and rewards. What a suite
-    names is never imported otherwise."""
+    modules: OwnModules = ()
     dry_run: bool = False
     """List the cells and exit."""
 
 
 def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, ...] = ()) -> list[Path]:
-    """Run what is not finished yet; returns the folders of failed cells.
+    """Run what is not finished yet; give the folders of failed cells.
 
     Raises:
         ConfigError: A finished cell there was made with other settings.
@@ -98,6 +100,7 @@ def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, .
 
 
 def _finished_before(cell: Cell, root: Path) -> bool:
+    """Tell whether a cell has been finished, with the same settings."""
     path, shown = root / cell.folder / "result.json", reprlib.Repr().repr
     if not path.exists():
         return False
@@ -125,7 +128,7 @@ def _start(processes: Any, cell: Cell, folder: Path, modules: tuple[str, ...]) -
 
 
 def _finished(process: BaseProcess, folder: Path) -> bool:
-    """Whether an ended cell has its result; writes `error.txt` otherwise."""
+    """Tell whether a cell that ended has its result; write `error.txt` otherwise."""
     if process.exitcode == 0 and (folder / "result.json").exists():
         return True
     log = (folder / "log.txt").read_text(errors="replace") if (folder / "log.txt").exists() else ""
@@ -134,7 +137,7 @@ def _finished(process: BaseProcess, folder: Path) -> bool:
 
 
 def _processes() -> Any:
-    """How cells are started: on Linux, forked off a server that has imported everything once."""
+    """Choose how cells are started: on Linux, forked off a server that has imported everything once."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -145,7 +148,7 @@ def _processes() -> Any:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """The stop signals received so far. None interrupts: a cell just being started could not be ended any more."""
+    """Collect stop signals; none interrupts, since a cell that is just being started could not be ended any more."""
     received: list[int] = []
     before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -155,33 +158,48 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def write_results(cells: Sequence[Cell], root: Path) -> list[Path]:
+    """Write results.json, table.md, curves.png, frontier.png and frontier.html into `root`; give their paths.
+
+    Raises:
+        CheckpointError: The result of a cell is damaged.
+    """
+    entries = collect(cells, root)
+    paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
+    write_json(paths[0], to_six_digits(finite_or_none(entries)))
+    paths[1].write_text(markdown(entries))
+    save_drawing(learning_curves(entries), paths[2], dpi=80)
+    save_drawing(frontier(entries), paths[3], dpi=110)
+    paths[4].write_text(benchmark_page(entries, root), encoding="utf-8")
+    return paths
+
+
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit code (0 done, 1 cells failed, 2 an error the message explains, 3 stopped)."""
-    arguments = sys.argv[1:] if args is None else args
-    if not arguments:
-        tyro.extras.get_parser(BenchmarkConfig, prog=PROGRAM, description=__doc__).print_help()
+    """Run the program; give its exit code (0 done, 1 cells failed, 2 an error the message explains, 3 stopped)."""
+    return guarded(_main, args)
+
+
+def _main(args: list[str]) -> int:
+    if not args:
+        with suppress(SystemExit):
+            tyro.cli(BenchmarkConfig, args=["--help"], prog=PROGRAM, description=__doc__)
         print(f"\nsuites: {', '.join(suites())}")
         return 0
-    config = tyro.cli(BenchmarkConfig, args=arguments, prog=PROGRAM, description=__doc__)
+    config = tyro.cli(BenchmarkConfig, args=args, prog=PROGRAM, description=__doc__)
+    cells = load_suite(config.suite, config.algos, config.envs, config.seeds, config.budget)
+    root = config.out / Path(config.suite).stem
+    if config.dry_run:
+        for cell in cells:
+            plan = f"{cell.budget:,} network evaluations" if cell.budget else "nothing to train"
+            print(f"{cell.env}, {cell.label}, seed {cell.seed}: {plan}")
+        print(f"{len(cells)} cells; results would go to {root}")
+        return 0
     try:
-        for module in config.modules:
-            own_module(module)
-        cells = load_suite(config.suite, config.algos, config.envs, config.seeds, config.budget)
-        root = config.out / Path(config.suite).stem
-        if config.dry_run:
-            for cell in cells:
-                plan = f"{cell.budget:,} network evaluations" if cell.budget else "nothing to train"
-                print(f"{cell.env}, {cell.label}, seed {cell.seed}: {plan}")
-            print(f"{len(cells)} cells; results would go to {root}")
-            return 0
         failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
-        written = write_comparison(cells, root)
-    except FlowRLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        written = write_results(cells, root)
     except KeyboardInterrupt:
-        print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {' '.join(arguments)}")
-        return 3
+        print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {' '.join(args)}")
+        return EXIT_STOPPED
     print("written: " + ", ".join(map(str, written)))
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again", file=sys.stderr)

@@ -13,16 +13,21 @@ from typing import Annotated, Literal
 
 import tyro
 
+from flowrl.envs.base import GenerationEnv
+from flowrl.envs.registration import make
 from flowrl.envs.rewards.mixture import make_rewards
-from flowrl.errors import ConfigError, FlowRLError
-from flowrl.evaluation import measure as evaluation
+from flowrl.errors import ConfigError
+from flowrl.evaluation.measure import evaluate
+from flowrl.evaluation.results import EvaluationResult
 from flowrl.evaluation.steering import Steering
 from flowrl.functional.solvers import Solver
-from flowrl.registry import algorithm_class, environment_spec
-from flowrl.report import write_report
-from flowrl.runs import folder as runfolder
+from flowrl.pages.run_page import write_report
+from flowrl.registry import environment_spec
+from flowrl.runs.folder import load_model, write_evaluation
 from flowrl.runs.pictures import save_before_after
+from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.policy import FlowPolicy
 from flowrl.training.saving import algorithm_name
 
 PROGRAM = "python -m flowrl.evaluate"
@@ -50,12 +55,12 @@ class EvaluateConfig:
     """Rewards that training did not see, to score both flows with; warns when they fall while the trained one rises."""
     reward_options: tuple[str, ...] = ()
     """Options of those rewards, each as REWARD.OPTION=VALUE."""
-    device: str = "auto"
-    """Where to compute."""
-    algo: str = ""
-    """Algorithm of a run trained with a third-party class: module:Class."""
+    device: Device = "auto"
+    modules: OwnModules = ()
+    algo: AlgorithmOfRun = ""
     env: str = ""
-    """Environment of a run trained on a third-party environment: module:name; or, without a run, any environment."""
+    """Environment of a run trained on an environment that --modules does not bring: module:name; or, without a run, any
+    environment."""
     steer: Literal["none", "best_of_n", "smc"] = "none"
     """Choose samples by their reward: the best of n, or sequential Monte Carlo with n particles."""
     steer_n: int = 8
@@ -65,71 +70,68 @@ class EvaluateConfig:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    config = tyro.cli(EvaluateConfig, args=args, prog=PROGRAM)
-    try:
-        model = _model(config)
-        print(
-            "\n".join(
-                [
-                    f"algorithm: {algorithm_name(type(model))}",
-                    f"environment: {model.env.core.name}",
-                    *model.env.core.describe(),
-                ]
-            )
-        )
-        sampling = {key: getattr(config, key) for key in ("steps", "solver", "guidance_scale")}
-        steering = None
-        if config.steer != "none":
-            steering = Steering(config.steer, config.steer_n, config.steer_temperature)
-            print(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
-        result = evaluation.evaluate(
-            model,
-            n_samples=config.n_samples,
-            prompts=config.prompts,
-            seed=config.seed,
-            steering=steering,
-            eval_rewards=make_rewards(config.eval_rewards, config.reward_options),
-            **sampling,
-        )
-        print(result.table())
-        if config.run is None or steering is not None:
-            print(f"network evaluations per sample: {result.evaluations_per_sample:g}")
-            return 0
-        print(f"\nwritten: {', '.join(map(str, _write(config.run, model, result, config.prompts)))}")
-    except FlowRLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the program; give its exit code."""
+    return run_program(PROGRAM, EvaluateConfig, _evaluate, args)
+
+
+def _evaluate(config: EvaluateConfig) -> int:
+    model, env = _subject(config)
+    is_trained = isinstance(model, FlowAlgorithm)
+    core = model.env.core if isinstance(model, FlowAlgorithm) else env
+    assert core is not None
+    name = algorithm_name(type(model)) if is_trained else "none"
+    print(f"algorithm: {name}", f"environment: {core.name}", *core.describe(), sep="\n")
+    steering = None
+    if config.steer != "none":
+        steering = Steering(config.steer, config.steer_n, config.steer_temperature)
+        print(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
+    result = evaluate(
+        model,
+        env,
+        n_samples=config.n_samples,
+        prompts=config.prompts,
+        seed=config.seed,
+        steering=steering,
+        eval_rewards=make_rewards(config.eval_rewards, config.reward_options),
+        steps=config.steps,
+        solver=config.solver,
+        guidance_scale=config.guidance_scale,
+    )
+    print(result.table())
+    if config.run is None or steering is not None:
+        print(f"network evaluations per sample: {result.evaluations_per_sample:g}")
+    else:
+        print(f"\nwritten: {', '.join(map(str, _write(config.run, core, result, config.prompts)))}")
     return 0
 
 
-def _write(folder: Path, model: FlowAlgorithm, result: evaluation.EvaluationResult, prompts: str) -> list[Path]:
+def _write(folder: Path, env: GenerationEnv, result: EvaluationResult, prompts: str) -> list[Path]:
     """Write figures, picture and report; those of other prompts than the trained ones into files of their own."""
     tag = "" if prompts == "train" else f"-{Path(prompts).stem}"
-    files = [runfolder.write_evaluation(folder, result, tag), folder / f"before_after{tag}.png"]
-    save_before_after(result, model.env.core, files[1])
+    files = [write_evaluation(folder, result, tag), folder / f"before_after{tag}.png"]
+    save_before_after(result, env, files[1])
     if (folder / "metrics.csv").exists():
         files.append(write_report(folder, tag))
     return files
 
 
-def _model(config: EvaluateConfig) -> FlowAlgorithm:
-    """The trained algorithm of a run; without a run one that has not been trained."""
+def _subject(config: EvaluateConfig) -> tuple[FlowAlgorithm | FlowPolicy, GenerationEnv | None]:
+    """Load the trained algorithm of a run; without a run, the flow of an environment that no algorithm trains."""
     if config.run is not None:
-        return runfolder.load_model(config.run, config.algo, config.env, config.device)
+        return load_model(config.run, config.algo, config.env, config.device), None
     if not config.env or config.steer == "none":
         raise ConfigError(
             "Nothing to evaluate: name a run folder (flowrl.evaluate runs/NAME), or steer the untrained flow of an "
             "environment (flowrl.evaluate --steer best_of_n --env gaussians-linear)."
         )
-    env = environment_spec(config.env).name
-    return algorithm_class("orw")("FlowPolicy", env, seed=config.seed, device=config.device)
+    env = make(environment_spec(config.env).name)
+    return FlowPolicy.of(env, device=config.device, seed=config.seed), env
 
 
 class _CallableModule(ModuleType):
     """Importing this submodule would otherwise hide the function of the same name in `flowrl`."""
 
-    __call__ = staticmethod(evaluation.evaluate)
+    __call__ = staticmethod(evaluate)
 
 
 sys.modules[__name__].__class__ = _CallableModule

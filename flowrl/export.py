@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 
 from flowrl.errors import ConfigError, FlowRLError
 from flowrl.pages.model_card import Kind, hub_name, write_card
-from flowrl.runs import folder as runfolder
+from flowrl.runs.folder import load_model
+from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
 from flowrl.storage import hub
 from flowrl.storage.files import replace_folder, write_json
 from flowrl.training.algorithm import FlowAlgorithm
@@ -45,33 +46,30 @@ class ExportConfig:
     """Let everybody see the repository; without it, it is private."""
     dry_run: bool = False
     """Write FOLDER, list what would be uploaded, with sizes, and where to; use no network."""
-    device: str = "auto"
-    """Where to load the weights."""
-    algo: str = ""
-    """Algorithm of a run trained with a third-party class: module:Class."""
-    env: str = ""
-    """Environment of a run trained on a third-party environment: module:name."""
+    device: Device = "auto"
+    modules: OwnModules = ()
+    algo: AlgorithmOfRun = ""
+    env: EnvironmentOfRun = ""
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    try:
-        config = tyro.cli(ExportConfig, args=args, prog=PROGRAM)
-        if config.push_to_hub:
-            hub.check_name(config.push_to_hub)
-        elif config.dry_run or config.public:
-            raise ConfigError("--dry-run and --public go with --push-to-hub OWNER/NAME.")
-        folder = _folder(config)
-        if config.push_to_hub:
-            print(hub.push(folder, config.push_to_hub, private=not config.public, dry_run=config.dry_run))
-    except FlowRLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the program; give its exit code."""
+    return run_program(PROGRAM, ExportConfig, _export, args)
+
+
+def _export(config: ExportConfig) -> int:
+    if config.push_to_hub:
+        hub.check_name(config.push_to_hub)
+    elif config.dry_run or config.public:
+        raise ConfigError("--dry-run and --public go with --push-to-hub OWNER/NAME.")
+    folder = _folder(config)
+    if config.push_to_hub:
+        print(hub.push(folder, config.push_to_hub, private=not config.public, dry_run=config.dry_run))
     return 0
 
 
 def _folder(config: ExportConfig) -> Path:
-    """The exported folder: written now, or before."""
+    """Write the folder to share, or find the one that was exported before."""
     if (config.source / hub.MANIFEST).is_file():
         if config.folder is not None or not config.push_to_hub:
             raise ConfigError(f"'{config.source}' was exported already: upload it with --push-to-hub OWNER/NAME.")
@@ -79,7 +77,7 @@ def _folder(config: ExportConfig) -> Path:
     if config.folder is None:
         raise ConfigError(f"Say where to write: {PROGRAM} {config.source} FOLDER.")
     _must_be_new(config.folder)
-    model = runfolder.load_model(config.source, config.algo, config.env, config.device)
+    model = load_model(config.source, config.algo, config.env, config.device)
     files = export(model, config.source, config.folder, name=config.push_to_hub)
     print(f"written: {config.folder}")
     if not config.push_to_hub:
@@ -134,7 +132,7 @@ def export(model: FlowAlgorithm, run: Path, folder: Path, name: str = "") -> lis
 
 
 def sampling_settings(model: FlowAlgorithm) -> dict[str, Any]:
-    """What a diffusers pipeline has to be told to sample as the run did."""
+    """Give the options with which a diffusers pipeline samples as the run did."""
     policy = model.policy
     height, width = policy.model.sample_shape[1:]
     settings = {
@@ -153,6 +151,7 @@ def _must_be_new(folder: Path) -> None:
 
 
 def _write_weights(model: FlowAlgorithm, folder: Path) -> Kind:
+    """Write the weights that `sample` uses; tell which kind of export they are."""
     policy = model.policy
     if policy.lora is not None:
         policy.networks.export(folder, policy.sampling_role)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 from stable_baselines3.common.logger import Logger
 
-from flowrl.distributed.ranks import is_launched, is_lost, join, place_in_job
+from flowrl.distributed.ranks import is_lost, join
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation.measure import evaluate
+from flowrl.pages.run_page import write_report
 from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
-from flowrl.report import write_report
-from flowrl.runs import folder as runfolder
 from flowrl.runs.callbacks import HeldOutCallback, KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.runs.commandline import (
     KEPT,
@@ -34,8 +31,11 @@ from flowrl.runs.commandline import (
     require_names,
     second_pass,
 )
+from flowrl.runs.folder import algorithm_of, alone_in, cannot_write, create_run_folder, write_config, write_evaluation
 from flowrl.runs.logs import logger, say, telling_warnings
 from flowrl.runs.pictures import save_before_after
+from flowrl.runs.plan import dry_run, head_of
+from flowrl.runs.program import EXIT_STOPPED, guarded
 from flowrl.runs.wandb_writer import WandbWriter
 from flowrl.storage.files import clear_away, read_json
 from flowrl.training.algorithm import FlowAlgorithm
@@ -44,34 +44,23 @@ from flowrl.training.loading import checkpoint_folder, load_checkpoint
 from flowrl.training.memory_plan import is_out_of_memory, ways_to_save
 from flowrl.training.saving import algorithm_name
 
-EXIT_ERROR, EXIT_STOPPED = 2, 3
-
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit code (0 done, 2 an error the message explains, 3 stopped by a signal).
+    """Run the program; give its exit code (0 done, 2 an error the message explains, 3 stopped by a signal).
 
     Of several processes the main one prints and writes files.
     """
-    args = sys.argv[1:] if args is None else args
+    return guarded(_main, args)
+
+
+def _main(args: list[str]) -> int:
+    """Parse in two passes: the first finds algorithm and environment, the second parses their own settings."""
     if not args:
         print(f"Train a flow on a reward.\n\nusage: {PROGRAM} --algo ALGORITHM --env ENVIRONMENT [options]")
         print(f"       {PROGRAM} --help                 all options\n")
         print(names())
         print(f"\nFor example: {PROGRAM} --algo orw_w2 --env sd3-aesthetic")
         return 0
-    warnings.filterwarnings("ignore", message=".*rich is experimental.*")
-    try:
-        return _main(args)
-    except FlowRLError as error:
-        print(f"error{place_in_job()}: {error}", file=sys.stderr, flush=True)
-        if is_launched():
-            sys.stdout.flush()
-            os._exit(EXIT_ERROR)  # a tidy end would wait for the other processes, or abort
-        return EXIT_ERROR
-
-
-def _main(args: list[str]) -> int:
-    """Two passes: the first finds algorithm and environment, the second parses their own settings."""
     run, before = first_pass(args)
     if run.resume is not None:
         if before is not None:
@@ -89,18 +78,18 @@ def _main(args: list[str]) -> int:
     assert algo_config is not None
     ranks = join(run.device)
     algo_config.check_ranks(ranks.world_size)
-    from_file = nullcontext() if before is None else named_by_a_file("--config", "name it with --env module:name")
+    from_file = nullcontext() if before is None else named_by_a_file("--config", "add --modules NAME if you trust it")
     with ranks.main_first(), from_file:  # what a reward fetches from the hub
         env = make_env(spec, env_config)
     if run.dry_run:
         check_device(run.device)
         if ranks.is_main:
             folder = run.out / _name(run, algo)
-            print(runfolder.plan(folder, algo, algo_config, env, _timesteps(run, spec), ranks.world_size))
+            print(dry_run(folder, algo, algo_config, env, _timesteps(run, spec), ranks.world_size))
         return 0
     _set_deterministic(run)
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
-    folder = Path(ranks.broadcast(str(runfolder.create(run.out, _name(run, algo), env.name) if ranks.is_main else "")))
+    folder = Path(ranks.broadcast(str(create_run_folder(run.out, _name(run, algo)) if ranks.is_main else "")))
     return _train(model, folder, run, _timesteps(run, spec))
 
 
@@ -126,7 +115,7 @@ def _resume(args: list[str], folder: Path) -> int:
         raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
     before = kept_options(stored)
     run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
-    cls: Any = algorithm_class(run.algo) if run.algo else FlowAlgorithm
+    cls = algorithm_of(checkpoint, run.algo)
     spec = environment_spec(run.env) if run.env else None
     total = run.total_timesteps
     if not isinstance(total, int):
@@ -143,13 +132,15 @@ def _resume(args: list[str], folder: Path) -> int:
         tell("To train it longer, add --total-timesteps N.")
         return 0
     if run.eval_rewards == before.eval_rewards:  # not given again: the file names them
-        with named_by_a_file(f"'{folder / 'config.json'}'", "name its rewards again with --eval-rewards"):
+        with named_by_a_file(
+            f"'{folder / 'config.json'}'", "name its rewards again with --eval-rewards, or their module with --modules"
+        ):
             make_rewards(run.eval_rewards, run.eval_reward_options)
     return _train(model, folder, run, total)
 
 
 def _is_finished(folder: Path, total: int) -> bool:
-    """Whether the final weights, their evaluation and the report are there, of a run of this length."""
+    """Tell whether the final weights, their evaluation and the report are there, of a run of this length."""
     final = folder / "final" / "state.json"
     if not all(file.exists() for file in (final, folder / "evaluation.json", folder / "report.html")):
         return False
@@ -158,12 +149,12 @@ def _is_finished(folder: Path, total: int) -> bool:
 
 def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int) -> None:
     kept = {**{key: getattr(run, key) for key in KEPT}, "total_timesteps": total}
-    runfolder.write_config(folder, model, {"run": kept})
+    write_config(folder, model, {"run": kept})
 
 
 def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
     """Train and evaluate in a run folder that no other process writes into."""
-    with runfolder.alone_in(folder) if model.ranks.is_main else nullcontext():
+    with alone_in(folder) if model.ranks.is_main else nullcontext():
         if model.ranks.is_main:
             clear_away(folder)
             _write_config(folder, model, run, total)
@@ -172,23 +163,10 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
 
 def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
     held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
-    is_main = model.ranks.is_main
-    others = [WandbWriter(run.wandb, folder, read_json(folder / "config.json"))] if run.wandb and is_main else []
-    if is_main:
-        say(runfolder.header(model, folder, total))
-        for outdated in ("evaluation.json", "report.html"):
-            (folder / outdated).unlink(missing_ok=True)
-    model.set_logger(logger(folder, model.num_timesteps, *others) if is_main else Logger(None, []))
-    checkpoints = KeepCheckpoints(
-        folder / "checkpoints",
-        run.checkpoint_every,
-        run.checkpoint_minutes,
-        run.keep_checkpoints,
-        run.keep_best,
-        run.checkpoint_background,
-    )
+    _begin(model, folder, run, total)
+    checkpoints = _checkpoints(folder / "checkpoints", run)
     shown = [PictureCallback(folder / "samples", run.picture_every), HeldOutCallback(held_out, run.picture_every)]
-    with StopOnSignal() as stop, telling_warnings(folder if is_main else None), closing(model.logger):
+    with StopOnSignal() as stop, telling_warnings(folder if model.ranks.is_main else None), closing(model.logger):
         try:
             model.learn(
                 max(0, total - model.num_timesteps),
@@ -202,12 +180,12 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
             explained = _explained(error, model)
             if explained is None:
                 raise
-            what = f"What was computed is in {folder}; {_resume_hint(folder)}"
+            what = f"What was computed is in {folder}; {_resume_hint(folder, run)}"
             raise type(explained)(f"{explained}\n{what}") from error
     if model.ranks.any(stop.received is not None):
         checkpoints.write()
-        if is_main:
-            say(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder)}")
+        if model.ranks.is_main:
+            say(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder, run)}")
         model.ranks.leave()
         return EXIT_STOPPED
     checkpoints.wait()
@@ -216,11 +194,34 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     except OSError as error:
         if isinstance(error, FlowRLError):
             raise
-        raise runfolder.cannot_write(folder, error, _resume_hint(folder)) from error
+        raise cannot_write(folder, error, _resume_hint(folder, run)) from error
+
+
+def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> None:
+    """Say what begins, remove the results of a shorter run, and set the logger."""
+    if not model.ranks.is_main:
+        model.set_logger(Logger(None, []))
+        return
+    others = [WandbWriter(run.wandb, folder, read_json(folder / "config.json"))] if run.wandb else []
+    say(head_of(model, folder, total))
+    for outdated in ("evaluation.json", "report.html"):
+        (folder / outdated).unlink(missing_ok=True)
+    model.set_logger(logger(folder, model.num_timesteps, *others))
+
+
+def _checkpoints(folder: Path, run: RunConfig) -> KeepCheckpoints:
+    return KeepCheckpoints(
+        folder,
+        run.checkpoint_every,
+        run.checkpoint_minutes,
+        run.keep_checkpoints,
+        run.keep_best,
+        run.checkpoint_background,
+    )
 
 
 def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:
-    """The error that says what a user can do about one in training; None where there is nothing to say."""
+    """Make the error that says what a user can do about one in training; None where there is nothing to say."""
     if is_out_of_memory(error):
         ways = "\n".join(f"  {way}" for way in ways_to_save(model.config))
         return OutOfMemoryError(
@@ -238,7 +239,7 @@ def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:
 
 
 def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Mapping[str, RewardFunction]) -> int:
-    """Final weights, evaluation, report."""
+    """Write the final weights, their evaluation and the report."""
     model.save(folder / "final")
     if model.ranks.is_main:
         if model.policy.lora is None and not model.ranks.is_sharded:  # `flowrl.export` writes those
@@ -248,19 +249,24 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
     model.ranks.leave()
     if not model.ranks.is_main:
         return 0
-    runfolder.write_evaluation(folder, result)
+    write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
     report = write_report(folder)
     say(f"{result.table()}\n\nreport: {report}")
     return 0
 
 
-def _resume_hint(folder: Path) -> str:
+def _resume_hint(folder: Path, run: RunConfig) -> str:
+    """Say how to go on; the user's own code must be named again."""
     try:
         checkpoint_folder(folder)
     except CheckpointError:
         return "there is no checkpoint yet, so it cannot be resumed."
-    return f"go on with: {PROGRAM} --resume {folder}"
+    own = [
+        word for option in ("algo", "env") if ":" in (name := getattr(run, option)) for word in (f"--{option}", name)
+    ]
+    own += ["--modules", *run.modules] if run.modules else []
+    return f"go on with: {' '.join([PROGRAM, '--resume', str(folder), *own])}"
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
-from flowrl.runs import folder as runfolder
+from flowrl.runs.folder import cannot_write, load_model, new_folder
 from flowrl.runs.pictures import image_grid, save_picture
+from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
 from flowrl.storage.files import write_json
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import checkpoint_folder
@@ -58,12 +59,10 @@ class SampleConfig:
     """Folder to write; a number is added when it is there already."""
     batch_size: int = 16
     """Samples drawn at once: a matter of memory and speed, not of what they are."""
-    device: str = "auto"
-    """Where to compute."""
-    algo: str = ""
-    """Algorithm of a run trained with a third-party class: module:Class."""
-    env: str = ""
-    """Environment of a run trained on a third-party environment: module:name."""
+    device: Device = "auto"
+    modules: OwnModules = ()
+    algo: AlgorithmOfRun = ""
+    env: EnvironmentOfRun = ""
 
     def __post_init__(self) -> None:
         for key in ("n", "steps", "batch_size"):
@@ -78,21 +77,20 @@ class SampleConfig:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    try:
-        config = tyro.cli(SampleConfig, args=args, prog=PROGRAM)
-        config = replace(config, run=checkpoint_folder(config.run))  # a run that goes on has another newest one soon
-        model = runfolder.load_model(config.run, config.algo, config.env, config.device)
-        contexts = chosen_contexts(model.env.core, config.prompt)
-        print("\n".join(f"written: {path}" for path in write_samples(model, contexts, config)))
-    except FlowRLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the program; give its exit code."""
+    return run_program(PROGRAM, SampleConfig, _sample, args)
+
+
+def _sample(config: SampleConfig) -> int:
+    config = replace(config, run=checkpoint_folder(config.run))  # a run that goes on has another newest one soon
+    model = load_model(config.run, config.algo, config.env, config.device)
+    contexts = chosen_contexts(model.env.core, config.prompt)
+    print("\n".join(f"written: {path}" for path in write_samples(model, contexts, config)))
     return 0
 
 
 def chosen_contexts(env: GenerationEnv, prompts: Sequence[str]) -> list[Any]:
-    """Contexts that the prompts of a command line mean; without any, some of the environment's own.
+    """Choose the contexts that the prompts of a command line name; without prompts, some of the environment's own.
 
     Raises:
         ConfigError: A prompt for an unconditional flow.
@@ -116,7 +114,7 @@ def chosen_contexts(env: GenerationEnv, prompts: Sequence[str]) -> list[Any]:
 
 
 def seeded_noise(seeds: Sequence[int], latent_shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal noise (B, *latent_shape) on the CPU, each row from a generator with its own seed.
+    """Draw standard normal noise (B, *latent_shape) on the CPU, each row from a generator with its own seed.
 
     A diffusers pipeline that is given `generator=torch.Generator().manual_seed(seed)` starts from the same noise.
     """
@@ -126,7 +124,7 @@ def seeded_noise(seeds: Sequence[int], latent_shape: Sequence[int]) -> torch.Ten
 def draw(
     policy: FlowPolicy, contexts: Sequence[Any], seeds: Sequence[int], batch_size: int = 16, **sampling: Any
 ) -> Iterator[torch.Tensor]:
-    """Decoded samples on the CPU, a batch (b, *sample_shape) at a time.
+    """Draw decoded samples to the CPU, a batch (b, *sample_shape) at a time.
 
     Args:
         policy: A trained policy.
@@ -162,7 +160,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
     batches = draw(policy, each, seeds, config.batch_size, **sampling)
     first = next(batches)  # before there is a folder: most errors come now
     out = config.out.resolve()
-    folder = runfolder.new_folder(out.parent, out.name)
+    folder = new_folder(out.parent, out.name)
     try:
         write = _write_images if env.flow.is_image else _write_points
         entries, picture = write(folder, env, each, seeds, chain([first], batches), n)
@@ -183,14 +181,14 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
     except FlowRLError:
         raise
     except (OSError, SafetensorError) as error:
-        raise runfolder.cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     return [folder, picture, folder / "samples.json"]
 
 
 def _write_images(
     folder: Path, env: GenerationEnv, contexts: list[Any], seeds: list[int], batches: Iterator[torch.Tensor], n: int
 ) -> tuple[list[dict[str, Any]], Path]:
-    """A PNG for each image, `grid.png` with a row for each prompt; entries for `samples.json` and the grid's path."""
+    """Write a PNG for each image, and `grid.png`; give the entries for `samples.json` and the path of the grid."""
     entries: list[dict[str, Any]] = []
     shown: list[torch.Tensor] = []
     for batch in batches:
@@ -208,7 +206,7 @@ def _write_images(
 def _write_points(
     folder: Path, env: GenerationEnv, contexts: list[Any], seeds: list[int], batches: Iterator[torch.Tensor], n: int
 ) -> tuple[list[dict[str, Any]], Path]:
-    """`samples.safetensors` with samples (B, *sample_shape) and seeds (B,), and `scatter.png` of them."""
+    """Write `samples.safetensors` (samples (B, *sample_shape), seeds (B,)) and `scatter.png`; likewise."""
     samples = torch.cat(list(batches))
     save_file({"samples": samples.contiguous(), "seeds": torch.tensor(seeds)}, folder / "samples.safetensors")
     save_picture(samples, contexts, env, folder / "scatter.png")
@@ -220,13 +218,13 @@ def _write_points(
 
 
 def slug(context: Any, longest: int = 40) -> str:
-    """A context as part of a file name: lower-case ASCII letters, digits and hyphens."""
+    """Write a context as part of a file name: lower-case ASCII letters, digits and hyphens."""
     plain = unicodedata.normalize("NFKD", str(context)).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:longest].rstrip("-") or "sample"
 
 
 def _is_text(prompt: str) -> bool:
-    """Whether it says anything, and is no broken encoding of the command line's."""
+    """Tell whether a prompt says anything, and holds no bytes that the command line could not decode."""
     return bool(prompt.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in prompt)
 
 

@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import uuid
-import warnings
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +25,8 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import check_reward
 from flowrl.envs.rewards import REWARDS, make_reward, wire
 from flowrl.envs.rewards.catalogue import RewardFunction, check_options, parse_options
-from flowrl.errors import ConfigError, FlowRLError, RewardError
+from flowrl.errors import ConfigError, RewardError
+from flowrl.runs.program import Device, OwnModules, guarded
 from flowrl.training.construction import check_device
 from flowrl.types import RewardOutput
 from flowrl.version import __version__
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
 
 PROGRAM = "python -m flowrl.serve"
-EXIT_ERROR = 2
 AT_ONCE = 4  # requests whose bodies are in memory; further ones wait unread
 CONNECTIONS = 512  # at once; further ones are told to come later (503)
 BODY_SECONDS = 60.0  # for a body to arrive
@@ -64,8 +63,8 @@ class ServeConfig:
     """Samples in a request at most."""
     max_body_mb: float = 64.0
     """Length of a request at most, in MB (10^6 bytes)."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    device: Device = "auto"
+    modules: OwnModules = ()
 
     def __post_init__(self) -> None:
         FlowConfig.require(0 <= self.port <= 65535, "--port must be 0 to 65535.")
@@ -82,7 +81,7 @@ class ServedReward:
     device: torch.device
 
     def __call__(self, samples: torch.Tensor, contexts: list[Any]) -> bytes:
-        """The reply to a request: as `wire.encode_reply`, of a reward checked as in training."""
+        """Score the samples of a request; give the reply as bytes. The reward is checked as in training."""
         samples = samples.to(self.device)
         with torch.no_grad():
             output = self.reward(samples, contexts)
@@ -96,14 +95,8 @@ class ServedReward:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit code (0 stopped by a signal, 2 an error the message explains)."""
-    args = sys.argv[1:] if args is None else args
-    warnings.filterwarnings("ignore", message=".*rich is experimental.*")
-    try:
-        return _main(args)
-    except FlowRLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+    """Run the program; give its exit code (0 stopped by a signal, 2 an error the message explains)."""
+    return guarded(_main, args)
 
 
 def _main(args: list[str]) -> int:
@@ -113,7 +106,7 @@ def _main(args: list[str]) -> int:
         raise ConfigError(f"--reward must be given.\n\n{names()}")
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"flowrl.serve needs {error.name}: pip install 'flowrl-torch[server]'") from error
     token = _token(config)
@@ -124,6 +117,16 @@ def _main(args: list[str]) -> int:
     served = ServedReward(config.reward, reward, get_device(config.device))
     service = Service(served, token, max_batch=config.max_batch, max_body=int(config.max_body_mb * 1e6))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _listening(config.host, config.port) as sock:
+        _serve(service, sock, config.host)
+    print("stopped")
+    return 0
+
+
+def _serve(service: Service, sock: socket.socket, host: str) -> None:
+    """Answer requests until a signal comes."""
+    import uvicorn
+
     server = uvicorn.Server(
         uvicorn.Config(
             application(service),
@@ -139,19 +142,16 @@ def _main(args: list[str]) -> int:
             limit_concurrency=CONNECTIONS,
         )
     )
-    with _listening(config.host, config.port) as sock:
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            server.should_exit = True
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
 
-        for number in (signal.SIGINT, signal.SIGTERM):  # before uvicorn's own are there, and when it has stopped
-            signal.signal(number, stop)
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        print(f"reward: {getattr(reward, 'description', config.reward)}, on {served.device}")
-        print(f"serving {config.reward} on http://{host}:{sock.getsockname()[1]}", flush=True)
-        server.run(sockets=[sock])
-    print("stopped")
-    return 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # before uvicorn's own are there, and when it has stopped
+        signal.signal(number, stop)
+    served, shown = service.served, f"[{host}]" if ":" in host else host
+    print(f"reward: {getattr(served.reward, 'description', served.name)}, on {served.device}")
+    print(f"serving {served.name} on http://{shown}:{sock.getsockname()[1]}", flush=True)
+    server.run(sockets=[sock])
 
 
 class _RefusedError(Exception):
@@ -163,7 +163,7 @@ class _RefusedError(Exception):
 
 
 class Service:
-    """Answers the requests of one reward.
+    """A service that answers the requests of one reward.
 
     Args:
         served: What to serve; it is called in a worker thread, one call at a time.
@@ -177,7 +177,7 @@ class Service:
         self._reading, self._scoring = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
 
     async def score(self, request: Request) -> Response:
-        """`POST /v1/score`."""
+        """Answer `POST /v1/score`."""
         from fastapi import Response
 
         self._check_head(request)
@@ -195,7 +195,7 @@ class Service:
         return Response(body, media_type="application/json")
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`, which needs no token and says no more than who this is."""
+        """Answer `GET /health`, which needs no token and says no more than who this is."""
         from fastapi.responses import JSONResponse
 
         return JSONResponse({"reward": self.served.name, "version": __version__})
@@ -236,7 +236,7 @@ class Service:
 
 
 def application(service: Service) -> FastAPI:
-    """The ASGI application of a service."""
+    """Make the ASGI application of a service."""
     from fastapi import FastAPI
     from starlette.exceptions import HTTPException
 
@@ -258,7 +258,7 @@ def _error_reply(status: int, message: str, request_id: str | None = None) -> Re
 
 
 def _token(config: ServeConfig) -> str:
-    """The token to ask for; "" with `--no-token`."""
+    """Read the token to ask for; "" with `--no-token`."""
     if config.no_token:
         if not _is_loopback(config.host):
             raise ConfigError(
@@ -292,7 +292,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def names() -> str:
-    """The list of rewards, a line each."""
+    """List the rewards, a line each."""
     return "\n".join(["rewards:", *(f"  {name:20s} {entry.summary}" for name, entry in REWARDS.items())])
 
 

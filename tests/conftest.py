@@ -6,9 +6,12 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: one thread for each,
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@contextmanager
+def forgetting(*modules: str) -> Iterator[None]:
+    """Context in which modules may register what they like: it is forgotten afterwards, and so are they."""
+    from flowrl.envs.rewards.catalogue import REWARDS
+    from flowrl.registry import ALGORITHMS, ENVIRONMENTS
+
+    registries: list[dict[str, Any]] = [ALGORITHMS, ENVIRONMENTS, REWARDS, gymnasium.registry]
+    before = [dict(registry) for registry in registries]
+    try:
+        yield
+    finally:
+        for registry, content in zip(registries, before):
+            registry.clear()
+            registry.update(content)
+        for name in modules:
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

@@ -20,10 +20,11 @@ from flowrl.envs.prompts import fingerprint, prompts_from, shares_of
 from flowrl.errors import FlowRLError
 from flowrl.models.loading import ASSETS, FlowSource
 from flowrl.pages import model_card as card
-from flowrl.pages.comparison import collect
+from flowrl.pages.benchmark_results import collect
+from flowrl.pages.run_files import RunFiles
+from flowrl.pages.run_page import run_page
 from flowrl.registry import algorithm_class
-from flowrl.report import RunFiles, _made, page
-from flowrl.runs import folder as runfolder
+from flowrl.runs.folder import write_config
 from flowrl.runs.logs import read_metrics
 from flowrl.storage import hub
 from flowrl.storage.files import read_json, write_json
@@ -210,7 +211,7 @@ def finished_run(folder: Path, algo: str, env: str) -> None:
     model = algorithm_class(algo)("FlowPolicy", env, env_settings=settings, **small)
     model.save(folder / "final")
     kept = {"total_timesteps": 8, "log_every": 1, "eval_rewards": ["colourfulness"], "progress": False}
-    runfolder.write_config(folder, model, {"run": kept})
+    write_config(folder, model, {"run": kept})
     (folder / "metrics.csv").write_text(METRICS)
     write_json(folder / "evaluation.json", RESULT)
 
@@ -257,7 +258,7 @@ def read_prompts(folder: Path) -> None:
 def read_run(folder: Path) -> None:
     read_metrics(folder / "metrics.csv")
     if (folder / "config.json").exists():
-        _made(page, RunFiles.read(folder))
+        run_page(RunFiles.read(folder))
     if (folder / "evaluation.json").exists():
         card._results(read_json(folder / "evaluation.json"))
     code = run.main(["--resume", str(folder), "--dry-run"])

@@ -80,9 +80,7 @@ def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
             model = type(model).load(checkpoint, device="cpu")
         model.learn(settings["n_samples"], reset_num_timesteps=False)
         rows.append({key: value for key, value in model.last_logged.items() if "per_second" not in key})
-    result = flowrl.evaluate(
-        model, n_samples=18, batch_size=10, samples_per_context=2
-    )  # of which nothing divides evenly
+    result = flowrl.evaluate(model, n_samples=18, batch_size=10, samples_per_context=2)  # nothing divides evenly
     weights = weight_sums(model)
     everywhere = model.ranks.all_gather(weights[None], model.ranks.world_size)
     return {

@@ -1,11 +1,14 @@
-"""The shape of the code, held: import order, packages, nothing that runs foreign code."""
+"""The shape of the code, held: import order, sizes, packages, nothing that runs foreign code."""
 
 from __future__ import annotations
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -64,14 +67,15 @@ def imports(name: str, nodes: Iterator[ast.AST]) -> set[str]:
     return {module for module in found if module.split(".")[0] == "flowrl"}
 
 
-def at_import_time(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes that run when the module is imported: not inside functions, not under TYPE_CHECKING."""
+def at_run_time(tree: ast.AST, within_functions: bool = True) -> Iterator[ast.AST]:
+    """All nodes but those under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
-        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if lazy or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+        if not within_functions and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         yield node
-        yield from at_import_time(node)
+        yield from at_run_time(node, within_functions)
 
 
 def tree_of(name: str) -> ast.Module:
@@ -88,7 +92,7 @@ def test_imports_point_one_way(name: str) -> None:
     level = LAYER_OF[part(name)]
     wrong = [
         module
-        for module in imports(name, at_import_time(tree_of(name)))
+        for module in imports(name, at_run_time(tree_of(name), within_functions=False))
         if (level < 6 if module == "flowrl" else LAYER_OF[part(module)] > level)
     ]
     assert not wrong, f"{name} is in {sorted(LAYERS[level])} and must not import {wrong}"
@@ -136,6 +140,64 @@ def test_top_level_folders_refuse_another_name(name: str) -> None:
     )
     assert done.returncode != 0
     assert f"ImportError: Import this package as 'flowrl.{name}'" in done.stderr
+
+
+CIRCLES_LEFT = {("flowrl.models.diffusers_loading", "flowrl.models.loading")}
+"""Imports, from one to the other, that make a circle still."""
+
+
+def test_no_module_imports_itself_over_others() -> None:
+    """Also not by an import inside a function."""
+    imported = {name: imports(name, at_run_time(tree_of(name))) & MODULES.keys() - {name} for name in MODULES}
+    for one, other in CIRCLES_LEFT:
+        assert other in imported[one], f"{one} does not import {other} any more: take it out of CIRCLES_LEFT"
+        imported[one] -= {other}
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+MOST_LINES = 300
+TOO_LONG = {"flowrl.training.algorithm"}
+"""Modules that are to be divided still."""
+
+
+def code_lines(source: str) -> int:
+    """Number of lines with code: no blank lines, comments and docstrings."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
+    code = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            code -= set(range(node.lineno, node.end_lineno + 1))
+    return len(code)
+
+
+def test_lines_of_code() -> None:
+    source = '''"""A docstring
+of two lines."""
+
+# a comment
+x = """text
+that is code"""  # with a comment
+"""What x is."""
+
+
+def f(
+    y,
+):
+    """Return y."""
+
+    return y
+'''
+    assert code_lines(source) == 2 + 3 + 1
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_module_is_too_long(name: str) -> None:
+    is_longer = code_lines(MODULES[name].read_text(encoding="utf-8")) > MOST_LINES
+    assert is_longer == (name in TOO_LONG), f"{name}: divide it, or take it out of TOO_LONG"
 
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

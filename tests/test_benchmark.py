@@ -14,23 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from html_checker import checked
 from PIL import Image
 
 import flowrl
 from flowrl.benchmark import run_cells
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.models.mlp import MLP
-from flowrl.pages.comparison import (
-    CURVE_POINTS,
-    Entry,
-    _drift,
-    collect,
-    frontier,
-    learning_curves,
-    markdown,
-    page,
-    summary,
-)
+from flowrl.pages.benchmark_page import benchmark_page
+from flowrl.pages.benchmark_plots import frontier, learning_curves
+from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, collect, summary
+from flowrl.pages.benchmark_tables import drift, markdown
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.suites.cell import run_cell
 from flowrl.suites.suite import Cell, load_suite, suites
@@ -219,7 +213,7 @@ def test_nothing_finished_is_said(tmp_path: Path) -> None:
     cells = [Cell("DDPO", "gaussians-linear", "ddpo", 0, 1, 1)]
     entries = collect(cells, tmp_path)
     assert "No cell has finished" in markdown(entries)
-    assert "<svg" not in page(entries, tmp_path)
+    assert "<svg" not in benchmark_page(entries, tmp_path)
 
 
 def entry(row: str, diversity: float, reward: float) -> Entry:
@@ -238,10 +232,26 @@ def test_a_diverged_run_hides_nothing_in_the_plots(tmp_path: Path) -> None:
     assert learning_curves(entries).axes[0].get_ylim()[0] > -1
     (tmp_path / "f").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "f" / "samples.png")
-    places = [float(x) for x in re.findall(r'<circle cx="([-0-9.e+]+)"', page(entries, tmp_path))]
+    places = [float(x) for x in re.findall(r'<circle cx="([-0-9.e+]+)"', benchmark_page(entries, tmp_path))]
     assert len(places) == 10
     assert len({round(x) for x in places[:9]}) == 9, "the others are still told apart"
     assert max(places) == places[9] <= 760
+
+
+def test_the_page_of_a_benchmark(tmp_path: Path) -> None:
+    """A mark for each setting that shows its samples, dotted the way of one that is alone; no name breaks the page."""
+    (tmp_path / "f").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "f" / "samples.png")
+    hostile = '"><script>alert(1)</script>'
+    entries = [entry("swept", 1.0, 0.1), entry("swept", 1.2, 0.2), entry(hostile, 1.5, 0.3)]
+    entries[-1]["curve"] = [{**entries[-1]["curve"][0], "rollout/diversity": diversity} for diversity in (1.0, 1.4)]
+    text = benchmark_page(entries, tmp_path)
+    found = checked(text, scripts=1)
+    assert found.tags.count("circle") == text.count("data-told=") == text.count("data:image/jpeg;base64,") == 3
+    assert text.count('class="curve s1 dotted"') == 1
+    assert found.tags.count("polyline") == 3
+    for expected in (f"Benchmark {tmp_path.name}", "swept", hostile, "before training", "diversity"):
+        assert expected in found.text
 
 
 def test_held_out_prompts_are_measured_apart(tmp_path: Path) -> None:
@@ -289,7 +299,7 @@ def test_long_curves_are_thinned_and_keep_both_ends(tmp_path: Path) -> None:
 def test_seeds_whose_drift_is_not_finite_are_told() -> None:
     """A flow that ran off must not look better for it: its drift is null in result.json."""
     entry = {"seeds_finished": 3, "cost": {"gradient_steps": 8.0}}
-    assert _drift({**entry, "drift": summary([0.1, None, 0.3])}) == "0.2 (finite in 2 of 3)"
-    assert _drift({**entry, "drift": summary([None] * 3)}) == "(finite in 0 of 3)"
-    assert _drift({**entry, "drift": summary([0.1] * 3)}) == "0.1"
-    assert _drift({**entry, "cost": {"gradient_steps": 0.0}, "drift": summary([None] * 3)}) == ""
+    assert drift({**entry, "drift": summary([0.1, None, 0.3])}) == "0.2 (finite in 2 of 3)"
+    assert drift({**entry, "drift": summary([None] * 3)}) == "(finite in 0 of 3)"
+    assert drift({**entry, "drift": summary([0.1] * 3)}) == "0.1"
+    assert drift({**entry, "cost": {"gradient_steps": 0.0}, "drift": summary([None] * 3)}) == ""

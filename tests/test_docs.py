@@ -24,13 +24,12 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import gymnasium
 import pytest
 import tyro
+from conftest import forgetting
 from pages import DOCS, PAGES, ROOT, blocks, commands, write_modules
 
 import flowrl.run
-from flowrl.envs.rewards.catalogue import REWARDS
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 
 LARGEST = 32
@@ -66,19 +65,12 @@ def tool(name: str) -> ModuleType:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder where the pages' own modules can be imported from; what they register is forgotten afterwards."""
     folder = tmp_path_factory.mktemp("docs")
-    registries: list[dict[str, Any]] = [ALGORITHMS, ENVIRONMENTS, REWARDS, gymnasium.registry]
-    before = [dict(registry) for registry in registries]
     names = [name for page in PAGES for name in write_modules(page, folder)]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forgetting(*names):
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         patch.setenv("FLOWRL_REWARD_TOKEN", "token")
         yield folder
-    for registry, content in zip(registries, before):
-        registry.clear()
-        registry.update(content)
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from flowrl.checks import check_types
 from flowrl.envs.prompts import prompts_from
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, ModelLoadError, UnknownNameError
 from flowrl.models.loading import ASSETS, FlowSource
-from flowrl.pages import comparison
 from flowrl.pages import model_card as card
+from flowrl.pages.benchmark_results import collect
 from flowrl.run import main
 from flowrl.runs.logs import logger, read_metrics
 from flowrl.runs.pictures import curves
@@ -273,7 +273,7 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     ):
         (folder / "result.json").write_text(text)
         with pytest.raises(CheckpointError, match=expected):
-            comparison.collect([cell], tmp_path)
+            collect([cell], tmp_path)
     with pytest.raises(ConfigError, match="says of no cell that it has finished"):
         benchmark.run_cells([cell], tmp_path, workers=1)
 

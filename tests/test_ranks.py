@@ -19,8 +19,9 @@ import ranks_worker
 import torch
 
 import flowrl
-from flowrl.distributed.ranks import Ranks, SharedGenerator, drawn, join
+from flowrl.distributed.ranks import Ranks, SharedGenerator, join
 from flowrl.errors import ConfigError
+from flowrl.functional.flow import drawn
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
@@ -88,13 +89,13 @@ class Imagined(Ranks):
 
     def __init__(self, index: int, count: int) -> None:
         super().__init__()
-        self.index, self.count = index, count
+        self.rank, self.world_size = index, count
 
 
 @pytest.mark.parametrize(("n", "count", "group"), [(8, 2, 1), (7, 3, 1), (24, 3, 4), (10, 4, 2), (9, 2, 4)])
 def test_rows_are_divided_whole(n: int, count: int, group: int) -> None:
     rows = torch.arange(n)
-    parts = [Imagined(i, count).mine(rows, group) for i in range(count)]
+    parts = [Imagined(i, count).shard(rows, group) for i in range(count)]
     assert torch.equal(torch.cat(parts), rows)
     assert all(len(part) % group == 0 for part in parts[:-1])
     assert max(map(len, parts)) - min(map(len, parts)) <= group

@@ -8,51 +8,17 @@ import re
 import shutil
 import subprocess
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_checker import checked
 
-from flowrl.pages.charts import MOST_POINTS, Series, chart, label, legend, ticks
-from flowrl.report import RunFiles, comparison_page, main, page, write_report
+from flowrl.pages.charts import LEFT, MOST_POINTS, RIGHT, WIDTH, Mark, Series, chart, label, legend, ticks
+from flowrl.pages.run_files import RunFiles
+from flowrl.pages.run_page import run_page, write_report
+from flowrl.pages.runs_page import runs_page
+from flowrl.report import main
 from flowrl.runs.logs import WARNINGS, telling_warnings
-
-VOID = {"meta", "link", "img", "input", "br"}
-
-
-class Checker(HTMLParser):
-    """Tags that match, and what is loaded from elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loaded: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loaded += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith("data:")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += f"{data} "
-
-
-def checked(text: str) -> Checker:
-    checker = Checker()
-    checker.feed(text)
-    assert checker.open == []
-    assert checker.loaded == []
-    assert "script" not in checker.tags
-    return checker
 
 
 @pytest.fixture
@@ -79,7 +45,7 @@ def test_rewards_by_prompt(run: Path) -> None:
     for side, mean in (("trained", evaluation["reward_mean"]), ("reference", evaluation["reference"]["reward_mean"])):
         total = sum(row["n"] * row[side] for row in per_prompt)
         assert total / evaluation["n_samples"] == pytest.approx(mean, rel=1e-4)
-    found = checked(page(RunFiles.read(run)))
+    found = checked(run_page(RunFiles.read(run)))
     assert f"Reward by prompt ({len(per_prompt)})" in found.text
     assert per_prompt[0]["prompt"] in found.text
 
@@ -99,7 +65,7 @@ def test_names_cannot_break_the_page(run: Path) -> None:
     evaluation["per_prompt"][0]["prompt"] = '"><script>'
     evaluation["warnings"] = ["<b>"]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    checked(page(RunFiles.read(run)))
+    checked(run_page(RunFiles.read(run)))
 
 
 def test_curves_against_time() -> None:
@@ -124,7 +90,7 @@ def test_comparing_runs(tiny_runs: dict[str, Path], tmp_path: Path, capsys: pyte
 def test_a_run_and_one_without_an_evaluation(tiny_runs: dict[str, Path], run: Path) -> None:
     for name in ("evaluation.json", "before_after.png"):
         (run / name).unlink()
-    found = checked(comparison_page([RunFiles.read(folder) for folder in (tiny_runs["full"], run)]))
+    found = checked(runs_page([RunFiles.read(folder) for folder in (tiny_runs["full"], run)]))
     assert found.tags.count("img") == 1
 
 
@@ -192,6 +158,22 @@ def test_a_chart() -> None:
     assert points
     assert len(points[1].split()) == MOST_POINTS
     assert "s1" in legend(["a", "b"])
+
+
+def test_marks_and_limits_of_a_chart() -> None:
+    inside = Mark((0.5, 0.5), "told <b>", data={"told": '"quoted"'})
+    series = Series("a", [(0, 0), (1, 1), (9, 9)], marks=[inside, Mark((9, 0), "star", symbol="*")], colour=3)
+    drawn = chart("t", [series], "x", limits=((0, 1), (0, 1)))
+    checked(drawn)
+    (circle,) = re.findall(r"<circle [^>]*>", drawn)
+    assert 'class="end s3" tabindex="0" data-told="&quot;quoted&quot;"' in circle
+    right, middle = WIDTH - RIGHT, LEFT + (WIDTH - LEFT - RIGHT) / 2
+    assert f'cx="{middle:.1f}"' in circle
+    path, star = re.search(r'points="([^"]*)"', drawn), re.search(r'<text x="([^"]*)"[^>]*>\*<title>star', drawn)
+    assert path
+    assert star
+    assert path[1].split()[-1] == path[1].split()[-2]  # far out is on the border
+    assert float(star[1]) == right
 
 
 def browser() -> str | None:

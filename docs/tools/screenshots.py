@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flowrl.report import write_report
+from flowrl.pages.run_page import write_report
 from flowrl.run import main as run
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"

@@ -10,9 +10,9 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any, Literal
 
-from flowrl.checks import is_finite
 from flowrl.envs.base import GenerationEnv
 from flowrl.models.loading import FlowSource
+from flowrl.pages.text import markdown_table, number
 from flowrl.runs.logs import read_metrics
 from flowrl.runs.pictures import curves
 from flowrl.storage.files import read_json
@@ -22,7 +22,7 @@ from flowrl.training.saving import algorithm_name
 from flowrl.version import __version__
 
 Kind = Literal["lora", "transformer", "pipeline"]
-"""What is shared: LoRA weights, the fine-tuned network alone, or a whole pipeline."""
+"""What an export holds: LoRA weights, the fine-tuned network alone, or a whole pipeline."""
 NOT_EVALUATED = "This state of the run has not been evaluated.\n"
 PROMPTS = 20
 """Prompts that the card lists."""
@@ -35,7 +35,7 @@ LIMITATIONS = (
 
 
 def hub_name(flow: FlowSource) -> str:
-    """The repository on the hub that a flow's pipeline comes from; empty when it comes from elsewhere."""
+    """Name the repository on the hub that a flow's pipeline comes from; empty when it comes from elsewhere."""
     elsewhere = flow.is_embedded or not flow.source or Path(flow.source).exists()
     return "" if elsewhere else split(flow.source)[0]
 
@@ -52,7 +52,7 @@ def write_card(
         model: The run's trained algorithm.
         run: The run folder.
         name: What to load: a name on the hub, or a folder.
-        kind: What is shared.
+        kind: What the folder holds.
         sampling: How the run sampled, as the pipeline takes it.
     """
     parts = [_front_matter(model, kind), f"# {name.rpartition('/')[2]}\n", _summary(model, kind)]
@@ -74,7 +74,7 @@ def write_card(
 
 
 def _front_matter(model: FlowAlgorithm, kind: Kind) -> str:
-    """YAML for the hub. No licence: it is the base model's. Values are written as JSON, which is YAML."""
+    """Write the YAML for the hub, without a licence: it is the base model's. Values are JSON, which is YAML."""
     tags = ["flowrl", "text-to-image", "flow-matching", "reward-fine-tuning"]
     data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if base := hub_name(model.env.core.flow):
@@ -86,7 +86,7 @@ def _front_matter(model: FlowAlgorithm, kind: Kind) -> str:
 
 
 def _base(flow: FlowSource) -> str:
-    """The base model in words, without the folders of the machine that it was on."""
+    """Name the base model, without the folders of the machine that it was on."""
     if name := hub_name(flow):
         return f"[{name}](https://huggingface.co/{name})"
     if flow.is_embedded:
@@ -113,7 +113,7 @@ def _pipeline(model: FlowAlgorithm) -> Any:
 
 
 def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any]) -> str:
-    """A script that loads the folder and draws a picture as the run does."""
+    """Write a script that loads the folder and draws a picture as the run does."""
     pipeline = _pipeline(model)
     cls, network = type(pipeline).__name__, type(model.policy.model.network).__name__
     imports = ["import torch"]
@@ -176,7 +176,7 @@ def _training(model: FlowAlgorithm) -> str:
 
 
 def _without_folders(value: Any) -> Any:
-    """Settings in which absolute paths, as such or after a `=`, are only the last part: the rest is nobody's matter."""
+    """Cut absolute paths, as such or after a `=`, to their last part: the rest is nobody's matter."""
     if isinstance(value, Mapping):
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -188,20 +188,18 @@ def _without_folders(value: Any) -> Any:
 
 
 def _results(result: Mapping[str, Any]) -> str:
-    """Table of `evaluation.json`; figures that do not exist are dashes."""
+    """Write the table of `evaluation.json`; figures that do not exist are dashes."""
     base, components = _table(result.get("reference")), _table(result.get("components"))
     rows = [("reward", _with_interval(base), _with_interval(result))]
     for key, value in components.items():
-        rows.append((key[:100], _figure(_table(base.get("components")).get(key)), _figure(value)))
-    rows.append(("diversity", _figure(base.get("diversity")), _figure(result.get("diversity"))))
-    rows.append(("drift E\\|v - v_ref\\|²", "0", _figure(result.get("drift"))))
-    lines = ["| | base model | fine-tuned |", "|---|---|---|"]
-    lines += [f"| {name} | {before} | {after} |" for name, before, after in rows]
-    lines.append(
-        f"\n{_figure(result.get('n_samples'))} samples of each, from the same noise and prompts; intervals are of "
+        rows.append((key[:100], number(_table(base.get("components")).get(key)), number(value)))
+    rows.append(("diversity", number(base.get("diversity")), number(result.get("diversity"))))
+    rows.append(("drift E\\|v - v_ref\\|²", "0", number(result.get("drift"))))
+    return (
+        f"{markdown_table(['', 'base model', 'fine-tuned'], rows)}\n\n"
+        f"{number(result.get('n_samples'))} samples of each, from the same noise and prompts; intervals are of "
         "95 %. Diversity is the mean distance of two images of the same prompt.\n"
     )
-    return "\n".join(lines)
 
 
 def _table(value: Any) -> Mapping[str, Any]:
@@ -210,9 +208,5 @@ def _table(value: Any) -> Mapping[str, Any]:
 
 def _with_interval(statistics: Mapping[str, Any]) -> str:
     interval = statistics.get("reward_ci")
-    low, high = map(_figure, interval if isinstance(interval, list) and len(interval) == 2 else (None, None))
-    return f"{_figure(statistics.get('reward_mean'))} ({low} to {high})"
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if is_finite(value) else "–"
+    low, high = map(number, interval if isinstance(interval, list) and len(interval) == 2 else (None, None))
+    return f"{number(statistics.get('reward_mean'))} ({low} to {high})"

@@ -37,7 +37,7 @@ class IterationCallback(BaseCallback):
 
 
 class PictureCallback(IterationCallback):
-    """Writes a picture of samples at fixed noise and contexts every few iterations.
+    """Callback that writes a picture of samples, at fixed noise and contexts, every few iterations.
 
     One that cannot be written is reported; the run goes on.
 
@@ -88,7 +88,7 @@ class PictureCallback(IterationCallback):
 
 
 class HeldOutCallback(BaseCallback):
-    """Scores samples of some iterations with rewards that training does not see: `held_out/NAME` in the metrics.
+    """Callback that scores samples with rewards that training does not see: `held_out/NAME` in the metrics.
 
     Args:
         rewards: By name; those that compare samples of the same context are left to the evaluation.
@@ -123,7 +123,7 @@ class HeldOutCallback(BaseCallback):
 
 
 class KeepCheckpoints(IterationCallback):
-    """Writes checkpoints beside training; keeps the newest ones and the one of the highest reward.
+    """Callback that writes checkpoints, and keeps the newest ones and the one of the highest reward.
 
     A checkpoint that cannot be written is reported and tried again next time; the run goes on.
 
@@ -237,7 +237,9 @@ def _link(link: Path, target: str) -> None:
 
 
 class StopOnSignal(IterationCallback):
-    """Ends the run after the current iteration on Ctrl-C, SIGTERM or a closed terminal; a second one ends it at once.
+    """Callback that ends the run after the current iteration on Ctrl-C, SIGTERM or a closed terminal.
+
+    A second signal ends it at once.
 
     Use as a context manager around `learn`.
     """
@@ -266,5 +268,5 @@ class StopOnSignal(IterationCallback):
         say(f"\n{self.received.name}: finishing this iteration, then saving. Again to stop at once.")
 
     def on_iteration_end(self) -> bool:
-        """Whether to go on."""
+        """Tell whether to go on."""
         return self.received is None

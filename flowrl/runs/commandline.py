@@ -1,4 +1,4 @@
-"""What the command line of `flowrl.run` means: its options, and those of the algorithm and the environment it names."""
+"""The command line of `flowrl.run`: its options, and those of the algorithm and the environment it names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
+from flowrl.runs.folder import imported_algorithm
+from flowrl.runs.program import Device, OwnModules
 from flowrl.storage.files import read_json
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import check_description, pinned_settings, tupled
@@ -36,8 +38,8 @@ class RunConfig:
     """Samples to train on; the environment's own number when not given."""
     seed: int = 0
     """Seed of everything random."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    device: Device = "auto"
+    modules: OwnModules = ()
     deterministic: bool = False
     """Only operations that give the same numbers every time; slower on a GPU, where some have none."""
     out: Path = Path("runs")
@@ -91,7 +93,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Description:
-    """What an earlier run was, from its config.json: the defaults of one that is to be the same.
+    """An earlier run as its config.json describes it: the defaults of one that is to be the same.
 
     Attributes:
         run: Its options, with `algo` and `env`.
@@ -105,7 +107,7 @@ class Description:
 
     @classmethod
     def read(cls, path: Path) -> Description:
-        """From a run folder, or a `config.json`.
+        """Read a run folder, or a `config.json`.
 
         Raises:
             ConfigError: There is none, it is damaged, or it names code that would have to be imported.
@@ -120,10 +122,11 @@ class Description:
         if environment is None or not isinstance(stored.get("run"), dict):
             raise ConfigError(f"--config: '{file}' does not come from a run of {PROGRAM}.")
         algo, env = stored["algorithm"], environment["name"]
-        if algo not in ALGORITHMS or env not in ENVIRONMENTS:
+        if (algo not in ALGORITHMS and imported_algorithm(algo) is None) or env not in ENVIRONMENTS:
             raise ConfigError(
                 f"--config: '{file}' is of '{algo}' on '{env}', of which one is not registered here. Code named by a "
-                "file is never imported: name its module yourself (--algo module:Class, --env module:name)."
+                "file is never imported: name its module yourself (--modules NAME, --algo module:Class or --env "
+                "module:name)."
             )
         run = replace(kept_options(stored["run"]), algo=algo, env=env, seed=stored["seed"] or 0)
         if isinstance(stored.get("device"), str):
@@ -133,7 +136,7 @@ class Description:
 
 
 def kept_options(stored: Mapping[str, Any]) -> RunConfig:
-    """The options in a config.json.
+    """Take the options of a run from its config.json.
 
     Raises:
         ConfigError: They are of types that no run wrote.
@@ -142,7 +145,7 @@ def kept_options(stored: Mapping[str, Any]) -> RunConfig:
 
 
 def first_pass(args: list[str]) -> tuple[RunConfig, Description | None]:
-    """The options that say which algorithm and environment the others are of."""
+    """Parse the options that say to which algorithm and environment the others belong."""
     run, _ = tyro.cli(RunConfig, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)
     if run.config is None:
         return run, None
@@ -163,7 +166,10 @@ def first_pass(args: list[str]) -> tuple[RunConfig, Description | None]:
 def second_pass(
     args: list[str], algo: type[FlowAlgorithm] | None, spec: EnvSpec | None, before: Description | None
 ) -> tuple[RunConfig, FlowConfig | None, Any]:
-    """A group of options per chosen part; defaults are those of a run before, or what the environment recommends."""
+    """Parse all options, a group for each part chosen.
+
+    Defaults are those of the run before, or what the environment recommends.
+    """
     default_run = RunConfig() if before is None else before.run
     parts: list[Any] = [("run", tyro.conf.OmitArgPrefixes[RunConfig], field(default=default_run))]
     if spec is not None:
@@ -188,7 +194,7 @@ def second_pass(
 
 
 def make_env(spec: EnvSpec, config: Any) -> GenerationEnv:
-    """The environment with these settings."""
+    """Make the environment with these settings."""
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     defaults = {f.name: getattr(spec.config, f.name) for f in dataclasses.fields(config)}
     return make(spec.name, **{key: value for key, value in given.items() if value != defaults[key]})
@@ -209,18 +215,18 @@ KEPT = (
     "eval_reward_options",
     "progress",
 )
-"""What a resumed run takes over from before."""
+"""Options that a resumed run takes over."""
 
 
 def require_names(run: RunConfig) -> None:
-    """Raises ConfigError where the algorithm or the environment is missing."""
+    """Raise ConfigError where the algorithm or the environment is missing."""
     if not (run.algo and run.env):
         missing = " and ".join(f"--{key}" for key in ("algo", "env") if not getattr(run, key))
         raise ConfigError(f"{missing} must be given.\n\n{names()}")
 
 
 def names() -> str:
-    """The lists of algorithms and environments, a line each."""
+    """List algorithms and environments, a line each."""
     lines = ["algorithms:"]
     for name, cls in ALGORITHMS.items():
         summary = (cls.__doc__ or "").strip().partition("\n")[0]

@@ -36,12 +36,17 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        with contextlib.suppress(OSError):  # what is printed later, and what is left at the end, goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
+
+
+def discard_output() -> None:
+    """Let what is printed from now on, and what has not been sent yet, go nowhere."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def logger(folder: Path, num_timesteps: int, *others: KVWriter) -> Logger:
-    """stable-baselines3 logger that writes into a run folder.
+    """Make the stable-baselines3 logger that writes into a run folder.
 
     Rows that a resumed run wrote after its checkpoint are dropped; they will be computed again.
 
@@ -85,7 +90,7 @@ WARNINGS = "warnings.txt"
 
 @contextlib.contextmanager
 def telling_warnings(folder: Path | None) -> Iterator[None]:
-    """Context in which flowrl's own warnings are said in one line, and kept in the run folder."""
+    """Say flowrl's own warnings in one line each, and keep them in the run folder."""
     plain: Any = warnings.showwarning
     kept: set[str] = set()
 
@@ -108,7 +113,7 @@ def telling_warnings(folder: Path | None) -> Iterator[None]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Numbers in the rows of a run's `metrics.csv`."""
+    """Read the numbers in the rows of a run's `metrics.csv`."""
     return [{k: float(v) for k, v in row.items() if not isinstance(v, str)} for row in read_rows(path)]
 
 
@@ -118,7 +123,7 @@ def _timesteps(row: Row) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """A number or text; None for NaN: JSON has none."""
+    """Give a number or text; None for NaN: JSON has none."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
 
@@ -200,11 +205,11 @@ class MetricsFile(KVWriter):
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
     def close(self) -> None:
-        """Nothing is open between rows."""
+        """Do nothing: no file is open between rows."""
 
 
 class TensorBoardWriter(TensorBoardOutputFormat):
-    """stable-baselines3's, which also takes pictures."""
+    """Writer of stable-baselines3 that also takes pictures."""
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a picture."""
@@ -215,7 +220,7 @@ class TensorBoardWriter(TensorBoardOutputFormat):
 
 
 class PatientWriter(KVWriter):
-    """Writes rows by another writer; where that cannot, says so once and goes on."""
+    """Writer that passes rows on to another; where that one cannot write, says so once and goes on."""
 
     def __init__(self, writer: KVWriter, name: str) -> None:
         self.writer, self.name = writer, name

@@ -29,7 +29,7 @@ CURVES = {
 
 
 def image_grid(images: torch.Tensor, columns: int = 0, pad: int = 2) -> Image.Image:
-    """Images (B, 1 or 3, H, W) in [0, 1] as one picture, row by row; about square unless `columns` is given."""
+    """Put images (B, 1 or 3, H, W) in [0, 1] into one picture, row by row; about square unless `columns` is given."""
     images = images.expand(-1, 3, -1, -1)
     pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     n, height, width, _ = pixels.shape
@@ -43,7 +43,7 @@ def image_grid(images: torch.Tensor, columns: int = 0, pad: int = 2) -> Image.Im
 
 
 def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
-    """Pictures one below the other, `gap` white pixels between them."""
+    """Put pictures one below the other, `gap` white pixels between them."""
     height = sum(picture.height + gap for picture in pictures) - gap
     sheet, top = Image.new("RGB", (max(picture.width for picture in pictures), height), "white"), 0
     for picture in pictures:
@@ -53,7 +53,7 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 
 
 def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
-    """Picture of samples as PNG: a grid of images, or a scatter plot of points."""
+    """Save a picture of samples as PNG: a grid of images, or a scatter plot of points."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if env.flow.is_image:
         image_grid(samples).save(path)
@@ -62,7 +62,7 @@ def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: Generation
 
 
 def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
-    """Reference and trained samples at the same noise, as PNG."""
+    """Save a picture of reference and trained samples at the same noise, as PNG."""
     if env.flow.is_image:
         halves = [image_grid(s[:36]) for s in (result.reference_samples, result.samples)]
         gap = 12
@@ -88,7 +88,7 @@ def _save_plots(clouds: Sequence[tuple[str, torch.Tensor]], env: GenerationEnv, 
 
 
 def curves(rows: Sequence[dict[str, float]]) -> Figure:
-    """Reward, diversity, drift and effective sample share against samples."""
+    """Draw reward, diversity, drift and effective sample share against samples."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")

@@ -20,7 +20,7 @@ ID = re.compile(r"[a-z0-9]{1,64}")
 
 
 class WandbWriter(KVWriter):
-    """Writes rows and pictures to a run of Weights & Biases, which has the run folder's name.
+    """Writer of rows and pictures to a run of Weights & Biases, which has the run folder's name.
 
     Args:
         project: NAME or TEAM/NAME.

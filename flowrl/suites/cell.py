@@ -26,7 +26,7 @@ UNBOUNDED = 10**12
 
 
 class StopAtBudget(IterationCallback):
-    """Records cost and metrics of every iteration; ends the training when the budget is spent."""
+    """Callback that records cost and metrics of every iteration, and ends training when the budget is spent."""
 
     def __init__(self, budget: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class StopAtBudget(IterationCallback):
         self.started = time.monotonic()
 
     def on_iteration_end(self) -> bool:
-        """One row per iteration."""
+        """Record a row."""
         model: Any = self.model
         logged = {key: value for key, value in model.last_logged.items() if isinstance(value, int | float)}
         self.rows.append(
@@ -88,7 +88,7 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
 
 
 def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:
-    """`run_cell` in a process of its own, which ends with 1 on an error; what it prints goes into `log.txt`."""
+    """Run a cell in a process of its own, which ends with 1 on an error; what it prints goes into `log.txt`."""
     torch.set_num_threads(1)
     with (folder / "log.txt").open("w") as log:
         for stream in (1, 2):

@@ -112,18 +112,18 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Where its results go, below the suite's folder."""
+        """Folder of its results, below the suite's."""
         name = re.sub(r"[^a-z0-9.=]+", "-", self.label.lower().replace(" = ", "=")).strip("-")
         env = re.sub(r"[^A-Za-z0-9._-]+", "-", self.env.replace(":", "."))
         return f"cells/{env}/{name}/seed-{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Give all fields, for JSON."""
         return asdict(self)
 
 
 def suites() -> list[str]:
-    """Names of the suites that ship with flowrl."""
+    """Name the suites that ship with flowrl."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
@@ -134,7 +134,7 @@ def load_suite(
     seeds: Iterable[int] = (),
     budget: int | None = None,
 ) -> list[Cell]:
-    """All cells of a suite, checked: every name and setting in it is known.
+    """Read all cells of a suite, and check that every name and setting in it is known.
 
     Args:
         name: A shipped suite, or a TOML file.
@@ -160,7 +160,7 @@ def load_suite(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Content of a suite file, of which every key is known and every value of its type."""
+    """Read a suite file; check that every key is known and every value of its type."""
     try:
         data = read_file(path, LARGEST)
         if any(line.count(b".") > MOST_DOTS for line in data.splitlines()):
@@ -190,7 +190,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_folders(cells: Iterable[Cell]) -> None:
-    """No two cells may write to the same place; a file system that ignores case is thought of."""
+    """Check that no two cells write to the same place, also where a file system ignores case."""
     first: dict[str, Cell] = {}
     for cell in cells:
         other = first.setdefault(cell.folder.lower(), cell)
@@ -253,7 +253,7 @@ def _cell(
 
 
 def _config(cell: Cell, recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of the algorithm; names and values have meaning. Nothing is trained or loaded."""
+    """Give every setting of the algorithm; check names and values. Nothing is trained or loaded."""
     where = f"Row '{cell.row}' on '{cell.env}'"
     try:
         if cell.steer:

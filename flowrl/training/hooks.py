@@ -17,11 +17,15 @@ HOOKS = (
 )
 """Methods that a subclass of `FlowAlgorithm` replaces or calls."""
 FORMER = {
-    "score": "weigh (weights) or advantage",
+    "score": "weigh (for weights) or advantage",
     "draw_contexts": "contexts",
     "draw_latents": "draw",
-    "objective": "draw",
+    "objective": "draw, whose rows weigh gets",
+    "observe": "weigh or advantage, which are called once an iteration",
     "minibatches": "order",
+    "sync": "refresh",
+    "extra_state": "keep or add_network, called in _setup_model",
+    "load_extra_state": "keep or add_network, called in _setup_model",
 }
 """Hooks of earlier versions, and what took their place."""
 
@@ -41,8 +45,8 @@ def check_names(cls: type, base: type) -> None:
             meant = FORMER.get(name) or next(iter(difflib.get_close_matches(name, HOOKS, 1, 0.8)), None)
             if meant is not None and meant != name:
                 raise ConfigError(
-                    f"{parent.__name__}.{name} is never called: the method is called {meant}. Rename it, or give it a "
-                    "leading underscore if it is a helper."
+                    f"{parent.__name__}.{name} is never called; the method for it is {meant}. Rename it, or give it a "
+                    "leading underscore if it is a helper of your own."
                 )
     own = [name for name in ("weigh", "advantage") if getattr(cls, name) is not getattr(base, name)]
     if len(own) > 1:

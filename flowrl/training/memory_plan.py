@@ -135,13 +135,10 @@ def _iterate(model: Any, tracker: _Tracker) -> None:
 
 
 def _drawn(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
-    """Draw by the algorithm's own method; where that is said to be unpredictable, by the policy alone."""
-    try:
-        return model.draw(ids)
-    except DataDependentOutputException:
-        if not model.unpredictable:
-            raise
+    """Draw by the algorithm's own method; where its work is unpredictable, by the policy alone."""
+    if model.unpredictable:
         return model.policy.sample_latents(ids, role=model.behaviour_role, generator=model.generator), {}
+    return model.draw(ids)
 
 
 def _imitated_reward(

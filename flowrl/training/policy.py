@@ -19,7 +19,7 @@ from flowrl.functional.sde import SDE, sde_sample
 from flowrl.functional.solvers import Solver, evaluations_per_sample, guided_field, ode_sample
 from flowrl.models.base import VelocityModel
 from flowrl.models.lora import LoRA
-from flowrl.training.construction import as_generation_env, weight_dtypes
+from flowrl.training.construction import as_generation_env, check_device, weight_dtypes
 from flowrl.training.role_networks import RoleNetworks
 from flowrl.training.sb3_policy import SB3Policy
 from flowrl.types import Condition, Field, Role
@@ -103,6 +103,7 @@ class FlowPolicy(SB3Policy):
             env_settings: Settings of a named environment.
             **kwargs: What a subclass takes besides.
         """
+        check_device(device)
         core = as_generation_env(env, env_settings)
         if config is None:
             known = FlowConfig.__dataclass_fields__

@@ -1,0 +1,72 @@
+"""The tables of a benchmark, in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from flowrl.pages.benchmark_results import Entry
+from flowrl.pages.text import markdown_table
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """Write one table per environment."""
+    parts = []
+    for env in dict.fromkeys(entry["env"] for entry in entries):
+        here = [entry for entry in entries if entry["env"] == env]
+        done = [entry for entry in here if entry["seeds_finished"]]
+        parts.append(f"### {env}\n\n{_table(here, done[0]) if done else 'No cell has finished.'}\n")
+    return "\n".join(parts)
+
+
+def _table(entries: Sequence[Entry], example: Entry) -> str:
+    """Write the table of an environment; `example` is a finished entry, which has all of its columns."""
+    exact = not math.isnan(example["w2_to_optimum"]["mean"])
+    reference = example["reference_reward_mean"]["mean"], example["reference_diversity"]["mean"]
+    head = ["algorithm", "reward", "gain", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
+    head += ["gain, held-out prompts", "diversity of these"] if "held_out" in example else []
+    head += [*example["components"], "network evaluations", "to 90 %", "then per sample"]
+    head += ["samples", "updates", "minutes", "seeds"]
+    before = f"Before training: reward {reference[0]:.3g}, diversity {reference[1]:.3g}."
+    if exact:
+        before += f" W2 of exact samples against each other: {example['w2_floor']['mean']:.3g}."
+    return f"{before}\n\n{markdown_table(head, [_row(entry, exact, example) for entry in entries])}"
+
+
+def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
+    if not entry["seeds_finished"]:
+        return [entry["label"], f"failed ({entry['seeds_failed']} seeds)"]
+    cost = entry["cost"]
+    cells = [entry["label"], interval(entry["reward_mean"]), interval(entry["gain"])]
+    cells.append(f"{entry['reward_mean']['iqm']:.3g}")
+    cells += [interval(entry["diversity"]), drift(entry)]
+    cells += [interval(entry["w2_to_optimum"])] if exact else []
+    if "held_out" in example:
+        cells += [interval(entry["held_out"][key]) if "held_out" in entry else "" for key in ("gain", "diversity")]
+    cells += [f"{entry['components'][key]['mean']:.3g}" for key in example["components"]]
+    to_90 = entry.get("evaluations_to_90_percent")
+    cells.append(f"{cost['network_evaluations']:.2g}")
+    cells.append("" if to_90 is None else f"{to_90:.2g}")
+    cells.append(f"{entry['evaluations_per_sample']:.0f}")
+    cells += [f"{cost['samples']:.0f}", f"{cost['gradient_steps']:.0f}", f"{cost['training_seconds'] / 60:.1f}"]
+    return [*cells, str(entry["seeds_finished"])]
+
+
+def drift(entry: Entry) -> str:
+    """Write the mean over seeds, and in how many of them it is finite where a trained flow ran off in some."""
+    n, seeds = entry["drift"]["n"], entry["seeds_finished"]
+    text = figure(entry["drift"]["mean"], 2)
+    if entry["cost"]["gradient_steps"] and n < seeds:
+        text = f"{text} (finite in {n} of {seeds})".strip()
+    return text
+
+
+def figure(value: float, digits: int) -> str:
+    """Write a number; nothing for one that is missing."""
+    return "" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def interval(values: dict[str, float]) -> str:
+    """Write a mean and the half-width of its interval."""
+    half = values["half_width"]
+    return f"{values['mean']:.3g}" + ("" if math.isnan(half) else f" ± {half:.2g}")

@@ -1,0 +1,114 @@
+"""What the files of a run folder say of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flowrl.errors import CheckpointError, ConfigError
+from flowrl.registry import ALGORITHMS
+from flowrl.runs.logs import WARNINGS, read_metrics
+from flowrl.runs.pictures import STEPS
+from flowrl.storage.files import read_json
+from flowrl.training.loading import DAMAGE
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run folder that pages are made from.
+
+    Attributes:
+        name: Of the folder.
+        config: `config.json`.
+        rows: `metrics.csv`.
+        evaluation: `evaluation{tag}.json`; empty when there is none.
+        before_after: The picture of samples, PNG; empty when there is none.
+        warnings: Warnings of the training.
+    """
+
+    name: str
+    config: dict[str, Any]
+    rows: list[Row]
+    evaluation: dict[str, Any]
+    before_after: bytes
+    warnings: list[str]
+
+    @classmethod
+    def read(cls, folder: Path, tag: str = "") -> RunFiles:
+        """Read a run folder.
+
+        Raises:
+            ConfigError: It is none, or a file in it is damaged.
+        """
+        evaluation, picture, warnings = (
+            folder / name for name in (f"evaluation{tag}.json", f"before_after{tag}.png", WARNINGS)
+        )
+        try:
+            config = read_json(folder / "config.json")
+            evaluated = read_json(evaluation) if evaluation.exists() else {}
+        except CheckpointError as error:
+            raise ConfigError(f"'{folder}' is no run folder: {error}") from error
+        return cls(
+            folder.resolve().name,
+            config,
+            read_metrics(folder / "metrics.csv"),
+            evaluated,
+            picture.read_bytes() if picture.exists() else b"",
+            warnings.read_text().splitlines() if warnings.exists() else [],
+        )
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The environment in `config.json`; empty for an object that no name stands for."""
+        return self.config.get("environment") or {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of algorithm and environment, `algo.X` and `env.X`, that are not the algorithm's own defaults."""
+        algorithm = ALGORITHMS.get(self.config.get("algorithm", ""))
+        defaults: Mapping[str, Any] = {} if algorithm is None else asdict(algorithm.Config())  # type: ignore[attr-defined]
+        given = {
+            f"algo.{key}": value
+            for key, value in self.config.get("settings", {}).items()
+            if key not in defaults or json.dumps(defaults[key]) != json.dumps(value)
+        }
+        return given | {f"env.{key}": value for key, value in self.environment.get("settings", {}).items()}
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """Figures of the flow before training; empty without an evaluation."""
+        return self.evaluation.get("reference") or {}
+
+    @property
+    def last(self) -> Row:
+        """The last row of the metrics; empty before the first."""
+        return self.rows[-1] if self.rows else {}
+
+    def along(self, axis: str) -> list[float]:
+        """Give the place of each row on an axis: samples, network evaluations, or hours of training."""
+        if axis == "samples":
+            return [row.get(STEPS, math.nan) for row in self.rows]
+        if axis == "evaluations":
+            return [row.get("time/network_evaluations", math.nan) for row in self.rows]
+        hours, elapsed, before = [], 0.0, 0.0
+        for row in self.rows:
+            steps, speed = row.get(STEPS, before), row.get("time/samples_per_second", math.nan)
+            elapsed, before = elapsed + (steps - before) / speed / 3600, steps
+            hours.append(elapsed)
+        return hours
+
+
+@contextlib.contextmanager
+def telling_damage() -> Iterator[None]:
+    """Raise a `ConfigError` where files hold something else than a run writes; a context, or a decorator."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ConfigError(f"config.json, metrics.csv or evaluation.json is damaged: {error}.") from error

@@ -1,0 +1,78 @@
+"""What a run is going to do, in words: the first lines of a run, and `--dry-run`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from flowrl.config import FlowConfig
+from flowrl.envs.base import GenerationEnv
+from flowrl.models.lora import LoRA, count_parameters
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.memory_plan import predict_memory
+from flowrl.training.saving import algorithm_name
+
+
+def head_of(model: FlowAlgorithm, folder: Path, total: int) -> str:
+    """Say which flow, which reward, how long, and where the files go: the first lines of a run."""
+    lines = [
+        *_chosen(type(model), model.config, model.env.core),
+        f"device: {model.device}{_shared_by(model.ranks.world_size)}, seed: {model.seed}",
+        _work(model.config, total),
+        f"files: {folder}",
+    ]
+    return "\n".join(lines)
+
+
+def _chosen(algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv) -> list[str]:
+    return [
+        f"algorithm: {algorithm_name(algo)}, settings that differ from its defaults: {_differences(config)}",
+        f"environment: {env.name}",
+        *env.describe(),
+    ]
+
+
+def _shared_by(n_ranks: int) -> str:
+    return f" and {n_ranks - 1} more, which share every batch" if n_ranks > 1 else ""
+
+
+def _differences(config: FlowConfig) -> str:
+    default = type(config)()
+    changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
+    return ", ".join(f"{name}={getattr(config, name)}" for name in changed) or "none"
+
+
+def _work(config: FlowConfig, total: int) -> str:
+    iterations = -(-total // config.n_samples)
+    return (
+        f"plan: {iterations} iterations of {config.n_samples} samples ({iterations * config.n_samples} samples), "
+        f"{iterations * config.updates_per_iteration()} gradient steps"
+    )
+
+
+def dry_run(
+    folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, total: int, n_ranks: int = 1
+) -> str:
+    """Say what a run would do, for `--dry-run`: reads configurations, loads no weights."""
+    frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config))
+    memory = predict_memory(algo, config.of_one_rank(n_ranks), env)
+    lines = [
+        *_chosen(algo, config, env),
+        _work(config, total),
+        f"trainable parameters: {trained:,} of {frozen + trained:,} in the velocity network",
+        f"memory of the network and its training{f', on each of {n_ranks} devices' if n_ranks > 1 else ''}, by part:",
+        *(f"  {name}: {_bytes(size)}" for name, size in memory.parts.items()),
+        "most memory at once, by phase (those parts, activations, autoencoder, text encoders):",
+        *(f"  {name}: {_bytes(size)}" for name, size in memory.phases.items()),
+        f"  peak: {_bytes(memory.peak)} of tensors; on the CPU with {_bytes(memory.libraries)} of libraries "
+        f"{_bytes(memory.peak + memory.libraries)}",
+        *([f"  not tried: {memory.missing}"] if memory.missing else []),
+        f"files: {folder}{os.sep} (config.json, metrics.csv, samples/, checkpoints/, final/, report.html)",
+        "dry run: nothing was written",
+    ]
+    return "\n".join(lines)
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"

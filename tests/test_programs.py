@@ -1,0 +1,188 @@
+"""What all programs share: the user's own modules, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import forgetting
+
+import flowrl
+from flowrl.errors import ConfigError
+from flowrl.run import _resume_hint, main
+from flowrl.runs.commandline import RunConfig
+from flowrl.runs.folder import imported_algorithm
+from flowrl.runs.program import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, guarded
+
+OWN = '''
+import flowrl
+
+
+@flowrl.register_algorithm("own_algo")
+class OwnAlgo(flowrl.ORWCFM):
+    """ORW-CFM under another name."""
+
+
+class Unregistered(flowrl.ORWCFM):
+    """Likewise, which only `own:Unregistered` names."""
+
+
+@flowrl.register_env("own-env", flow="gaussians")
+def right(samples, contexts):
+    """To the right."""
+    return samples[:, 0]
+
+
+@flowrl.register_reward("own_reward")
+def bright(images, prompts):
+    """Bright."""
+    return images.mean((1, 2, 3))
+'''
+SUITE = """
+seeds = [0]
+budget = 100
+[envs.own-env]
+[rows."own"]
+algo = "own_algo"
+"""
+SMALL = ["--algo.n-samples", "16", "--algo.rollout-steps", "2", "--total-timesteps", "16", "--eval-samples", "8"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a module of one's own, which can be imported from there, a suite, and a run of that module's."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own.py").write_text(OWN)
+    (folder / "own.toml").write_text(SUITE)
+    with pytest.MonkeyPatch.context() as patch, forgetting("own"):
+        patch.syspath_prepend(folder)
+        for algo, name in (("own_algo", "run"), ("own:Unregistered", "other")):
+            own = ["--modules", "own", "--algo", algo, "--env", "own-env"]
+            assert main([*own, *SMALL, "--out", str(folder), "--name", name]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+
+
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The module has not been imported, and what it registers is forgotten afterwards."""
+    monkeypatch.setenv("FLOWRL_REWARD_TOKEN", "token")
+    with forgetting("own"):
+        yield
+
+
+PROGRAMS = {
+    "run": ["--algo", "own_algo", "--env", "own-env", "--dry-run"],
+    "run --resume": ["--resume", "{run}", "--total-timesteps", "32", "--dry-run"],
+    "run --config": ["--config", "{run}", "--dry-run"],
+    "run --resume, unregistered": ["--resume", "{other}", "--total-timesteps", "32", "--dry-run"],
+    "run --config, unregistered": ["--config", "{other}", "--dry-run"],
+    "evaluate": ["{run}", "--n-samples", "8"],
+    "sample": ["{run}", "--n", "4"],
+    "sample, unregistered": ["{other}", "--n", "4"],
+    "export": ["{run}", "exported"],
+    "serve": ["--reward", "own_reward", "--host", "192.0.2.1"],
+    "benchmark": ["--suite", "{place}/own.toml", "--dry-run"],
+}
+WITHOUT = {"run": "Unknown algorithm 'own_algo'", "serve": "Unknown reward 'own_reward'"}
+WITHOUT |= {"benchmark": "Unknown environment 'own-env'"}
+WITH = {"export": "no diffusers pipeline", "serve": "Cannot listen on 192.0.2.1"}
+"""The errors that come after the module's names have been found."""
+
+
+@pytest.mark.usefixtures("unknown")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_imports_the_modules_that_are_named(run_here, place: Path, program: str) -> None:
+    """Without them the names in a file or on the command line are unknown: what a file names is never imported."""
+    module = f"flowrl.{re.split('[ ,]', program)[0]}"
+    arguments = [word.format(run=place / "run", other=place / "other", place=place) for word in PROGRAMS[program]]
+    done = run_here(module, *arguments)
+    assert done.returncode == EXIT_ERROR
+    assert WITHOUT.get(program, "registered") in done.stderr
+    assert "own" not in sys.modules
+    done = run_here(module, *arguments, "--modules", "own")
+    assert done.returncode == (EXIT_ERROR if program in WITH else 0), done.stderr
+    assert WITH.get(program, "") in done.stderr
+
+
+@pytest.mark.usefixtures("unknown")
+def test_a_report_knows_the_defaults_of_an_own_algorithm(run_here, place: Path) -> None:
+    for modules, knows in ((), False), (("--modules", "own"), True):
+        done = run_here("flowrl.report", place / "run", "--out", "page.html", *modules)
+        assert done.returncode == 0, done.stderr
+        assert ("algo.refresh_every" in Path("page.html").read_text().split("config.json")[0]) != knows
+
+
+@pytest.mark.parametrize(
+    "name", ["os:PathLike", "flowrl:FlowAlgo", "flowrl", "", ":", "no_such_module:Algo", None, ["flowrl:ORWCFM"]]
+)
+def test_a_name_in_a_file_imports_nothing(name: object) -> None:
+    before = set(sys.modules)
+    assert imported_algorithm(name) is None
+    assert set(sys.modules) == before
+    assert imported_algorithm("flowrl:ORWCFM") is flowrl.ORWCFM
+
+
+def test_modules_are_the_users_word_and_not_kept(place: Path) -> None:
+    config = json.loads((place / "run" / "config.json").read_text())
+    assert config["algorithm"] == "own_algo"
+    assert "modules" not in config["run"]
+
+
+def test_the_hint_to_resume_names_own_code_again(place: Path) -> None:
+    hint = _resume_hint(place / "run", RunConfig(algo="mine:Algo", env="gaussians-linear", modules=("own", "other")))
+    assert hint.endswith(f"--resume {place / 'run'} --algo mine:Algo --modules own other")
+
+
+@pytest.mark.parametrize("program", ["run", "evaluate", "sample", "export", "report", "serve", "benchmark"])
+def test_a_module_that_is_not_there(run_here, program: str) -> None:
+    done = run_here(f"flowrl.{program}", "--modules", "no_such_module")
+    assert done.returncode == EXIT_ERROR
+    assert done.stderr.startswith("error: Cannot import 'no_such_module'")
+
+
+def test_a_module_that_fails(run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    done = run_here("flowrl.run", "--modules", "broken", "--help")
+    assert done.returncode == EXIT_ERROR
+    assert "Importing 'broken' failed: ZeroDivisionError" in done.stderr
+
+
+def ended(error: BaseException) -> int:
+    def body(args: list[str]) -> int:
+        raise error
+
+    return guarded(body, [])
+
+
+def test_errors_and_ctrl_c_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(ConfigError("no meaning")) == EXIT_ERROR
+    assert ended(KeyboardInterrupt()) == EXIT_INTERRUPTED == 130
+    assert capsys.readouterr().err == "error: no meaning\nstopped\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), BrokenPipeError("of a reward's server")])
+def test_what_is_no_mistake_of_the_user_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        ended(error)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+def test_a_reader_that_is_gone(program_environment: dict[str, str], tmp_path: Path) -> None:
+    """`python -m flowrl.run | head -0`."""
+    program = [sys.executable, "-m", "flowrl.run"]
+    with subprocess.Popen(
+        program, cwd=tmp_path, env=program_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == EXIT_BROKEN_PIPE == 141
+    assert "BrokenPipe" not in said
