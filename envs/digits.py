@@ -173,20 +173,21 @@ RECOMMENDED: Mapping[str, Any] = {
     "learning_rate": 1e-3,
     "tau": 2.5,
     # raw weights, as published: alpha is on their scale. Many samples and few refreshes keep all even digits
-    "orw_w2.n_samples": 1024,
-    "orw_w2.n_epochs": 3,
-    "orw_w2.tau": 4.0,
-    "orw_w2.weight_normalisation": "none",
-    "orw_w2.baseline": "mean",
-    "orw_w2.alpha": 0.3,
+    "endpoint.n_samples": 1024,
+    "endpoint.n_epochs": 3,
+    "endpoint.tau": 4.0,
+    "endpoint.weight_normalisation": "none",
+    "endpoint.baseline": "mean",
+    "endpoint.alpha": 0.3,
     # the published target, which collapses
-    "orw.weight_normalisation": "none",
-    "orw.target": "plain",
+    "endpoint-free.weight_normalisation": "none",
+    "endpoint-free.target": "plain",
 }
 
 SPECS = [
     EnvSpec(
         name="digits-even",
+        differentiable=True,
         factory=_make,
         config=DigitsConfig(),
         recommended=lambda config: RECOMMENDED,

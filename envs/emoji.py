@@ -82,9 +82,9 @@ RECOMMENDED: Mapping[str, Any] = {
     # rewards spread by 0.1 kB; weights of mean one in each group, as all rewards are negative and groups differ
     "tau": 10.0,
     "weight_normalisation": "group",
-    "orw_w2.target": "plain",  # as published
-    "orw_w2.alpha": 0.2,
-    "orw.target": "plain",
+    "endpoint.target": "plain",  # as published
+    "endpoint.alpha": 0.2,
+    "endpoint-free.target": "plain",
 }
 
 SPECS = [

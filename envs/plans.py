@@ -262,13 +262,14 @@ FITTED = {
 }
 RECOMMENDED = {  # tried on both tasks, one seed each; docs/plans.md has what came out
     **{f"{algo}.{key}": value for algo in ("orw_w2", "orw", "orw_kl") for key, value in FITTED.items()},
-    "orw_w2.alpha": 0.05,
-    "orw_kl.alpha": 0.05,
-    "raft.learning_rate": 1e-3,
+    "endpoint.alpha": 0.05,
+    "endpoint-kl.alpha": 0.05,
+    "selection.learning_rate": 1e-3,
 }
 SPECS = [
     EnvSpec(
         name=f"plan-{kind}",
+        differentiable=True,
         factory=_factory(kind),
         config=PlanConfig(),
         recommended=lambda config: RECOMMENDED,

@@ -134,6 +134,7 @@ def register_env(
         register(
             EnvSpec(
                 name=name,
+                differentiable=None,
                 factory=factory,
                 config=CustomConfig(),
                 recommended=_recommended(flow, recommended),

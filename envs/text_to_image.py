@@ -212,28 +212,30 @@ IMAGES: Mapping[str, Any] = {
     "warmup_updates": 10,
     "standardise": "group",
     "tau": 1.0,
-    "orw_w2.alpha": 0.25,
-    "orw_kl.alpha": 0.5,
+    "endpoint.alpha": 0.25,
+    "endpoint-kl.alpha": 0.5,
     "ema_decay": 0.9,
 }
 MINI_MODEL: Mapping[str, Any] = {
     **IMAGES,
     # of the baselines, by benchmarks/tuning/laptop.toml
-    "kl.learning_rate": 4e-4,
-    "raft.n_epochs": 12,
-    "raft.learning_rate": 4e-4,
-    "ddpo.clip_range": 1e-3,
-    "dpok.clip_range": 1e-3,
-    "flow_grpo.clip_range": 1e-3,
+    "likelihood.learning_rate": 4e-4,
+    "selection.n_epochs": 12,
+    "selection.learning_rate": 4e-4,
+    "steps-free.clip_range": 1e-3,
+    "steps.clip_range": 1e-3,
 }
 RIGHT_OR_WRONG: Mapping[str, Any] = {
     "tau": 0.7,
-    "orw_w2.alpha": 0.1,
-    "orw_kl.alpha": 0.1,
+    "endpoint.alpha": 0.1,
+    "endpoint-kl.alpha": 0.1,
     "baseline": "mean",  # wrong samples must repel; measured over 25 refreshes, longer runs need "clipped"
 }
-WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "orw_w2.alpha": 0.1, "orw_kl.alpha": 0.1}
-PAIRS: Mapping[str, Any] = {**WORDS, **{f"{algo}.baseline": "mean" for algo in ("orw_w2", "orw", "orw_kl")}}
+WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "endpoint.alpha": 0.1, "endpoint-kl.alpha": 0.1}
+PAIRS: Mapping[str, Any] = {
+    **WORDS,
+    **{f"{kind}.baseline": "mean" for kind in ("endpoint", "endpoint-free", "endpoint-kl")},
+}
 OWN: Mapping[str, Mapping[str, Any]] = {"mini-words": WORDS, "mini-spatial": PAIRS}
 LARGE_MODEL: Mapping[str, Any] = {
     **IMAGES,
@@ -251,6 +253,7 @@ LARGE_MODEL: Mapping[str, Any] = {
 SPECS = [
     EnvSpec(
         name=f"sd3-{reward}",
+        differentiable=reward == "aesthetic",
         factory=_factory(reward),
         config=TextToImageConfig(),
         recommended=lambda config, reward=reward: recommended_for(  # type: ignore[misc]

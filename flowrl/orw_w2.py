@@ -160,6 +160,8 @@ class ORWCFM(ORWCFMW2):
 class ORWCFMKL(ORWCFMW2):
     """ORW-CFM whose penalty is the Kullback-Leibler divergence: the same, weighted by t / (1 - t)."""
 
+    kind = "endpoint-kl"
+
     def penalty(self, t: torch.Tensor) -> torch.Tensor:
         """`alpha t / (1 - t)`, clipped near t = 1."""
         return self.config.alpha * kl_time_weight(t)

@@ -27,10 +27,13 @@ class EnvSpec:
         factory: `factory(config) -> GenerationEnv`.
         config: A frozen dataclass instance; its fields are the `--env.X` settings.
         recommended: `recommended(config) -> {setting: value}`: algorithm settings that suit this environment,
-            used for every setting that the user does not give. A key is a setting's name, or
-            `"ALGO.setting"` for one algorithm only.
+            used for every setting that the user does not give. A key is a setting's name, or `"KIND.setting"` for
+            algorithms of one kind (docs/how-to/algorithm.md), so that a new one starts with them; shipped environments
+            name no algorithm, but `"ALGO.setting"` works too.
         total_timesteps: How many samples `flowrl.run` trains on unless told otherwise.
         summary: One line for the list of environments.
+        differentiable: Whether its own reward has a gradient by the samples, as methods that learn from it need; None
+            where that is not known.
     """
 
     name: str
@@ -40,6 +43,7 @@ class EnvSpec:
     total_timesteps: int = 20_000
     version: int = 0
     summary: str = ""
+    differentiable: bool | None = False
 
     @property
     def gymnasium_id(self) -> str:

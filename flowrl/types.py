@@ -75,6 +75,12 @@ class Batch(NamedTuple):
     group: torch.Tensor  # (B,) int64, equal for samples that were drawn together for one context
     extra: Mapping[str, torch.Tensor] = MappingProxyType({})  # name -> (B, ...), what `draw` gave beside the samples
 
+    @classmethod
+    def of(cls, x_1: torch.Tensor, context_ids: torch.Tensor) -> Batch:
+        """Make a batch of samples (B, *latent_shape) and contexts (B,) alone: without rewards, each its own group."""
+        nothing = torch.zeros(len(x_1), device=x_1.device)
+        return cls(x_1, context_ids, nothing, nothing, torch.arange(len(x_1), device=x_1.device))
+
     @property
     def weight(self) -> torch.Tensor:
         """Weights (B,) that `weigh` gave, not negative."""

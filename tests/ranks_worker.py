@@ -25,6 +25,18 @@ SMALL: dict[str, Any] = {
 PICTURES: dict[str, Any] = {"n_samples": 8, "batch_size": 8, "rollout_steps": 2, "group_size": 4}
 
 
+OUTSIDE: dict[str, dict[str, Any]] = {
+    "nft:NFT": {},
+    "awm:AWM": {},
+    "dpo:DPO": {"batch_size": 8},
+    "draft:DRaFT": {"n_epochs": 1, "accumulation": 1},
+    "fpo:FPO": {},
+    "adjoint:AdjointMatching": {},
+    "tilt:Tilt": {"pool": 64},
+}
+"""Algorithms of tests/outside, and their settings."""
+
+
 def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """Algorithm, environment, its settings, and those of the algorithm, by name."""
     found: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {}
@@ -33,6 +45,8 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
         found[name] = (name, "gaussians-linear", {}, SMALL | own)
         if name in ("orw_w2", "dpok", "flow_grpo"):
             found[f"{name}, LoRA"] = (name, "gaussians-linear", {}, SMALL | own | {"lora_rank": 4})
+    for name in OUTSIDE:
+        found[name] = (f"outside.{name}", "gaussians-linear", {}, SMALL | OUTSIDE[name])
     found["transport"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"coupling": "ot", "target": "plain"})
     found["branches"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"branch": True, "window": 2, "ratio": "guard"})
     found["pictures"] = ("orw_w2", "sd3-count", {}, PICTURES)
@@ -70,7 +84,7 @@ def weight_sums(model: flowrl.FlowAlgorithm) -> torch.Tensor:
 def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
     """Train a case for three iterations and evaluate it; before the third it may be saved and loaded."""
     algo, env, env_settings, settings = cases()[name]
-    model = ALGORITHMS[algo]("FlowPolicy", env, seed=3, device="cpu", env_settings=env_settings, **settings)
+    model = flowrl.algorithm_class(algo)("FlowPolicy", env, seed=3, device="cpu", env_settings=env_settings, **settings)
     rows, saved = [], None
     for i in range(3):
         if i == 2 and checkpoint is not None:

@@ -233,5 +233,5 @@ def names() -> str:
         lines.append(f"  {name:20s} {summary}".rstrip())
     lines.append("environments:")
     for name, spec in ENVIRONMENTS.items():
-        lines.append(f"  {name:20s} {spec.summary}")
+        lines.append(f"  {name:20s} {spec.summary}" + (" [differentiable]" if spec.differentiable else ""))
     return "\n".join(lines)

@@ -58,9 +58,10 @@ def recommended_settings(cls: type[Method], known: Collection[str], recommended:
 
     A key is a setting, `KIND.setting` for a kind of algorithm, or `NAME.setting` for one; the later win.
     """
-    found = {key: value for key, value in recommended.items() if key in known}
-    for prefix in (f"{cls.kind}.", f"{cls.name}."):
-        found |= {key.removeprefix(prefix): value for key, value in recommended.items() if key.startswith(prefix)}
+    found: dict[str, Any] = {}
+    for prefix in ("", f"{cls.kind}.", f"{cls.name}."):
+        keys = [key for key in recommended if key.startswith(prefix) and key.removeprefix(prefix) in known]
+        found |= {key.removeprefix(prefix): recommended[key] for key in keys}
     return found
 
 

@@ -6,18 +6,19 @@ import contextlib
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import psutil
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowrl.distributed.ranks import Ranks
+from flowrl.errors import FlowRLError
 from flowrl.types import RewardOutput, Rows
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from flowrl.envs.base import GenerationEnv
     from flowrl.training.algorithm import FlowAlgorithm
 
+DEPENDS_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What tensors without storage raise where their values are asked for."""
 STEPS = 2
 """Sampler steps that are tried; what an ODE sampler holds does not depend on their number."""
 
@@ -108,36 +111,55 @@ def _try(
 def _iterate(model: Any, tracker: _Tracker) -> None:
     """Go through an iteration by the algorithm's own methods, with one chunk of samples and one gradient step."""
     policy, buffer, config = model.policy, model.buffer, model.config
+    _without_values(model, "contexts", lambda: torch.zeros(config.n_samples, dtype=torch.long))
     ids = model.contexts()[: model.env.num_envs]
     if model.learns_from == "contexts":
         model._fill(ids)
     else:
         with tracker.phase("drawing samples"):
-            if model.learns_from == "samples":
-                policy.steps = min(STEPS, config.rollout_steps)
             x_1, rows = _drawn(model, ids)
-            if policy.steps < config.rollout_steps and any(row.dim() > 1 for row in rows.values()):
-                policy.steps, policy._times = config.rollout_steps, None  # rows may be of the sampler's steps
-                x_1, rows = model.draw(ids)
         with tracker.phase("decoding samples"):
             output, _ = model.reward(policy.decode(x_1), ids)
             buffer.add(x_1, ids, output.reward, rows)
     buffer.size = min(config.n_samples, -(-config.batch_size * config.accumulation // buffer.parts))
+    n = min(buffer.size * buffer.parts, config.entries_per_epoch())
+    _without_values(model, "order", lambda: torch.arange(n))
     for parameter in policy.parameters_of("current").values():
         parameter.grad = torch.zeros_like(parameter)
     policy.optimizer.step()  # its moments are there from the first step on
     policy.optimizer.zero_grad()
     with tracker.phase("training"):
-        with contextlib.suppress(DataDependentOutputException):  # weights that depend on values: numbers, no memory
+        with contextlib.suppress(*DEPENDS_ON_VALUES):  # weights are numbers, no memory
             if not model.unpredictable:
                 model._weigh()
         model.update()
 
 
+def _without_values(model: Any, method: str, otherwise: Callable[[], torch.Tensor]) -> None:
+    """Put another method in place of one that depends on the values of tensors, as those without storage have none."""
+    try:
+        getattr(model, method)()
+    except DEPENDS_ON_VALUES:
+        setattr(model, method, otherwise)
+
+
 def _drawn(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
-    """Draw by the algorithm's own method; where its work is unpredictable, by the policy alone."""
+    """Draw by the algorithm's own method; where its work is unpredictable, by the policy alone.
+
+    With few steps of the sampler first: an ODE sampler holds no more with many. A method that asks for more steps, or
+    whose rows may be of the sampler's steps, then draws with all.
+    """
+    policy, steps = model.policy, model.config.rollout_steps
     if model.unpredictable:
-        return model.policy.sample_latents(ids, role=model.behaviour_role, generator=model.generator), {}
+        policy.steps = min(STEPS, steps)
+        return policy.sample_latents(ids, role=model.behaviour_role, generator=model.generator), {}
+    if model.learns_from == "samples":
+        policy.steps = min(STEPS, steps)
+        with contextlib.suppress(FlowRLError):
+            x_1, rows = model.draw(ids)
+            if not any(row.dim() > 1 for row in rows.values()):
+                return x_1, rows
+        policy.steps, policy._times = steps, None
     return model.draw(ids)
 
 
@@ -157,7 +179,7 @@ def _parts(model: Any) -> dict[str, int]:
         "copies of them": sum(sizes.values()),
         "gradients": _bytes(policy.parameters_of("current").values()),
         "optimizer": _bytes(v for state in policy.optimizer.state.values() for v in state.values()),
-        "further networks": _bytes(model.extra_state.state().values()),
+        "further networks and tensors": _bytes(model.extra_state.state().values()),
         "encoded prompts": _bytes(policy.condition(torch.arange(len(policy.contexts)))),
         "rollout buffer": model.buffer.nbytes,
     }

@@ -11,7 +11,7 @@ import torch
 from flowrl.config import FlowConfig
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationVecEnv, draw_contexts
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, RewardError
 from flowrl.functional.flow import interpolate, sample_time
 from flowrl.functional.losses import squared_error
 from flowrl.training.buffer import RolloutBuffer
@@ -150,10 +150,15 @@ class Method(ABC):
         Raises:
             ConfigError: The reward has no gradient; names it.
         """
-        samples = self.policy.decode(x_1)
-        output, kept = self.reward_calls(samples, context_ids, grad=True)
+        samples, own = self.policy.decode(x_1), self.name or type(self).__name__
+        try:
+            output, kept = self.reward_calls(samples, context_ids, grad=True)
+        except RewardError as error:
+            if "requires grad" not in str(error):  # as torch says of a tensor that is to become an array
+                raise
+            raise ConfigError(without_gradient(own, self.env.core)) from error
         if not output.reward.requires_grad:
-            raise ConfigError(without_gradient(self.name or type(self).__name__, self.env.core))
+            raise ConfigError(without_gradient(own, self.env.core))
         if self.learns_from == "contexts":
             self.record.add(samples.detach(), context_ids, output.detached())
         return output.reward.detach().mean().repeat(len(x_1)).index_copy(0, kept, output.reward)

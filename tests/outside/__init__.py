@@ -1,0 +1,1 @@
+"""Algorithms as strangers to this library write them: one file each, importing public names only."""
