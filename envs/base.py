@@ -266,7 +266,7 @@ class GenerationVecEnv(VecEnv):
         is_tensor = isinstance(actions, torch.Tensor)
         samples = actions if is_tensor else torch.as_tensor(np.asarray(actions, dtype=np.float32))
         finished = self._contexts
-        output = self.core.evaluate(samples, torch.from_numpy(finished))
+        output = self.core.evaluate(samples, torch.from_numpy(finished)).detached()
         contexts = self._draw()
         infos = [
             {"context": self.core.contexts[i], "terminal_observation": i, "TimeLimit.truncated": False}

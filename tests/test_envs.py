@@ -17,6 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from torch import nn
 
 import flowrl
+from flowrl.envs.base import GenerationVecEnv
 from flowrl.envs.gaussians import GaussianMixture
 from flowrl.envs.text_to_image import embedded_for
 from flowrl.errors import ConfigError, RewardError, UnknownNameError
@@ -349,7 +350,11 @@ def test_rewards_may_be_lists_arrays_or_carry_gradients(names: Callable[[], str]
     ):
         name = names()
         flowrl.register_env(name, flow=Small)(reward)
-        output = flowrl.make(name).evaluate(torch.ones(4, 3), torch.zeros(4, dtype=torch.long)).reward
+        env = flowrl.make(name)
+        output = env.evaluate(torch.ones(4, 3), torch.zeros(4, dtype=torch.long)).reward
         assert output.dtype == torch.float32
-        assert not output.requires_grad
         assert output.tolist() == [1.0] * 4
+        assert env.step(np.ones(3))[1] == 1.0
+        batched = GenerationVecEnv(env, 4)
+        batched.reset()
+        assert batched.step(np.ones((4, 3)))[1].tolist() == [1.0] * 4

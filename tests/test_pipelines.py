@@ -9,6 +9,7 @@ import small_pipelines
 import torch
 from small_pipelines import PROMPTS
 
+import flowrl
 from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.models.diffusers_loading import ADAPTERS
 from flowrl.models.flux import FluxFlow, pack, unpack
@@ -43,7 +44,8 @@ def policy_of(folder: Path, scale: float = 1.0) -> FlowPolicy:
 
     model = load(folder)
     box = spaces.Box(0, 1, model.sample_shape)
-    return FlowPolicy(spaces.Discrete(3), box, model=model, contexts=PROMPTS, guidance_scale=scale, seed=0)
+    config = flowrl.FlowConfig(guidance_scale=scale)
+    return FlowPolicy(spaces.Discrete(3), box, model=model, contexts=PROMPTS, config=config, seed=0)
 
 
 def call_pipeline(flow: PipelineFlow, x_0: torch.Tensor, scale: float, output: str = "latent") -> torch.Tensor:
