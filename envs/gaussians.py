@@ -255,13 +255,13 @@ class GaussiansEnv(GenerationEnv):
         name: str = "gaussians",
         render_mode: str | None = None,
     ) -> None:
-        from flowrl.models.loading import FlowSource
+        from flowrl.models.loading import source_of
         from flowrl.models.mlp import FieldFlow
 
         if flow is None:
             flow = lambda: FieldFlow(mixture.velocity, mixture.dim)  # noqa: E731
         super().__init__(
-            FlowSource.of(flow, sample_shape=(mixture.dim,)),
+            source_of(flow, sample_shape=(mixture.dim,)),
             contexts=[None],
             low=-bound,
             high=bound,

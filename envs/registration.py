@@ -13,7 +13,7 @@ import torch
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.prompts import prompts_from
 from flowrl.errors import ConfigError
-from flowrl.models.loading import SMALL, FlowSource
+from flowrl.models.loading import SMALL, FlowSource, source_of
 from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
 from flowrl.types import Contexts, RewardOutput
 
@@ -124,7 +124,7 @@ def register_env(
         def factory(config: CustomConfig) -> GenerationEnv:
             from flowrl.envs.text_to_image import TextToImageEnv
 
-            source = FlowSource.of(config.flow or flow, sample_shape=sample_shape)
+            source = source_of(config.flow or flow, sample_shape=sample_shape)
             chosen = prompts_from(config.prompt_file or ([None] if prompts is None else prompts), config.held_out_share)
             if source.is_image:
                 return TextToImageEnv(source, chosen.train, reward, name=name, held_out=chosen.held_out)

@@ -14,7 +14,7 @@ from flowrl.envs.prompts import PromptSet, prompts_from
 from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
 from flowrl.envs.rewards.mixture import MixtureReward, make_mixture, parse_mixture
 from flowrl.errors import ConfigError
-from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3
+from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3, source_of
 from flowrl.models.pipeline import PipelineOptions
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
@@ -72,7 +72,7 @@ class TextToImageEnv(GenerationEnv):
     """The sample is an image (3, H, W) with values in [0, 1], the context a prompt.
 
     Args:
-        flow: Source of the flow, see `FlowSource.of`.
+        flow: Source of the flow, see `source_of`.
         prompts: Prompts to draw contexts from.
         reward: `(images (B, 3, H, W) in [0, 1], B prompts) -> (B,)`, or a `RewardOutput`.
         reward_name: What the head of a run says of the reward.
@@ -91,7 +91,7 @@ class TextToImageEnv(GenerationEnv):
         held_out: Sequence[str] = (),
     ) -> None:
         super().__init__(
-            FlowSource.of(flow),
+            source_of(flow),
             contexts=prompts,
             low=0.0,
             high=1.0,
@@ -173,7 +173,7 @@ def _prompts(config: TextToImageConfig, own: Sequence[str] | str) -> PromptSet:
 def _factory(reward: str) -> Callable[..., TextToImageEnv]:
     def make(config: TextToImageConfig, render_mode: str | None = None) -> TextToImageEnv:
         wanted = reward if config.reward == "auto" else config.reward
-        flow = FlowSource.of(config.flow, pipeline=config.pipeline(), embedded=embedded_for(wanted))
+        flow = source_of(config.flow, pipeline=config.pipeline(), embedded=embedded_for(wanted))
         chosen, note = wanted, ""
         if config.reward == "auto" and reward == "aesthetic" and flow.is_embedded:
             chosen = "colourfulness"

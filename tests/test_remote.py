@@ -30,7 +30,7 @@ from flowrl.envs.rewards import make_reward, remote, wire
 from flowrl.envs.rewards.catalogue import REWARDS
 from flowrl.envs.rewards.remote import RemoteReward
 from flowrl.errors import ConfigError, RewardError
-from flowrl.models.loading import FlowSource
+from flowrl.models.loading import source_of
 from flowrl.types import RewardOutput
 
 Script = Callable[["Handler", dict[str, Any]], None]
@@ -594,7 +594,7 @@ def test_options_as_written_on_the_command_line() -> None:
 def test_in_an_environment(server: LocalServer) -> None:
     """The environment's own check comes on top; its message stays the reward's."""
     reward = RemoteReward(server.url)
-    env: GenerationEnv = CustomEnv(FlowSource.of("gaussians"), [None], reward, "far", -1.0, 1.0)
+    env: GenerationEnv = CustomEnv(source_of("gaussians"), [None], reward, "far", -1.0, 1.0)
     samples = points(4)
     output = env.evaluate(samples, torch.zeros(4, dtype=torch.long))
     assert output.reward.tolist() == pytest.approx(samples.mean(1).tolist(), abs=1e-6)

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 import flowrl
 from flowrl.errors import ModelLoadError
-from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.models.loading import ASSETS, source_of
 from flowrl.pages import model_card as card
 from flowrl.storage import revisions
 
@@ -38,7 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_a_commit_it_is_said_which_one_was_read(hub: Path) -> None:
     with pytest.warns(UserWarning, match=f"without a commit, at {NEW} today; write OWNER/NAME@{NEW}"):
-        source = FlowSource.of("OWNER/NAME")
+        source = source_of("OWNER/NAME")
     assert (source.source, source.revision) == ("OWNER/NAME", NEW)
     assert NEW in source.description
     assert revisions.READ == {"OWNER/NAME": NEW}
@@ -47,7 +47,7 @@ def test_without_a_commit_it_is_said_which_one_was_read(hub: Path) -> None:
 def test_a_commit_is_what_is_read(hub: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        source = FlowSource.of(f"OWNER/NAME@{OLD}")
+        source = source_of(f"OWNER/NAME@{OLD}")
     assert (source.source, source.revision) == (f"OWNER/NAME@{OLD}", OLD)
     shutil.rmtree(hub / "snapshots" / NEW)
     assert isinstance(source.load(), torch.nn.Module)
@@ -56,7 +56,7 @@ def test_a_commit_is_what_is_read(hub: Path) -> None:
 
 def test_a_commit_that_is_not_there(hub: Path) -> None:
     with pytest.raises(ModelLoadError, match=f"Cannot get 'OWNER/NAME@{'c' * 40}' from the hub"):
-        FlowSource.of(f"OWNER/NAME@{'c' * 40}")
+        source_of(f"OWNER/NAME@{'c' * 40}")
 
 
 @pytest.mark.filterwarnings("ignore:.*is read from the hub without a commit")

@@ -17,9 +17,9 @@ from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.functional.solvers import time_grid
 from flowrl.models.base import VelocityModel
 from flowrl.models.flux import FluxFlow
-from flowrl.models.loading import FlowSource, read_json
 from flowrl.models.pipeline import ENCODERS, PipelineFlow, PipelineOptions, Shapes
 from flowrl.models.sd3 import SD3Flow
+from flowrl.models.source import FlowSource, read_json
 from flowrl.storage import revisions
 
 ADAPTERS: dict[str, type[PipelineFlow]] = {adapter.PIPELINE: adapter for adapter in (SD3Flow, FluxFlow)}
