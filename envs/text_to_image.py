@@ -37,7 +37,8 @@ class TextToImageConfig:
 
     flow: str = "auto"
     """Flow to fine-tune: "mini-sd3", "mini-words" or "mini-spatial" (ship with flowrl), a folder, or a hub name such as
-    stabilityai/stable-diffusion-3.5-medium, which "auto" takes where there is a CUDA device, and else a shipped one."""
+    stabilityai/stable-diffusion-3.5-medium, which "auto" takes where there is a CUDA device and its files can be had
+    (in the cache, or the hub answers for them), and else a shipped one."""
     reward: str = "auto"
     """What to score: "auto" is the reward in the environment's name; or another registered one, module:name,
     winrate(NAME) (share of the samples of the same prompt that are beaten), or a weighted sum of them written
@@ -195,7 +196,7 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
 
 def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
     """Algorithm settings that suit a text-to-image flow, the embedded one or a large one, and a reward."""
-    name = chosen_sd3(embedded_for(reward)) if flow in ("auto", "sd3") else flow
+    name = chosen_sd3(embedded_for(reward))[0] if flow in ("auto", "sd3") else flow
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
     if name in OWN:
         return {**model, **OWN[name]}

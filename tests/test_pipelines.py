@@ -139,6 +139,14 @@ def test_weights_in_the_types_asked_for(folder: Path) -> None:
     assert load(folder, network_dtype=torch.bfloat16).network.dtype == torch.bfloat16
 
 
+def test_imitated_prompts_are_where_the_encoders_are(folder: Path) -> None:
+    flow = source_of(str(folder), pipeline=OPTIONS).imitation(torch.float32, torch.float32)
+    for encoder in flow._encoders().values():
+        encoder.to("meta")
+    flow.move_frozen(torch.device("meta"))
+    assert {part.device.type for part in flow.imitate_prompts(PROMPTS)} == {"meta"}
+
+
 def test_tiled_decoding_is_asked_for(folder: Path) -> None:
     assert not load(folder).pipeline.vae.use_tiling
     assert load(folder, PipelineOptions(resolution=16, vae_tiling=True)).pipeline.vae.use_tiling

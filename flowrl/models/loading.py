@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
 from flowrl.models.base import VelocityModel
 from flowrl.models.pipeline import DEFAULTS, PipelineOptions
 from flowrl.models.source import ASSETS, EMBEDDED, SMALL, FlowSource, read_json
+from flowrl.storage import revisions
 
 __all__ = ["ASSETS", "EMBEDDED", "SMALL", "FlowSource", "chosen_sd3", "read_json", "source_of"]
 
@@ -81,17 +83,30 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
     return FlowSource("", f"from factory {name}", tuple(shape), load, build, load, reloadable=False)
 
 
-def chosen_sd3(embedded: str = "mini-sd3") -> str:
-    """What "auto" takes: the embedded pipeline where there is no CUDA device."""
-    return DEFAULT_SD3 if torch.cuda.is_available() else embedded
+def chosen_sd3(embedded: str = "mini-sd3") -> tuple[str, str]:
+    """Choose what "auto" takes, and say why.
+
+    Stable Diffusion 3.5 medium where there is a CUDA device and its files can be had (from the local cache, or the hub
+    answers for them), the embedded pipeline anywhere else. The hub is asked once per process.
+    """
+    if not torch.cuda.is_available():
+        return embedded, "there is no CUDA device"
+    there, why = _sd3_at_hand()
+    if there:
+        return DEFAULT_SD3, f"a CUDA device is there and {why}"
+    return embedded, f"a CUDA device is there, but not the files of {DEFAULT_SD3}: {why}"
+
+
+@lru_cache(maxsize=1)
+def _sd3_at_hand() -> tuple[bool, str]:
+    return revisions.at_hand(DEFAULT_SD3)
 
 
 def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource:
     if name in ("auto", "sd3"):
-        source = _from_name(chosen_sd3(embedded), options, embedded)
-        cuda = torch.cuda.is_available()
-        why = "a CUDA device is there" if cuda else "there is no CUDA device"
-        other = embedded if cuda else DEFAULT_SD3
+        chosen, why = chosen_sd3(embedded)
+        source = _from_name(chosen, options, embedded)
+        other = embedded if chosen == DEFAULT_SD3 else DEFAULT_SD3
         return replace(
             source,
             description=f"{source.description}, as {why}; choose with --env.flow, e.g. --env.flow {other}",

@@ -123,7 +123,10 @@ class PipelineFlow(VelocityModel):
             length = self.max_sequence_length if "T5" in type(encoder).__name__ else self.pipeline.tokenizer_max_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
         types = [self.pipeline.vae.dtype if shape else torch.float32 for shape in self.condition_shapes()]
-        return tuple(torch.zeros(len(prompts), *s, dtype=t) for s, t in zip(self.condition_shapes(), types))
+        return tuple(
+            torch.zeros(len(prompts), *shape, dtype=dtype, device=self.device)
+            for shape, dtype in zip(self.condition_shapes(), types)
+        )
 
     @abstractmethod
     def condition_shapes(self) -> list[tuple[int, ...]]:
