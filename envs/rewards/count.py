@@ -19,6 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from flowrl.envs.rewards.catalogue import register_reward
+from flowrl.envs.rewards.ranges import UNIT
 from flowrl.envs.shapes import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, parse_prompt
 from flowrl.types import RewardOutput
 
@@ -58,6 +59,7 @@ class CountReward:
 
     description = "share of background, colour, number and shape that are right"
     scale = 0.15
+    takes = UNIT
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1], in [0, 1]; see `count_components`."""

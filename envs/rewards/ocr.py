@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from flowrl.envs.prompts import Prompt
 from flowrl.envs.rewards.catalogue import register_reward
+from flowrl.envs.rewards.ranges import UNIT
 from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.types import RewardOutput
 
@@ -50,6 +51,7 @@ class OCRReward:
     """
 
     scale = 2.0
+    takes = UNIT
 
     def __init__(self, strips: int = 3, share: float = 0.5) -> None:
         if strips < 1 or not 0 < share <= 1:
