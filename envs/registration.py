@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ import gymnasium
 import torch
 
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.envs.prompts import prompts_from
+from flowrl.envs.prompts import prompts_from, shipped_sets
 from flowrl.errors import ConfigError
-from flowrl.models.loading import SMALL, FlowSource, source_of
+from flowrl.models.loading import EMBEDDED, SMALL, FlowSource, source_of
 from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
 from flowrl.types import Contexts, RewardOutput
+
+NAMES_OF_FLOWS = ("auto", "sd3", "exact")
+"""What settings call flows that are no files, beside the shipped ones."""
 
 
 def register(spec: EnvSpec) -> None:
@@ -42,6 +46,7 @@ def make(name: str, *, render_mode: str | None = None, **settings: Any) -> Gener
         UnknownNameError: Unknown name or setting; names the closest.
     """
     spec = environment_spec(name)
+    settings = anchored(settings)
     config = spec.configured(settings)
     env = spec.factory(config)
     if render_mode is not None and render_mode not in env.metadata["render_modes"]:
@@ -50,6 +55,42 @@ def make(name: str, *, render_mode: str | None = None, **settings: Any) -> Gener
     env.recommended = spec.recommended(config)
     env.origin = (spec.name, settings)
     return env
+
+
+PLACES = ("flow", "prompt_file", "classifiers", "data_dir")
+"""Settings that name files or folders."""
+OPTIONS_OF_PLACES = ("model", "head", "clip", "file", "processor", "tokenizer")
+"""Options of rewards that do."""
+
+
+def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Write relative files and folders that are there as absolute ones: a run can then go on from any other folder."""
+    found = dict(settings)
+    for key in PLACES:
+        if isinstance(found.get(key), str | Path):
+            found[key] = _anchored(found[key])
+    if isinstance(options := found.get("reward_options"), tuple | list):
+        found["reward_options"] = tuple(_anchored_option(option) for option in options)
+    return found
+
+
+def _anchored_option(option: Any) -> Any:
+    name, equals, value = str(option).partition("=")
+    named = equals and name.rpartition(".")[2] in OPTIONS_OF_PLACES
+    return f"{name}={_anchored(value)}" if named else option
+
+
+def _anchored(place: str | Path) -> str | Path:
+    """An existing relative path as an absolute one; what means something shipped, or is no such path, as it is."""
+    name = str(place)
+    if not name or name in (*EMBEDDED, *NAMES_OF_FLOWS, *shipped_sets()):
+        return place
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, ValueError, RuntimeError):  # no path can be like this: what reads it says so
+        return place
+    return type(place)(os.path.abspath(path)) if there else place
 
 
 def make_vec(name: str, num_envs: int, **settings: Any) -> GenerationVecEnv:
