@@ -113,7 +113,7 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
         )
     folder = ASSETS / name if name in EMBEDDED else Path(name)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        return _folder_source(folder, name)
+        return _with_resolution(_folder_source(folder, name), options.resolution)
     if not folder.exists() and ("/" not in name or name.startswith((".", "/", "~"))):
         raise ModelLoadError(
             f"There is no flow '{name}': not a shipped name ({', '.join(EMBEDDED)}), not a folder here, and not "
@@ -123,6 +123,16 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
 
     kind = "the embedded small Stable Diffusion 3" if name in EMBEDDED else "a {}"
     return pipeline_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, options)
+
+
+def _with_resolution(source: FlowSource, resolution: int | None) -> FlowSource:
+    """The source itself, if it draws images of that size: its size is fixed."""
+    if resolution is not None and source.sample_shape[-2:] != (resolution, resolution):
+        raise ConfigError(
+            f"The flow '{source.source}' draws samples of shape {source.sample_shape}, of no other resolution: leave "
+            f"resolution = {resolution} out, or choose a text-to-image pipeline as the flow."
+        )
+    return source
 
 
 def _folder_source(folder: Path, name: str) -> FlowSource:
