@@ -12,6 +12,7 @@ from flowrl.envs.rewards.aesthetic import AestheticHead
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, from_pretrained, load_state, published_file, read_state
 from flowrl.errors import ModelLoadError
+from flowrl.models.long_prompts import warn_of_cut
 from flowrl.types import RewardOutput
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
@@ -45,10 +46,13 @@ class ImageRewardReward(ModelReward):
         self.tokenizer = from_pretrained(AutoTokenizer, tokenizer, "imagereward.tokenizer")
         self.network = ImageRewardNetwork.load(file or published_file(REPOSITORY, FILE, "imagereward.file"))
         self.modules = (self.network,)
+        self._warned = False  # of prompts that are cut: once
         self.preprocessing = ImagePreprocessing.of_clip(self.network.image_size)
 
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
+        if not self._warned:
+            self._warned = warn_of_cut(prompts, [("it", self.tokenizer, MAX_TOKENS)], "the reward's text encoder")
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(images.device)

@@ -18,6 +18,7 @@ import torch
 
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
+from flowrl.models.long_prompts import silenced, warn_of_cut
 from flowrl.models.schedules import TIMESTEPS, times_of
 from flowrl.types import Condition, Contexts
 
@@ -147,11 +148,24 @@ class PipelineFlow(VelocityModel):
             if not isinstance(prompt, str):
                 raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
         self._place_encoders()
-        chunks = [
-            self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
-            for i in range(0, len(contexts), PROMPTS_AT_ONCE)
-        ]
+        warn_of_cut(contexts, self.tokenizers(), "the flow's text encoders")
+        with silenced():  # each library says of each prompt what was just said of all
+            chunks = [
+                self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
+                for i in range(0, len(contexts), PROMPTS_AT_ONCE)
+            ]
         return tuple(torch.cat(parts) for parts in zip(*chunks))
+
+    def tokenizers(self) -> list[tuple[str, Any, int]]:
+        """Name of each kind of text encoder, its tokenizer, and how many tokens of a prompt it is given."""
+        found: dict[str, tuple[str, Any, int]] = {}
+        for part, encoder in self._encoders().items():
+            tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"), None)
+            name = "T5" if "T5" in type(encoder).__name__ else "CLIP"
+            if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
+                most = self.max_sequence_length if name == "T5" else self.pipeline.tokenizer_max_length
+                found[name] = (name, tokenizer, most)
+        return list(found.values())
 
     def null_condition(self) -> Condition:
         """Embeddings of the empty prompt, as the pipeline's own guidance uses it."""
