@@ -161,7 +161,18 @@ def test_nothing_runs_foreign_code(name: str) -> None:
 
 def test_import_is_light() -> None:
     """`import flowrl` brings in none of the heavy or optional libraries."""
-    heavy = ("diffusers", "transformers", "peft", "accelerate", "sklearn", "matplotlib", "ot", "tyro")
+    heavy = (
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "sklearn",
+        "matplotlib",
+        "ot",
+        "tyro",
+        "scipy",
+        "httpx2",
+    )
     code = f"import sys, flowrl; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
