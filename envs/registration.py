@@ -13,6 +13,7 @@ import torch
 
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.prompts import prompts_from, shipped_sets
+from flowrl.envs.vector import GenerationVectorEnv
 from flowrl.errors import ConfigError
 from flowrl.models.loading import EMBEDDED, SMALL, FlowSource, source_of
 from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
@@ -29,6 +30,7 @@ def register(spec: EnvSpec) -> None:
         gymnasium.register(
             spec.gymnasium_id,
             entry_point="flowrl.envs.registration:make",
+            vector_entry_point="flowrl.envs.registration:make_vector",
             kwargs={"name": spec.name},
             disable_env_checker=True,
         )
@@ -96,6 +98,11 @@ def _anchored(place: str | Path) -> str | Path:
 def make_vec(name: str, num_envs: int, **settings: Any) -> GenerationVecEnv:
     """`num_envs` copies of an environment as one batched stable-baselines3 VecEnv."""
     return GenerationVecEnv(make(name, **settings), num_envs)
+
+
+def make_vector(name: str, num_envs: int, *, render_mode: str | None = None, **settings: Any) -> GenerationVectorEnv:
+    """`num_envs` copies as a vector environment of Gymnasium, for `gymnasium.make_vec`."""
+    return GenerationVectorEnv(make(name, render_mode=render_mode, **settings), num_envs)
 
 
 @dataclass(frozen=True)
