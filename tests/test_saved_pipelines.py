@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from small_pipelines import PROMPTS
 
 import flowrl
+from flowrl.envs.rewards import make_reward
 from flowrl.errors import ConfigError, ModelLoadError
-from flowrl.models.diffusers_weights import first_failure
+from flowrl.models.imports import first_failure, importing
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 
@@ -256,6 +257,21 @@ def test_an_import_that_fails_is_not_the_folders_fault(sd3: Path, monkeypatch: p
     monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "from_pretrained", broken)
     with pytest.raises(ModelLoadError, match=r"failed first was RuntimeError: operator torchvision::nms.*not at fault"):
         load(sd3)
+
+
+def test_an_import_that_fails_in_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ModuleNotFoundError("Could not import module 'CLIPModel'") from OSError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", broken)
+    with pytest.raises(ModelLoadError, match="failed first was OSError: undefined symbol: _ZN3c10"):
+        make_reward("clip", {"model": "anything"})
+    with pytest.raises(ModelLoadError, match="failed first was OSError"), importing():
+        broken()
+    with pytest.raises(ZeroDivisionError), importing():
+        _ = 1 / 0
 
 
 def test_which_errors_are_of_imports() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, load_model, load_state, published_file, read_state
 from flowrl.envs.rewards.ranges import UNIT
+from flowrl.models.imports import importing
 from flowrl.types import RewardOutput
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -93,7 +94,8 @@ class AestheticReward(ModelReward):
     scale = 0.5
 
     def __init__(self, head: str | None = None, clip: str = CLIP) -> None:
-        from transformers import CLIPVisionModelWithProjection
+        with importing():
+            from transformers import CLIPVisionModelWithProjection
 
         self.head = AestheticHead.load(head or published_file(*HEAD, "aesthetic.head", OTHERWISE))
         self.clip = load_model(CLIPVisionModelWithProjection, clip, "aesthetic.clip", OTHERWISE)

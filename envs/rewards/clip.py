@@ -11,6 +11,7 @@ from torch import nn
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, from_pretrained, load_model
 from flowrl.errors import ModelLoadError
+from flowrl.models.imports import importing
 from flowrl.models.long_prompts import warn_of_cut
 from flowrl.types import RewardOutput
 
@@ -77,7 +78,8 @@ class ClipReward(ModelReward):
     scale = 0.03
 
     def __init__(self, model: str = MODEL) -> None:
-        from transformers import AutoModel, AutoProcessor
+        with importing():
+            from transformers import AutoModel, AutoProcessor
 
         network = load_model(AutoModel, model, "clip.model")
         if not (hasattr(network, "get_text_features") and hasattr(network, "get_image_features")):

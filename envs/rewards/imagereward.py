@@ -12,6 +12,7 @@ from flowrl.envs.rewards.aesthetic import AestheticHead
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, from_pretrained, load_state, published_file, read_state
 from flowrl.errors import ModelLoadError
+from flowrl.models.imports import importing
 from flowrl.models.long_prompts import warn_of_cut
 from flowrl.types import RewardOutput
 
@@ -41,7 +42,8 @@ class ImageRewardReward(ModelReward):
     description = "ImageReward"
 
     def __init__(self, file: str | None = None, tokenizer: str = TOKENIZER) -> None:
-        from transformers import AutoTokenizer
+        with importing():
+            from transformers import AutoTokenizer
 
         self.tokenizer = from_pretrained(AutoTokenizer, tokenizer, "imagereward.tokenizer")
         self.network = ImageRewardNetwork.load(file or published_file(REPOSITORY, FILE, "imagereward.file"))
@@ -68,9 +70,10 @@ class ImageRewardNetwork(nn.Module):
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
-        from transformers import BlipTextConfig, BlipVisionConfig
-        from transformers.models.blip.modeling_blip import BlipVisionModel
-        from transformers.models.blip.modeling_blip_text import BlipTextModel
+        with importing():
+            from transformers import BlipTextConfig, BlipVisionConfig
+            from transformers.models.blip.modeling_blip import BlipVisionModel
+            from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         super().__init__()
         patches = state["image.embeddings.patch_embedding.weight"]  # (width, 3, patch, patch)

@@ -14,8 +14,9 @@ from flowrl.checks import is_whole, shown
 from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.functional.solvers import time_grid
 from flowrl.models.base import VelocityModel
-from flowrl.models.diffusers_weights import first_failure, hub_message, load_pipeline
+from flowrl.models.diffusers_weights import hub_message, load_pipeline
 from flowrl.models.flux import FluxFlow
+from flowrl.models.imports import importing
 from flowrl.models.pipeline import ENCODERS, PipelineFlow, PipelineOptions, Shapes
 from flowrl.models.schedules import check_scheduler
 from flowrl.models.sd3 import SD3Flow
@@ -63,10 +64,8 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
         return adapter(pipeline, shapes, options, length, load_encoders)
 
     def skeleton() -> VelocityModel:
-        try:
+        with importing():
             kind = getattr(importlib.import_module("diffusers"), adapter.TRANSFORMER)
-        except Exception as error:
-            raise ModelLoadError(first_failure(error) or f"diffusers has no {adapter.TRANSFORMER}: {error}") from error
         try:
             with torch.device("meta"):
                 network = kind.from_config(transformer)
@@ -166,7 +165,8 @@ def _check_sizes(config: dict[str, Any], what: str) -> None:
 def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dtype: torch.dtype) -> Any:
     """A part of a pipeline as its configuration says, with the weights that it is initialised with."""
     library, name = index[part]
-    cls = getattr(importlib.import_module(library), name)
+    with importing():
+        cls = getattr(importlib.import_module(library), name)
     config = read_json(fetch(f"{part}/config.json"), part)
     _check_sizes(config, part)
     default = torch.get_default_dtype()

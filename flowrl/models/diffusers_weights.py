@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowrl.errors import ModelLoadError
+from flowrl.models.imports import first_failure
 from flowrl.models.pipeline import ENCODERS, PipelineFlow, PipelineOptions
 from flowrl.models.source import read_json
 from flowrl.storage import revisions
@@ -135,24 +136,6 @@ def _variant_of(file: str) -> str | None:
     """`model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors` -> "fp16"; None for `model.safetensors`."""
     parts = file.removesuffix(".safetensors").split(".")
     return parts[1].split("-")[0] if len(parts) > 1 else None
-
-
-def first_failure(error: BaseException) -> str | None:
-    """Say which import failed first, where an error of loading is none of the files; None where it is."""
-    chain: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in chain:
-        chain.append(following)
-        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
-    if not any(isinstance(link, ImportError) or "Failed to import" in str(link) for link in chain):
-        return None
-    first = chain[-1]
-    reason = (str(first).strip() or "no reason").splitlines()[0]
-    return (
-        "The pipeline's libraries cannot be imported here; what failed first was "
-        f"{type(first).__name__}: {reason}. The files are not at fault. Mend that package: it is missing, or built for "
-        "another version (a torchvision of another build than torch, say: install the one of this torch, or none)."
-    )
 
 
 @contextmanager
