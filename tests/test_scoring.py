@@ -34,7 +34,7 @@ class Judge:
 
 def environment(judge: Judge) -> GenerationEnv:
     env = flowrl.make("gaussians-linear")
-    env.score = judge  # type: ignore[method-assign]
+    env.reward = judge  # type: ignore[method-assign]
     return env
 
 
