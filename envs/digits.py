@@ -18,7 +18,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.idx import read_pair
 from flowrl.envs.rewards.even import CLASSES, EvenReward
 from flowrl.errors import ConfigError
-from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.models.loading import ASSETS, source_of
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
 
@@ -108,7 +108,7 @@ class DigitsEnv(GenerationEnv):
     def __init__(
         self, flow: Any, reward: EvenReward, judge: EvenReward, oracle: EvenDigits, render_mode: str | None = None
     ) -> None:
-        source = FlowSource.of(flow)
+        source = source_of(flow)
         super().__init__(source, contexts=[None], low=0.0, high=1.0, name="digits-even", render_mode=render_mode)
         self.reward_function, self.judge, self.oracle = reward, judge, oracle
 
@@ -142,7 +142,7 @@ class DigitsConfig:
 
 
 def _make(config: DigitsConfig, render_mode: str | None = None) -> DigitsEnv:
-    source = FlowSource.of(config.flow)
+    source = source_of(config.flow)
     channels, size, _ = source.sample_shape if len(source.sample_shape) == 3 else (0, 0, 0)
     if channels != 1:
         raise ConfigError(f"'digits-even' needs a flow of samples of shape (1, H, W), not {source.sample_shape}.")

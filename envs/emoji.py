@@ -14,7 +14,7 @@ from PIL import Image
 from flowrl.envs.rewards.compress import CompressReward
 from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.errors import ConfigError
-from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.models.loading import ASSETS, source_of
 from flowrl.registry import EnvSpec
 
 SIZE, COLUMNS = 32, 41
@@ -66,7 +66,7 @@ class EmojiConfig:
 
 
 def _make(config: EmojiConfig, render_mode: str | None = None) -> TextToImageEnv:
-    source = FlowSource.of(config.flow)
+    source = source_of(config.flow)
     if source.sample_shape != (3, SIZE, SIZE):
         raise ConfigError(f"'emoji-compress' needs a flow of samples of shape (3, 32, 32), not {source.sample_shape}.")
     reward = CompressReward(config.quality)

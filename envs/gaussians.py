@@ -35,18 +35,25 @@ class GaussianMixture:
         if self.means.dim() != 2:
             raise ConfigError(f"means must have shape (K, D), not {tuple(self.means.shape)}.")
         k, d = self.means.shape
-        covariances = torch.as_tensor(covariances, dtype=torch.float32)
+        covariances = torch.as_tensor(covariances, dtype=torch.float32, device=self.means.device)
         if covariances.shape not in ((k, d, d), (d, d)):
             raise ConfigError(f"covariances must have shape {(k, d, d)} or {(d, d)}, not {tuple(covariances.shape)}.")
         self.covariances = covariances.expand(k, d, d).clone()
+        self._check_covariances()
+        weights = torch.as_tensor([1.0] * k if weights is None else weights).to(self.means)
+        self._check_weights(weights)
+        self.weights = weights / weights.sum()
+        self._scale, self._axes = torch.linalg.eigh(self.covariances)  # (K, D), (K, D, D)
+
+    def _check_covariances(self) -> None:
         symmetric = torch.allclose(self.covariances, self.covariances.mT, rtol=1e-4, atol=1e-6)
         if not symmetric or bool(torch.linalg.cholesky_ex(self.covariances).info.any()):
             raise ConfigError("Every covariance must be symmetric and positive definite.")
-        weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+
+    def _check_weights(self, weights: torch.Tensor) -> None:
+        k = len(self.means)
         if weights.shape != (k,) or not bool((weights >= 0).all() and weights.sum() > 0):
             raise ConfigError(f"weights must be {k} numbers, none negative, not all zero.")
-        self.weights = weights / weights.sum()
-        self._scale, self._axes = torch.linalg.eigh(self.covariances)  # (K, D), (K, D, D)
 
     @property
     def dim(self) -> int:
@@ -83,12 +90,13 @@ class GaussianMixture:
         return torch.logsumexp(self.weights.to(x).log() + components.log_prob(x[:, None]), dim=1)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """`n` samples (n, D), on the mixture's device (the generator must be on it too)."""
-        device = self.means.device
-        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        """Draw `n` samples (n, D), on the generator's device; on the mixture's without one."""
+        device = self.means.device if generator is None else generator.device
+        means, weights, covariances = (p.to(device) for p in (self.means, self.weights, self.covariances))
+        k = torch.multinomial(weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.dim, generator=generator, device=device)
-        factor = torch.linalg.cholesky(self.covariances)
-        return self.means[k] + torch.einsum("bde,be->bd", factor[k], noise)
+        factor = torch.linalg.cholesky(covariances)
+        return means[k] + torch.einsum("bde,be->bd", factor[k], noise)
 
     def tilt(
         self,
@@ -255,13 +263,13 @@ class GaussiansEnv(GenerationEnv):
         name: str = "gaussians",
         render_mode: str | None = None,
     ) -> None:
-        from flowrl.models.loading import FlowSource
+        from flowrl.models.loading import source_of
         from flowrl.models.mlp import FieldFlow
 
         if flow is None:
             flow = lambda: FieldFlow(mixture.velocity, mixture.dim)  # noqa: E731
         super().__init__(
-            FlowSource.of(flow, sample_shape=(mixture.dim,)),
+            source_of(flow, sample_shape=(mixture.dim,)),
             contexts=[None],
             low=-bound,
             high=bound,

@@ -17,7 +17,7 @@ import torch
 
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
-from flowrl.models.loading import FlowSource
+from flowrl.models.loading import source_of
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
 
@@ -163,7 +163,7 @@ class PlanEnv(GenerationEnv):
         scale: float = 100.0,
         render_mode: str | None = None,
     ) -> None:
-        source = FlowSource.of(flow, sample_shape=(LENGTH,))
+        source = source_of(flow, sample_shape=(LENGTH,))
         if source.sample_shape != (LENGTH,):
             raise ConfigError(f"'{name}' needs a flow of samples of shape ({LENGTH},), not {source.sample_shape}.")
         super().__init__(source, contexts=[None], low=-1.0, high=1.0, name=name, render_mode=render_mode)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ MAX_BYTES = 4_000_000
 MAX_CHARACTERS = 10_000
 
 Scalar = str | int | float | bool
+Things = tuple[Mapping[str, Any], ...]
+"""What a line of GenEval's metadata asks for: `({"class": "bench", "count": 2, "color": "red"}, ...)`, read-only."""
+THINGS = ("include", "exclude")
+"""Fields that hold such."""
+SURROGATES = ("\ud800", "\udfff")
 
 
 class Prompt(str):
@@ -35,31 +41,62 @@ class Prompt(str):
 
     Args:
         text: What the flow is asked for.
-        fields: What else is known of it, by name: `{"count": 3, "object": "apple"}`. Read-only.
+        fields: What else is known of it, by name: `{"count": 3, "object": "apple"}`. Read-only. Texts, numbers, true or
+            false; `include` and `exclude` can be lists of things as in the metadata of GenEval (Ghosh et al. 2023).
         weight: How often training draws it, relative to the others.
 
     Raises:
         ConfigError: The weight is not a finite positive number, or a field is no scalar.
     """
 
-    fields: Mapping[str, Scalar]
+    fields: Mapping[str, Any]
     weight: float
 
-    def __new__(cls, text: str, fields: Mapping[str, Scalar] | None = None, weight: float = 1.0) -> Prompt:
+    def __new__(cls, text: str, fields: Mapping[str, Any] | None = None, weight: float = 1.0) -> Prompt:
         """A new string, with what belongs to it."""
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight <= sys.float_info.max:
             raise ConfigError(f"the weight must be a finite number above 0, not {weight!r}")
-        for name, value in (fields or {}).items():
-            if not isinstance(value, Scalar) or (isinstance(value, float) and not math.isfinite(value)):
+        known = dict(fields or {})
+        for name, value in known.items():
+            if name in THINGS and isinstance(value, list | tuple):
+                known[name] = _things(name, value)
+            elif not isinstance(value, Scalar) or (isinstance(value, float) and not math.isfinite(value)):
                 raise ConfigError(f"the field '{name}' must be a text, a finite number, true or false, not {value!r}")
         prompt = super().__new__(cls, text)
-        prompt.fields = MappingProxyType(dict(fields or {}))
+        prompt.fields = MappingProxyType(known)
         prompt.weight = float(weight)
         return prompt
 
     def __deepcopy__(self, memo: Any) -> Prompt:
         return self  # nothing in it can change
+
+
+def _things(field: str, value: Sequence[Any]) -> Things:
+    """Check a list of things as GenEval writes them, and make it read-only.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    for thing in value:
+        known = isinstance(thing, Mapping) and isinstance(thing.get("class"), str) and bool(thing["class"].strip())
+        counted = known and type(thing.get("count", 1)) is int and thing.get("count", 1) >= 1
+        coloured = known and isinstance(thing.get("color", ""), str)
+        if not (counted and coloured and _is_position(thing.get("position"), len(value))):
+            raise ConfigError(
+                f"the field '{field}' must list things as GenEval does, such as "
+                '[{"class": "bench", "count": 2, "color": "red", "position": ["left of", 0]}] (class a text, count a '
+                f"whole number above 0, position a relation and the number of another thing), not {thing!r}"
+            )
+    return tuple(MappingProxyType({k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}) for t in value)
+
+
+def _is_position(position: Any, n: int) -> bool:
+    if position is None:
+        return True
+    if not isinstance(position, list | tuple) or len(position) != 2:
+        return False
+    return isinstance(position[0], str) and type(position[1]) is int and 0 <= position[1] < n
 
 
 @dataclass(frozen=True)
@@ -87,7 +124,7 @@ def prompts_from(prompts: str | Path | Sequence[Any], held_out_share: float = 0.
     if not 0 <= held_out_share < 1:
         raise ConfigError(f"held_out_share must be in [0, 1), not {held_out_share}.")
     if not isinstance(prompts, str | Path):
-        return _split([Prompt(p) if type(p) is str else p for p in prompts], held_out_share)
+        return _split([Prompt(_repaired(p)) if type(p) is str else p for p in prompts], held_out_share)
     path = _located(prompts)
     entries = _read(path)
     if not any(split for _, split in entries):
@@ -112,7 +149,23 @@ def fingerprint(contexts: Sequence[Any]) -> str | None:
     if not all(isinstance(context, Prompt) for context in contexts):
         return None
     entries = [[context, context.weight, sorted(context.fields.items())] for context in contexts]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(entries, default=dict).encode()).hexdigest()
+
+
+def _repaired(text: str) -> str:
+    """Text of a command line that was read in another encoding (the locale "C"), as the UTF-8 that it was.
+
+    Raises:
+        ConfigError: It was none.
+    """
+    if not any(SURROGATES[0] <= character <= SURROGATES[1] for character in text):
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise ConfigError(
+            f"The prompt {text!r} is not UTF-8. Set a locale of UTF-8 (LC_ALL=C.UTF-8), or give the prompts as a file."
+        ) from error
 
 
 def shipped_sets() -> list[str]:
@@ -193,13 +246,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"Cannot read the prompt file '{path}': {reason}.") from error
+        where = "" if path.is_absolute() else f" (from the folder '{Path.cwd()}')"
+        raise ConfigError(f"Cannot read the prompt file '{path}'{where}: {reason}.") from error
     if len(data) > MAX_BYTES:
         raise ConfigError(
             f"The prompt file '{path}' is larger than {MAX_BYTES / 1e6:g} MB. All prompts are encoded and kept in "
             "memory before training: take fewer."
         )
-    return enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    return enumerate(re.split(rb"\r\n|\n|\r", data.removeprefix(b"\xef\xbb\xbf")), start=1)
 
 
 def _decoded(line: bytes) -> str:
@@ -229,7 +283,7 @@ def _json_line(line: str) -> tuple[Prompt, str | None] | None:
     text = entry.pop("prompt", None)
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f'{expected}: "prompt" must be a text that is not empty, not {text!r}')
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if any(SURROGATES[0] <= character <= SURROGATES[1] for character in text):
         raise ConfigError('"prompt" holds half of a surrogate pair: no text encoder can read it')
     split = entry.pop("split", None)
     if split not in (None, "train", "held_out"):

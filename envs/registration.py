@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,15 @@ import gymnasium
 import torch
 
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.envs.prompts import prompts_from
+from flowrl.envs.prompts import prompts_from, shipped_sets
+from flowrl.envs.vector import GenerationVectorEnv
 from flowrl.errors import ConfigError
-from flowrl.models.loading import SMALL, FlowSource
+from flowrl.models.loading import EMBEDDED, SMALL, FlowSource, source_of
 from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
 from flowrl.types import Contexts, RewardOutput
+
+NAMES_OF_FLOWS = ("auto", "sd3", "exact")
+"""What settings call flows that are no files, beside the shipped ones."""
 
 
 def register(spec: EnvSpec) -> None:
@@ -25,6 +30,7 @@ def register(spec: EnvSpec) -> None:
         gymnasium.register(
             spec.gymnasium_id,
             entry_point="flowrl.envs.registration:make",
+            vector_entry_point="flowrl.envs.registration:make_vector",
             kwargs={"name": spec.name},
             disable_env_checker=True,
         )
@@ -42,6 +48,7 @@ def make(name: str, *, render_mode: str | None = None, **settings: Any) -> Gener
         UnknownNameError: Unknown name or setting; names the closest.
     """
     spec = environment_spec(name)
+    settings = anchored(settings)
     config = spec.configured(settings)
     env = spec.factory(config)
     if render_mode is not None and render_mode not in env.metadata["render_modes"]:
@@ -52,9 +59,50 @@ def make(name: str, *, render_mode: str | None = None, **settings: Any) -> Gener
     return env
 
 
+PLACES = ("flow", "prompt_file", "classifiers", "data_dir")
+"""Settings that name files or folders."""
+OPTIONS_OF_PLACES = ("model", "head", "clip", "file", "processor", "tokenizer")
+"""Options of rewards that do."""
+
+
+def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Write relative files and folders that are there as absolute ones: a run can then go on from any other folder."""
+    found = dict(settings)
+    for key in PLACES:
+        if isinstance(found.get(key), str | Path):
+            found[key] = _anchored(found[key])
+    if isinstance(options := found.get("reward_options"), tuple | list):
+        found["reward_options"] = tuple(_anchored_option(option) for option in options)
+    return found
+
+
+def _anchored_option(option: Any) -> Any:
+    name, equals, value = str(option).partition("=")
+    named = equals and name.rpartition(".")[2] in OPTIONS_OF_PLACES
+    return f"{name}={_anchored(value)}" if named else option
+
+
+def _anchored(place: str | Path) -> str | Path:
+    """An existing relative path as an absolute one; what means something shipped, or is no such path, as it is."""
+    name = str(place)
+    if not name or name in (*EMBEDDED, *NAMES_OF_FLOWS, *shipped_sets()):
+        return place
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, ValueError, RuntimeError):  # no path can be like this: what reads it says so
+        return place
+    return type(place)(os.path.abspath(path)) if there else place
+
+
 def make_vec(name: str, num_envs: int, **settings: Any) -> GenerationVecEnv:
     """`num_envs` copies of an environment as one batched stable-baselines3 VecEnv."""
     return GenerationVecEnv(make(name, **settings), num_envs)
+
+
+def make_vector(name: str, num_envs: int, *, render_mode: str | None = None, **settings: Any) -> GenerationVectorEnv:
+    """`num_envs` copies as a vector environment of Gymnasium, for `gymnasium.make_vec`."""
+    return GenerationVectorEnv(make(name, render_mode=render_mode, **settings), num_envs)
 
 
 @dataclass(frozen=True)
@@ -124,7 +172,7 @@ def register_env(
         def factory(config: CustomConfig) -> GenerationEnv:
             from flowrl.envs.text_to_image import TextToImageEnv
 
-            source = FlowSource.of(config.flow or flow, sample_shape=sample_shape)
+            source = source_of(config.flow or flow, sample_shape=sample_shape)
             chosen = prompts_from(config.prompt_file or ([None] if prompts is None else prompts), config.held_out_share)
             if source.is_image:
                 return TextToImageEnv(source, chosen.train, reward, name=name, held_out=chosen.held_out)

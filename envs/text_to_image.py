@@ -14,7 +14,7 @@ from flowrl.envs.prompts import PromptSet, prompts_from
 from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
 from flowrl.envs.rewards.mixture import MixtureReward, make_mixture, parse_mixture
 from flowrl.errors import ConfigError
-from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3
+from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3, source_of
 from flowrl.models.pipeline import PipelineOptions
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
@@ -37,7 +37,8 @@ class TextToImageConfig:
 
     flow: str = "auto"
     """Flow to fine-tune: "mini-sd3", "mini-words" or "mini-spatial" (ship with flowrl), a folder, or a hub name such as
-    stabilityai/stable-diffusion-3.5-medium, which "auto" takes where there is a CUDA device, and else a shipped one."""
+    stabilityai/stable-diffusion-3.5-medium, which "auto" takes where there is a CUDA device and its files can be had
+    (in the cache, or the hub answers for them), and else a shipped one."""
     reward: str = "auto"
     """What to score: "auto" is the reward in the environment's name; or another registered one, module:name,
     winrate(NAME) (share of the samples of the same prompt that are beaten), or a weighted sum of them written
@@ -72,7 +73,7 @@ class TextToImageEnv(GenerationEnv):
     """The sample is an image (3, H, W) with values in [0, 1], the context a prompt.
 
     Args:
-        flow: Source of the flow, see `FlowSource.of`.
+        flow: Source of the flow, see `source_of`.
         prompts: Prompts to draw contexts from.
         reward: `(images (B, 3, H, W) in [0, 1], B prompts) -> (B,)`, or a `RewardOutput`.
         reward_name: What the head of a run says of the reward.
@@ -91,7 +92,7 @@ class TextToImageEnv(GenerationEnv):
         held_out: Sequence[str] = (),
     ) -> None:
         super().__init__(
-            FlowSource.of(flow),
+            source_of(flow),
             contexts=prompts,
             low=0.0,
             high=1.0,
@@ -173,7 +174,7 @@ def _prompts(config: TextToImageConfig, own: Sequence[str] | str) -> PromptSet:
 def _factory(reward: str) -> Callable[..., TextToImageEnv]:
     def make(config: TextToImageConfig, render_mode: str | None = None) -> TextToImageEnv:
         wanted = reward if config.reward == "auto" else config.reward
-        flow = FlowSource.of(config.flow, pipeline=config.pipeline(), embedded=embedded_for(wanted))
+        flow = source_of(config.flow, pipeline=config.pipeline(), embedded=embedded_for(wanted))
         chosen, note = wanted, ""
         if config.reward == "auto" and reward == "aesthetic" and flow.is_embedded:
             chosen = "colourfulness"
@@ -195,7 +196,7 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
 
 def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
     """Algorithm settings that suit a text-to-image flow, the embedded one or a large one, and a reward."""
-    name = chosen_sd3(embedded_for(reward)) if flow in ("auto", "sd3") else flow
+    name = chosen_sd3(embedded_for(reward))[0] if flow in ("auto", "sd3") else flow
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
     if name in OWN:
         return {**model, **OWN[name]}

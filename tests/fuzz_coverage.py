@@ -64,7 +64,7 @@ def readers(folder: Path) -> Readers:
     import flowrl
     from flowrl.envs.prompts import fingerprint, prompts_from
     from flowrl.envs.rewards import wire
-    from flowrl.models.loading import ASSETS, FlowSource
+    from flowrl.models.loading import ASSETS, source_of
     from flowrl.runs.logs import read_metrics
     from flowrl.storage import hub
     from flowrl.storage.files import read_json, read_rows, read_tensors
@@ -101,13 +101,13 @@ def readers(folder: Path) -> Readers:
     rows = b"time/total_timesteps,rollout/reward_mean\n8,0.5\n16,\n24,-1e-3\n"
     add("metrics", folder / "metrics.csv", lambda file: (read_rows(file), read_metrics(file)), rows)
     mlp = (ASSETS / "gaussians" / "config.json").read_bytes()
-    add("flow", folder / "flow" / "config.json", lambda file: FlowSource.of(str(file.parent)), mlp)
+    add("flow", folder / "flow" / "config.json", lambda file: source_of(str(file.parent)), mlp)
     for name in ("model_index.json", "transformer/config.json", "vae/config.json"):
         copy = folder / f"pipeline with {name.replace('/', ' ')}"
         for other in ("model_index.json", "transformer/config.json", "vae/config.json"):
             (copy / other).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ASSETS / "mini-sd3" / other, copy / other)
-        read = lambda file, copy=copy: FlowSource.of(str(copy))  # noqa: E731
+        read = lambda file, copy=copy: source_of(str(copy))  # noqa: E731
         add(f"pipeline, {name}", copy / name, read, (ASSETS / "mini-sd3" / name).read_bytes())
     manifest = b'{"flowrl": "0", "name": "o/n", "kind": "lora", "files": ["a.json"]}'
     add("export", folder / "export" / hub.MANIFEST, lambda file: hub.exported_files(file.parent), manifest)

@@ -18,7 +18,7 @@ from fuzzing import CANARY, JSON, NAMING_CODE, TEXT, Damage, Target, json_code, 
 from flowrl import benchmark, run
 from flowrl.envs.prompts import fingerprint, prompts_from, shares_of
 from flowrl.errors import FlowRLError
-from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.models.loading import ASSETS, source_of
 from flowrl.pages import model_card as card
 from flowrl.pages.benchmark_results import collect
 from flowrl.pages.run_files import RunFiles
@@ -267,7 +267,7 @@ def read_run(folder: Path) -> None:
 
 
 def read_flow(folder: Path) -> None:
-    FlowSource.of(str(folder)).skeleton()
+    source_of(str(folder)).skeleton()
 
 
 def read_export(folder: Path) -> None:

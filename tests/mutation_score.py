@@ -414,9 +414,23 @@ MUTATIONS = (
     Mutation(
         "sd3-time",
         "flowrl/models/sd3.py",
-        "timestep=1000 * (1 - t)",
-        "timestep=1000 * t",
+        "timestep=self.timesteps * (1 - t)",
+        "timestep=self.timesteps * t",
         ("test_sd3.py::test_time_and_sign",),
+    ),
+    Mutation(
+        "sd3-timesteps",
+        "flowrl/models/sd3.py",
+        "timestep=self.timesteps * (1 - t)",
+        "timestep=1000 * (1 - t)",
+        ("test_saved_pipelines.py::test_training_timesteps_other_than_1000",),
+    ),
+    Mutation(
+        "repeated-levels",
+        "flowrl/models/schedules.py",
+        "torch.unique_consecutive(scheduler.sigmas.float().cpu())",
+        "scheduler.sigmas.float().cpu()",
+        ("test_saved_pipelines.py::test_schedulers_of_other_solvers",),
     ),
 )
 

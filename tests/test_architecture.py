@@ -223,7 +223,41 @@ def test_nothing_runs_foreign_code(name: str) -> None:
 
 def test_import_is_light() -> None:
     """`import flowrl` brings in none of the heavy or optional libraries."""
-    heavy = ("diffusers", "transformers", "peft", "accelerate", "sklearn", "matplotlib", "ot", "tyro")
+    heavy = (
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "sklearn",
+        "matplotlib",
+        "ot",
+        "tyro",
+        "scipy",
+        "httpx2",
+    )
     code = f"import sys, flowrl; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def circle_through(name: str, graph: dict[str, set[str]]) -> list[str]:
+    """Modules by which a module imports itself, in order; empty where there is no such way."""
+    ways = [[name]]
+    seen = set()
+    while ways:
+        way = ways.pop()
+        for following in sorted(graph[way[-1]]):
+            if following == name:
+                return [*way, name]
+            if following not in seen:
+                seen.add(following)
+                ways.append([*way, following])
+    return []
+
+
+def test_models_storage_and_environments_import_in_no_circle() -> None:
+    """Not even inside functions: two modules that need each other are one, or want a third."""
+    mine = {name for name in MODULES if part(name) in ("models", "storage", "envs")}
+    graph = {name: imports(name, ast.walk(tree_of(name))) & mine for name in mine}
+    circles = {name: circle for name in sorted(mine) if (circle := circle_through(name, graph))}
+    assert not circles

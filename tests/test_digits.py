@@ -19,7 +19,7 @@ from flowrl.envs.idx import LARGEST, read_idx, read_pair
 from flowrl.envs.rewards.even import DigitClassifier, EvenReward
 from flowrl.errors import ConfigError, ModelLoadError, RewardError
 from flowrl.functional.metrics import entropy, wasserstein2
-from flowrl.models.loading import FlowSource
+from flowrl.models.loading import source_of
 from flowrl.models.unet import UNetFlow, UNetShape, to_latents
 from flowrl.runs.pictures import image_grid, save_before_after
 
@@ -272,7 +272,7 @@ def test_a_folder_that_describes_no_unet_is_explained(changes: dict, message: st
     config = {"model": "unet", "channels": 1, "size": 8, "widths": [8]}
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ModelLoadError, match=message):
-        FlowSource.of(str(tmp_path))
+        source_of(str(tmp_path))
 
 
 def test_a_damaged_classifier_is_explained(tmp_path: Path) -> None:

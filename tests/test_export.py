@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from flowrl.errors import CheckpointError, ConfigError, HubError
 from flowrl.export import export, main
-from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.models.loading import ASSETS, source_of
 from flowrl.pages.model_card import LIMITATIONS, _without_folders
 from flowrl.runs.folder import load_model
 from flowrl.sample import draw, seeded_noise
@@ -118,7 +118,7 @@ def test_a_whole_pipeline(shared: dict[str, Path], policies: dict[str, FlowPolic
     theirs = pipeline(prompts, latents=noise, output_type="pt", **sampling).images
     (ours,) = draw(policy, prompts, [1, 2])
     assert (ours - theirs).abs().max() <= 1e-3
-    again = FlowSource.of(str(shared["full"]))
+    again = source_of(str(shared["full"]))
     assert again.sample_shape == policy.model.sample_shape
     loaded = again.load()
     assert loaded.max_sequence_length == 1
@@ -170,7 +170,7 @@ def test_paths_of_this_machine_stay_out_of_the_card(tiny_runs: dict[str, Path], 
     model = load_model(tiny_runs["full"], device="cpu")
     core = model.env.core
     flow = str(tmp_path / "someones" / "my-sd3")
-    core.flow, core.origin = FlowSource.of(flow), ("sd3-compress", {"flow": flow})
+    core.flow, core.origin = source_of(flow), ("sd3-compress", {"flow": flow})
     export(model, tmp_path / "no-run", tmp_path / "out")
     assert "`my-sd3`, a local pipeline" in card(tmp_path / "out")
     for name in ("README.md", "export.json", "sampling.json"):

@@ -20,6 +20,7 @@ from flowrl.envs.gaussians import (
 )
 from flowrl.errors import ConfigError
 from flowrl.functional.solvers import ode_sample, time_grid
+from flowrl.models.mlp import FieldFlow
 
 
 def mixture(dim: int) -> GaussianMixture:
@@ -258,3 +259,23 @@ def test_an_unsymmetric_curvature_tilts_like_its_symmetric_part() -> None:
 def test_a_tilt_of_another_dimension(tilt: dict) -> None:
     with pytest.raises(ConfigError, match="shape"):
         mixture(2).tilt(1.0, **tilt)
+
+
+def test_exact_answers_are_where_they_are_asked_for() -> None:
+    """On a second device: the mixture stays where it was made, and mixing devices would be an error."""
+    q = eight_gaussians()
+    x, t = torch.empty(5, 2, device="meta"), torch.empty(5, device="meta")
+    assert q.velocity(t, x).device == x.device
+    assert q.velocity(torch.rand(5), x).device == x.device
+    assert FieldFlow(q.velocity, 2).to("meta")(x, t, ()).device == x.device
+    for reward, _ in REWARDS.values():
+        assert reward(x).device == x.device
+
+
+def test_a_mixture_is_on_the_device_of_its_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GaussianMixture, "_check_weights", lambda self, weights: None)  # these look at values
+    monkeypatch.setattr(GaussianMixture, "_check_covariances", lambda self: None)
+    for weights in (None, [0.5, 0.5]):
+        q = GaussianMixture(torch.zeros(2, 3, device="meta"), torch.eye(3), weights)
+        assert {p.device.type for p in (q.means, q.covariances, q.weights)} == {"meta"}
+        assert q.to("meta").velocity(0.5, torch.empty(4, 3, device="meta")).shape == (4, 3)

@@ -19,7 +19,7 @@ from flowrl import benchmark
 from flowrl.checks import check_types
 from flowrl.envs.prompts import prompts_from
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, ModelLoadError, UnknownNameError
-from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.models.loading import ASSETS, source_of
 from flowrl.pages import model_card as card
 from flowrl.pages.benchmark_results import collect
 from flowrl.run import main
@@ -310,7 +310,7 @@ def test_libraries_named_by_a_pipeline_are_not_imported(tmp_path: Path, hostile_
     """diffusers would import them."""
     folder = pipeline(tmp_path / "flow", "model_index.json", vae=[hostile_module, "x"])
     with pytest.raises(ModelLoadError, match=r"'vae' .* is of 'hostile_module', not of diffusers or transformers"):
-        FlowSource.of(folder)
+        source_of(folder)
     assert hostile_module not in sys.modules
 
 
@@ -327,7 +327,7 @@ def test_libraries_named_by_a_pipeline_are_not_imported(tmp_path: Path, hostile_
 )
 def test_configurations_of_pipelines(tmp_path: Path, file: str, changes: dict, expected: str) -> None:
     with pytest.raises(ModelLoadError, match=expected):
-        FlowSource.of(pipeline(tmp_path, file, **changes)).skeleton()
+        source_of(pipeline(tmp_path, file, **changes)).skeleton()
 
 
 @pytest.mark.parametrize("changes", [{"dim": None}, {"width": 2**40}, {"depth": "4"}, {"depth": 10**6}, {"dim": True}])
@@ -335,7 +335,7 @@ def test_configurations_of_networks(tmp_path: Path, changes: dict) -> None:
     config = json.loads((ASSETS / "gaussians" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ModelLoadError, match="must say dim, width and depth"):
-        FlowSource.of(str(tmp_path))
+        source_of(str(tmp_path))
 
 
 # types of settings

@@ -62,6 +62,24 @@ def test_the_asked_text() -> None:
             asked_text(prompt)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ('a "red" sign that says "stop"', "stop"),
+        ('a sign that says "NO WAY" in "comic sans"', "NO WAY"),
+        ('a "cool" cat holding a card reading: "HI"', "HI"),
+        ('a "vintage" poster with the words "OPEN LATE"', "OPEN LATE"),
+        ('The text is "A" on a "blue" wall', "A"),
+        ('a sign that says "STOP" beside one that says "GO"', "STOP"),
+        ('a "cool" cat beside "DOG"', "DOG"),  # nothing says which: the last
+        ('"SUN" in red on white', "SUN"),
+    ],
+)
+def test_which_of_several_quotations_is_asked_for(prompt: str, text: str) -> None:
+    assert asked_text(prompt) == text
+    assert asked_text(Prompt(prompt, {"text": "else"})) == "else"
+
+
 def test_words_are_read(reward: OCRReward) -> None:
     images = torch.stack([picture(word) for word in WORDS])
     prompts = [f'"{word}" on blue' for word in WORDS]

@@ -13,7 +13,7 @@ import flowrl
 from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.models.diffusers_loading import ADAPTERS
 from flowrl.models.flux import FluxFlow, pack, unpack
-from flowrl.models.loading import FlowSource
+from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 from flowrl.training.policy import FlowPolicy
 
@@ -33,7 +33,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def load(folder: Path, options: PipelineOptions = OPTIONS, **dtypes: torch.dtype) -> PipelineFlow:
-    model = FlowSource.of(str(folder), pipeline=options).load(**dtypes)
+    model = source_of(str(folder), pipeline=options).load(**dtypes)
     assert isinstance(model, PipelineFlow)
     model.pipeline.set_progress_bar_config(disable=True)
     return model
@@ -102,7 +102,7 @@ def test_velocity_sees_time_and_prompt_per_sample(folder: Path) -> None:
 
 
 def test_skeleton_has_the_shapes_and_parameters(folder: Path) -> None:
-    source, flow = FlowSource.of(str(folder), pipeline=OPTIONS), load(folder)
+    source, flow = source_of(str(folder), pipeline=OPTIONS), load(folder)
     skeleton = source.skeleton()
     assert (skeleton.latent_shape, skeleton.sample_shape) == (flow.latent_shape, flow.sample_shape)
     sizes = [{n: p.shape for n, p in model.network.named_parameters()} for model in (skeleton, flow)]
@@ -113,7 +113,7 @@ def test_skeleton_has_the_shapes_and_parameters(folder: Path) -> None:
 @pytest.mark.parametrize("size", [10, 0, -16])
 def test_a_resolution_that_cannot_be_drawn(folder: Path, size: int) -> None:
     with pytest.raises(ConfigError, match=r"multiple of 4 pixels"):
-        FlowSource.of(str(folder), pipeline=PipelineOptions(resolution=size))
+        source_of(str(folder), pipeline=PipelineOptions(resolution=size))
 
 
 def test_encoders_are_released_and_come_back(folder: Path) -> None:
@@ -141,6 +141,14 @@ def test_weights_in_the_types_asked_for(folder: Path) -> None:
     assert load(folder, network_dtype=torch.bfloat16).network.dtype == torch.bfloat16
 
 
+def test_imitated_prompts_are_where_the_encoders_are(folder: Path) -> None:
+    flow = source_of(str(folder), pipeline=OPTIONS).imitation(torch.float32, torch.float32)
+    for encoder in flow._encoders().values():
+        encoder.to("meta")
+    flow.move_frozen(torch.device("meta"))
+    assert {part.device.type for part in flow.imitate_prompts(PROMPTS)} == {"meta"}
+
+
 def test_tiled_decoding_is_asked_for(folder: Path) -> None:
     assert not load(folder).pipeline.vae.use_tiling
     assert load(folder, PipelineOptions(resolution=16, vae_tiling=True)).pipeline.vae.use_tiling
@@ -155,7 +163,7 @@ def test_t5_can_be_left_out(tmp_path: Path) -> None:
     assert zeros.count_nonzero() == 0
     assert full[:, 16:].count_nonzero() > 0
     with pytest.raises(ConfigError, match=r"FluxPipeline.*cannot do without T5"):
-        FlowSource.of(str(small_pipelines.flux(tmp_path / "flux")), pipeline=PipelineOptions(t5=False))
+        source_of(str(small_pipelines.flux(tmp_path / "flux")), pipeline=PipelineOptions(t5=False))
 
 
 def test_packing_is_the_pipelines_own() -> None:
@@ -170,5 +178,5 @@ def test_packing_is_the_pipelines_own() -> None:
 def test_a_pipeline_of_another_kind_names_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     with pytest.raises(ModelLoadError, match=r"StableDiffusionXLPipeline.*StableDiffusion3Pipeline and FluxPipeline"):
-        FlowSource.of(str(tmp_path))
+        source_of(str(tmp_path))
     assert {adapter.TRANSFORMER for adapter in ADAPTERS.values()} == {"SD3Transformer2DModel", "FluxTransformer2DModel"}

@@ -8,6 +8,8 @@ import torch
 import flowrl
 from flowrl.errors import ConfigError
 from flowrl.functional.solvers import evaluations_per_sample
+from flowrl.models.base import VelocityModel
+from flowrl.models.loading import source_of
 from flowrl.training.policy import FlowPolicy, LoRA
 
 PROMPTS = ("red stars on black", "two blue circles", "stars")
@@ -253,3 +255,27 @@ def test_guided_evaluations_are_counted_twice() -> None:
     policy.sample(torch.tensor([0, 1]), steps=3)
     assert policy.evaluations == 2 * 3 * 2
     assert policy.evaluations_per_sample() == 2 * 2
+
+
+class Scaled(VelocityModel):
+    """A flow with parts around its network: a buffer, a frozen parameter and a frozen module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Linear(2, 2)
+        self.frozen = torch.nn.Linear(2, 2)
+        self.shift = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+        self.register_buffer("scale", torch.full((2,), 2.0))
+        self.latent_shape = self.sample_shape = (2,)
+
+    def forward(self, x_t, t, cond):
+        return self.scale * self.network(self.frozen(x_t)) + self.shift
+
+
+def test_a_flow_of_ones_own_goes_where_training_is() -> None:
+    """All of it but the network, which the policy moves itself."""
+    flow = source_of(Scaled).load()
+    flow.move_frozen(torch.device("meta"))
+    assert flow.network.weight.device.type == "cpu"
+    flow.network.to("meta")
+    assert flow(torch.empty(3, 2, device="meta"), torch.empty(3, device="meta"), ()).device.type == "meta"

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,9 +24,10 @@ import flowrl
 from flowrl.envs import prompts as module
 from flowrl.envs.base import draw_contexts
 from flowrl.envs.prompts import Prompt, PromptSet, fingerprint, prompts_from, shares_of, shipped_sets
-from flowrl.envs.registration import CustomConfig
+from flowrl.envs.registration import CustomConfig, anchored
 from flowrl.envs.text_to_image import TextToImageConfig
 from flowrl.errors import CheckpointError, ConfigError, UnknownNameError
+from flowrl.models.loading import ASSETS
 from flowrl.models.mlp import MLP
 from flowrl.registry import ENVIRONMENTS
 from flowrl.run import main
@@ -65,6 +67,114 @@ def test_a_prompt_is_the_string_everywhere() -> None:
     assert (prompt.fields["count"], prompt.weight) == (2, 3.0)
     for other in (copy.copy(prompt), copy.deepcopy(prompt), copy.deepcopy([prompt])[0]):
         assert (other, other.fields, other.weight) == (prompt, prompt.fields, 3.0)
+
+
+GENEVAL = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {
+        "tag": "counting",
+        "include": [{"class": "clock", "count": 2}],
+        "exclude": [{"class": "clock", "count": 3}],
+        "prompt": "a photo of two clocks",
+    },
+    {
+        "tag": "position",
+        "include": [{"class": "cow", "count": 1}, {"class": "bed", "count": 1, "position": ["left of", 0]}],
+        "prompt": "a photo of a bed left of a cow",
+    },
+    {
+        "tag": "color_attr",
+        "include": [{"class": "cup", "count": 1, "color": "white"}, {"class": "cat", "count": 1, "color": "red"}],
+        "prompt": "a photo of a white cup and a red cat",
+    },
+]
+
+
+def test_metadata_of_geneval_are_prompts_with_fields(tmp_path: Path) -> None:
+    read = prompts_from(write(tmp_path / "evaluation_metadata.jsonl", *map(json.dumps, GENEVAL))).train
+    assert [str(prompt) for prompt in read] == [line["prompt"] for line in GENEVAL]
+    assert [prompt.fields["tag"] for prompt in read] == [line["tag"] for line in GENEVAL]
+    assert read[1].fields["include"][0]["count"] == 2
+    assert read[1].fields["exclude"][0] == {"class": "clock", "count": 3}
+    assert read[2].fields["include"][1]["position"] == ("left of", 0)
+    with pytest.raises(TypeError):
+        read[0].fields["include"][0]["count"] = 3
+    other = json.loads(json.dumps(GENEVAL))
+    other[1]["include"][0]["count"] = 4
+    changed = prompts_from(write(tmp_path / "other.jsonl", *map(json.dumps, other))).train
+    assert fingerprint(read) is not None
+    assert fingerprint(read) != fingerprint(changed)
+
+
+@pytest.mark.parametrize(
+    "things",
+    [
+        ["bench"],
+        [{"count": 1}],
+        [{"class": "bench", "count": 0}],
+        [{"class": "bench", "count": 1.5}],
+        [{"class": "bench", "color": 3}],
+        [{"class": "bench", "position": ["left of", 1]}],
+        [{"class": "bench", "position": "left"}],
+    ],
+)
+def test_metadata_that_is_none(tmp_path: Path, things: list[object]) -> None:
+    line = json.dumps({"prompt": "a photo of a bench", "include": things})
+    with pytest.raises(ConfigError, match=r"line 1: the field 'include' must list things as GenEval does, such as"):
+        prompts_from(write(tmp_path / "a.jsonl", line))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_every_kind_of_line_end(tmp_path: Path, end: str) -> None:
+    lines = ["two stars", "", "# not this", "a circle"]
+    (tmp_path / "a.txt").write_bytes(end.join(lines).encode())
+    assert prompts_from(tmp_path / "a.txt").train == ("two stars", "a circle")
+    (tmp_path / "a.jsonl").write_bytes(end.join(json.dumps({"prompt": line}) for line in ("a", "b")).encode())
+    assert prompts_from(tmp_path / "a.jsonl").train == ("a", "b")
+    (tmp_path / "b.txt").write_bytes(f"one{end}one".encode())
+    with pytest.raises(ConfigError, match="line 2: the prompt 'one' is in line 1 already"):
+        prompts_from(tmp_path / "b.txt")
+
+
+def test_prompts_of_a_command_line_in_another_encoding() -> None:
+    """What Python makes of UTF-8 where the locale is "C"; other bytes are no prompt."""
+    garbled = "ein Käfer".encode().decode("ascii", "surrogateescape")
+    assert prompts_from([garbled, "a star"]).train == ("ein Käfer", "a star")
+    with pytest.raises(ConfigError, match=r"is not UTF-8. Set a locale of UTF-8 \(LC_ALL=C.UTF-8\)"):
+        prompts_from([b"ein K\xe4fer".decode("ascii", "surrogateescape")])
+
+
+def test_relative_paths_are_stored_as_absolute_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run goes on from another folder; names of what ships stay names, whatever lies in the folder."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.txt", "stars", "circles")
+    shutil.copytree(ASSETS / "mini-sd3", tmp_path / "sd3")
+    for name in ("animals", "mini-sd3", "auto", "cat"):
+        (tmp_path / name).mkdir()
+    env = flowrl.make("sd3-compress", flow="sd3", prompt_file="mine.txt", reward_options=("compress.quality=90",))
+    assert env.origin == (
+        "sd3-compress",
+        {"flow": "sd3", "prompt_file": str(tmp_path / "mine.txt"), "reward_options": ("compress.quality=90",)},
+    )
+    env = flowrl.make("sd3-compress", flow="./sd3", prompt_file=Path("mine.txt"))
+    assert env.origin[1] == {"flow": str(tmp_path / "sd3"), "prompt_file": tmp_path / "mine.txt"}
+    assert env.flow.source == str(tmp_path / "sd3")
+    kept = {"flow": "mini-sd3", "prompt_file": "animals", "reward_options": ("classifier.label=cat", "clip.model=A/B")}
+    assert anchored(kept) == kept
+    assert anchored({"reward_options": ["clip.model=cat"]}) == {"reward_options": (f"clip.model={tmp_path / 'cat'}",)}
+    assert anchored({"flow": "none/here", "prompts": ("a",)}) == {"flow": "none/here", "prompts": ("a",)}
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.txt", "stars", "circles")
+    model(prompt_file="mine.txt").save(tmp_path / "saved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = flowrl.ORWCFMW2.load(tmp_path / "saved", device="cpu")
+    assert again.env.core.contexts == ["stars", "circles"]
+    with pytest.raises(ConfigError, match=r"Cannot read the prompt file 'mine.txt' \(from the folder '.*elsewhere'\)"):
+        prompts_from("mine.txt")
 
 
 def test_fields_are_read_only() -> None:
@@ -479,7 +589,7 @@ def test_a_run_on_a_file_and_its_evaluation_on_held_out_prompts(run_here: Run, s
     assert "prompts: train (3)" in done.stdout
     folder = tmp_path / "runs" / "r"
     settings = json.loads((folder / "config.json").read_text())["environment"]["settings"]
-    assert settings == {"flow": "mini-sd3", "prompt_file": "shapes.jsonl"}
+    assert settings == {"flow": "mini-sd3", "prompt_file": str(shapes)}
     before = (folder / "evaluation.json").read_text()
     done = run_here("flowrl.evaluate", "runs/r", "--prompts", "held_out", "--n-samples", 4)
     assert done.returncode == 0, done.stderr

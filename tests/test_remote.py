@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import re
+import socket
+import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +30,7 @@ from flowrl.envs.rewards import make_reward, remote, wire
 from flowrl.envs.rewards.catalogue import REWARDS
 from flowrl.envs.rewards.remote import RemoteReward
 from flowrl.errors import ConfigError, RewardError
-from flowrl.models.loading import FlowSource
+from flowrl.models.loading import source_of
 from flowrl.types import RewardOutput
 
 Script = Callable[["Handler", dict[str, Any]], None]
@@ -393,6 +398,86 @@ def test_a_server_that_is_too_slow(server: LocalServer, waits: list[float]) -> N
     assert len(server.seen) == 4
 
 
+def test_an_answer_that_begins_late_has_only_the_rest_of_the_time(server: LocalServer, waits: list[float]) -> None:
+    go_on = threading.Event()
+
+    def late(handler: Handler, request: dict[str, Any]) -> None:
+        go_on.wait(1.2)
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        go_on.wait(20)
+
+    server.script = [late]
+    begun = time.monotonic()
+    try:
+        with pytest.raises(RewardError, match="TimeoutError: timed out, at the last of 1 attempts"):
+            score(server, timeout=1.5, retries=0)
+    finally:
+        go_on.set()
+    assert 1.4 < time.monotonic() - begun < 2.4  # and not 2.7
+
+
+def test_a_connection_that_is_closed_with_the_last_byte(server: LocalServer, waits: list[float]) -> None:
+    """The reply is whole by its announced length, whatever becomes of the connection then; also in many pieces."""
+
+    def close_at_once(handler: Handler, request: dict[str, Any]) -> None:
+        body = json.dumps({"reward": [1, 2, 3]}).encode().ljust(300_000)
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        for start in range(0, len(body), 50_000):
+            handler.wfile.write(body[start : start + 50_000])
+        handler.wfile.flush()
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        handler.close_connection = True
+
+    server.script = [close_at_once]
+    assert score(server).reward.tolist() == [1, 2, 3]
+    assert len(server.seen) == 1
+    assert waits == []
+
+
+def test_a_reply_without_a_length_ends_with_the_connection(server: LocalServer) -> None:
+    def until_closed(handler: Handler, request: dict[str, Any]) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b'{"reward": [1, 2, 3]}')
+        handler.close_connection = True
+
+    server.script = [until_closed]
+    assert score(server).reward.tolist() == [1, 2, 3]
+
+
+def test_nothing_is_unpacked(server: LocalServer) -> None:
+    """A small reply that unpacks to a huge one is taken as the bytes that it is."""
+    server.script = [answer(200, gzip.compress(b'{"reward": [1, 2, 3]}'), Content_Encoding="gzip")]
+    with pytest.raises(RewardError, match="The body is not JSON"):
+        score(server)
+    assert server.seen[0][1]["Accept-Encoding"] == "identity"
+
+
+def test_the_environment_gives_no_proxy_and_no_credentials(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with LocalServer() as closed:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, closed.url)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    score(server, retries=0)
+    assert server.seen[0][1]["Authorization"] is None
+
+
+def test_certificates_are_checked(server: LocalServer, waits: list[float]) -> None:
+    context = remote._tls()
+    assert context.verify_mode == ssl.CERT_REQUIRED
+    assert context.check_hostname
+    with pytest.raises(RewardError, match="SSLError"):  # this server speaks no TLS
+        RemoteReward(server.url.replace("http:", "https:"), retries=0)(points(1), [None])
+    assert server.seen == []
+
+
 def test_nobody_listens(waits: list[float]) -> None:
     with LocalServer() as closed:
         url = closed.url
@@ -509,7 +594,7 @@ def test_options_as_written_on_the_command_line() -> None:
 def test_in_an_environment(server: LocalServer) -> None:
     """The environment's own check comes on top; its message stays the reward's."""
     reward = RemoteReward(server.url)
-    env: GenerationEnv = CustomEnv(FlowSource.of("gaussians"), [None], reward, "far", -1.0, 1.0)
+    env: GenerationEnv = CustomEnv(source_of("gaussians"), [None], reward, "far", -1.0, 1.0)
     samples = points(4)
     output = env.evaluate(samples, torch.zeros(4, dtype=torch.long))
     assert output.reward.tolist() == pytest.approx(samples.mean(1).tolist(), abs=1e-6)

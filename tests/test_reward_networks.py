@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -503,3 +504,15 @@ def test_images_that_are_not_square_are_filled_up() -> None:
     expected[4:20] = small / 255
     got = ImagePreprocessing(24, pad=True, mean=(0, 0, 0), std=(1, 1, 1))(images)[0].permute(1, 2, 0)
     np.testing.assert_allclose(got.numpy(), expected, atol=1.5 / 255)
+
+
+def test_prompts_that_a_reward_cuts_are_warned_of_once(clip: Path) -> None:
+    reward = make_reward("clip", {"model": str(clip)})
+    images, long = pictures(3, 32, 32), "three red stars on blue " * 40
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 prompts are longer than the reward's text encoder can take.*it takes"
+    ):
+        reward(images, ["a star", long, long])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*prompts are longer")
+        reward(images, ["a star", long + "again", long])

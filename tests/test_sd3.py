@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 import flowrl
 from flowrl.errors import ModelLoadError
 from flowrl.functional.solvers import ode_sample
-from flowrl.models.loading import ASSETS, FlowSource
+from flowrl.models.loading import ASSETS, source_of
 from flowrl.models.pipeline import Shapes
 from flowrl.models.sd3 import SD3Flow
 from flowrl.training.policy import FlowPolicy
@@ -23,7 +23,7 @@ PROMPTS = ["three red stars on blue", "white circles", "two green squares on bla
 
 @pytest.fixture(scope="module")
 def flow() -> SD3Flow:
-    model = FlowSource.of("mini-sd3").load()
+    model = source_of("mini-sd3").load()
     model.pipeline.set_progress_bar_config(disable=True)
     return model
 
@@ -116,7 +116,7 @@ def test_prompts_must_be_text(flow: SD3Flow) -> None:
 
 
 def test_skeleton_counts_the_same_parameters(flow: SD3Flow) -> None:
-    source = FlowSource.of(str(MINI))
+    source = source_of(str(MINI))
     assert source.sample_shape == flow.sample_shape
     skeleton = source.skeleton()
     assert skeleton.latent_shape == flow.latent_shape
@@ -134,7 +134,7 @@ def folder(tmp_path: Path) -> Path:
 def test_missing_configuration_names_the_file(folder: Path, file: str) -> None:
     (folder / file).unlink()
     with pytest.raises(ModelLoadError) as caught:
-        FlowSource.of(str(folder))
+        source_of(str(folder))
     assert "my-pipeline" in str(caught.value)
     if file != "model_index.json":  # without it the folder could be any flow; config.json is asked for
         assert Path(file).name in str(caught.value)
@@ -146,30 +146,30 @@ def test_missing_part_names_the_folder(folder: Path, part: str) -> None:
     for file in weights or [*(folder / part).iterdir()]:
         file.unlink()
     with pytest.raises(ModelLoadError, match="my-pipeline"):
-        FlowSource.of(str(folder)).load()
+        source_of(str(folder)).load()
 
 
 def test_truncated_weights(folder: Path) -> None:
     file = next((folder / "transformer").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ModelLoadError, match="my-pipeline"):
-        FlowSource.of(str(folder)).load()
+        source_of(str(folder)).load()
 
 
 def test_broken_json_names_the_file(folder: Path) -> None:
     (folder / "model_index.json").write_text('{"_class_name": ')
     with pytest.raises(ModelLoadError, match=r"model_index\.json"):
-        FlowSource.of(str(folder))
+        source_of(str(folder))
 
 
 def test_a_folder_that_is_no_flow(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"config\.json"):
-        FlowSource.of(str(tmp_path))
+        source_of(str(tmp_path))
 
 
 def test_an_unknown_name() -> None:
     with pytest.raises(ModelLoadError, match="Did you mean 'mini-sd3'"):
-        FlowSource.of("mini-sd")
+        source_of("mini-sd")
 
 
 def test_a_hub_name_without_network(run_module) -> None:

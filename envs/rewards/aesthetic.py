@@ -11,6 +11,8 @@ from torch import nn
 
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, load_model, load_state, published_file, read_state
+from flowrl.envs.rewards.ranges import UNIT
+from flowrl.models.imports import importing
 from flowrl.types import RewardOutput
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -36,6 +38,7 @@ class ColourfulnessReward:
 
     description = "colourfulness (Hasler and Süsstrunk 2003) / 100"
     scale = 0.3
+    takes = UNIT
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
@@ -91,7 +94,8 @@ class AestheticReward(ModelReward):
     scale = 0.5
 
     def __init__(self, head: str | None = None, clip: str = CLIP) -> None:
-        from transformers import CLIPVisionModelWithProjection
+        with importing():
+            from transformers import CLIPVisionModelWithProjection
 
         self.head = AestheticHead.load(head or published_file(*HEAD, "aesthetic.head", OTHERWISE))
         self.clip = load_model(CLIPVisionModelWithProjection, clip, "aesthetic.clip", OTHERWISE)

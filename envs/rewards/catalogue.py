@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from flowrl.envs.rewards.ranges import UNIT, guarded
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.registry import import_module
 from flowrl.types import RewardOutput
@@ -50,11 +51,13 @@ def register_reward(name: str) -> Callable[[Any], Any]:
 
     Attributes that a reward may have: `description` (one line for the head of a run), `scale` (a typical standard
     deviation, by which mixtures divide), `groupwise = True` (compares samples of the same context, so that a call must
-    hold whole groups), `pairwise = True` (called with images_a, images_b and prompts, gives the probability that a is
-    better; its reward is the mean over the samples of the same context).
+    hold whole groups), `takes` (the least and the greatest value of the images that it takes, (0.0, 1.0) as flows draw
+    them: images of another range are refused), `pairwise = True` (called with images_a, images_b and prompts, gives the
+    probability that a is better; its reward is the mean over the samples of the same context).
     """
 
     def register(reward: Any) -> Any:
+        reward = guarded(reward, name)
         known = REWARDS.get(name)
         summary = (reward.__doc__ or "").strip().partition("\n")[0]
         factory: Any = reward if inspect.isclass(reward) else lambda: reward
@@ -156,6 +159,7 @@ class ModelReward(ABC):
     """
 
     modules: Sequence[torch.nn.Module] = ()
+    takes = UNIT
     _device: torch.device | None = None
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:

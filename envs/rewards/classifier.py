@@ -10,6 +10,7 @@ import torch
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, from_pretrained, load_model
 from flowrl.errors import ConfigError, RewardError, did_you_mean
+from flowrl.models.imports import importing
 from flowrl.types import RewardOutput
 
 MODEL = "google/vit-base-patch16-224"
@@ -34,7 +35,8 @@ class ClassifierReward(ModelReward):
     """
 
     def __init__(self, model: str = MODEL, label: str | None = None, log: bool = False) -> None:
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        with importing():
+            from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.network = load_model(AutoModelForImageClassification, model, "classifier.model")
         processor = from_pretrained(AutoImageProcessor, model, "classifier.model")

@@ -11,6 +11,8 @@ from torch import nn
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, from_pretrained, load_model
 from flowrl.errors import ModelLoadError
+from flowrl.models.imports import importing
+from flowrl.models.long_prompts import warn_of_cut
 from flowrl.types import RewardOutput
 
 MODEL = "openai/clip-vit-large-patch14"
@@ -31,12 +33,16 @@ class DualEncoder:
         self.model, self.processor, self.preprocessing = model, processor, preprocessing
         self.length = int(model.config.text_config.max_position_embeddings)
         self._texts: dict[str, torch.Tensor] = {}
+        self._warned = False  # of prompts that are cut: once
 
     def cosine(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Cosine similarity (B,) of each image (B, 3, H, W) in [0, 1] to its own prompt."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._texts:
-                self._texts[prompt] = self._encode(prompt, images.device)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        if new and not self._warned and tokenizer is not None:
+            self._warned = warn_of_cut(new, [("it", tokenizer, self.length)], "the reward's text encoder")
+        for prompt in new:
+            self._texts[prompt] = self._encode(prompt, images.device)
         texts = torch.stack([self._texts[prompt].to(images.device) for prompt in prompts])  # (B, D)
         while len(self._texts) > KEPT_PROMPTS:
             del self._texts[next(iter(self._texts))]
@@ -72,7 +78,8 @@ class ClipReward(ModelReward):
     scale = 0.03
 
     def __init__(self, model: str = MODEL) -> None:
-        from transformers import AutoModel, AutoProcessor
+        with importing():
+            from transformers import AutoModel, AutoProcessor
 
         network = load_model(AutoModel, model, "clip.model")
         if not (hasattr(network, "get_text_features") and hasattr(network, "get_image_features")):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from flowrl.envs.rewards.catalogue import register_reward
+from flowrl.envs.rewards.ranges import UNIT
 from flowrl.types import RewardOutput
 
 
@@ -36,6 +37,7 @@ class IncompressReward:
     """
 
     sign, what = 1, "the JPEG size in kB"
+    takes = UNIT
 
     def __init__(self, quality: int = 95) -> None:
         self.quality = quality

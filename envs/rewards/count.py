@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from flowrl.envs.rewards.catalogue import register_reward
+from flowrl.envs.rewards.ranges import UNIT
 from flowrl.envs.shapes import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, parse_prompt
 from flowrl.types import RewardOutput
 
@@ -58,6 +58,7 @@ class CountReward:
 
     description = "share of background, colour, number and shape that are right"
     scale = 0.15
+    takes = UNIT
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1], in [0, 1]; see `count_components`."""
@@ -133,6 +134,8 @@ Object = tuple[FloatArray, FloatArray, tuple[float, float]]
 
 def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[Object], int]:
     """Colour (3,), cover (h, w) in [0, 1] and centre of each object, and the number of stray foreground pixels."""
+    from scipy import ndimage  # here: importing it takes longer than all of flowrl does
+
     min_area = _MIN_AREA * pixels.shape[0] * pixels.shape[1] / 64**2
     offset = pixels - ground
     contrast = np.sqrt((offset**2).sum(axis=2))
@@ -162,6 +165,8 @@ def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[Object], int]
 
 def _components(mask: NDArray[np.bool_]) -> list[tuple[tuple[slice, slice], NDArray[np.bool_]]]:
     """Bounding box and mask within it of every connected part of ``mask``."""
+    from scipy import ndimage
+
     labels, _ = ndimage.label(mask)
     return [(box, labels[box] == i) for i, box in enumerate(ndimage.find_objects(labels), start=1)]
 
@@ -197,6 +202,8 @@ def _templates() -> tuple[FloatArray, FloatArray, FloatArray]:
         The mean look of each shape (n shapes, n cells), norm 1, and the directions (n shapes, n cells) and
         offsets (n shapes,) of the discriminant.
     """
+    from scipy import ndimage
+
     rng = np.random.default_rng(0)
     means, residuals = [], []
     for shape in SHAPES:

@@ -12,6 +12,7 @@ from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.clip import DualEncoder
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, from_pretrained, load_state, published_file, read_state
 from flowrl.errors import ConfigError, ModelLoadError
+from flowrl.models.imports import importing
 from flowrl.types import RewardOutput
 
 REPOSITORY = "xswu/HPSv2"
@@ -42,7 +43,8 @@ class HPSv2Reward(ModelReward):
     scale = 0.03
 
     def __init__(self, version: str = "v2.1", file: str | None = None, clip: str = CLIP) -> None:
-        from transformers import AutoProcessor, CLIPConfig, CLIPModel
+        with importing():
+            from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
         if version not in FILES:
             raise ConfigError(f"The reward option hpsv2.version must be {' or '.join(FILES)}, not '{version}'.")

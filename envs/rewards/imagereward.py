@@ -12,6 +12,8 @@ from flowrl.envs.rewards.aesthetic import AestheticHead
 from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, from_pretrained, load_state, published_file, read_state
 from flowrl.errors import ModelLoadError
+from flowrl.models.imports import importing
+from flowrl.models.long_prompts import warn_of_cut
 from flowrl.types import RewardOutput
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
@@ -40,15 +42,19 @@ class ImageRewardReward(ModelReward):
     description = "ImageReward"
 
     def __init__(self, file: str | None = None, tokenizer: str = TOKENIZER) -> None:
-        from transformers import AutoTokenizer
+        with importing():
+            from transformers import AutoTokenizer
 
         self.tokenizer = from_pretrained(AutoTokenizer, tokenizer, "imagereward.tokenizer")
         self.network = ImageRewardNetwork.load(file or published_file(REPOSITORY, FILE, "imagereward.file"))
         self.modules = (self.network,)
+        self._warned = False  # of prompts that are cut: once
         self.preprocessing = ImagePreprocessing.of_clip(self.network.image_size)
 
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1]."""
+        if not self._warned:
+            self._warned = warn_of_cut(prompts, [("it", self.tokenizer, MAX_TOKENS)], "the reward's text encoder")
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(images.device)
@@ -64,9 +70,10 @@ class ImageRewardNetwork(nn.Module):
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
-        from transformers import BlipTextConfig, BlipVisionConfig
-        from transformers.models.blip.modeling_blip import BlipVisionModel
-        from transformers.models.blip.modeling_blip_text import BlipTextModel
+        with importing():
+            from transformers import BlipTextConfig, BlipVisionConfig
+            from transformers.models.blip.modeling_blip import BlipVisionModel
+            from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         super().__init__()
         patches = state["image.embeddings.patch_embedding.weight"]  # (width, 3, patch, patch)

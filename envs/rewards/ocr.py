@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from flowrl.envs.prompts import Prompt
 from flowrl.envs.rewards.catalogue import register_reward
+from flowrl.envs.rewards.ranges import UNIT
 from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.types import RewardOutput
 
@@ -24,6 +25,13 @@ STRIDE = 8
 LEAST = 1e-7
 """Probabilities are not taken to be smaller: one hopeless letter should not outweigh all others."""
 QUOTED = re.compile(r'"([^"]+)"')
+SAID = re.compile(
+    r"\b(?:says?|said|saying|reads?|reading|spells?|spelling|spelled|written|titled|captioned|label+ed|"
+    r"(?:words?|texts?|letters?|message|title|caption|label|inscription|slogan)(?: (?:is|are|of))?)[\s:,]*"
+    r'"([^"]+)"',
+    re.IGNORECASE,
+)
+"""A quotation with what says that it is to be written; other quotations may be of anything."""
 
 
 @register_reward("ocr")
@@ -32,7 +40,8 @@ class OCRReward:
 
     The likelihood is that of connectionist temporal classification (Graves et al. 2006): the sum over all ways in which
     frames can spell the text. It is dense: a word that is nearly right scores better than a scribble. The asked text is
-    the prompt's field "text", or what stands in double quotes in the prompt.
+    the prompt's field "text"; or what stands in double quotes after "says", "reads", "with the word", "the text" and
+    the like, the first such quotation; or else the last quotation: 'a "red" sign that says "stop"' asks for "stop".
 
     The recogniser reads lines, so a picture is cut into overlapping strips and the best one counts. Components:
     `exact` (1 where a strip spells exactly the text).
@@ -50,6 +59,7 @@ class OCRReward:
     """
 
     scale = 2.0
+    takes = UNIT
 
     def __init__(self, strips: int = 3, share: float = 0.5) -> None:
         if strips < 1 or not 0 < share <= 1:
@@ -113,8 +123,8 @@ def asked_text(prompt: str) -> str:
         ConfigError: It asks for none.
     """
     field = prompt.fields.get("text") if isinstance(prompt, Prompt) else None
-    quoted = QUOTED.search(prompt)
-    text = str(field) if field is not None else quoted[1] if quoted else ""
+    quoted = [*SAID.findall(prompt)[:1], *QUOTED.findall(prompt)[-1:], ""]
+    text = str(field) if field is not None else quoted[0]
     if not text.strip():
         raise ConfigError(
             f"The reward 'ocr' needs the asked text, and {str(prompt)!r} names none: put it in double quotes, or into "

@@ -10,6 +10,7 @@ from flowrl.envs.rewards.catalogue import ModelReward, register_reward
 from flowrl.envs.rewards.clip import DualEncoder
 from flowrl.envs.rewards.pretrained import ImagePreprocessing, from_pretrained, load_model
 from flowrl.errors import ConfigError
+from flowrl.models.imports import importing
 from flowrl.types import RewardOutput
 
 MODEL = "yuvalkirstain/PickScore_v1"
@@ -37,7 +38,8 @@ class PickScoreReward(ModelReward):
     description = "PickScore"
 
     def __init__(self, model: str = MODEL, processor: str = PROCESSOR, divisor: float = 1.0) -> None:
-        from transformers import AutoProcessor, CLIPModel
+        with importing():
+            from transformers import AutoProcessor, CLIPModel
 
         if not divisor > 0:
             raise ConfigError(f"The reward option pickscore.divisor must be positive, not {divisor}.")

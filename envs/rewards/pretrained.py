@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from flowrl.errors import ModelLoadError
+from flowrl.models.imports import first_failure
 from flowrl.storage import revisions
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -37,7 +38,7 @@ def from_pretrained(cls: Any, name: str, option: str, hint: str = "", **kwargs: 
     try:
         return cls.from_pretrained(repository, revision=revision or "main", trust_remote_code=False, **kwargs)
     except Exception as error:
-        raise ModelLoadError(_message(f"'{name}'", error, option, "FOLDER", hint)) from error
+        raise ModelLoadError(first_failure(error) or _message(f"'{name}'", error, option, "FOLDER", hint)) from error
 
 
 def load_model(cls: Any, name: str, option: str, hint: str = "") -> Any:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import math
 import random
+import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -21,6 +22,9 @@ from flowrl.envs.rewards import wire
 from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.errors import ConfigError, RewardError
 from flowrl.types import RewardOutput
+
+if TYPE_CHECKING:
+    import httpx2
 
 MAX_REPLY = 4 * 2**20  # bytes of a reply that are read at most
 MAX_ERROR = 64 * 2**10  # bytes read of a reply that is an error
@@ -52,7 +56,8 @@ class RemoteReward:
             "auto" is png for (B, 3, H, W) and float32 for any other shape.
         batch_size: Samples per request.
         concurrency: Requests at a time.
-        timeout: Seconds to connect, and seconds to wait for the answer.
+        timeout: Seconds to connect, and seconds to wait for the answer; one that trickles is given up at the first
+            piece that comes later.
         retries: Attempts after the first, per request.
 
     Raises:
@@ -69,7 +74,7 @@ class RemoteReward:
         timeout: float = 60.0,
         retries: int = 4,
     ) -> None:
-        self._parts = _checked_url(url)
+        _check_url(url)
         _require(encoding in ("auto", *wire.ENCODINGS), f"encoding must be auto, png, float16 or float32: {encoding!r}")
         _require(batch_size >= 1, "batch_size must be at least 1")
         _require(1 <= concurrency <= 64, "concurrency must be 1 to 64")
@@ -79,7 +84,13 @@ class RemoteReward:
         self.encoding, self.batch_size, self.concurrency = encoding, batch_size, concurrency
         self.timeout, self.retries = timeout, retries
         self.description = f"remote, scored by {self.url}"
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+            "User-Agent": "flowrl",
+        }
         if token_env is not None:
             token = wire.read_token(token_env)
             _require(bool(token), f"token_env names the variable {token_env}, which is not set: export {token_env}=...")
@@ -98,9 +109,10 @@ class RemoteReward:
         if len(contexts) != len(samples):
             raise RewardError(f"{len(samples)} samples came with {len(contexts)} contexts; there must be one for each.")
         stop = threading.Event()
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with self._client() as client, ThreadPoolExecutor(self.concurrency) as pool:
+            ask = _Asking(client, stop)
             futures = [
-                pool.submit(self._score, samples, contexts, start, stop)
+                pool.submit(self._score, samples, contexts, start, ask)
                 for start in range(0, len(samples), self.batch_size)
             ]
             try:
@@ -112,7 +124,18 @@ class RemoteReward:
                 raise
         return self._joined([future.result() for future in futures])
 
-    def _score(self, samples: torch.Tensor, contexts: Sequence[Any], start: int, stop: threading.Event) -> RewardOutput:
+    def _client(self) -> httpx2.Client:
+        """Connections of one call: no proxies and no credentials of the environment, and redirects are not followed."""
+        import httpx2
+
+        return httpx2.Client(
+            verify=_tls(),
+            trust_env=False,
+            follow_redirects=False,
+            limits=httpx2.Limits(max_keepalive_connections=0),
+        )
+
+    def _score(self, samples: torch.Tensor, contexts: Sequence[Any], start: int, ask: _Asking) -> RewardOutput:
         """Reward of one batch, which begins at `start`."""
         end = min(start + self.batch_size, len(samples))
         encoding = self.encoding
@@ -120,7 +143,7 @@ class RemoteReward:
             encoding = "png" if samples.ndim == 4 and samples.shape[1] == 3 else "float32"
         body = wire.encode_request(samples[start:end], contexts[start:end], encoding)
         which = f"samples {start} to {end - 1} of {len(samples)}, the first of context {contexts[start]!r}"
-        reply, attempts = self._ask(body, which, stop)
+        reply, attempts = self._ask(body, which, ask)
         try:
             return wire.decode_reply(reply, end - start)
         except RewardError as error:
@@ -129,11 +152,11 @@ class RemoteReward:
                 f"It began {reply[:80]!r}. The server must answer as docs/remote-rewards.md says."
             ) from error
 
-    def _ask(self, body: bytes, which: str, stop: threading.Event) -> tuple[bytes, int]:
+    def _ask(self, body: bytes, which: str, ask: _Asking) -> tuple[bytes, int]:
         """The reply's body, and how many attempts it took."""
         for attempt in range(1, self.retries + 2):
             try:
-                return self._attempt(body, attempt), attempt
+                return self._attempt(body, attempt, ask.client), attempt
             except _TransientError as error:
                 reason, wait = str(error), error.wait
             if wait is None:
@@ -141,24 +164,21 @@ class RemoteReward:
             elif wait > LONGEST_RETRY_AFTER:
                 reason += f", and asked to wait {wait:g} s, which is more than {LONGEST_RETRY_AFTER:g}"
                 break
-            if attempt > self.retries or _pause(wait, stop):
+            if attempt > self.retries or _pause(wait, ask.stop):
                 break
         raise RewardError(
             f"The reward server {self.url} gave no score for {which}: {reason}, at the last of {attempt} attempts. "
             "Check that it runs and has this address; remote.timeout and remote.retries say how long to try."
         )
 
-    def _attempt(self, body: bytes, attempt: int) -> bytes:
+    def _attempt(self, body: bytes, attempt: int, client: httpx2.Client) -> bytes:
         """The body of a reply of status 200.
 
         Raises:
             _TransientError: To be tried again.
             RewardError: Trying again would not help.
         """
-        try:
-            status, headers, reply = self._post(body)
-        except (OSError, http.client.HTTPException) as error:
-            raise _TransientError(f"{type(error).__name__}: {error}") from error
+        status, headers, reply = self._post(body, client)
         if status == 200 and len(reply) <= MAX_REPLY:
             return reply
         if status == 429 or status >= 500:
@@ -173,32 +193,43 @@ class RemoteReward:
             said, remedy = f"status {status}, {wire.decode_error(reply)}", _REMEDIES.get(status, _REMEDIES[400])
         raise RewardError(f"The reward server {self.url} answered with {said}, at attempt {attempt}. {remedy}")
 
-    def _post(self, body: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Status, headers, and as much of the body as is read at most."""
-        secure = self._parts.scheme == "https"
-        connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = connect(self._parts.hostname or "", self._parts.port, timeout=self.timeout)
+    def _post(self, body: bytes, client: httpx2.Client) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers, and as much of the body as is read at most.
+
+        Raises:
+            _TransientError: There is no whole answer within the time.
+        """
+        import httpx2
+
+        waits = httpx2.Timeout(self.timeout).as_dict()
+        deadline = math.inf
+
+        def trace(event: str, info: dict[str, Any]) -> None:
+            nonlocal deadline
+            if event.endswith("receive_response_headers.started"):
+                deadline = time.monotonic() + self.timeout
+
+        # a server that refuses a request may answer and close before it has read all of it: the client reads on
+        request = client.build_request(
+            "POST", self.url, content=body, headers=self._headers, extensions={"timeout": waits, "trace": trace}
+        )
+        data, response = bytearray(), None
         try:
-            connection.connect()
-            socket = connection.sock
-            # a server that refuses a request may answer and close before it has read all of it
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.request("POST", self._parts.path.rstrip("/") + wire.SCORE_PATH, body, self._headers)
-            deadline = time.monotonic() + self.timeout
-            response = connection.getresponse()
-            limit = MAX_REPLY if response.status == 200 else MAX_ERROR
-            data = bytearray()
-            while len(data) <= limit:
-                socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-                chunk = response.read1(limit + 1 - len(data))
-                if not chunk:
-                    if response.length:
-                        raise http.client.IncompleteRead(bytes(data), response.length)
-                    break
+            response = client.send(request, stream=True)
+            limit = MAX_REPLY if response.status_code == 200 else MAX_ERROR
+            waits["read"] = max(deadline - time.monotonic(), 1e-3)
+            for chunk in response.iter_raw():
                 data += chunk
-            return response.status, response.headers, bytes(data)
+                if len(data) > limit:
+                    break
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+        except (OSError, httpx2.TransportError) as error:
+            raise _TransientError(_reason(error, begun=response is not None)) from error
         finally:
-            connection.close()
+            if response is not None:
+                response.close()
+        return response.status_code, response.headers, bytes(data)
 
     def _joined(self, outputs: list[RewardOutput]) -> RewardOutput:
         """Batches as one."""
@@ -213,6 +244,14 @@ class RemoteReward:
             torch.cat([output.reward for output in outputs]),
             {name: torch.cat([output.components[name] for output in outputs]) for name in names},
         )
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """What the requests of one call share: connections, and whether another one has failed."""
+
+    client: httpx2.Client
+    stop: threading.Event
 
 
 _CHECK_TOKEN = "Give the variable that holds the server's token as --env.reward-options remote.token_env=NAME."
@@ -230,12 +269,8 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(f"The reward option remote.{message}.")
 
 
-def _checked_url(url: str) -> SplitResult:
-    """The parts of an http or https address that carries no secret.
-
-    Raises:
-        ConfigError: Anything else.
-    """
+def _check_url(url: str) -> None:
+    """Raise `ConfigError` for anything but an http or https address that carries no secret."""
     example = "--env.reward-options remote.url=http://127.0.0.1:8000"
     if not url:
         raise ConfigError(f"The reward 'remote' needs the address of its server: {example}.")
@@ -251,7 +286,29 @@ def _checked_url(url: str) -> SplitResult:
         valid = False
     if not valid or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
         raise ConfigError(f"remote.url must be an http or https address, not {url!r}; e.g. {example}.")
-    return parts
+
+
+@lru_cache(maxsize=1)
+def _tls() -> ssl.SSLContext:
+    """Checks of certificates, by the system's authorities (or those that SSL_CERT_FILE names)."""
+    return ssl.create_default_context()
+
+
+def _reason(error: Exception, begun: bool) -> str:
+    """What failed, by the error of the system where there is one beneath those of the client.
+
+    Args:
+        error: As the client raised it.
+        begun: Whether an answer had begun.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
+    if type(error).__name__ == "RemoteProtocolError":
+        return f"{'IncompleteRead' if begun else 'RemoteDisconnected'}: {error}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _retry_after(text: str | None) -> float | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.envs.rewards.count import Finding, analyse
+from flowrl.envs.rewards.ranges import UNIT
 from flowrl.envs.spatial import RELATIONS, Pair, Thing, parse_pair
 from flowrl.types import RewardOutput
 
@@ -26,6 +27,7 @@ class SpatialReward:
 
     description = "share of number, first thing, second thing and relation that are right"
     scale = 0.2
+    takes = UNIT
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward of images (B, 3, H, W) in [0, 1], in [0, 1].

@@ -66,7 +66,14 @@ class VelocityModel(nn.Module):
         return clone
 
     def move_frozen(self, device: torch.device) -> None:
-        """Move the parts that are no submodules to `device`."""
+        """Move all that is not `network` to `device`: the flow's other submodules, its own buffers and parameters.
+
+        Parts that are no submodules are moved by an override.
+        """
+        for name, module in self.named_children():
+            if name != "network":
+                module.to(device)
+        self._apply(lambda tensor: tensor.to(device), recurse=False)
 
     def release_encoders(self) -> None:
         """Give back the memory of what `encode` alone needs; `encode` gets it again."""

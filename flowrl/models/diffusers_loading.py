@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +14,13 @@ from flowrl.checks import is_whole, shown
 from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.functional.solvers import time_grid
 from flowrl.models.base import VelocityModel
+from flowrl.models.diffusers_weights import hub_message, load_pipeline
 from flowrl.models.flux import FluxFlow
-from flowrl.models.loading import FlowSource, read_json
+from flowrl.models.imports import importing
 from flowrl.models.pipeline import ENCODERS, PipelineFlow, PipelineOptions, Shapes
+from flowrl.models.schedules import check_scheduler
 from flowrl.models.sd3 import SD3Flow
+from flowrl.models.source import FlowSource, read_json
 from flowrl.storage import revisions
 
 ADAPTERS: dict[str, type[PipelineFlow]] = {adapter.PIPELINE: adapter for adapter in (SD3Flow, FluxFlow)}
@@ -29,7 +30,6 @@ LARGEST_SIDE, LARGEST_SIZE, MOST_LAYERS = 2**16, 2**20, 1000
 """Of what a configuration says: pixels, any whole number, layers. Larger ones would take all memory, or for ever."""
 DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError)
 """What code raises when it is given other numbers than it expects."""
-VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")
 
 
 def pipeline_source(location: str, description: str, name: str, options: PipelineOptions) -> FlowSource:
@@ -52,22 +52,23 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     transformer, vae = (read_json(fetch(f"{part}/config.json"), what) for part in ("transformer", "vae"))
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
+    _check_scheduler(index, fetch, location, what)
     length = _length(Path(location) / "sampling.json", what)
 
     def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
         def load_encoders() -> Any:
-            return _load_pipeline(source, name, adapter, options, frozen_dtype, transformer=None, vae=None)
+            return load_pipeline(source, name, index, adapter, options, frozen_dtype, transformer=None, vae=None)
 
         dtypes = {"transformer": network_dtype, "default": frozen_dtype}
-        pipeline = _load_pipeline(source, name, adapter, options, dtypes)
+        pipeline = load_pipeline(source, name, index, adapter, options, dtypes)
         return adapter(pipeline, shapes, options, length, load_encoders)
 
     def skeleton() -> VelocityModel:
-        import diffusers
-
+        with importing():
+            kind = getattr(importlib.import_module("diffusers"), adapter.TRANSFORMER)
         try:
             with torch.device("meta"):
-                network = getattr(diffusers, adapter.TRANSFORMER).from_config(transformer)
+                network = kind.from_config(transformer)
         except DAMAGE as error:
             raise ModelLoadError(f"The configuration of {what} is damaged: {str(error)[:300]}.") from error
         return adapter(SimpleNamespace(transformer=network), shapes)
@@ -100,6 +101,13 @@ def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type
     if ADAPTERS[kind].NEEDS_T5 and not options.t5:
         raise ConfigError(f"'{name}' ({kind}) cannot do without T5: leave --env.t5 on.")
     return ADAPTERS[kind]
+
+
+def _check_scheduler(index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str) -> None:
+    """Look at the scheduler's configuration; where a folder has none, loading says so."""
+    named, file = index.get("scheduler"), "scheduler/scheduler_config.json"
+    if isinstance(named, list) and len(named) == 2 and not (Path(location).exists() and not fetch(file).exists()):
+        check_scheduler(named[1], read_json(fetch(file), what), what)
 
 
 def _shapes(
@@ -157,7 +165,8 @@ def _check_sizes(config: dict[str, Any], what: str) -> None:
 def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dtype: torch.dtype) -> Any:
     """A part of a pipeline as its configuration says, with the weights that it is initialised with."""
     library, name = index[part]
-    cls = getattr(importlib.import_module(library), name)
+    with importing():
+        cls = getattr(importlib.import_module(library), name)
     config = read_json(fetch(f"{part}/config.json"), part)
     _check_sizes(config, part)
     default = torch.get_default_dtype()
@@ -182,86 +191,8 @@ def _fetcher(location: str) -> tuple[Callable[[str], Path], str | None]:
         try:
             return revisions.fetch(name, file)
         except Exception as error:
-            raise ModelLoadError(_hub_message(location, error)) from error
+            raise ModelLoadError(hub_message(location, error)) from error
 
     repository, revision = revisions.split(location)
     revision = download(location, "model_index.json")[1] or revision or "main"
     return lambda file: download(f"{repository}@{revision}", file)[0], revision
-
-
-def _load_pipeline(
-    location: str, name: str, adapter: type[PipelineFlow], options: PipelineOptions, dtype: Any, **components: None
-) -> Any:
-    """The pipeline, or what of it is not set to None."""
-    absent = _absent_components(location, name)
-    repository, revision = (location, None) if Path(location).exists() else revisions.split(location)
-    if not options.t5:
-        absent |= {"text_encoder_3": None, "tokenizer_3": None}
-    try:
-        with _quiet():
-            import diffusers
-
-            pipeline = getattr(diffusers, adapter.PIPELINE).from_pretrained(
-                repository, revision=revision, torch_dtype=dtype, use_safetensors=True, **absent, **components
-            )
-    except Exception as error:
-        if Path(location).exists():
-            raise ModelLoadError(f"The pipeline folder '{name}' is damaged or incomplete: {error}") from error
-        raise ModelLoadError(_hub_message(location, error)) from error
-    for part in (*ENCODERS, "vae"):
-        if getattr(pipeline, part, None) is not None:
-            getattr(pipeline, part).requires_grad_(False).eval()
-    return pipeline
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and advice of the libraries that load a pipeline; errors still raise."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older releases know no other
-        for log, _ in levels:
-            log.set_verbosity_error()
-            log.disable_progress_bar()
-        try:
-            yield
-        finally:
-            for log, level in levels:
-                log.set_verbosity(level)
-                log.enable_progress_bar()
-
-
-def _absent_components(location: str, name: str) -> dict[str, None]:
-    """Components that a local pipeline says it does not have; those that it has must be there.
-
-    Raises:
-        ModelLoadError: A component's folder is missing or empty (transformers would make an empty tokenizer).
-    """
-    folder = Path(location)
-    if not folder.exists():
-        return {}
-    index = read_json(folder / "model_index.json", f"pipeline '{name}'")
-    absent: dict[str, None] = {}
-    for key, value in index.items():
-        if not isinstance(value, list):
-            continue
-        if value[0] is None:
-            absent[key] = None
-        elif key.startswith("tokenizer") and not any((folder / key / file).exists() for file in VOCABULARIES):
-            raise ModelLoadError(f"The pipeline folder '{name}' is incomplete: '{key}' holds no vocabulary.")
-    return {key: None for key in ("text_encoder_3", "tokenizer_3") if key in absent}
-
-
-def _hub_message(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "Gated" in type(error).__name__ or "401" in reason or "403" in reason:
-        page = f"huggingface.co/{revisions.split(name)[0]}"
-        remedy = f"Accept the licence at {page} and set HF_TOKEN to a token of that account"
-    elif "NotFound" in type(error).__name__ and "Entry" not in type(error).__name__:
-        remedy = "Check the name"
-    else:
-        remedy = "Check the network, or download the pipeline elsewhere and give its folder as --env.flow FOLDER"
-    return f"Cannot get '{name}' from the hub: {reason} {remedy}; or use --env.flow mini-sd3, which ships with flowrl."

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flowrl.models.pipeline import ATTENTION, PipelineFlow, Shapes, square
+from flowrl.models.schedules import TIMESTEPS
 from flowrl.types import Condition
 
 LORA_TARGETS = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
@@ -50,7 +51,7 @@ class FluxFlow(PipelineFlow):
         height, width = self.latent_shape[1] // 2, self.latent_shape[2] // 2
         noise_minus_data = self.network(
             hidden_states=pack(x_t).to(prompt_embeds.dtype),
-            timestep=1 - t,
+            timestep=(1 - t) * (self.timesteps / TIMESTEPS),  # the network multiplies by 1000 itself
             guidance=guidance if self.distilled_guidance else None,
             encoder_hidden_states=prompt_embeds,
             pooled_projections=pooled,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,79 +16,44 @@ from flowrl.checks import is_whole
 from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
 from flowrl.models.base import VelocityModel
 from flowrl.models.pipeline import DEFAULTS, PipelineOptions
-from flowrl.storage.files import LARGEST_JSON, parsed_json, read_file
+from flowrl.models.source import ASSETS, EMBEDDED, SMALL, FlowSource, read_json
+from flowrl.storage import revisions
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+__all__ = ["ASSETS", "EMBEDDED", "SMALL", "FlowSource", "chosen_sd3", "read_json", "source_of"]
+
 DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
 LARGEST_MLP, DEEPEST_MLP = 2**14, 100
-SMALL = ("gaussians", "plans", "digits", "emoji")
-"""Shipped flows that are no pipelines of diffusers."""
-EMBEDDED = (*SMALL, "mini-sd3", "mini-words", "mini-spatial")
 
 
-@dataclass(frozen=True)
-class FlowSource:
-    """A flow that is not loaded yet: what `load` will give, known before any weight is read.
+def source_of(
+    flow: Any,
+    sample_shape: tuple[int, ...] | None = None,
+    pipeline: PipelineOptions = DEFAULTS,
+    embedded: str = "mini-sd3",
+) -> FlowSource:
+    """Find what a user gives as `flow=`.
 
-    Attributes:
-        source: A shipped name (`EMBEDDED`), a folder, a hub name (OWNER/NAME or OWNER/NAME@REVISION), or "" for a
-            factory.
-        description: One line for people.
-        sample_shape: Shape of one decoded sample.
-        load: Builds a fresh model on the CPU. Takes the types of the network's weights and of the frozen parts',
-            both float32 by default.
-        skeleton: Builds a model without weights (meta device), to count parameters.
-        imitation: As `load`, with any weights, to predict memory: it is called where tensors have no storage.
-        reloadable: The same weights can be had again from `source` (not so for a factory).
-        is_image: Samples are images with values in [0, 1].
-        revision: Commit of a flow from the hub; empty for others.
+    Args:
+        flow: "sd3" or "auto" (see `chosen_sd3`), a shipped name, a folder, a hub name, or a factory
+            `() -> VelocityModel | nn.Module`.
+        sample_shape: Needed when a factory returns a plain module.
+        pipeline: How a text-to-image pipeline is used.
+        embedded: The shipped pipeline that "auto" takes where it does not take Stable Diffusion 3.5.
+
+    Raises:
+        ModelLoadError: No such name or folder, or the folder is missing files.
+        ConfigError: A factory that does not return a model.
     """
-
-    source: str
-    description: str
-    sample_shape: tuple[int, ...]
-    load: Callable[..., VelocityModel]
-    skeleton: Callable[[], VelocityModel]
-    imitation: Callable[..., VelocityModel]
-    reloadable: bool = True
-    is_image: bool = False
-    revision: str = ""
-
-    @property
-    def is_embedded(self) -> bool:
-        """Whether it is a small model that ships with flowrl."""
-        return self.source in EMBEDDED
-
-    @staticmethod
-    def of(
-        flow: Any,
-        sample_shape: tuple[int, ...] | None = None,
-        pipeline: PipelineOptions = DEFAULTS,
-        embedded: str = "mini-sd3",
-    ) -> FlowSource:
-        """Source from what a user may give as `flow=`.
-
-        Args:
-            flow: "sd3" or "auto" (Stable Diffusion 3.5 with CUDA, `embedded` without), a shipped name, a
-                folder, a hub name, or a factory `() -> VelocityModel | nn.Module`.
-            sample_shape: Needed when a factory returns a plain module.
-            pipeline: How a text-to-image pipeline is used.
-            embedded: The shipped pipeline that "auto" takes without CUDA.
-
-        Raises:
-            ModelLoadError: No such name or folder, or the folder is missing files.
-            ConfigError: A factory that does not return a model.
-        """
-        if isinstance(flow, FlowSource):
-            return flow
-        if callable(flow) and not isinstance(flow, nn.Module):
-            return _from_factory(flow, sample_shape)
-        if not isinstance(flow, str | Path):
-            raise ConfigError(
-                f"flow must be a name, a folder or a factory (a function that returns a model), not a "
-                f"{type(flow).__name__}. Wrap a model as `flow=lambda: model`."
-            )
-        return _from_name(str(flow), pipeline, embedded)
+    if isinstance(flow, FlowSource):
+        return flow
+    if callable(flow) and not isinstance(flow, nn.Module):
+        return _from_factory(flow, sample_shape)
+    if not isinstance(flow, str | Path):
+        raise ConfigError(
+            f"flow must be a name, a folder or a factory (a function that returns a model), not a "
+            f"{type(flow).__name__}. Wrap a model as `flow=lambda: model`."
+        )
+    return _from_name(str(flow), pipeline, embedded)
 
 
 def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | None) -> FlowSource:
@@ -117,24 +83,37 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
     return FlowSource("", f"from factory {name}", tuple(shape), load, build, load, reloadable=False)
 
 
-def chosen_sd3(embedded: str = "mini-sd3") -> str:
-    """What "auto" takes: the embedded pipeline where there is no CUDA device."""
-    return DEFAULT_SD3 if torch.cuda.is_available() else embedded
+def chosen_sd3(embedded: str = "mini-sd3") -> tuple[str, str]:
+    """Choose what "auto" takes, and say why.
+
+    Stable Diffusion 3.5 medium where there is a CUDA device and its files can be had (from the local cache, or the hub
+    answers for them), the embedded pipeline anywhere else. The hub is asked once per process.
+    """
+    if not torch.cuda.is_available():
+        return embedded, "there is no CUDA device"
+    there, why = _sd3_at_hand()
+    if there:
+        return DEFAULT_SD3, f"a CUDA device is there and {why}"
+    return embedded, f"a CUDA device is there, but not the files of {DEFAULT_SD3}: {why}"
+
+
+@lru_cache(maxsize=1)
+def _sd3_at_hand() -> tuple[bool, str]:
+    return revisions.at_hand(DEFAULT_SD3)
 
 
 def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource:
     if name in ("auto", "sd3"):
-        source = _from_name(chosen_sd3(embedded), options, embedded)
-        cuda = torch.cuda.is_available()
-        why = "a CUDA device is there" if cuda else "there is no CUDA device"
-        other = embedded if cuda else DEFAULT_SD3
+        chosen, why = chosen_sd3(embedded)
+        source = _from_name(chosen, options, embedded)
+        other = embedded if chosen == DEFAULT_SD3 else DEFAULT_SD3
         return replace(
             source,
             description=f"{source.description}, as {why}; choose with --env.flow, e.g. --env.flow {other}",
         )
     folder = ASSETS / name if name in EMBEDDED else Path(name)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        return _folder_source(folder, name)
+        return _with_resolution(_folder_source(folder, name), options.resolution)
     if not folder.exists() and ("/" not in name or name.startswith((".", "/", "~"))):
         raise ModelLoadError(
             f"There is no flow '{name}': not a shipped name ({', '.join(EMBEDDED)}), not a folder here, and not "
@@ -144,6 +123,16 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
 
     kind = "the embedded small Stable Diffusion 3" if name in EMBEDDED else "a {}"
     return pipeline_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, options)
+
+
+def _with_resolution(source: FlowSource, resolution: int | None) -> FlowSource:
+    """The source itself, if it draws images of that size: its size is fixed."""
+    if resolution is not None and source.sample_shape[-2:] != (resolution, resolution):
+        raise ConfigError(
+            f"The flow '{source.source}' draws samples of shape {source.sample_shape}, of no other resolution: leave "
+            f"resolution = {resolution} out, or choose a text-to-image pipeline as the flow."
+        )
+    return source
 
 
 def _folder_source(folder: Path, name: str) -> FlowSource:
@@ -211,20 +200,3 @@ def _unet_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...]
 
 BUILDERS = {"mlp": _mlp_builder, "unet": _unet_builder}
 """By the kind of model that a folder's config.json names: the shape of a sample, and how to build the flow."""
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelLoadError: The file is missing or is no JSON object; names it.
-    """
-    try:
-        content = parsed_json(read_file(path, LARGEST_JSON))
-    except FileNotFoundError as error:
-        raise ModelLoadError(f"The {what} is missing the file '{path}'.") from error
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"Cannot read '{path}' of the {what}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"'{path}' of the {what} is no JSON object.")
-    return content

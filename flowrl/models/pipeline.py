@@ -18,6 +18,8 @@ import torch
 
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
+from flowrl.models.long_prompts import silenced, warn_of_cut
+from flowrl.models.schedules import TIMESTEPS, times_of
 from flowrl.types import Condition, Contexts
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -98,6 +100,8 @@ class PipelineFlow(VelocityModel):
         self.max_sequence_length = max_sequence_length or self.SEQUENCE_LENGTH
         self.pipeline = pipeline
         self.network = pipeline.transformer
+        scheduler = getattr(pipeline, "scheduler", None)
+        self.timesteps = TIMESTEPS if scheduler is None else int(scheduler.config.get("num_train_timesteps", TIMESTEPS))
         self.latent_shape, self.sample_shape = shapes.latent, shapes.sample
         self.decode_batch = options.decode_batch
         self.load_encoders = load_encoders
@@ -125,7 +129,10 @@ class PipelineFlow(VelocityModel):
             length = self.max_sequence_length if "T5" in type(encoder).__name__ else self.pipeline.tokenizer_max_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
         types = [self.pipeline.vae.dtype if shape else torch.float32 for shape in self.condition_shapes()]
-        return tuple(torch.zeros(len(prompts), *s, dtype=t) for s, t in zip(self.condition_shapes(), types))
+        return tuple(
+            torch.zeros(len(prompts), *shape, dtype=dtype, device=self.device)
+            for shape, dtype in zip(self.condition_shapes(), types)
+        )
 
     @abstractmethod
     def condition_shapes(self) -> list[tuple[int, ...]]:
@@ -143,11 +150,24 @@ class PipelineFlow(VelocityModel):
             if not isinstance(prompt, str):
                 raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
         self._place_encoders()
-        chunks = [
-            self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
-            for i in range(0, len(contexts), PROMPTS_AT_ONCE)
-        ]
+        warn_of_cut(contexts, self.tokenizers(), "the flow's text encoders")
+        with silenced():  # each library says of each prompt what was just said of all
+            chunks = [
+                self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
+                for i in range(0, len(contexts), PROMPTS_AT_ONCE)
+            ]
         return tuple(torch.cat(parts) for parts in zip(*chunks))
+
+    def tokenizers(self) -> list[tuple[str, Any, int]]:
+        """Name of each kind of text encoder, its tokenizer, and how many tokens of a prompt it is given."""
+        found: dict[str, tuple[str, Any, int]] = {}
+        for part, encoder in self._encoders().items():
+            tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"), None)
+            name = "T5" if "T5" in type(encoder).__name__ else "CLIP"
+            if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
+                most = self.max_sequence_length if name == "T5" else self.pipeline.tokenizer_max_length
+                found[name] = (name, tokenizer, most)
+        return list(found.values())
 
     def null_condition(self) -> Condition:
         """Embeddings of the empty prompt, as the pipeline's own guidance uses it."""
@@ -178,7 +198,8 @@ class PipelineFlow(VelocityModel):
         """Latents -> images (B, 3, H, W), float32 in [0, 1]."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
-        latents = (x_1 / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        scale, shift = (vae.config.get(key) for key in ("scaling_factor", "shift_factor"))  # older ones have no shift
+        latents = (x_1 / (1 if scale is None else scale) + (shift or 0)).to(vae.dtype)
         decode: Callable[..., Any] = vae.decode
         images = [decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
@@ -195,15 +216,12 @@ class PipelineFlow(VelocityModel):
 
     def times(self, steps: int) -> torch.Tensor:
         """The times of the pipeline's own schedule."""
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        config = scheduler.config
-        shift = {}
+        config, mu = self.pipeline.scheduler.config, None
         if config.get("use_dynamic_shifting"):
             least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             low, high = config.get("base_shift", 0.5), config.get("max_shift", self.MAX_SHIFT)
-            shift["mu"] = low + (high - low) * (self.sequence_length - least) / (most - least)
-        scheduler.set_timesteps(steps, sigmas=self.sigmas(steps, config), **shift)
-        return 1 - scheduler.sigmas.float().cpu()
+            mu = low + (high - low) * (self.sequence_length - least) / (most - least)
+        return times_of(copy.deepcopy(self.pipeline.scheduler), steps, self.sigmas(steps, config), mu)
 
     def sigmas(self, steps: int, config: Mapping[str, Any]) -> np.ndarray | None:
         """Noise levels that the pipeline's call hands to its scheduler; None leaves them to the scheduler."""
@@ -222,15 +240,27 @@ class PipelineFlow(VelocityModel):
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
 
 
-def square(size: int | None, default: int, scale: int, patch: int) -> int:
+def square(size: int | None, default: int, scale: int, patch: int, most: int | None = None) -> int:
     """Height (and width) of the latents for images of `size` pixels, or `default` where no size is asked for.
 
+    Args:
+        size: Height and width in pixels.
+        default: Of the latents.
+        scale: Pixels of a latent.
+        patch: Latents of a patch, along each side.
+        most: Patches along a side that the transformer has positions for; None for any number.
+
     Raises:
-        ConfigError: The transformer cannot cut such images into patches.
+        ConfigError: The transformer cannot cut such images into patches, or has no positions for so many.
     """
     if size is None:
         return default
     step = scale * patch
+    if most is not None and size > most * step:
+        raise ConfigError(
+            f"resolution must be at most {most * step} pixels for this pipeline, whose transformer has positions for "
+            f"{most} x {most} patches; not {size}."
+        )
     if size <= 0 or size % step:
         near = max(1, round(size / step)) * step
         raise ConfigError(f"resolution must be a multiple of {step} pixels for this pipeline, not {size}; e.g. {near}.")

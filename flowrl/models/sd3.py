@@ -10,6 +10,9 @@ import torch
 from flowrl.models.pipeline import ATTENTION, PipelineFlow, Shapes, square
 from flowrl.types import Condition
 
+POSITIONS = 96
+"""Along a side, where a transformer does not say; diffusers' own default."""
+
 
 class SD3Flow(PipelineFlow):
     """A `StableDiffusion3Pipeline`."""
@@ -24,7 +27,8 @@ class SD3Flow(PipelineFlow):
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:
         """Latents as the transformer takes them."""
-        size = square(resolution, int(transformer["sample_size"]), scale, int(transformer["patch_size"]))
+        most = int(transformer.get("pos_embed_max_size") or POSITIONS)
+        size = square(resolution, int(transformer["sample_size"]), scale, int(transformer["patch_size"]), most)
         return Shapes((int(transformer["in_channels"]), size, size), (3, size * scale, size * scale))
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
@@ -32,7 +36,7 @@ class SD3Flow(PipelineFlow):
         prompt_embeds, pooled = cond
         noise_minus_data = self.network(
             hidden_states=x_t.to(prompt_embeds.dtype),
-            timestep=1000 * (1 - t),
+            timestep=self.timesteps * (1 - t),
             encoder_hidden_states=prompt_embeds,
             pooled_projections=pooled,
             return_dict=False,

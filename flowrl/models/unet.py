@@ -13,6 +13,7 @@ from torch import nn
 from flowrl.checks import is_whole
 from flowrl.errors import ConfigError, did_you_mean
 from flowrl.models.base import VelocityModel
+from flowrl.models.imports import importing
 from flowrl.types import Condition, Contexts
 
 GROUPS = 8
@@ -87,7 +88,8 @@ class UNetFlow(VelocityModel):
     lora_targets = r".*(conv1|conv2|conv_shortcut|conv|time_emb_proj|to_q|to_k|to_v|to_out\.0)"
 
     def __init__(self, shape: UNetShape) -> None:
-        from diffusers import UNet2DModel
+        with importing():
+            from diffusers import UNet2DModel
 
         super().__init__()
         self.shape, self.device = shape, torch.device("cpu")
