@@ -261,7 +261,9 @@ FITTED = {
     "min_ess": 0.002,  # that a few of the best plans decide is what a search wants
 }
 RECOMMENDED = {  # tried on both tasks, one seed each; docs/plans.md has what came out
-    **{f"{algo}.{key}": value for algo in ("orw_w2", "orw", "orw_kl") for key, value in FITTED.items()},
+    **{
+        f"{kind}.{key}": value for kind in ("endpoint", "endpoint-free", "endpoint-kl") for key, value in FITTED.items()
+    },
     "endpoint.alpha": 0.05,
     "endpoint-kl.alpha": 0.05,
     "selection.learning_rate": 1e-3,

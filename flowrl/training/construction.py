@@ -74,10 +74,28 @@ def without_gradient(algorithm: str, env: GenerationEnv) -> str:
     )
 
 
+def sampling_config(env: GenerationEnv) -> FlowConfig:
+    """Make the config of a policy that no algorithm trains: what the environment recommends to all."""
+    known = [f.name for f in fields(FlowConfig)]
+    return FlowConfig(**{name: value for name, value in env.recommended.items() if name in known})
+
+
 def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
     """Types of the network's weights and of the frozen parts around it: weights that are trained stay in float32."""
     dtype = getattr(torch, config.precision)
     return (dtype if config.lora_rank else torch.float32), dtype
+
+
+def check_run(env: GenerationEnv, config: FlowConfig, n_ranks: int) -> None:
+    """Check settings against the environment and the number of processes.
+
+    Raises:
+        ConfigError: They do not go together; names the setting.
+    """
+    config.check_ranks(n_ranks)
+    if env.groupwise:
+        check_groups(config.group_size, (config.rollout_batch_size or config.n_samples) // n_ranks)
+    check_reward_errors(config.on_reward_error, config.reward_timeout, env, n_ranks)
 
 
 def check_groups(group_size: int, chunk: int) -> None:

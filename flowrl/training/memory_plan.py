@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import FlowRLError
+from flowrl.training.hooks import NoChecks
 from flowrl.types import RewardOutput, Rows
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _try(
     env.flow = replace(env.flow, load=env.flow.imitation)
     with tracker.phase("loading, encoding prompts"):
         model: Any = cls("FlowPolicy", env, config=config, device="cpu", ranks=Ranks())
-    model.checks, model.reward_calls = None, _imitated_reward
+    model.checks, model.reward_calls = NoChecks(), _imitated_reward
     missing = cls.unpredictable
     try:
         _iterate(model, tracker)
@@ -159,7 +160,7 @@ def _drawn(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
             x_1, rows = model.draw(ids)
             if not any(row.dim() > 1 for row in rows.values()):
                 return x_1, rows
-        policy.steps, policy._times = steps, None
+        policy.steps = steps
     return model.draw(ids)
 
 

@@ -120,7 +120,7 @@ class Method(ABC):
 
     def refresh(self) -> None:
         """Refresh the behaviour policy, after every `refresh_every` iterations."""
-        self.policy.update_copy("behaviour", self.refresh_decay())
+        self.policy.networks.update_copy("behaviour", self.refresh_decay())
 
     def refresh_decay(self) -> float:
         """Share of the behaviour policy that a refresh keeps; 0 makes it a copy of the current one."""

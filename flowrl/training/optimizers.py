@@ -86,5 +86,5 @@ def gradient_step(model: FlowAlgorithm, parameters: list[torch.nn.Parameter]) ->
     policy.optimizer.zero_grad(set_to_none=True)
     model._n_updates += 1
     if config.ema_decay > 0:  # the average of few steps forgets its start sooner
-        policy.update_copy("ema", min(config.ema_decay, (1 + model._n_updates) / (10 + model._n_updates)))
+        policy.networks.update_copy("ema", min(config.ema_decay, (1 + model._n_updates) / (10 + model._n_updates)))
     return norm

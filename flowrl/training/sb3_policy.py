@@ -1,21 +1,49 @@
-"""SB3Policy: what stable-baselines3 asks of a policy, for one that draws samples."""
+"""SB3Policy: a policy of stable-baselines3 around the networks of a flow, and the count of what they were asked."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3.common.policies import BasePolicy
 
+from flowrl.training.role_networks import RoleNetworks
+
 
 class SB3Policy(BasePolicy):
-    """A policy of stable-baselines3 whose actions are samples drawn for contexts."""
+    """A policy whose actions are samples drawn for contexts: what stable-baselines3 asks of one.
+
+    Attributes:
+        networks: The velocity network in its roles.
+    """
+
+    networks: RoleNetworks
 
     @abstractmethod
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
         """Draw samples (B, *sample_shape) for context indices (B,)."""
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations so far: a forward pass is 1 per sample, a backward pass 2."""
+        return self.networks.spent[0]
+
+    @evaluations.setter
+    def evaluations(self, spent: int) -> None:
+        self.networks.spent[0] = spent
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Context whose network evaluations do not count."""
+        before = self.evaluations
+        try:
+            yield
+        finally:
+            self.evaluations = before
 
     def predict(
         self,
@@ -24,7 +52,7 @@ class SB3Policy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, Any]:
-        """Draw samples for observed contexts, as arrays: stable-baselines3's interface.
+        """Draw samples for observed contexts, as arrays.
 
         A flow is random through its noise; `deterministic` has no meaning here and is ignored.
         """
@@ -38,4 +66,4 @@ class SB3Policy(BasePolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """Put the current network into training or evaluation mode; copies stay in evaluation mode."""
-        self.networks.trained.train(mode)  # type: ignore[union-attr]
+        self.networks.set_training_mode(mode)
