@@ -198,6 +198,17 @@ def test_the_central_classes_stay_small(cls: str, name: str) -> None:
     assert code_lines(ast.get_source_segment(source, node) or "") <= MOST_LINES_OF[cls]
 
 
+END_TO_END = (
+    *("orw_w2", "types", "training.method", "training.algorithm", "training.buffer", "training.policy"),
+    *("functional.flow", "functional.solvers", "functional.losses"),
+)
+"""What one reads to know ORW-CFM-W2 from the noise to the gradient (CONTRIBUTING.md has the order)."""
+
+
+def test_an_algorithm_is_read_end_to_end_in_a_thousand_lines() -> None:
+    assert sum(code_lines(MODULES[f"flowrl.{name}"].read_text(encoding="utf-8")) for name in END_TO_END) <= 1000
+
+
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
