@@ -67,6 +67,19 @@ class Ranks:
         dist.all_gather(gathered, padded)
         return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
 
+    def gather_uneven(self, rows: torch.Tensor) -> torch.Tensor:
+        """Gather rows (n, ...) of every rank, of which each may have another number: all of them, on every rank."""
+        if self.world_size == 1:
+            return rows
+        sizes = torch.zeros(self.world_size, dtype=torch.long, device=rows.device)
+        sizes[self.rank] = len(rows)
+        counts = self.all_reduce_(sizes).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:n] for part, n in zip(gathered, counts)])
+
     def _sizes(self, n: int, group: int) -> list[int]:
         """Rows of each rank: groups as evenly as they can be; what is left over goes to the last."""
         groups = n // group

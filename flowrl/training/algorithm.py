@@ -95,9 +95,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         )
         self.iteration = self.n_dropped = 0  # iterations so far, and samples that the reward failed for
         self.extra_state, self.record = ExtraState(), RolloutRecord()
-        self.rollout_figures: dict[str, torch.Tensor] = {}
-        self.warned: set[str] = set()
-        self.last_logged: dict[str, Any] = {}
+        self.rollout_figures, self.last_logged, self.warned = {}, {}, set()
         self.checks: HookChecks | NoChecks = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
             self._setup_model()
@@ -162,8 +160,8 @@ class FlowAlgorithm(Method, SB3Algorithm):
             if not self.collect(called):
                 break
             logged = self.update()
-            if self.learns_from == "contexts":
-                self.rollout_figures = self.record.figures(self)
+            if self.learns_from == "contexts":  # the updates drew the samples
+                self._close_record()
             check_updates(self)
             if (self.iteration + 1) % self.config.refresh_every == 0:
                 self.refresh()
@@ -189,15 +187,14 @@ class FlowAlgorithm(Method, SB3Algorithm):
         for drawn in drawn_contexts.split(self.env.num_envs):
             contexts = self.ranks.shard(drawn)
             samples = self._fill(contexts)
-            self.num_timesteps += len(drawn)
+            self.num_timesteps += len(drawn) * self.draws
             callback.update_locals(locals())
             if self.ranks.any(not callback.on_step()):
                 return False
         self.buffer.share()
         if self.learns_from != "contexts":
-            self.n_dropped += self.reward_calls.check_dropped(self.record.dropped, self.config, self.ranks)
             self._weigh()
-            self.rollout_figures = self.record.figures(self)
+            self._close_record()
         callback.on_rollout_end()
         return True
 
@@ -232,6 +229,11 @@ class FlowAlgorithm(Method, SB3Algorithm):
             strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
             coefficient = coefficient.masked_fill(strays[rollout.group] > 0, 0)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
+
+    def _close_record(self) -> None:
+        """Take the figures of an iteration's samples, and count those left out."""
+        self.n_dropped += self.reward_calls.check_dropped(self.record.dropped, self.config, self.ranks)
+        self.rollout_figures = self.record.figures(self)
 
     def minibatches(self) -> Iterator[Batch]:
         """Go over the buffer once, in the order that `order` gives."""

@@ -160,7 +160,8 @@ class Method(ABC):
         if not output.reward.requires_grad:
             raise ConfigError(without_gradient(own, self.env.core))
         if self.learns_from == "contexts":
-            self.record.add(samples.detach(), context_ids, output.detached())
+            self.record.dropped += len(x_1) - len(kept)
+            self.record.add(samples.detach()[kept], context_ids[kept], output.detached())
         return output.reward.detach().mean().repeat(len(x_1)).index_copy(0, kept, output.reward)
 
     def add_network(self, name: str, module: torch.nn.Module, learning_rate: float) -> TrainedNetwork:
@@ -177,6 +178,11 @@ class Method(ABC):
     def has_weights(self) -> bool:
         """Whether samples get weights; otherwise they get advantages, or nothing."""
         return type(self).weigh is not Method.weigh
+
+    @property
+    def draws(self) -> int:
+        """How many samples an iteration draws for each of its contexts."""
+        return self.config.n_epochs if self.learns_from == "contexts" else 1
 
     @property
     def behaviour_role(self) -> Role:

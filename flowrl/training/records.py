@@ -37,8 +37,7 @@ class RolloutRecord:
         """Scalars by name, still on the device; those of components are of this rank."""
         reward = model.buffer.all().reward
         if model.learns_from == "contexts":  # drawn for each update, not kept
-            reward = torch.cat(self.rewards)
-            reward = model.ranks.all_gather(reward, len(reward) * model.ranks.world_size)
+            reward = model.ranks.gather_uneven(torch.cat(self.rewards))
         figures = {
             "rollout/reward_mean": reward.mean(),
             "rollout/reward_std": reward.std(correction=0),

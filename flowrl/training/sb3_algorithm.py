@@ -19,6 +19,8 @@ class SB3Algorithm(BaseAlgorithm):
     """An algorithm of stable-baselines3 that saves and loads checkpoint folders."""
 
     rollout_figures: dict[str, torch.Tensor]
+    last_logged: dict[str, Any]
+    warned: set[str]
 
     @property
     def rollout_reward(self) -> float | None:
