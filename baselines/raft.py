@@ -47,7 +47,7 @@ class RAFTConfig(ORWCFMW2Config):
         )
 
     def entries_per_epoch(self) -> int:
-        """The plain target fits what is kept, the residual one all samples."""
+        """Count what is kept for the plain target, all samples for the residual one."""
         return self.n_samples if self.target == "residual" else self.n_samples // self.group_size * self.n_best
 
 

@@ -176,7 +176,7 @@ class PlanEnv(GenerationEnv):
         return held * self.task.bound
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """The return of each plan, divided by `scale`."""
+        """Give the return of each plan, divided by `scale`."""
         total, positions = self.task.rollout(self.actions(samples))
         moved = positions - positions[:, :1]
         first = (moved.abs() > 0.05).int().argmax(dim=1, keepdim=True)  # the first step that is clearly off the start
@@ -197,13 +197,13 @@ class PlanEnv(GenerationEnv):
 
 
 def stays_upright(angles: torch.Tensor) -> torch.Tensor:
-    """Whether the pendulum is within 0.3 rad of upright during the last fifth of its episode."""
+    """Tell whether the pendulum is within 0.3 rad of upright during the last fifth of its episode."""
     last = angles[:, -(angles.shape[1] // 5) :]
     return (((last + math.pi) % (2 * math.pi) - math.pi).abs() < 0.3).all(dim=1)
 
 
 def reaches_flag(positions: torch.Tensor) -> torch.Tensor:
-    """Whether the car reaches the flag."""
+    """Tell whether the car reaches the flag."""
     return positions[:, -1] >= 0.45
 
 

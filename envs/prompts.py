@@ -101,14 +101,14 @@ def _is_position(position: Any, n: int) -> bool:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What training draws from, and what it never sees."""
+    """Prompts that training draws from, and those that it never sees."""
 
     train: tuple[Any, ...]
     held_out: tuple[Any, ...] = ()
 
 
 def prompts_from(prompts: str | Path | Sequence[Any], held_out_share: float = 0.0) -> PromptSet:
-    """The prompts of a file, of a shipped set, or of a list, split into those for training and those held out.
+    """Read the prompts of a file, a shipped set, or a list, split into those for training and those held out.
 
     Args:
         prompts: A `.txt` or `.jsonl` file, the name of a shipped set, or contexts themselves; strings among these
@@ -169,7 +169,7 @@ def _repaired(text: str) -> str:
 
 
 def shipped_sets() -> list[str]:
-    """Names of the prompt sets that ship with flowrl."""
+    """List the prompt sets that ship with flowrl."""
     return sorted(path.stem for path in SETS.glob("*.jsonl"))
 
 
@@ -191,13 +191,13 @@ def _split(prompts: list[Any], held_out_share: float) -> PromptSet:
 
 
 def _position(prompt: str) -> float:
-    """Where a prompt, or its group, lies in [0, 1), by the SHA-256 of its text: the same on every machine."""
+    """Map a prompt, or its group, to [0, 1) by the SHA-256 of its text: the same on every machine."""
     group = prompt.fields.get("group", prompt) if isinstance(prompt, Prompt) else prompt
     return int.from_bytes(hashlib.sha256(str(group).encode()).digest()[:6], "big") / 2**48
 
 
 def _located(name: str | Path) -> Path:
-    """The file of a shipped set, or a file of the user's."""
+    """Find the file of a shipped set, or a file of the user's."""
     known = shipped_sets()
     if str(name) in known:
         return SETS / f"{name}.jsonl"

@@ -83,7 +83,7 @@ def _anchored_option(option: Any) -> Any:
 
 
 def _anchored(place: str | Path) -> str | Path:
-    """An existing relative path as an absolute one; what means something shipped, or is no such path, as it is."""
+    """Make an existing relative path absolute; names of what is shipped, and other texts, stay as they are."""
     name = str(place)
     if not name or name in (*EMBEDDED, *NAMES_OF_FLOWS, *shipped_sets()):
         return place
@@ -136,7 +136,7 @@ class CustomEnv(GenerationEnv):
         self.groupwise = getattr(reward, "groupwise", False)
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """What the registered function says."""
+        """Call the registered function."""
         output = self.reward_function(samples, contexts)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 

@@ -53,7 +53,7 @@ _FREE_GAP = 4.0
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; ``None`` leaves an attribute open.
+    """Contents of a picture; ``None`` leaves an attribute open.
 
     Attributes:
         count: How many objects, 1 to 4.
@@ -121,7 +121,7 @@ def parse_prompt(text: str) -> Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every fully specified scene."""
+    """List every fully specified scene."""
     return [
         Scene(count, colour, shape, background)
         for count, colour, shape, background in itertools.product(NUMBERS.values(), COLOURS, SHAPES, BACKGROUNDS)

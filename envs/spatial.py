@@ -44,7 +44,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Pair:
-    """What a picture shows: two things that differ in shape, and in colour.
+    """Contents of a picture: two things that differ in shape, and in colour.
 
     Attributes:
         first: The thing that is placed.
@@ -90,7 +90,7 @@ def parse_pair(text: str) -> Pair:
 
 
 def all_pairs() -> list[Pair]:
-    """Every pair of things that differ in colour and shape, in every relation."""
+    """List every pair of things that differ in colour and shape, in every relation."""
     things = [Thing(colour, shape) for colour, shape in itertools.product(COLOURS, SHAPES)]
     return [
         Pair(first, relation, second)

@@ -32,7 +32,7 @@ _JITTER = 0.5  # of its centre
 
 @dataclass(frozen=True)
 class Sign:
-    """What a picture shows; ``None`` leaves a colour open.
+    """Contents of a picture; ``None`` leaves a colour open.
 
     Attributes:
         text: One of ``TEXTS``.
@@ -53,7 +53,7 @@ class Sign:
 
 
 def all_signs() -> list[Sign]:
-    """Every word in every pair of colours."""
+    """List every word in every pair of colours."""
     return [Sign(text, ink, paper) for text, (ink, paper) in itertools.product(TEXTS, PAIRS)]
 
 

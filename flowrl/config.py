@@ -124,11 +124,11 @@ class FlowConfig:
         return 1
 
     def entries_per_epoch(self) -> int:
-        """How many entries one pass of an iteration goes over."""
+        """Count the entries of one epoch."""
         return self.n_samples * self.parts()
 
     def check_ranks(self, count: int) -> None:
-        """Whether so many ranks can divide every batch of these settings evenly.
+        """Check that so many ranks can share every batch of these settings evenly.
 
         Raises:
             ConfigError: They cannot; names the setting.

@@ -73,7 +73,7 @@ class ORWCFMW2(FlowAlgorithm):
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:
-        """The residual target also keeps `v_old`."""
+        """Keep `v_old` for the residual target."""
         copies = super().copies_for(config)
         return copies | {"behaviour"} if config.target == "residual" else copies
 

@@ -51,7 +51,7 @@ class EnvSpec:
         return f"flowrl/{self.name}-v{self.version}"
 
     def configured(self, settings: Mapping[str, Any]) -> Any:
-        """The config with these settings; nothing is made or loaded.
+        """Make the config with these settings; nothing is made or loaded from it.
 
         Raises:
             UnknownNameError: An unknown setting; names the closest.
@@ -119,7 +119,7 @@ _NAMED_BY: ContextVar[tuple[str, str] | None] = ContextVar("_NAMED_BY", default=
 
 @contextmanager
 def named_by_a_file(file: str, remedy: str) -> Iterator[None]:
-    """Context in which names come from a file, which somebody else may have written: nothing new is imported.
+    """Make a context in which names come from a file, which may be somebody else's: nothing new is imported.
 
     Args:
         file: Which, for the message of the error.
@@ -133,7 +133,7 @@ def named_by_a_file(file: str, remedy: str) -> Iterator[None]:
 
 
 def import_module(name: str) -> Any:
-    """The module of a `module:name`.
+    """Import the module of a `module:name`.
 
     Raises:
         ImportError: There is none, or it fails.
@@ -150,7 +150,7 @@ def import_module(name: str) -> Any:
 
 
 def own_module(name: str, of: str = "") -> Any:
-    """A module of the user's.
+    """Import a module of the user's.
 
     Raises:
         UnknownNameError: It cannot be imported.

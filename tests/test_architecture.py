@@ -198,6 +198,40 @@ def test_the_central_classes_stay_small(cls: str, name: str) -> None:
     assert code_lines(ast.get_source_segment(source, node) or "") <= MOST_LINES_OF[cls]
 
 
+NO_VERBS = {
+    *(
+        "What",
+        "Which",
+        "Whether",
+        "Whose",
+        "Of",
+        "The",
+        "A",
+        "An",
+        "How",
+        "Where",
+        "As",
+        "This",
+        "That",
+        "All",
+        "Every",
+    ),
+    *("Each", "Some", "If", "In", "On", "To", "Those", "One", "Two", "Several", "With", "Without", "For", "From", "Is"),
+    *("Are", "Its", "Context", "Rows", "Bytes", "Names", "Numbers", "Contexts"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_docstrings_of_functions_begin_with_a_verb(name: str) -> None:
+    """As far as a list of other words can tell; properties are named by what they are."""
+    for node in ast.walk(tree_of(name)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("__"):
+            continue
+        is_property = any("property" in ast.unparse(d) or "setter" in ast.unparse(d) for d in node.decorator_list)
+        words = (ast.get_docstring(node) or "").split()
+        assert is_property or not words or words[0].strip(".,:;") not in NO_VERBS, f"{node.name}: {words[:6]}"
+
+
 END_TO_END = (
     *("orw_w2", "types", "training.method", "training.algorithm", "training.buffer", "training.policy"),
     *("functional.flow", "functional.solvers", "functional.losses"),

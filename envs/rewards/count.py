@@ -35,7 +35,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Finding:
-    """What image analysis sees in one picture.
+    """Findings of image analysis in one picture.
 
     Attributes:
         background: The nearest palette colour of the border.
@@ -177,7 +177,7 @@ def _nearest(colour: FloatArray, palette: dict[str, tuple[int, int, int]]) -> st
 
 
 def _on_grid(cover: FloatArray) -> FloatArray:
-    """A cover stretched to a square with an empty margin, flattened; mean 0 and norm 1."""
+    """Stretch a cover to a square with an empty margin, flattened; mean 0 and norm 1."""
     stretched = Image.fromarray(cover).resize((_GRID, _GRID), Image.Resampling.BILINEAR)
     flat = np.pad(np.asarray(stretched, dtype=np.float32), 2).ravel()
     flat = flat - flat.mean()

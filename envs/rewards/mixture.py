@@ -194,7 +194,7 @@ class MixtureReward:
         return self._mixed(images, prompts, observe=False)
 
     def observe(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """As `__call__`, of samples of training: the running statistics take them in first."""
+        """Reward samples of training: the running statistics take them in first."""
         return self._mixed(images, prompts, observe=True)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
@@ -226,7 +226,7 @@ class MixtureReward:
 
 
 def make_rewards(names: Sequence[str], options: Sequence[str]) -> dict[str, RewardFunction]:
-    """Several rewards by name, each as `--env.reward` takes it, with options as on a command line.
+    """Make several rewards by name, each as `--env.reward` takes it, with options as on a command line.
 
     Raises:
         UnknownNameError: Unknown reward, or options of none of them.

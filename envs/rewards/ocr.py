@@ -117,7 +117,7 @@ class OCRReward:
 
 
 def asked_text(prompt: str) -> str:
-    """The text that a prompt asks for.
+    """Find the text that a prompt asks for.
 
     Raises:
         ConfigError: It asks for none.

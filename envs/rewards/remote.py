@@ -153,7 +153,7 @@ class RemoteReward:
             ) from error
 
     def _ask(self, body: bytes, which: str, ask: _Asking) -> tuple[bytes, int]:
-        """The reply's body, and how many attempts it took."""
+        """Ask, and give the reply's body and how many attempts it took."""
         for attempt in range(1, self.retries + 2):
             try:
                 return self._attempt(body, attempt, ask.client), attempt
@@ -172,7 +172,7 @@ class RemoteReward:
         )
 
     def _attempt(self, body: bytes, attempt: int, client: httpx2.Client) -> bytes:
-        """The body of a reply of status 200.
+        """Ask once, and give the body of a reply of status 200.
 
         Raises:
             _TransientError: To be tried again.
@@ -248,7 +248,7 @@ class RemoteReward:
 
 @dataclass(frozen=True)
 class _Asking:
-    """What the requests of one call share: connections, and whether another one has failed."""
+    """State that the requests of one call share: connections, and whether another one has failed."""
 
     client: httpx2.Client
     stop: threading.Event
@@ -295,7 +295,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def _reason(error: Exception, begun: bool) -> str:
-    """What failed, by the error of the system where there is one beneath those of the client.
+    """Say what failed, by the system's own error where there is one beneath those of the client.
 
     Args:
         error: As the client raised it.

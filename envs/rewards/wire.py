@@ -104,12 +104,12 @@ def decode_reply(body: bytes, n_samples: int) -> RewardOutput:
 
 
 def encode_error(message: str, request_id: str) -> bytes:
-    """The body of a reply that is an error."""
+    """Encode the body of a reply that is an error."""
     return json.dumps({"error": message, "request_id": request_id}).encode()
 
 
 def decode_error(body: bytes) -> str:
-    """What a server says of an error, quoted and cut to be printed; any body is taken."""
+    """Decode a server's error, quoted and cut to be printed; any body is taken."""
     try:
         reply = _fields(body, {"error"}, {"request_id"})
     except RewardError:
@@ -119,7 +119,7 @@ def decode_error(body: bytes) -> str:
 
 
 def read_token(variable: str) -> str:
-    """The bearer token in an environment variable, "" when it is not set.
+    """Read the bearer token from an environment variable, "" when it is not set.
 
     Raises:
         ConfigError: Not the name of a variable, or its value is no token. Neither is repeated: it may be the secret.
@@ -206,7 +206,7 @@ def _checked_shape(shape: Any, encoding: str, n_samples: int) -> tuple[int, ...]
 
 
 def _plain(context: Any) -> str | int | float | None:
-    """A context as JSON can carry it."""
+    """Convert a context to what JSON can carry."""
     if context is None or isinstance(context, str):
         return context
     if isinstance(context, numbers.Integral) and not isinstance(context, bool):
@@ -227,7 +227,7 @@ def _scores(values: Any, n_samples: int, name: str) -> torch.Tensor:
 
 
 def _fields(body: bytes, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
-    """The JSON object in a body, with exactly these fields."""
+    """Parse the JSON object in a body, with exactly these fields."""
     if sum(map(body.count, (b"[", b"{", b":"))) > MAX_BRACKETS:
         raise RewardError(f"The body has more than {MAX_BRACKETS} brackets and colons.")
     try:

@@ -18,7 +18,7 @@ from flowrl.types import Field, RewardOutput, Role
 
 @dataclass(frozen=True)
 class Steering:
-    """How samples are chosen by their reward while, or after, they are drawn.
+    """Choice of samples by their reward while, or after, they are drawn.
 
     - "best_of_n": of `n` samples of a context the one of the highest reward. The KL divergence to the flow is
       `log n - (n - 1) / n` for a continuous reward.
@@ -122,7 +122,7 @@ def _smc(
 
 
 def _resampled(log_weight: torch.Tensor, threshold: float, generator: torch.Generator) -> torch.Tensor:
-    """Which particle each goes on from, (groups, n); sets the weights of resampled groups to one, in place.
+    """Resample: which particle each goes on from, (groups, n); weights of resampled groups become one, in place.
 
     Systematic resampling, in the groups whose effective number of particles is below `threshold` n.
     """

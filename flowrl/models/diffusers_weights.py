@@ -109,7 +109,7 @@ def _network(
 
 
 def _variants(folder: Path, name: str, absent: Mapping[str, None]) -> dict[str, str]:
-    """The variant (such as "fp16") of each part of a folder that has no plain weights.
+    """Find the variant (such as "fp16") of each part of a folder that has no plain weights.
 
     Raises:
         ModelLoadError: Several variants are there for a part, or a LoRA was saved in place of a network.
@@ -140,7 +140,7 @@ def _variant_of(file: str) -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and advice of the libraries that load a pipeline; errors still raise."""
+    """Silence the progress bars and advice of the libraries that load a pipeline; errors still raise."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

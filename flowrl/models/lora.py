@@ -33,7 +33,7 @@ class LoRA:
 
     @staticmethod
     def of(config: Any) -> LoRA | None:
-        """The adapters that an algorithm's config asks for; None for full fine-tuning."""
+        """Read the adapters that a config asks for; None for full fine-tuning."""
         rank = config.lora_rank
         if not rank:
             return None

@@ -89,5 +89,5 @@ class FieldFlow(VelocityModel):
         self.latent_shape = self.sample_shape = (dim,)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """The known field plus the correction."""
+        """Add the correction to the known field."""
         return self.field(t, x_t) + self.network(x_t, t)

@@ -39,7 +39,7 @@ ATTENTION = [
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How a text-to-image pipeline is used.
+    """Use of a text-to-image pipeline.
 
     Attributes:
         resolution: Height and width of the images in pixels; the pipeline's own when None.
@@ -59,7 +59,7 @@ DEFAULTS = PipelineOptions()
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a pipeline's configuration says: shapes of one latent and of one image."""
+    """Shapes of one latent and one image, as a pipeline's configuration says."""
 
     latent: tuple[int, int, int]
     sample: tuple[int, int, int]
@@ -174,7 +174,7 @@ class PipelineFlow(VelocityModel):
         return self.encode([""])
 
     def _place_encoders(self) -> None:
-        """The text encoders on the device, loaded again where they had been released."""
+        """Put the text encoders on the device, loaded again where they had been released."""
         if self.load_encoders is not None and self.pipeline.text_encoder is None:
             loaded = self.load_encoders()
             for name in ENCODERS:
@@ -205,7 +205,7 @@ class PipelineFlow(VelocityModel):
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
     def with_encoders(self, network: torch.nn.Module) -> Any:
-        """The whole pipeline around a network, text encoders included, to be saved."""
+        """Assemble the whole pipeline around a network, text encoders included, to be saved."""
         self._place_encoders()
         parts = {name: network if part is self.network else part for name, part in self.pipeline.components.items()}
         return type(self.pipeline)(**parts)
@@ -215,7 +215,7 @@ class PipelineFlow(VelocityModel):
         self.pipeline.vae.to("cpu")
 
     def times(self, steps: int) -> torch.Tensor:
-        """The times of the pipeline's own schedule."""
+        """Give the times of the pipeline's own schedule."""
         config, mu = self.pipeline.scheduler.config, None
         if config.get("use_dynamic_shifting"):
             least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -228,7 +228,7 @@ class PipelineFlow(VelocityModel):
         return None
 
     def move_frozen(self, device: torch.device) -> None:
-        """From now on compute on `device`; text encoders and autoencoder follow when they are used."""
+        """Compute on `device` from now on; text encoders and autoencoder follow when they are used."""
         self.device = device
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:

@@ -24,7 +24,7 @@ WIDEST, DEEPEST, MOST_CLASSES = 1024, 6, 10_000
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What a folder's config.json says of its U-Net.
+    """Shape of a U-Net, as a folder's config.json says.
 
     Raises:
         ConfigError: Sizes without meaning, or beyond what a small model has.
@@ -62,7 +62,7 @@ class UNetShape:
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> UNetShape:
-        """The shape in a config.json; other keys are left out.
+        """Read the shape from a config.json; other keys are left out.
 
         Raises:
             ConfigError: A size is missing or makes no sense.
@@ -137,7 +137,7 @@ class UNetFlow(VelocityModel):
         return self.encode([None]) if self.shape.classes else super().null_condition()
 
     def move_frozen(self, device: torch.device) -> None:
-        """From now on classes are on `device`."""
+        """Keep the classes on `device` from now on."""
         self.device = device
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ PROGRAM = "python -m flowrl.run"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What to train, how long, and where the files go."""
+    """Options of a run: what to train, how long, and where the files go."""
 
     algo: str = ""
     """Algorithm: a name from the list below, or module:Class."""

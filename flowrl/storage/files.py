@@ -51,7 +51,7 @@ def _sync(path: Path) -> None:
 
 
 def standing(folder: Path) -> Path:
-    """The folder, or where it is missing what was moved aside to make place for it."""
+    """Find the folder; if a crash left it renamed, the backup."""
     if folder.is_dir() or not folder.parent.is_dir():
         return folder
     aside = [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}{ASIDE}")]
@@ -126,7 +126,7 @@ def parsed_json(data: bytes) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
+    """Read a JSON object of a checkpoint.
 
     Raises:
         CheckpointError: Missing or damaged; names the file.
@@ -149,7 +149,7 @@ LARGEST_CSV = 2**28
 
 
 def read_rows(path: Path) -> list[dict[str, int | float | str]]:
-    """Rows of a CSV file with a head: numbers, or text where it is none. A missing file has no rows.
+    """Read rows of a CSV file with a head: numbers, or text where it is none. A missing file has no rows.
 
     Empty cells are left out; so is a last line without an end, which was cut when a process was killed, and with a
     warning any other line that is none of such a file.

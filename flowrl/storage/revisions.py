@@ -18,12 +18,12 @@ def split(name: str) -> tuple[str, str | None]:
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a commit's whole hash: branches and tags can be moved."""
+    """Tell whether a revision is a commit's whole hash: branches and tags can be moved."""
     return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
 
 
 def fetch(name: str, file: str) -> tuple[Path, str | None]:
-    """A file of a repository, from the cache or the hub, and the commit that it is of.
+    """Fetch a file of a repository, from the cache or the hub, with the commit that it is of.
 
     A name without a commit is warned of once: others can change what it stands for.
     """
@@ -92,7 +92,7 @@ def at_hand(name: str) -> tuple[bool, str]:
 
 
 def _is_complete(index: Path) -> bool:
-    """Whether a folder of the cache has weights of every part that the pipeline's index names, all pieces of them."""
+    """Tell whether a folder of the cache has all weights of every part that the pipeline's index names."""
     try:
         parts = json.loads(index.read_bytes())
         named = [part for part in WEIGHTS if parts.get(part, [None])[0]]

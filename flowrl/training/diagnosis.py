@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class BadUpdates:
-    """Counts gradient steps that are left out.
+    """Counter of gradient steps that are left out.
 
     Attributes:
         total: So far.
@@ -35,7 +35,7 @@ class BadUpdates:
         self._bad[1] *= bad
 
     def look(self) -> int:
-        """How many were bad since the last look."""
+        """Count the bad ones since the last look."""
         steps, self._steps = self._steps, 0
         bad, in_a_row = (int(n) for n in self._bad.tolist())
         self._bad.zero_()

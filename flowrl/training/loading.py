@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest one of a run folder.
+    """Find the checkpoint that a path means: itself, or the newest one of a run folder.
 
     Raises:
         CheckpointError: There is none; says what is there.
@@ -122,7 +122,7 @@ def pinned_settings(env: Any, settings: Mapping[str, Any] | None, config: Mappin
 
 
 def check_description(config: Mapping[str, Any], file: Path) -> None:
-    """Whether `config.json` holds what `description` writes, as far as types go.
+    """Check that `config.json` holds what `description` writes, as far as types go.
 
     Raises:
         CheckpointError: It does not.
@@ -161,7 +161,7 @@ def _compare_settings(cls: type[FlowAlgorithm], config: Mapping[str, Any], folde
 
 
 def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> type[FlowAlgorithm]:
-    """The class to load with: the given one, or for the base class the registered one of that name."""
+    """Choose the class to load with: the given one, or for the base class the registered one of that name."""
     name = config.get("algorithm", "")
     if getattr(cls, "__abstractmethods__", None):
         if name not in ALGORITHMS:

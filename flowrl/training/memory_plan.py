@@ -56,7 +56,7 @@ class MemoryPlan:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on whichever device."""
+    """Tell whether an allocation failed, on whichever device."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -191,7 +191,7 @@ def _bytes(tensors: Any) -> int:
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive."""
+    """Counter of the bytes of storages that are alive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -75,7 +75,7 @@ class ExtraState:
         self.networks: dict[str, TrainedNetwork] = {}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All of it, by name."""
+        """Collect all of it, by name."""
         own = {f"{name}.{key}": t for name, net in self.networks.items() for key, t in net.state().items()}
         return {**self.tensors, **own}
 

@@ -250,5 +250,5 @@ class FlowPolicy(SB3Policy):
         return evaluations_per_sample(self.solver, self.steps) * halves
 
     def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
-        """A role's own parameters by name: the whole network's, or the adapter's."""
+        """Give a role's own parameters by name: the whole network's, or the adapter's."""
         return self.networks.parameters_of(role)

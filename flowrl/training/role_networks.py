@@ -102,19 +102,19 @@ class RoleNetworks(nn.Module):
         return self._trained[0].network
 
     def model_of(self, role: Role) -> VelocityModel:
-        """The flow around a role's own network; with LoRA all roles share one."""
+        """Give the flow around a role's own network; with LoRA all roles share one."""
         return self._models[role]
 
     def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
-        """A role's own parameters by name: the whole network's, or the adapter's."""
+        """Give a role's own parameters by name: the whole network's, or the adapter's."""
         return self._parameters_of[role]
 
     def buffers_of(self, role: Role) -> dict[str, torch.Tensor]:
-        """A role's own buffers by name (running statistics, say); none with LoRA, whose base stays as it is."""
+        """Give a role's own buffers by name (running statistics, say); none with LoRA, whose base stays as it is."""
         return {} if self.lora is not None else dict(self.model_of(role).network.named_buffers())
 
     def tensors_of(self, role: Role) -> dict[str, torch.Tensor]:
-        """A role's own parameters and buffers by name."""
+        """Give a role's own parameters and buffers by name."""
         return {**self.parameters_of(role), **self.buffers_of(role)}
 
     def frozen_state(self) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ class SB3Policy(BasePolicy):
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Context whose network evaluations do not count."""
+        """Make a context whose network evaluations do not count."""
         before = self.evaluations
         try:
             yield
