@@ -86,8 +86,13 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     tracker = _Tracker()
     config = replace(config, on_reward_error="raise")
     random_state = torch.get_rng_state()
-    with _without_storage(), tracker:
-        parts, missing = _try(cls, replace(config, n_epochs=1), env, tracker)
+    gc.collect()
+    gc.freeze()  # looking for what is left between two phases then looks at the prediction's own objects
+    try:
+        with _without_storage(), tracker:
+            parts, missing = _try(cls, replace(config, n_epochs=1), env, tracker)
+    finally:
+        gc.unfreeze()
     torch.set_rng_state(random_state)
     gc.collect()
     return MemoryPlan(parts, tracker.phases, psutil.Process().memory_info().rss, missing)
@@ -209,7 +214,7 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, torch.Tensor | torch.device) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf.untyped_storage())
         return result

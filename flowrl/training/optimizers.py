@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the decorators by which `torch.compile` leaves it alone.
+
+    They import the compiler at the first call, which takes as long as a small run; nothing here compiles an optimizer.
+    """
+
+    add_param_group: Any = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad: Any = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict: Any = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict: Any = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    step: Any = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """Make the optimizer that the settings ask for.
 
@@ -25,7 +39,7 @@ def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter])
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         # fused: the other implementations read their step counter on the host
-        return torch.optim.AdamW(list(parameters), fused=True, **settings)  # type: ignore[arg-type]
+        return AdamW(list(parameters), fused=True, **settings)  # type: ignore[arg-type]
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
