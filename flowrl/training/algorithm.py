@@ -25,9 +25,10 @@ from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
 from flowrl.training.optimizers import gradient_step, make_optimizer
 from flowrl.training.policy import FlowPolicy
-from flowrl.training.records import RolloutRecord, log_iteration
+from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, stand_ins
 from flowrl.training.sb3_algorithm import SB3Algorithm
+from flowrl.training.signal import Signal, check_learnt
 from flowrl.types import Batch
 
 
@@ -75,6 +76,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         **settings: Any,
     ) -> None:
         construction.check_device(device)
+        seed = construction.checked_seed(seed)
         check_names(type(self), FlowAlgorithm)
         self.ranks = join(device) if ranks is None else ranks
         core = construction.as_generation_env(env, env_settings)
@@ -101,6 +103,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.extra_state, self.record = ExtraState(), RolloutRecord()
         self.rollout_figures: dict[str, torch.Tensor] = {}
         self.warned: set[str] = set()
+        self.signal = Signal()
         self.last_logged: dict[str, Any] = {}
         self.checks: HookChecks | None = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
@@ -150,20 +153,21 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str = "",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> FlowAlgorithm:
         """Train on `total_timesteps` generated samples (rounded up to whole iterations).
 
-        The other arguments are stable-baselines3's; `log_interval` counts iterations.
+        The other arguments are stable-baselines3's; `log_interval` counts iterations, None leaves logs to callbacks.
         """
         name = tb_log_name or self.name
         total_timesteps, called = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, name, progress_bar and self.ranks.is_main
+            int(total_timesteps), callback, reset_num_timesteps, name, progress_bar and self.ranks.is_main
         )
         called.on_training_start(locals(), globals())
+        before = self._n_updates, self.bad_updates.zeros
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
             if not self.collect(called):
@@ -177,12 +181,14 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self.iteration += 1
             self.checks = None
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self.iteration % log_interval == 0:
-                log_iteration(self, logged, time.perf_counter() - started)
+            self.unlogged = logged, time.perf_counter() - started
+            if log_interval is not None and self.iteration % log_interval == 0:
+                self.dump_logs()
             called.update_locals(locals())
             if self.ranks.any(not _iteration_ended(called)):
                 break
         called.on_training_end()
+        check_learnt(self, before)
         return self
 
     def collect(self, callback: BaseCallback) -> bool:
@@ -198,6 +204,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             contexts = self.ranks.shard(drawn)
             samples = self._fill(contexts)
             self.num_timesteps += len(drawn)
+            dones = [True] * len(drawn)  # for callbacks: a sample is an episode
             callback.update_locals(locals())
             if self.ranks.any(not callback.on_step()):
                 return False
@@ -240,7 +247,9 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self.checks.coefficient(method.__name__, coefficient, self.buffer.size)
         if "stray" in rollout.extra:  # a group that holds samples of another context compares nothing
             strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
-            coefficient = coefficient.masked_fill(strays[rollout.group] > 0, 0)
+            rollout.extra["stray"].copy_(strays[rollout.group] > 0)  # known to `loss`, too
+            coefficient = coefficient.masked_fill(rollout.extra["stray"], 0)
+        self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
 
     def minibatches(self) -> Iterator[Batch]:
