@@ -5,15 +5,34 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
 
 from flowrl.errors import ConfigError
 
 LARGEST_INT = 2**63 - 1
 """Larger ones fit into no tensor."""
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+
+
+def python_value(value: Any) -> Any:
+    """The Python number that a scalar of numpy or torch is, also within a list or tuple; anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(python_value(part) for part in value)
+    return value
+
+
+def take_python_values(config: Any) -> None:
+    """Replace scalars of numpy and torch among the fields of a dataclass, which may be frozen, by Python numbers."""
+    for field in fields(config):
+        object.__setattr__(config, field.name, python_value(getattr(config, field.name)))
 
 
 def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
-from flowrl.checks import check_types
+from flowrl.checks import check_types, take_python_values
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import TimeSampling
 from flowrl.functional.solvers import GUIDANCES, SOLVERS, Guidance, Solver
@@ -96,6 +96,7 @@ class FlowConfig:
     """Share of an iteration's samples that "drop" may leave out; more stop the run."""
 
     def __post_init__(self) -> None:
+        take_python_values(self)
         check_types(type(self), {field.name: getattr(self, field.name) for field in fields(self)})
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
         for name in (*positive, "n_epochs", "rollout_steps", "refresh_every", "max_bad_updates"):

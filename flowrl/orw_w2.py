@@ -108,6 +108,8 @@ class ORWCFMW2(FlowAlgorithm):
         if self.config.target == "residual":
             v_old = self.velocity(pair, self.behaviour_role)
             baseline = residual_baseline(w, self.buffer.all().weight.mean(), penalty, self.config.baseline)
+            if "stray" in batch.extra:  # no weight is to carry nothing: not even a push away
+                baseline = baseline.masked_fill(batch.extra["stray"], 0)
             loss = residual_weighted_loss(v, pair.u, w, baseline, v_old, v_ref, penalty)
         else:
             loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flowrl.checks import check_types
+from flowrl.checks import check_types, python_value
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 
 
@@ -60,6 +60,7 @@ class EnvSpec:
         for key in settings:
             if key not in known:
                 raise UnknownNameError.of(f"setting of environment '{self.name}'", key, known)
+        settings = {key: python_value(value) for key, value in settings.items()}
         check_types(type(self.config), settings, f"The setting of environment '{self.name}' ")
         return replace(self.config, **settings)
 

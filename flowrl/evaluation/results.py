@@ -41,7 +41,8 @@ class EvaluationResult(SampleStatistics):
     Attributes:
         drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
         velocity_ratio: `E|v| / E|v_ref|` over flow time, norms over all dimensions.
-        warnings: What fell while the reward rose: signs of a reward that is exploited.
+        warnings: What fell while the reward rose (signs of a reward that is exploited), and signs of a flow that has
+            diverged or collapsed.
         ess: Effective share of the samples under the weights of training's last iteration, in (0, 1]; NaN for methods
             without weights, flows that no algorithm trains, and prompts that training does not draw.
         n_samples: Samples of each flow.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from flowrl.checks import check_types
+from flowrl.checks import check_types, take_python_values
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import x1_hat
@@ -36,6 +36,7 @@ class Steering:
     ess_threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        take_python_values(self)
         check_types(type(self), vars(self), "Steering: ")
         if self.method not in ("best_of_n", "smc"):
             raise ConfigError(f"Unknown steering '{self.method}'. Known: best_of_n, smc.")

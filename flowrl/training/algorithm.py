@@ -25,9 +25,10 @@ from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
 from flowrl.training.optimizers import gradient_step, make_optimizer
 from flowrl.training.policy import FlowPolicy
-from flowrl.training.records import RolloutRecord, log_iteration
-from flowrl.training.reward_calls import RewardCalls, stand_ins
+from flowrl.training.records import RolloutRecord
+from flowrl.training.reward_calls import RewardCalls, stand_ins, without_strays
 from flowrl.training.sb3_algorithm import SB3Algorithm
+from flowrl.training.signal import Signal, check_learnt
 from flowrl.types import Batch
 
 
@@ -80,8 +81,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         core = construction.as_generation_env(env, env_settings)
         self.config = self.configure(config, core.recommended, settings)
         construction.check_run(core, self.config, self.ranks.world_size)
-        if self.ranks.world_size > 1 and seed is None:
-            seed = int(self.ranks.broadcast(str(torch.seed() % 2**31)))
+        seed = construction.checked_seed(seed, self.ranks)
         super().__init__(
             policy,
             GenerationVecEnv(core, self.config.rollout_batch_size or self.config.n_samples),
@@ -95,7 +95,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         )
         self.iteration = self.n_dropped = 0  # iterations so far, and samples that the reward failed for
         self.extra_state, self.record = ExtraState(), RolloutRecord()
-        self.rollout_figures, self.last_logged, self.warned = {}, {}, set()
+        self.rollout_figures, self.last_logged, self.warned, self.signal = {}, {}, set(), Signal()
         self.checks: HookChecks | NoChecks = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
             self._setup_model()
@@ -143,17 +143,18 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str = "",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> FlowAlgorithm:
         """Train on `total_timesteps` generated samples (rounded up to whole iterations).
 
-        The other arguments are stable-baselines3's; `log_interval` counts iterations.
+        The other arguments are stable-baselines3's; `log_interval` counts iterations, None leaves logs to callbacks.
         """
-        shown, name = progress_bar and self.ranks.is_main, tb_log_name or self.name
-        total_timesteps, called = self._setup_learn(total_timesteps, callback, reset_num_timesteps, name, shown)
+        total_timesteps, called = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
         called.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
@@ -165,15 +166,16 @@ class FlowAlgorithm(Method, SB3Algorithm):
             check_updates(self)
             if (self.iteration + 1) % self.config.refresh_every == 0:
                 self.refresh()
-            self.iteration += 1
-            self.checks = NoChecks()
+            self.iteration, self.checks = self.iteration + 1, NoChecks()
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self.iteration % log_interval == 0:
-                log_iteration(self, logged, time.perf_counter() - started)
+            self.unlogged = logged, time.perf_counter() - started
+            if log_interval is not None and self.iteration % log_interval == 0:
+                self.dump_logs()
             called.update_locals(locals())
             if self.ranks.any(not _iteration_ended(called)):
                 break
         called.on_training_end()
+        check_learnt(self)
         return self
 
     def collect(self, callback: BaseCallback) -> bool:
@@ -188,6 +190,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             contexts = self.ranks.shard(drawn)
             samples = self._fill(contexts)
             self.num_timesteps += len(drawn) * self.draws
+            dones = [True] * len(drawn)  # for callbacks: a sample is an episode
             callback.update_locals(locals())
             if self.ranks.any(not callback.on_step()):
                 return False
@@ -225,9 +228,8 @@ class FlowAlgorithm(Method, SB3Algorithm):
         method = "weigh" if self.has_weights else "advantage"
         coefficient = getattr(self, method)(rollout)
         self.checks.coefficient(method, coefficient, self.buffer.size)
-        if "stray" in rollout.extra:  # a group that holds samples of another context compares nothing
-            strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
-            coefficient = coefficient.masked_fill(strays[rollout.group] > 0, 0)
+        coefficient = without_strays(coefficient, rollout)
+        self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
 
     def _close_record(self) -> None:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flowrl.checks import is_whole, python_value, shown
 from flowrl.config import FlowConfig
+from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
 from flowrl.errors import ConfigError, DeviceError, UnknownNameError
+from flowrl.training.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from flowrl.training.method import Method
@@ -23,11 +26,14 @@ def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> Ge
         return make(env, **(settings or {}))
     if settings:
         raise ConfigError("env_settings go with the name of an environment; this is an environment already.")
-    if isinstance(env, GenerationVecEnv):
-        return env.core
-    core = getattr(env, "unwrapped", env)
+    core = unwrapped(env)
+    if isinstance(core, GenerationVecEnv):
+        return core.core
     if not isinstance(core, GenerationEnv):
-        raise ConfigError(f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(env).__name__}.")
+        raise ConfigError(
+            f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(core).__name__}; it makes "
+            "batches itself, so give one environment, not several."
+        )
     return core
 
 
@@ -110,6 +116,20 @@ def check_groups(group_size: int, chunk: int) -> None:
             f"rollout_batch_size (or n_samples, where that is 0); not group_size = {group_size} with {chunk} samples "
             "scored at once."
         )
+
+
+def checked_seed(seed: Any, ranks: Ranks) -> int | None:
+    """Give the seed as a Python number; where several processes have none, one that they share.
+
+    Raises:
+        ConfigError: No generator takes it.
+    """
+    seed = python_value(seed)
+    if seed is not None and not is_whole(seed, 0, 2**32 - 1):
+        raise ConfigError(f"seed must be a whole number from 0 to {2**32 - 1}, not {shown(seed)}.")
+    if ranks.world_size > 1 and seed is None:
+        return int(ranks.broadcast(str(torch.seed() % 2**31)))
+    return seed
 
 
 def check_device(device: torch.device | str) -> None:

@@ -12,6 +12,7 @@ import torch
 from flowrl.config import FlowConfig
 from flowrl.distributed.sharding import unsharded
 from flowrl.errors import ConfigError
+from flowrl.training.signal import check_rate
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -74,6 +75,13 @@ def state_shapes(config: FlowConfig, parameter: torch.Tensor) -> dict[str, tuple
     return shapes
 
 
+def laid_out_like(state: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A stored moment with its parameter's strides: fused steps pair their numbers in the order of memory."""
+    if state.shape != parameter.shape or state.stride() == parameter.stride():
+        return state
+    return torch.empty_like(parameter, dtype=state.dtype, device=state.device).copy_(state)
+
+
 SMALLEST_QUANTISED = 4096
 """bitsandbytes keeps the moments of smaller parameters in float32."""
 BLOCK = 256
@@ -90,12 +98,13 @@ def gradient_step(model: FlowAlgorithm, parameters: list[torch.nn.Parameter]) ->
     rate = model.lr_schedule(model._current_progress_remaining)
     if config.warmup_updates:
         rate *= min(1.0, (model._n_updates + 1) / config.warmup_updates)
+    check_rate(model, rate)
     for group in policy.optimizer.param_groups:
         group["lr"] = rate
     norm = unsharded(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     bad = (~norm.isfinite()).float()
     step_unless(bad, policy.optimizer, model.ranks.is_sharded)
-    model.bad_updates.note(bad)
+    model.bad_updates.note(bad, norm)
     policy.networks.weights_changed("current")
     policy.optimizer.zero_grad(set_to_none=True)
     model._n_updates += 1

@@ -61,10 +61,11 @@ class FlowPolicy(SB3Policy):
         self.guidance_scale, self.guidance = config.guidance_scale, config.guidance
         self.contexts, self.lora = list(contexts), LoRA.of(config)
         self._times: dict[int, torch.Tensor] = {}
-        device = torch.device(device)
+        self._home = device = torch.device(device)
         model.move_frozen(device)
         self.model = model
-        self._null = model.null_condition() if self.guidance_scale != 1 and not model.distilled_guidance else None
+        guided = self.guidance_scale != 1 and not model.distilled_guidance
+        self._null = self._moved(model.null_condition()) if guided else None
         self._condition = self.encode(self.contexts)
         model.network.to(device)  # now: text encoders can be as large as the network
         self.generator = torch.Generator(device)
@@ -126,9 +127,13 @@ class FlowPolicy(SB3Policy):
 
     def encode(self, contexts: Sequence[Any]) -> Condition:
         """Encode contexts, with the default scale where guidance is distilled; what encodes them does not stay."""
-        encoded = self.model.encode(contexts)
+        encoded = self._moved(self.model.encode(contexts))
         self.model.release_encoders()
         return self.model.with_guidance(encoded, self.guidance_scale)
+
+    def _moved(self, condition: Condition) -> Condition:
+        """The same on the policy's device, wherever a flow of one's own makes it."""
+        return tuple(part.to(self._home) for part in condition)
 
     def condition(self, context_ids: torch.Tensor) -> Condition:
         """Encoded contexts for indices (B,)."""
@@ -151,7 +156,7 @@ class FlowPolicy(SB3Policy):
         if scale == 1:
             return lambda x, t: self.velocity(x, t, cond, role)
         if self._null is None:
-            self._null = self.model.null_condition()
+            self._null = self._moved(self.model.null_condition())
             self.model.release_encoders()
         both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
         return guided_field(lambda x, t: self.velocity(x, t, both, role), scale, self.guidance)

@@ -10,10 +10,14 @@ import torch
 
 from flowrl.functional import metrics
 from flowrl.functional.losses import effective_sample_size
+from flowrl.training.writers import dump
 from flowrl.types import RewardOutput
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
+
+REWARD = "reward/"
+"""Before the names of the reward's components, which are anyone's, in logs: they replace no figure of flowrl's."""
 
 
 class RolloutRecord:
@@ -50,7 +54,7 @@ class RolloutRecord:
             figures["rollout/ess"] = effective_sample_size(model.buffer.all().weight) / len(reward)
         if model.config.on_reward_error == "drop":
             figures["rollout/dropped"] = torch.tensor(float(model.n_dropped), device=reward.device)
-        return figures | {f"rollout/{key}": torch.cat(values).mean() for key, values in self.components.items()}
+        return figures | {f"{REWARD}{key}": torch.cat(values).mean() for key, values in self.components.items()}
 
     def _diversity(self, model: FlowAlgorithm) -> torch.Tensor:
         """Diversity of some samples of each rank, from pairs within the ranks: images are not sent; a scalar."""
@@ -79,4 +83,4 @@ def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], second
         if kind not in model.warned and model.ranks.is_main:
             model.warned.add(kind)
             warnings.warn(text, stacklevel=3)
-    model.logger.dump(step=model.num_timesteps)
+    dump(model.logger, model.num_timesteps)

@@ -13,7 +13,7 @@ from flowrl.config import FlowConfig, OnRewardError
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import RewardError
-from flowrl.types import RewardOutput
+from flowrl.types import Batch, RewardOutput
 
 FIRST_PAUSE = 1.0
 """Seconds before a failed reward is asked again; twice as many each further time."""
@@ -133,6 +133,15 @@ class RewardCalls:
         if "error" in result:
             raise result["error"]
         return result["output"]
+
+
+def without_strays(coefficient: torch.Tensor, rollout: Batch) -> torch.Tensor:
+    """Take the coefficients (B,) from groups that hold samples of another context: they compare nothing."""
+    if "stray" not in rollout.extra:
+        return coefficient
+    strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
+    rollout.extra["stray"].copy_(strays[rollout.group] > 0)  # known to `loss`, too
+    return coefficient.masked_fill(rollout.extra["stray"], 0)
 
 
 def stand_ins(contexts: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

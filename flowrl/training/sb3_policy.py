@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.policies import BasePolicy
 
+from flowrl.errors import ConfigError
 from flowrl.training.role_networks import RoleNetworks
 
 
@@ -63,6 +64,37 @@ class SB3Policy(BasePolicy):
 
     def _predict(self, observation: Any, deterministic: bool = False) -> torch.Tensor:
         return self.sample(observation.reshape(-1).long())
+
+    def save(self, path: Any) -> None:
+        """Refuse to pickle a policy.
+
+        Raises:
+            ConfigError: Always; says what to do instead.
+        """
+        raise ConfigError(
+            "A policy has no file of its own: model.save('folder') of its algorithm writes a checkpoint, from which "
+            "load('folder').policy comes back; `python -m flowrl.export` writes weights for other libraries."
+        )
+
+    @classmethod
+    def load(cls, path: Any, device: Any = "auto") -> Any:
+        """Refuse to read a pickle.
+
+        Raises:
+            ConfigError: Always; says what to do instead.
+        """
+        raise ConfigError(
+            "A policy has no file of its own: load the checkpoint of its algorithm, as in "
+            "flowrl.ORWCFMW2.load('folder').policy."
+        )
+
+    def load_from_vector(self, vector: Any) -> None:
+        """Refuse weights without names.
+
+        Raises:
+            ConfigError: Always; says what to do instead.
+        """
+        raise ConfigError("Weights have names here: model.set_parameters takes what model.get_parameters gives.")
 
     def set_training_mode(self, mode: bool) -> None:
         """Put the current network into training or evaluation mode; copies stay in evaluation mode."""
