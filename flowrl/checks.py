@@ -21,7 +21,7 @@ PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 def python_value(value: Any) -> Any:
-    """The Python number that a scalar of numpy or torch is, also within a list or tuple; anything else as it is."""
+    """Convert scalars of numpy and torch to Python numbers, also within a list or tuple; anything else stays."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0):
         return value.item()
     if type(value) in (list, tuple):

@@ -181,7 +181,7 @@ def evaluate(
 
 
 def check_eval_samples(n_samples: int, judges: Iterable[Any], samples_per_context: int = 8) -> None:
-    """Whether rewards that compare samples of a prompt have any to compare: no prompt is drawn once.
+    """Check that rewards that compare samples of a prompt have any to compare: no prompt is drawn once.
 
     Raises:
         ConfigError: One is; gives the next number of samples that will do.

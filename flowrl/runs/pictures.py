@@ -91,7 +91,7 @@ def _save_plots(clouds: Sequence[tuple[str, torch.Tensor]], env: GenerationEnv, 
 
 @contextlib.contextmanager
 def _collected() -> Iterator[None]:
-    """Context whose cyclic garbage is collected at its end, without a look at what was there before.
+    """Collect a context's cyclic garbage at its end, without a look at what was there before.
 
     A figure is a cycle of some hundred kB, and training makes too little garbage to have it found.
     """

@@ -235,7 +235,7 @@ DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, Att
 
 
 def _like(state: Any, parameter: torch.Tensor) -> Any:
-    """A stored moment, divided and laid out in memory like its parameter."""
+    """Shard a stored moment and lay it out in memory like its parameter."""
     if is_sharded(parameter) or not isinstance(state, torch.Tensor):
         return sharded_like(state, parameter)
     return laid_out_like(state, parameter)

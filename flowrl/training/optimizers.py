@@ -76,7 +76,7 @@ def state_shapes(config: FlowConfig, parameter: torch.Tensor) -> dict[str, tuple
 
 
 def laid_out_like(state: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A stored moment with its parameter's strides: fused steps pair their numbers in the order of memory."""
+    """Give a stored moment its parameter's strides: fused steps pair their numbers in the order of memory."""
     if state.shape != parameter.shape or state.stride() == parameter.stride():
         return state
     return torch.empty_like(parameter, dtype=state.dtype, device=state.device).copy_(state)

@@ -132,7 +132,7 @@ class FlowPolicy(SB3Policy):
         return self.model.with_guidance(encoded, self.guidance_scale)
 
     def _moved(self, condition: Condition) -> Condition:
-        """The same on the policy's device, wherever a flow of one's own makes it."""
+        """Move a condition to the policy's device, wherever a flow of one's own makes it."""
         return tuple(part.to(self._home) for part in condition)
 
     def condition(self, context_ids: torch.Tensor) -> Condition:

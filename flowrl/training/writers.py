@@ -10,13 +10,13 @@ from stable_baselines3.common.logger import DISABLED, HumanOutputFormat, KVWrite
 
 
 def printable(text: str, file: Any = None) -> str:
-    """The text as a stream can take it: other characters as escapes."""
+    """Escape the characters that a stream cannot take."""
     encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def distinct(names: list[str], most: int) -> list[str]:
-    """Names in a line each, cut in the middle to so many characters; no two are the same."""
+    """Shorten names in the middle to so many characters, so that no two are the same."""
     cut: list[str] = []
     for name in names:
         plain = " ".join(name.split()) or "(no name)"
