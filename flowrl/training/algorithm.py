@@ -26,9 +26,9 @@ from flowrl.training.networks import ExtraState
 from flowrl.training.optimizers import gradient_step, make_optimizer
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
-from flowrl.training.reward_calls import RewardCalls, stand_ins
+from flowrl.training.reward_calls import RewardCalls, stand_ins, without_strays
 from flowrl.training.sb3_algorithm import SB3Algorithm
-from flowrl.training.signal import Signal, check_learnt
+from flowrl.training.signal import check_learnt
 from flowrl.types import Batch
 
 
@@ -75,8 +75,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         _init_setup_model: bool = True,
         **settings: Any,
     ) -> None:
-        construction.check_device(device)
-        seed = construction.checked_seed(seed)
+        seed = construction.checked_seed(seed, device)
         check_names(type(self), FlowAlgorithm)
         self.ranks = join(device) if ranks is None else ranks
         core = construction.as_generation_env(env, env_settings)
@@ -103,7 +102,6 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.extra_state, self.record = ExtraState(), RolloutRecord()
         self.rollout_figures: dict[str, torch.Tensor] = {}
         self.warned: set[str] = set()
-        self.signal = Signal()
         self.last_logged: dict[str, Any] = {}
         self.checks: HookChecks | None = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
@@ -167,7 +165,6 @@ class FlowAlgorithm(Method, SB3Algorithm):
             int(total_timesteps), callback, reset_num_timesteps, name, progress_bar and self.ranks.is_main
         )
         called.on_training_start(locals(), globals())
-        before = self._n_updates, self.bad_updates.zeros
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
             if not self.collect(called):
@@ -188,7 +185,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             if self.ranks.any(not _iteration_ended(called)):
                 break
         called.on_training_end()
-        check_learnt(self, before)
+        check_learnt(self)
         return self
 
     def collect(self, callback: BaseCallback) -> bool:
@@ -204,8 +201,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             contexts = self.ranks.shard(drawn)
             samples = self._fill(contexts)
             self.num_timesteps += len(drawn)
-            dones = [True] * len(drawn)  # for callbacks: a sample is an episode
-            callback.update_locals(locals())
+            callback.update_locals({**locals(), "dones": [True] * len(drawn)})  # every sample is an episode
             if self.ranks.any(not callback.on_step()):
                 return False
         self.buffer.share()
@@ -245,10 +241,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         coefficient = method(rollout)
         if self.checks is not None:
             self.checks.coefficient(method.__name__, coefficient, self.buffer.size)
-        if "stray" in rollout.extra:  # a group that holds samples of another context compares nothing
-            strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
-            rollout.extra["stray"].copy_(strays[rollout.group] > 0)  # known to `loss`, too
-            coefficient = coefficient.masked_fill(rollout.extra["stray"], 0)
+        coefficient = without_strays(rollout, coefficient)
         self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
 

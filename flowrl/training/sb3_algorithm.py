@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +23,10 @@ from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.errors import ConfigError
 from flowrl.training.construction import as_generation_env
+from flowrl.training.diagnosis import BadUpdates
 from flowrl.training.optimizers import laid_out_like
 from flowrl.training.records import log_iteration
+from flowrl.training.signal import Signal
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -36,6 +39,7 @@ class SB3Algorithm(BaseAlgorithm):
     policy: Any
     generator: torch.Generator
     ranks: Ranks
+    bad_updates: BadUpdates
     unlogged: tuple[dict[str, torch.Tensor], float] | None = None
     """Figures of the newest iteration's updates and its seconds, while they are in no log."""
 
@@ -129,6 +133,15 @@ class SB3Algorithm(BaseAlgorithm):
         ready = super()._init_callback(callback, progress_bar)
         check_callback(ready)
         return ready
+
+    @cached_property
+    def signal(self) -> Signal:
+        """What rewards have told training so far."""
+        return Signal()
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self.signal.began = self._n_updates, self.bad_updates.zeros
+        return super()._setup_learn(*args, **kwargs)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
