@@ -25,8 +25,8 @@ FALL = 0.25
 VELOCITY = (0.5, 2.0)
 """Ratios of the sizes of velocities outside which there is a warning."""
 DIVERGED = 4.0
-"""Drift, in units of the reference's mean squared velocity, and growth of diversity above which a flow has diverged:
-twice the reference's velocity in another direction is far beyond any reward's optimum."""
+"""Drift in units of the mean squared velocity of the reference, and growth of diversity, above which a flow has
+diverged: twice the reference's velocity in another direction is far beyond any reward's optimum."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def compare(
         w2: Distances to the known optimum; NaN where there is none.
     """
     before, after = ({name: value.mean().item() for name, value in part.items()} for part in measured)
-    change, warnings = _change(*reward), []
+    change = _change(*reward)
+    warnings: list[str] = []
     if change > SIGNIFICANT:
         for name, old, new in zip(before, measured[0].values(), measured[1].values()):
             is_reward = name.startswith("held-out ")
@@ -96,8 +97,8 @@ def compare(
             if far and _change(old, new) < -SIGNIFICANT:
                 warnings.append(f"the reward rose while {name} fell from {before[name]:.4g} to {after[name]:.4g}")
     elif change < -SIGNIFICANT:
-        fell_from, fell_to = (part.mean().item() for part in reward)
-        warnings.append(f"the reward fell from {fell_from:.4g} to {fell_to:.4g}")
+        was, became = (part.mean().item() for part in reward)
+        warnings.append(f"the reward fell from {was:.4g} to {became:.4g}")
     return Comparison(before, after, (*warnings, *_of_the_flow(change, diversity, velocity_ratio, drift_share, w2)))
 
 

@@ -28,7 +28,7 @@ from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, stand_ins, without_strays
 from flowrl.training.sb3_algorithm import SB3Algorithm
-from flowrl.training.signal import Signal, check_learnt
+from flowrl.training.signal import check_learnt
 from flowrl.types import Batch
 
 
@@ -75,13 +75,14 @@ class FlowAlgorithm(Method, SB3Algorithm):
         _init_setup_model: bool = True,
         **settings: Any,
     ) -> None:
-        construction.check_device(device)
+        seed = construction.checked_seed(seed, device)
         check_names(type(self), FlowAlgorithm)
         self.ranks = join(device) if ranks is None else ranks
         core = construction.as_generation_env(env, env_settings)
         self.config = self.configure(config, core.recommended, settings)
         construction.check_run(core, self.config, self.ranks.world_size)
-        seed = construction.checked_seed(seed, self.ranks)
+        if self.ranks.world_size > 1 and seed is None:
+            seed = int(self.ranks.broadcast(str(torch.seed() % 2**31)))
         super().__init__(
             policy,
             GenerationVecEnv(core, self.config.rollout_batch_size or self.config.n_samples),
@@ -95,7 +96,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         )
         self.iteration = self.n_dropped = 0  # iterations so far, and samples that the reward failed for
         self.extra_state, self.record = ExtraState(), RolloutRecord()
-        self.rollout_figures, self.last_logged, self.warned, self.signal = {}, {}, set(), Signal()
+        self.rollout_figures, self.last_logged, self.warned = {}, {}, set()
         self.checks: HookChecks | NoChecks = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
             self._setup_model()
@@ -190,8 +191,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             contexts = self.ranks.shard(drawn)
             samples = self._fill(contexts)
             self.num_timesteps += len(drawn) * self.draws
-            dones = [True] * len(drawn)  # for callbacks: a sample is an episode
-            callback.update_locals(locals())
+            callback.update_locals({**locals(), "dones": [True] * len(drawn)})  # every sample is an episode
             if self.ranks.any(not callback.on_step()):
                 return False
         self.buffer.share()
@@ -228,7 +228,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         method = "weigh" if self.has_weights else "advantage"
         coefficient = getattr(self, method)(rollout)
         self.checks.coefficient(method, coefficient, self.buffer.size)
-        coefficient = without_strays(coefficient, rollout)
+        coefficient = without_strays(rollout, coefficient)
         self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
 

@@ -10,11 +10,11 @@ import torch
 
 from flowrl.checks import is_whole, python_value, shown
 from flowrl.config import FlowConfig
-from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
 from flowrl.errors import ConfigError, DeviceError, UnknownNameError
 from flowrl.training.wrappers import unwrapped
+from flowrl.types import Condition
 
 if TYPE_CHECKING:
     from flowrl.training.method import Method
@@ -118,17 +118,22 @@ def check_groups(group_size: int, chunk: int) -> None:
         )
 
 
-def checked_seed(seed: Any, ranks: Ranks) -> int | None:
-    """Give the seed as a Python number; where several processes have none, one that they share.
+def on_device(condition: Condition, device: torch.device) -> Condition:
+    """Move a condition to a device, wherever a flow of one's own makes it."""
+    return tuple(part.to(device) for part in condition)
+
+
+def checked_seed(seed: Any, device: torch.device | str) -> int | None:
+    """Give the seed as a Python number, where the device is there, too.
 
     Raises:
-        ConfigError: No generator takes it.
+        DeviceError: Unknown or absent.
+        ConfigError: No generator takes the seed.
     """
+    check_device(device)
     seed = python_value(seed)
     if seed is not None and not is_whole(seed, 0, 2**32 - 1):
         raise ConfigError(f"seed must be a whole number from 0 to {2**32 - 1}, not {shown(seed)}.")
-    if ranks.world_size > 1 and seed is None:
-        return int(ranks.broadcast(str(torch.seed() % 2**31)))
     return seed
 
 

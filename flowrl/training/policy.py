@@ -18,7 +18,7 @@ from flowrl.functional.sde import SDE, sde_sample
 from flowrl.functional.solvers import Solver, evaluations_per_sample, guided_field, ode_sample
 from flowrl.models.base import VelocityModel
 from flowrl.models.lora import LoRA
-from flowrl.training.construction import as_generation_env, check_device, sampling_config, weight_dtypes
+from flowrl.training.construction import as_generation_env, check_device, on_device, sampling_config, weight_dtypes
 from flowrl.training.role_networks import RoleNetworks
 from flowrl.training.sb3_policy import SB3Policy
 from flowrl.types import Condition, Field, Role
@@ -65,7 +65,7 @@ class FlowPolicy(SB3Policy):
         model.move_frozen(device)
         self.model = model
         guided = self.guidance_scale != 1 and not model.distilled_guidance
-        self._null = self._moved(model.null_condition()) if guided else None
+        self._null = on_device(model.null_condition(), device) if guided else None
         self._condition = self.encode(self.contexts)
         model.network.to(device)  # now: text encoders can be as large as the network
         self.generator = torch.Generator(device)
@@ -127,13 +127,9 @@ class FlowPolicy(SB3Policy):
 
     def encode(self, contexts: Sequence[Any]) -> Condition:
         """Encode contexts, with the default scale where guidance is distilled; what encodes them does not stay."""
-        encoded = self._moved(self.model.encode(contexts))
+        encoded = on_device(self.model.encode(contexts), self._home)
         self.model.release_encoders()
         return self.model.with_guidance(encoded, self.guidance_scale)
-
-    def _moved(self, condition: Condition) -> Condition:
-        """Move a condition to the policy's device, wherever a flow of one's own makes it."""
-        return tuple(part.to(self._home) for part in condition)
 
     def condition(self, context_ids: torch.Tensor) -> Condition:
         """Encoded contexts for indices (B,)."""
@@ -156,7 +152,7 @@ class FlowPolicy(SB3Policy):
         if scale == 1:
             return lambda x, t: self.velocity(x, t, cond, role)
         if self._null is None:
-            self._null = self._moved(self.model.null_condition())
+            self._null = on_device(self.model.null_condition(), self._home)
             self.model.release_encoders()
         both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
         return guided_field(lambda x, t: self.velocity(x, t, both, role), scale, self.guidance)

@@ -135,15 +135,6 @@ class RewardCalls:
         return result["output"]
 
 
-def without_strays(coefficient: torch.Tensor, rollout: Batch) -> torch.Tensor:
-    """Take the coefficients (B,) from groups that hold samples of another context: they compare nothing."""
-    if "stray" not in rollout.extra:
-        return coefficient
-    strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
-    rollout.extra["stray"].copy_(strays[rollout.group] > 0)  # known to `loss`, too
-    return coefficient.masked_fill(rollout.extra["stray"], 0)
-
-
 def stand_ins(contexts: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Give for every sample (B,) its own index where it was kept, else that of a kept one, of its own context if any.
 
@@ -157,3 +148,15 @@ def stand_ins(contexts: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         pool = same if len(same) else kept
         index[i] = pool[place % len(pool)]
     return index
+
+
+def without_strays(rollout: Batch, coefficient: torch.Tensor) -> torch.Tensor:
+    """Set weights or advantages (B,) to zero for all of a group that holds a sample of another context.
+
+    The group compares nothing. The row "stray" then marks all of it, for losses in which a weight of zero is a push.
+    """
+    if "stray" not in rollout.extra:
+        return coefficient
+    strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
+    rollout.extra["stray"].copy_(strays[rollout.group] > 0)
+    return coefficient.masked_fill(rollout.extra["stray"], 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -25,6 +26,7 @@ from flowrl.training.construction import as_generation_env
 from flowrl.training.diagnosis import BadUpdates
 from flowrl.training.optimizers import laid_out_like
 from flowrl.training.records import log_iteration
+from flowrl.training.signal import Signal
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -41,8 +43,6 @@ class SB3Algorithm(BaseAlgorithm):
     ranks: Ranks
     bad_updates: BadUpdates
     name: ClassVar[str]
-    began: tuple[int, int]
-    """Gradient steps, and those of them with a gradient of zero, when `learn` was called."""
     unlogged: tuple[dict[str, torch.Tensor], float] | None = None
     """Figures of the newest iteration's updates and its seconds, while they are in no log."""
 
@@ -140,7 +140,7 @@ class SB3Algorithm(BaseAlgorithm):
         tb_log_name: str = "",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        self.began = self._n_updates, self.bad_updates.zeros
+        self.signal.began = self._n_updates, self.bad_updates.zeros
         shown, name = progress_bar and self.ranks.is_main, tb_log_name or self.name
         return super()._setup_learn(int(total_timesteps), callback, reset_num_timesteps, name, shown)
 
@@ -148,6 +148,11 @@ class SB3Algorithm(BaseAlgorithm):
         ready = super()._init_callback(callback, progress_bar)
         check_callback(ready)
         return ready
+
+    @cached_property
+    def signal(self) -> Signal:
+        """Record of what rewards have told training so far."""
+        return Signal()
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

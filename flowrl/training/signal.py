@@ -27,6 +27,7 @@ class Signal:
     def __init__(self) -> None:
         self.silent = 0  # iterations in a row
         self.told: set[str] = set()
+        self.began = 0, 0  # gradient steps, and those of them whose gradient was zero, before this run
 
     def look(self, model: FlowAlgorithm, rollout: Batch, coefficient: torch.Tensor) -> None:
         """Take in the rewards of an iteration, and the weights or advantages that were made of them."""
@@ -65,7 +66,7 @@ class Signal:
                 f"{model.config.group_size}, {len(model.env.core.contexts)} prompts). Draw several samples of a prompt "
                 "(--algo.group-size 8), or compare over the whole batch where the algorithm can.",
             )
-        elif within > 0 and not model.extra_state.tensors and self.has_spread_in_groups(rollout):
+        elif not model.extra_state.tensors and (not by_group or (within > 0 and self.has_spread_in_groups(rollout))):
             self.tell(
                 model,
                 "flat",
@@ -95,8 +96,8 @@ class Signal:
 
 
 def check_learnt(model: FlowAlgorithm) -> None:
-    """Warn at the end of a call of `learn` whose gradients were all zero."""
-    steps, zero = model._n_updates - model.began[0], model.bad_updates.zeros - model.began[1]
+    """Warn at the end of a run whose gradients were all zero."""
+    steps, zero = (now - then for now, then in zip((model._n_updates, model.bad_updates.zeros), model.signal.began))
     if steps > 0 and zero == steps and model.ranks.is_main:
         warnings.warn(
             f"Nothing was learnt: the gradients of all {steps} gradient steps were zero, and the flow is as it was. "
