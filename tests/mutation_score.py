@@ -263,9 +263,9 @@ MUTATIONS = (
     ),
     Mutation(
         "strays-compared",
-        ALGORITHM,
-        "strays[rollout.group] > 0, 0",
-        "strays[rollout.group] > 1e9, 0",
+        "flowrl/training/reward_calls.py",
+        "copy_(strays[rollout.group] > 0)",
+        "copy_(strays[rollout.group] > 1e9)",
         ("test_hooks.py::test_a_group_whose_samples_all_failed_carries_no_weight",),
     ),
     Mutation(
