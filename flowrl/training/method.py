@@ -180,6 +180,11 @@ class Method(ABC):
         return type(self).weigh is not Method.weigh
 
     @property
+    def compares(self) -> bool:
+        """Whether rewards are made into weights or advantages at all."""
+        return self.has_weights or type(self).advantage is not Method.advantage
+
+    @property
     def draws(self) -> int:
         """How many samples an iteration draws for each of its contexts."""
         return self.config.n_epochs if self.learns_from == "contexts" else 1

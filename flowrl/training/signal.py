@@ -31,9 +31,8 @@ class Signal:
 
     def look(self, model: FlowAlgorithm, rollout: Batch, coefficient: torch.Tensor) -> None:
         """Take in the rewards of an iteration, and the weights or advantages that were made of them."""
-        word, method = ("weights", model.weigh) if model.has_weights else ("advantages", model.advantage)
-        base = next(cls for cls in type(model).__mro__ if cls.__name__ == "Method")
-        if getattr(method, "__func__", None) is getattr(base, method.__name__) or len(coefficient) < 2:
+        word = "weights" if model.has_weights else "advantages"
+        if not model.compares or len(coefficient) < 2:
             return
         n, reward = len(coefficient), rollout.reward
         of_context = (reward - group_mean(reward, rollout.context_ids, int(model.env.core.observation_space.n))).abs()  # type: ignore[attr-defined]
