@@ -114,10 +114,8 @@ class ORWCFMW2(FlowAlgorithm):
         else:
             loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)
 
-        metrics = {"fit": (w * squared_error(v, pair.u)).mean()}
-        if v_ref is not None:
-            metrics["drift"] = squared_error(v, v_ref).mean()
-        return loss.mean(), metrics
+        drift = {} if v_ref is None else {"drift": squared_error(v, v_ref).mean()}
+        return loss.mean(), {"fit": (w * squared_error(v, pair.u)).mean(), **drift}
 
     def couple(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
         """Pair each sample of a minibatch with noise (B, *latent_shape).
