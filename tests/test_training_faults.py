@@ -342,7 +342,7 @@ def constant(samples: torch.Tensor) -> torch.Tensor:
     return torch.ones(len(samples))
 
 
-def environment(reward: Callable[[torch.Tensor], torch.Tensor], n_prompts: int = 1) -> Any:
+def environment(reward: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Points whose reward is a function of them alone."""
     env = flowrl.make("gaussians-linear")
     env.reward = lambda samples, contexts: flowrl.RewardOutput(reward(samples))  # type: ignore[method-assign]
@@ -350,10 +350,6 @@ def environment(reward: Callable[[torch.Tensor], torch.Tensor], n_prompts: int =
 
 
 def test_a_group_of_one_is_said_at_once() -> None:
-    model = small(weight_normalisation="group", n_samples=1, batch_size=1, rollout_batch_size=0)
-    assert model.config.n_samples == 1
-
-    @flowrl.register_algorithm("alone")
     class Alone(flowrl.FlowAlgorithm):
         def advantage(self, rollout: Any) -> torch.Tensor:
             from flowrl.functional.losses import group_advantage

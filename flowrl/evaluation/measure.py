@@ -189,7 +189,7 @@ def check_eval_samples(n_samples: int, judges: Iterable[Any], samples_per_contex
     if n_samples % samples_per_context == 1 and any(getattr(judge, "groupwise", False) for judge in judges):
         raise ConfigError(
             f"A reward compares samples of the same prompt, of which an evaluation draws {samples_per_context}: with "
-            f"{n_samples} samples the last would be alone. Take {n_samples - 1 or 2} or {n_samples + 1} "
+            f"{n_samples} samples the last is a single one. Take {n_samples - 1 or 2} or {n_samples + 1} "
             "(--eval-samples)."
         )
 
