@@ -98,6 +98,11 @@ def test_imports_point_one_way(name: str) -> None:
     assert not wrong, f"{name} is in {sorted(LAYERS[level])} and must not import {wrong}"
 
 
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if part(n) in ("functional", "orw_w2", "baselines")))
+def test_formulas_and_algorithms_do_not_know_the_processes(name: str) -> None:
+    assert "distributed" not in {part(module) for module in imports(name, ast.walk(tree_of(name)))}
+
+
 @pytest.mark.parametrize(("one", "other"), [("envs", "baselines"), ("baselines", "envs")])
 def test_envs_and_baselines_never_import_each_other(one: str, other: str) -> None:
     """Not even inside functions."""

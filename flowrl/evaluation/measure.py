@@ -20,11 +20,12 @@ from flowrl.evaluation.results import EvaluationResult, SampleStatistics
 from flowrl.evaluation.side_effects import compare, held_out, looks
 from flowrl.evaluation.steering import Steering, rewarded, steer
 from flowrl.functional import metrics
-from flowrl.functional.flow import interpolate, sample_time
+from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.construction import as_generation_env
 from flowrl.training.policy import FlowPolicy
+from flowrl.training.records import velocities
 from flowrl.types import Role
 
 Sampler = Callable[[torch.Tensor, torch.Tensor, Role], torch.Tensor]
@@ -244,7 +245,6 @@ def _drawn(
     return Drawn(x_1, samples, torch.cat(rewards), together, (policy.evaluations - spent) / n_drawn)
 
 
-@torch.no_grad()
 def _drift(
     policy: FlowPolicy,
     x_1: torch.Tensor,
@@ -257,8 +257,7 @@ def _drift(
     totals = torch.zeros(4, device=x_1.device)
     for x, c in zip(x_1.split(batch_size), context_ids.split(batch_size)):
         t = sample_time(len(x), "uniform", generator)
-        x_t, _ = interpolate(policy.noise(len(x), generator), x, t)
-        v, v_ref = (policy.velocity(x_t, t, policy.condition(c), r) for r in (role, "reference"))
+        v, v_ref = velocities(policy, x, c, t, generator, role)
         lengths = [u.flatten(1).norm(dim=1).sum() for u in (v, v_ref)]
         square_ref = squared_error(v_ref, torch.zeros_like(v_ref)).sum()
         totals += torch.stack([squared_error(v, v_ref).sum(), *lengths, square_ref])

@@ -18,7 +18,7 @@ from flowrl.training.buffer import RolloutBuffer
 from flowrl.training.construction import configured, without_gradient
 from flowrl.training.networks import ExtraState, TrainedNetwork
 from flowrl.training.policy import FlowPolicy
-from flowrl.training.records import RolloutRecord
+from flowrl.training.records import RolloutRecord, velocities
 from flowrl.training.reward_calls import RewardCalls
 from flowrl.types import Batch, Pair, RewardOutput, Role, Rows
 
@@ -199,5 +199,5 @@ class Method(ABC):
         """`E|v - v_ref|^2`, mean over dimensions, estimated on one minibatch; a scalar tensor."""
         order = torch.randperm(self.buffer.size, generator=self.generator, device=self.device) * self.buffer.parts
         batch = next(self.buffer.batches(order, self.config.batch_size))
-        pair = self.pair(batch, t=sample_time(len(batch.x_1), self.config.time_sampling, self.generator))
-        return squared_error(self.velocity(pair), self.velocity(pair, "reference")).mean()
+        t = sample_time(len(batch.x_1), self.config.time_sampling, self.generator)
+        return squared_error(*velocities(self.policy, batch.x_1, batch.context_ids, t, self.generator)).mean()

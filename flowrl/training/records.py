@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowrl.functional import metrics
+from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import effective_sample_size
+from flowrl.training.policy import FlowPolicy
 from flowrl.training.writers import dump
-from flowrl.types import RewardOutput
+from flowrl.types import RewardOutput, Role
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -61,6 +63,21 @@ class RolloutRecord:
         samples, context_ids = (torch.cat(parts)[: metrics.DIVERSITY_SAMPLES] for parts in zip(*self.shown))
         total, n_pairs = model.ranks.all_reduce_(metrics.pair_distances(samples, context_ids))
         return total / n_pairs
+
+
+@torch.no_grad()
+def velocities(
+    policy: FlowPolicy,
+    x_1: torch.Tensor,
+    context_ids: torch.Tensor,
+    t: torch.Tensor,
+    generator: torch.Generator,
+    role: Role = "current",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Velocities of a role and of the reference (B, *latent_shape) between samples and fresh noise, at times t (B,)."""
+    x_t, _ = interpolate(policy.noise(len(x_1), generator), x_1, t)
+    cond = policy.condition(context_ids)
+    return policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")
 
 
 def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], seconds: float) -> None:
