@@ -54,7 +54,8 @@ def recommended(name: str, *given: str) -> list[Row]:
     for key, value in spec.recommended(spec.configured(dict(text.split("=") for text in given))).items():
         kind, _, setting = key.rpartition(".")
         found.setdefault(kind, []).append(f"`{setting}` {shown(value)}")
-    of_kind = {kind: [name for name, cls in ALGORITHMS.items() if cls.kind == kind] for kind in found}  # type: ignore[attr-defined]
+    shipped = {name: cls for name, cls in ALGORITHMS.items() if cls.__module__.startswith("flowrl.")}
+    of_kind = {kind: [name for name, cls in shipped.items() if cls.kind == kind] for kind in found}  # type: ignore[attr-defined]
     rows = [
         (f"`{kind}`: " + ", ".join(of_kind[kind]) if kind else "all that have them", ", ".join(values))
         for kind, values in found.items()

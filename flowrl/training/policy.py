@@ -210,10 +210,11 @@ class FlowPolicy(SB3Policy):
 
     def times(self, steps: int | None = None) -> torch.Tensor:
         """Times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
-        steps = steps or self.steps
-        if steps not in self._times:
-            self._times[steps] = self.model.times(steps).to(self.device)
-        return self._times[steps]
+        if steps is not None and steps != self.steps:
+            return self.model.times(steps).to(self.device)
+        if self.steps not in self._times:
+            self._times = {self.steps: self.model.times(self.steps).to(self.device)}
+        return self._times[self.steps]
 
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
         """Draw samples (B, *sample_shape), decoded.
