@@ -44,7 +44,7 @@ class DPOKConfig(TransitionConfig):
 
 
 class Critic(nn.Module):
-    """Expected reward of a state: `(x_k (B, ...), t (B,), contexts (B,)) -> (B,)`; zero at first."""
+    """Expected reward of a state: `(x_k (B, ...), t (B,), context_ids (B,)) -> (B,)`; zero at first."""
 
     def __init__(self, dim: int, n_contexts: int, width: int) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ class Critic(nn.Module):
         nn.init.zeros_(last.bias)
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-        """Estimate (B,)."""
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+        """Estimate the expected reward (B,)."""
         state = self.state(torch.cat([x.flatten(1), t[:, None]], dim=1))
-        return self.head(state + self.context(contexts)).squeeze(1)
+        return self.head(state + self.context(context_ids)).squeeze(1)
 
 
 @register_algorithm("dpok")
@@ -75,12 +75,12 @@ class DPOK(TransitionAlgorithm):
         self.critic = self.add_network("critic", critic, config.critic_learning_rate)
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
-        """Standardised rewards (B,), less the critic's estimate in the loss."""
+        """Standardise rewards (B,); the critic's estimate is subtracted in the loss."""
         n = len(self.env.core.contexts)
         return standardise(rollout.reward, self.config.standardise, rollout.context_ids, n)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`lambda max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
+        """Compute `lambda max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
         config = self.config
         steps, advantage = self.recorded(batch), batch.advantage
         step = self.step(steps, batch.context_ids)

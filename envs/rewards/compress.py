@@ -16,7 +16,7 @@ from flowrl.types import RewardOutput
 
 
 def jpeg_kilobytes(images: torch.Tensor, quality: int = 95) -> torch.Tensor:
-    """Size of each image (B, 3, H, W) in [0, 1] as a JPEG file, in kB (1000 bytes): (B,) float32 on the CPU."""
+    """Measure each image (B, 3, H, W) in [0, 1] as a JPEG file, in kB (1000 bytes): (B,) float32 on the CPU."""
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def size(array: object) -> float:
@@ -44,7 +44,7 @@ class IncompressReward:
         self.description = f"{self.what} at quality {quality}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1]."""
+        """Reward images (B, 3, H, W) in [0, 1]."""
         return RewardOutput(self.sign * jpeg_kilobytes(images, self.quality))
 
 

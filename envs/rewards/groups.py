@@ -14,7 +14,7 @@ from flowrl.types import Contexts, RewardOutput
 
 
 def groups_of(contexts: Contexts, name: str) -> list[torch.Tensor]:
-    """Indices of the samples of each distinct context, int64 on the CPU, in the order of their first samples.
+    """Find the indices of the samples of each distinct context, int64 on the CPU, in the order of their first samples.
 
     Raises:
         ConfigError: A context with a single sample; names the reward and the remedy.
@@ -37,7 +37,7 @@ class WinRateReward:
     In [0, 1], of mean 1/2 in every group. Components: the reward's own value under its name, and its own components.
 
     Args:
-        reward: Whose values are compared.
+        reward: Reward to compare by.
         name: Its name.
     """
 
@@ -48,7 +48,7 @@ class WinRateReward:
         self.description = f"share of the samples of the same prompt that are beaten in {name}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1].
+        """Reward images (B, 3, H, W) in [0, 1].
 
         Raises:
             ConfigError: A prompt with a single image.
@@ -81,7 +81,7 @@ class PairwiseReward:
         self.description = f"mean probability to be preferred within the samples of the same prompt, by {name}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1].
+        """Reward images (B, 3, H, W) in [0, 1].
 
         Raises:
             ConfigError: A prompt with a single image.
@@ -110,7 +110,7 @@ class PairwiseReward:
 def raw_values(
     reward: RewardFunction, images: torch.Tensor, prompts: Sequence[str], name: str
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Checked values (B,) of a reward, and components: its value under its name, its own ones as `name.component`.
+    """Compute checked values (B,) of a reward and its components, named `name` and `name.component`.
 
     Raises:
         RewardError: Not one finite number per sample.

@@ -1,4 +1,4 @@
-"""Networks whose weights are sharded over ranks (FSDP2): what they need beyond ordinary ones."""
+"""Networks whose weights are sharded over ranks (FSDP2)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def shard(accelerator: object, network: nn.Module) -> None:
 
 
 def reshard(network: nn.Module) -> None:
-    """Free weights that were unsharded for a forward pass: after an update of the shards they are stale."""
+    """Free the unsharded weights of a forward pass: after an update of the shards they are stale."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in network.modules():

@@ -27,7 +27,7 @@ def log_prob(
     atol: float = 1e-5,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """`log p_1(x_1) = log N(x_0; 0, I) - integral of div v dt`, going back from `x_1` along the flow.
+    """Compute `log p_1(x_1) = log N(x_0; 0, I) - integral of div v dt`, going back from `x_1` along the flow.
 
     Solved by Dormand-Prince 5(4) with adaptive steps (torchdiffeq), of one size for the whole batch. The field is
     only asked at times in [0, 1].
@@ -37,7 +37,7 @@ def log_prob(
         x_1: Samples (B, ...).
         divergence: "exact", or Hutchinson's estimate `e^T J e` with random signs e that stay the same for a whole
             solve ("hutchinson"; unbiased); "auto" takes the exact one in up to `EXACT_UP_TO` dimensions.
-        n_probes: How many e are averaged.
+        n_probes: Number of e that are averaged.
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
         generator: Source of the signs.
