@@ -34,6 +34,9 @@ def forgetting(*modules: str) -> Iterator[None]:
 
     registries: list[dict[str, Any]] = [ALGORITHMS, ENVIRONMENTS, REWARDS, gymnasium.registry]
     before = [dict(registry) for registry in registries]
+    for name in modules:  # of the same name, from another test
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
     try:
         yield
     finally:

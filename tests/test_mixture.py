@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, forgetting
 
 import flowrl
 from flowrl.envs.rewards.catalogue import REWARDS, parse_options, register_reward
@@ -315,7 +315,8 @@ def test_the_page_on_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "my_rewards.py").write_text(page.partition("```python\n")[2].partition("```")[0])
     monkeypatch.syspath_prepend(tmp_path)
     text = page.rpartition('--env.reward "')[2].partition('"')[0]
-    env = flowrl.make("sd3-compress", flow="mini-sd3", reward=text, reward_options=("my_rewards:dark.power=2",))
+    with forgetting("my_rewards"):
+        env = flowrl.make("sd3-compress", flow="mini-sd3", reward=text, reward_options=("my_rewards:dark.power=2",))
     x = torch.rand(2, *env.sample_shape)
     output = env.evaluate(x, torch.zeros(2, dtype=torch.long))
     level = x.mean((1, 2, 3))
