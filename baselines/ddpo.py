@@ -67,14 +67,14 @@ class DDPO(TransitionAlgorithm):
         self.count.copy_(count)
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
-        """Advantages (B,): rewards standardised by their own context's running statistics, which take them in first."""
+        """Standardise rewards (B,) by their own context's running statistics, which take them in first."""
         self._take_in(rollout)
         std = (self.square / self.count.clamp_min(1)).sqrt()
         advantage = (rollout.reward - self.mean[rollout.context_ids]) / (std[rollout.context_ids] + 1e-4)
         return advantage.clamp(-self.config.max_advantage, self.config.max_advantage)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`-A log p` or its clipped ratio, per step of the sampler."""
+        """Compute `-A log p` or its clipped ratio, per step of the sampler."""
         steps, advantage = self.recorded(batch), batch.advantage
         step = self.step(steps, batch.context_ids)
         if self.config.variant == "sf":

@@ -56,7 +56,7 @@ class Critic(nn.Module):
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-        """Estimate (B,)."""
+        """Estimate the expected reward (B,)."""
         state = self.state(torch.cat([x.flatten(1), t[:, None]], dim=1))
         return self.head(state + self.context(contexts)).squeeze(1)
 
@@ -75,12 +75,12 @@ class DPOK(TransitionAlgorithm):
         self.critic = self.add_network("critic", critic, config.critic_learning_rate)
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
-        """Standardised rewards (B,), less the critic's estimate in the loss."""
+        """Standardise rewards (B,); the critic's estimate is subtracted in the loss."""
         n = len(self.env.core.contexts)
         return standardise(rollout.reward, self.config.standardise, rollout.context_ids, n)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`lambda max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
+        """Compute `lambda max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
         config = self.config
         steps, advantage = self.recorded(batch), batch.advantage
         step = self.step(steps, batch.context_ids)

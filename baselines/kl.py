@@ -54,11 +54,11 @@ class ExactKL(ORWCFMW2):
         return x_1, {**rows, "log_ratio": ratio}
 
     def weigh(self, rollout: Batch) -> torch.Tensor:
-        """Weights (B,) of `r - beta (log p_theta - log p_ref)`, taken as a reward is."""
+        """Compute weights (B,) of `r - beta (log p_theta - log p_ref)`, as of a reward."""
         return super().weigh(rollout._replace(reward=rollout.reward - self.config.beta * rollout.extra["log_ratio"]))
 
     def log_prob(self, x_1: torch.Tensor, context_ids: torch.Tensor, role: Role) -> torch.Tensor:
-        """Log-likelihood (B,) of samples, in the space of the flow; the same random signs for every role."""
+        """Compute the log-likelihood (B,) of samples in the flow's own space; the same random signs for every role."""
         config, ranks, parts = self.config, self.ranks, []
         chunk = config.batch_size // ranks.world_size
         first = self.buffer.size + ranks.rank * len(x_1)  # among the samples of the iteration

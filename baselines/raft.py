@@ -47,7 +47,7 @@ class RAFTConfig(ORWCFMW2Config):
         )
 
     def entries_per_epoch(self) -> int:
-        """The plain target fits what is kept, the residual one all samples."""
+        """Count the entries of a pass: the samples kept for the plain target, all samples for the residual one."""
         return self.n_samples if self.target == "residual" else self.n_samples // self.group_size * self.n_best
 
 
@@ -60,7 +60,7 @@ class RAFT(ORWCFMW2):
     config: RAFTConfig
 
     def weigh(self, rollout: Batch) -> torch.Tensor:
-        """Weights (B,): equal for the samples kept, zero for all others, mean one."""
+        """Compute weights (B,): equal for the samples kept, zero for all others, mean one."""
         kept = best_of_groups(rollout.reward, rollout.group, self.config.n_best)
         weight = (kept & (rollout.reward > self.config.threshold)).float()
         return weight / weight.mean().clamp_min(1e-6)

@@ -55,7 +55,7 @@ class RWR(ORWCFMW2):
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:
-        """Offline, the samples and `v_old` are the reference's: no further copy."""
+        """Keep no further copy offline: samples and `v_old` are the reference's."""
         copies = super().copies_for(config)
         return copies - {"behaviour"} if config.mode == "offline" else copies
 
@@ -65,7 +65,7 @@ class RWR(ORWCFMW2):
         return "reference" if self.config.mode == "offline" else super().behaviour_role
 
     def contexts(self) -> torch.Tensor:
-        """Given samples bring their own contexts."""
+        """Take the contexts of given samples, where there are any; draw others."""
         if self.data is None:
             return super().contexts()
         _, contexts = self.data
@@ -81,7 +81,7 @@ class RWR(ORWCFMW2):
 
 
 def read_samples(path: Path, model: RWR) -> tuple[torch.Tensor, torch.Tensor]:
-    """Given samples: `x_1` (N, *latent_shape), in the flow's own (latent) space, and `contexts` (N,).
+    """Read given samples: `x_1` (N, *latent_shape), in the flow's own (latent) space, and `contexts` (N,).
 
     Raises:
         ConfigError: The file is missing or damaged, or its tensors do not fit the flow and the environment.

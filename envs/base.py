@@ -70,14 +70,14 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
 
     @abstractmethod
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward of samples (B, *sample_shape) on any device, with one context per sample."""
+        """Reward samples (B, *sample_shape) on any device, with one context per sample."""
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """As `reward`, of samples of training: where a reward has running statistics, they take them in."""
+        """Reward samples of training: running statistics of the reward, if any, take them in."""
         return self.reward(samples, contexts)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Tensors that a checkpoint must keep: what `observe` has changed."""
+        """Collect the tensors that a checkpoint must keep: those that `observe` changes."""
         return {}
 
     def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -92,7 +92,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         """
 
     def describe(self) -> list[str]:
-        """Lines for the head of a run: which flow and which reward, and how to choose others."""
+        """Write lines for the head of a run: flow and reward, and how to choose others."""
         return [f"flow: {self.flow.description}"]
 
     def evaluate(self, samples: torch.Tensor, contexts: torch.Tensor, *, observe: bool = False) -> RewardOutput:
@@ -140,7 +140,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
 
     def draw(self, rng: np.random.Generator, size: int | None = None) -> Any:
-        """Indices of contexts, drawn independently by their shares: an array (size,), or one number."""
+        """Draw indices of contexts, independently by their shares: an array (size,), or one number."""
         if self.shares is None:
             return rng.integers(len(self.contexts), size=size)
         return rng.choice(len(self.contexts), size=size, p=self.shares)
@@ -161,8 +161,9 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         return np.int64(self._context), output.reward.item(), True, False, info
 
     def render(self) -> np.ndarray | None:
-        """The last sample as (H, W, 3) uint8 when `render_mode` is "rgb_array": by default, a dot at its first
-        two coordinates within the bounds of the action space.
+        """Render the last sample as (H, W, 3) uint8 when `render_mode` is "rgb_array".
+
+        By default, a dot at its first two coordinates within the bounds of the action space.
         """
         if self.render_mode != "rgb_array":
             return None
@@ -181,7 +182,7 @@ def draw_contexts(
     generator: torch.Generator,
     shares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Context indices (n_samples,) on the generator's device, each drawn context repeated `group_size` times.
+    """Draw context indices (n_samples,) on the generator's device, each drawn context repeated `group_size` times.
 
     Without `shares` contexts are shuffled; none comes again before all have come. With `shares` (n_contexts,), positive
     float32 with sum 1 on that device, G groups are drawn by systematic sampling (Madow 1949) in random order, from a
@@ -207,7 +208,7 @@ def draw_contexts(
 
 
 def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: str) -> torch.Tensor:
-    """The reward as a float32 tensor (B,) on the samples' device, or an error: never a made-up number.
+    """Convert the reward to a float32 tensor (B,) on the samples' device, or raise: never a made-up number.
 
     Raises:
         RewardError: Not convertible, wrong shape, NaN or infinite.
@@ -280,7 +281,7 @@ class GenerationVecEnv(VecEnv):
         self.core.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The environment's attribute, once per index."""
+        """Give the environment's attribute, once per index."""
         return [getattr(self.core, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
@@ -293,7 +294,7 @@ class GenerationVecEnv(VecEnv):
         return [result] * len(list(self._get_indices(indices)))
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """No copy is wrapped."""
+        """Tell that no copy is wrapped."""
         return [False] * len(list(self._get_indices(indices)))
 
     def _draw(self) -> np.ndarray:

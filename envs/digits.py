@@ -34,12 +34,12 @@ class Digits(NamedTuple):
     labels: torch.Tensor
 
     def at(self, index: torch.Tensor) -> Digits:
-        """Those of these indices."""
+        """Pick the pictures of these indices."""
         return Digits(self.pictures[index], self.labels[index])
 
 
 def real_digits(data_dir: str = "") -> tuple[Digits, Digits]:
-    """Real pictures to train and to test on.
+    """Load real pictures to train and to test on.
 
     Args:
         data_dir: Folder of MNIST's idx files; scikit-learn's 1,797 pictures when empty.
@@ -87,7 +87,7 @@ class EvenDigits:
         return pictures[labels % 2 == 0]
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`n` of the training pictures (n, 1, size, size), drawn with replacement."""
+        """Draw `n` of the training pictures (n, 1, size, size) with replacement."""
         if self.pictures is None:
             self.pictures = self._read()
         return self.pictures[torch.randint(len(self.pictures), (n,), generator=generator)]
@@ -113,17 +113,17 @@ class DigitsEnv(GenerationEnv):
         self.reward_function, self.judge, self.oracle = reward, judge, oracle
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Probability of an even digit."""
+        """Compute the probability of an even digit."""
         judged = self.judge(samples, contexts)
         components = {"judged even": judged.reward, **judged.components}
         return RewardOutput(self.reward_function(samples, contexts).reward, components)
 
     def describe(self) -> list[str]:
-        """Lines for the head of a run."""
+        """Write lines for the head of a run."""
         return [*super().describe(), f"reward: {self.reward_function.description}; another one judges"]
 
     def render(self) -> np.ndarray | None:
-        """The last picture as (size, size, 3) uint8, when `render_mode` is "rgb_array"."""
+        """Render the last picture as (size, size, 3) uint8, when `render_mode` is "rgb_array"."""
         if self.render_mode != "rgb_array":
             return None
         return (self._last.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0).repeat(3, axis=2)

@@ -40,7 +40,7 @@ class Emoji(NamedTuple):
 
 
 def real_emoji() -> Emoji:
-    """The 1,636 pictures that the shipped flow is trained on: Google's Noto emoji without flags and skin tones."""
+    """Load the 1,636 pictures that the shipped flow is trained on: Google's Noto emoji without flags and skin tones."""
     entries = json.loads((FOLDER / "emoji.json").read_text(encoding="utf-8"))
     sheet = torch.from_numpy(np.asarray(Image.open(FOLDER / "emoji.png").convert("RGB")).copy())
     rows = sheet.shape[0] // SIZE

@@ -61,11 +61,11 @@ class GaussianMixture:
         return self.means.shape[1]
 
     def to(self, device: torch.device | str) -> GaussianMixture:
-        """The same mixture with its parameters on `device`."""
+        """Move the parameters to `device`, in a new mixture."""
         return GaussianMixture(self.means.to(device), self.covariances.to(device), self.weights.to(device))
 
     def velocity(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Marginal velocity field of the straight path from N(0, I) to the mixture (C5).
+        """Compute the marginal velocity field of the straight path from N(0, I) to the mixture (C5).
 
         Args:
             t: (B,) or a scalar, in [0, 1].
@@ -85,7 +85,7 @@ class GaussianMixture:
         return (responsibility[..., None] * (means + shift)).sum(1)
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        """Log density (B,) at `x` (B, D)."""
+        """Compute the log density (B,) at `x` (B, D)."""
         components = torch.distributions.MultivariateNormal(self.means.to(x), self.covariances.to(x))
         return torch.logsumexp(self.weights.to(x).log() + components.log_prob(x[:, None]), dim=1)
 
@@ -104,7 +104,7 @@ class GaussianMixture:
         linear: Any = None,
         quadratic: tuple[Any, Any] | None = None,
     ) -> GaussianMixture:
-        """The mixture `q e^{tau r} / Z` for `r = a.x - 1/2 (x - c)^T A (x - c)` (C6).
+        """Compute the mixture `q e^{tau r} / Z` for `r = a.x - 1/2 (x - c)^T A (x - c)` (C6).
 
         Args:
             tau: Inverse temperature.
@@ -147,7 +147,7 @@ class TiltableReward(Protocol):
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """`n` exact samples (n, D) of `q e^{tau r} / Z`."""
+        """Draw `n` exact samples (n, D) of `q e^{tau r} / Z`."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,13 @@ class LinearReward:
         return x @ torch.tensor(self.a, dtype=x.dtype, device=x.device) + self.b
 
     def tilt(self, mixture: GaussianMixture, tau: float) -> GaussianMixture:
-        """The tilted mixture, in closed form."""
+        """Compute the tilted mixture, in closed form."""
         return mixture.tilt(tau, linear=self.a)
 
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """`n` exact samples of the tilted mixture."""
+        """Draw `n` exact samples of the tilted mixture."""
         return self.tilt(mixture, tau).sample(n, generator)
 
 
@@ -186,13 +186,13 @@ class QuadraticReward:
         return -0.5 * torch.einsum("bd,de,be->b", offset, curvature, offset)
 
     def tilt(self, mixture: GaussianMixture, tau: float) -> GaussianMixture:
-        """The tilted mixture, in closed form."""
+        """Compute the tilted mixture, in closed form."""
         return mixture.tilt(tau, quadratic=(self.A, self.c))
 
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """`n` exact samples of the tilted mixture."""
+        """Draw `n` exact samples of the tilted mixture."""
         return self.tilt(mixture, tau).sample(n, generator)
 
 
@@ -212,7 +212,7 @@ class RingReward:
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """`n` exact samples by rejection: r <= 0, so `e^{tau r}` is a probability of acceptance."""
+        """Draw `n` exact samples by rejection: r <= 0, so `e^{tau r}` is a probability of acceptance."""
         accepted: list[torch.Tensor] = []
         while sum(map(len, accepted)) < n:
             x = mixture.sample(8 * n, generator)
@@ -236,7 +236,7 @@ class Oracle:
     tau: float = 1.0
 
     def sample(self, n: int, generator: torch.Generator | None = None, tau: float | None = None) -> torch.Tensor:
-        """`n` exact samples (n, D) of the optimum (or of the tilt by another tau)."""
+        """Draw `n` exact samples (n, D) of the optimum (or of the tilt by another tau)."""
         return self.reward.sample_tilted(self.base, self.tau if tau is None else tau, n, generator)
 
 
@@ -281,12 +281,12 @@ class GaussiansEnv(GenerationEnv):
         self.oracle = Oracle(mixture, cast(TiltableReward, reward), tau) if hasattr(reward, "sample_tilted") else None
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward of points (B, D)."""
+        """Reward points (B, D)."""
         return RewardOutput(self.reward_function(samples))
 
 
 def eight_gaussians(radius: float = 2.0, std: float = 0.25) -> GaussianMixture:
-    """Eight equal Gaussians on a circle in the plane."""
+    """Place eight equal Gaussians on a circle in the plane."""
     angle = torch.arange(8) * (math.pi / 4)
     return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], 1), std**2 * torch.eye(2))
 

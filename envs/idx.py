@@ -19,7 +19,7 @@ LARGEST = 2**30
 
 
 def read_idx(path: Path, dimensions: int) -> torch.Tensor:
-    """Content of an idx file of unsigned bytes, gzipped or not: uint8 of so many dimensions.
+    """Read an idx file of unsigned bytes, gzipped or not: uint8 of so many dimensions.
 
     Raises:
         ConfigError: No such file, no idx file of bytes, of other dimensions, too large, or cut; names it.
@@ -53,7 +53,7 @@ def _shape(header: bytes, dimensions: int, path: Path) -> tuple[int, ...]:
 
 
 def read_pair(folder: Path, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (n, H, W) and labels (n,), uint8, of `PART-images-idx3-ubyte[.gz]` and `PART-labels-idx1-ubyte[.gz]`.
+    """Read pictures (n, H, W), labels (n,), uint8, of `PART-images-idx3-ubyte[.gz]`, `PART-labels-idx1-ubyte[.gz]`.
 
     Raises:
         ConfigError: A file is missing or damaged, there are no pictures, or their numbers differ.

@@ -41,7 +41,7 @@ class Task(Protocol):
     position: str
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (B,) and positions (B, steps + 1) of action sequences (B, steps)."""
+        """Roll out action sequences (B, steps): returns (B,) and positions (B, steps + 1)."""
 
 
 class PendulumTask:
@@ -54,7 +54,7 @@ class PendulumTask:
     start: ClassVar[tuple[float, float]] = (math.pi, 0.0)  # angle, angular velocity
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (B,) and angles (B, steps + 1), unwrapped."""
+        """Roll out action sequences: returns (B,) and angles (B, steps + 1), unwrapped."""
         u = actions.double().clamp(-self.bound, self.bound)
         angle, speed = (u.new_full((len(u),), value) for value in self.start)
         total, angles = torch.zeros_like(angle), [angle]
@@ -85,7 +85,7 @@ class MountainCarTask:
         self.power = power
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (B,) and positions (B, steps + 1); at the flag the episode ends and the car stays."""
+        """Roll out action sequences: returns (B,), positions (B, steps + 1); the flag ends the episode, the car stays."""
         raw = actions.double()
         force = raw.clamp(-self.bound, self.bound)
         place, speed = (raw.new_full((len(raw),), value) for value in self.start)
@@ -120,7 +120,7 @@ class GymnasiumTask:
             self.env.unwrapped.power = task.power  # type: ignore[attr-defined]
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (B,) and positions (B, steps + 1)."""
+        """Roll out action sequences: returns (B,) and positions (B, steps + 1)."""
         played = [self._play(sequence) for sequence in actions.double().cpu().numpy()]
         totals, places = (np.array(column) for column in zip(*played))
         return torch.from_numpy(totals).to(actions.device), torch.from_numpy(places).to(actions.device)
@@ -170,13 +170,13 @@ class PlanEnv(GenerationEnv):
         self.task, self.solved, self.scale = task, solved, scale
 
     def actions(self, plans: torch.Tensor) -> torch.Tensor:
-        """Actions (B, steps) of plans (B, LENGTH): each number held, clipped to what the task allows."""
+        """Make actions (B, steps) of plans (B, LENGTH): each number held, clipped to the task's bound."""
         hold = -(-self.task.steps // LENGTH)
         held = plans.clamp(-1, 1).repeat_interleave(hold, dim=1)[:, : self.task.steps]
         return held * self.task.bound
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """The return of each plan, divided by `scale`."""
+        """Compute the return of each plan, divided by `scale`."""
         total, positions = self.task.rollout(self.actions(samples))
         moved = positions - positions[:, :1]
         first = (moved.abs() > 0.05).int().argmax(dim=1, keepdim=True)  # the first step that is clearly off the start
@@ -197,13 +197,13 @@ class PlanEnv(GenerationEnv):
 
 
 def stays_upright(angles: torch.Tensor) -> torch.Tensor:
-    """Whether the pendulum is within 0.3 rad of upright during the last fifth of its episode."""
+    """Tell whether the pendulum is within 0.3 rad of upright during the last fifth of its episode."""
     last = angles[:, -(angles.shape[1] // 5) :]
     return (((last + math.pi) % (2 * math.pi) - math.pi).abs() < 0.3).all(dim=1)
 
 
 def reaches_flag(positions: torch.Tensor) -> torch.Tensor:
-    """Whether the car reaches the flag."""
+    """Tell whether the car reaches the flag."""
     return positions[:, -1] >= 0.45
 
 
@@ -234,7 +234,7 @@ def _factory(kind: str) -> Callable[[PlanConfig], PlanEnv]:
 
 
 def smooth_plans(n: int, generator: torch.Generator, length: int = LENGTH) -> torch.Tensor:
-    """Random smooth plans (n, length) in [-1, 1]: what the flow "plans" is trained on.
+    """Draw random smooth plans (n, length) in [-1, 1]: the flow "plans" is trained on them.
 
     The sine of a random phase that is the running sum of random frequencies is as likely at -1 as at 1, and half of the
     frequencies are one for the whole plan; a random slow amplitude goes with it.

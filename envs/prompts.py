@@ -108,7 +108,7 @@ class PromptSet:
 
 
 def prompts_from(prompts: str | Path | Sequence[Any], held_out_share: float = 0.0) -> PromptSet:
-    """The prompts of a file, of a shipped set, or of a list, split into those for training and those held out.
+    """Read the prompts of a file, of a shipped set, or of a list, split into those for training and those held out.
 
     Args:
         prompts: A `.txt` or `.jsonl` file, the name of a shipped set, or contexts themselves; strings among these
@@ -136,7 +136,7 @@ def prompts_from(prompts: str | Path | Sequence[Any], held_out_share: float = 0.
 
 
 def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
-    """Share of each context in what training draws, (n,) float64 with sum 1; None when all are equal."""
+    """Compute the share of each context in training's draws, (n,) float64 with sum 1; None when all are equal."""
     weights = np.array([c.weight if isinstance(c, Prompt) else 1.0 for c in contexts])
     if (weights == weights[0]).all():
         return None
@@ -145,7 +145,7 @@ def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
 
 
 def fingerprint(contexts: Sequence[Any]) -> str | None:
-    """Hash of prompts with their weights and fields, in order; None where contexts are no prompts."""
+    """Hash prompts with their weights and fields, in order; None where contexts are no prompts."""
     if not all(isinstance(context, Prompt) for context in contexts):
         return None
     entries = [[context, context.weight, sorted(context.fields.items())] for context in contexts]
@@ -153,7 +153,7 @@ def fingerprint(contexts: Sequence[Any]) -> str | None:
 
 
 def _repaired(text: str) -> str:
-    """Text of a command line that was read in another encoding (the locale "C"), as the UTF-8 that it was.
+    """Decode text of a command line that was read in another encoding (the locale "C") as the UTF-8 that it was.
 
     Raises:
         ConfigError: It was none.
@@ -169,7 +169,7 @@ def _repaired(text: str) -> str:
 
 
 def shipped_sets() -> list[str]:
-    """Names of the prompt sets that ship with flowrl."""
+    """List the prompt sets that ship with flowrl."""
     return sorted(path.stem for path in SETS.glob("*.jsonl"))
 
 
@@ -191,13 +191,13 @@ def _split(prompts: list[Any], held_out_share: float) -> PromptSet:
 
 
 def _position(prompt: str) -> float:
-    """Where a prompt, or its group, lies in [0, 1), by the SHA-256 of its text: the same on every machine."""
+    """Place a prompt, or its group, in [0, 1) by the SHA-256 of its text: the same on every machine."""
     group = prompt.fields.get("group", prompt) if isinstance(prompt, Prompt) else prompt
     return int.from_bytes(hashlib.sha256(str(group).encode()).digest()[:6], "big") / 2**48
 
 
 def _located(name: str | Path) -> Path:
-    """The file of a shipped set, or a file of the user's."""
+    """Find the file of a shipped set, or a file of the user's."""
     known = shipped_sets()
     if str(name) in known:
         return SETS / f"{name}.jsonl"
@@ -214,7 +214,7 @@ def _located(name: str | Path) -> Path:
 
 
 def _read(path: Path) -> list[tuple[Prompt, str | None]]:
-    """Prompts of a file with their split, in order."""
+    """Read the prompts of a file with their split, in order."""
     if path.suffix.lower() not in _PARSERS:
         raise ConfigError(
             f"A prompt file ends in .txt (one prompt a line) or .jsonl (one JSON object a line); '{path}' does not."

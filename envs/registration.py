@@ -37,7 +37,7 @@ def register(spec: EnvSpec) -> None:
 
 
 def make(name: str, *, render_mode: str | None = None, **settings: Any) -> GenerationEnv:
-    """Environment of a registered name, with its settings.
+    """Make the environment of a registered name, with its settings.
 
     Args:
         name: "sd3-count", "mypkg.envs:my-env", or a Gymnasium id.
@@ -83,7 +83,7 @@ def _anchored_option(option: Any) -> Any:
 
 
 def _anchored(place: str | Path) -> str | Path:
-    """An existing relative path as an absolute one; what means something shipped, or is no such path, as it is."""
+    """Make an existing relative path absolute; anything else, a shipped name included, is given back as it is."""
     name = str(place)
     if not name or name in (*EMBEDDED, *NAMES_OF_FLOWS, *shipped_sets()):
         return place
@@ -96,12 +96,12 @@ def _anchored(place: str | Path) -> str | Path:
 
 
 def make_vec(name: str, num_envs: int, **settings: Any) -> GenerationVecEnv:
-    """`num_envs` copies of an environment as one batched stable-baselines3 VecEnv."""
+    """Make `num_envs` copies of an environment as one batched stable-baselines3 VecEnv."""
     return GenerationVecEnv(make(name, **settings), num_envs)
 
 
 def make_vector(name: str, num_envs: int, *, render_mode: str | None = None, **settings: Any) -> GenerationVectorEnv:
-    """`num_envs` copies as a vector environment of Gymnasium, for `gymnasium.make_vec`."""
+    """Make `num_envs` copies as a vector environment of Gymnasium, for `gymnasium.make_vec`."""
     return GenerationVectorEnv(make(name, render_mode=render_mode, **settings), num_envs)
 
 
@@ -136,7 +136,7 @@ class CustomEnv(GenerationEnv):
         self.groupwise = getattr(reward, "groupwise", False)
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """What the registered function says."""
+        """Call the registered function."""
         output = self.reward_function(samples, contexts)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
@@ -151,7 +151,7 @@ def register_env(
     recommended: Mapping[str, Any] | None = None,
     total_timesteps: int = 20_000,
 ) -> Callable[[Callable], Callable]:
-    """Decorator that makes a reward function an environment, for `--env NAME` and `gymnasium.make`.
+    """Decorate a reward function: it becomes an environment, for `--env NAME` and `gymnasium.make`.
 
     The function takes samples (B, *sample_shape) and a list of B contexts and returns (B,), or a
     `RewardOutput` with named components.

@@ -73,7 +73,7 @@ class Pair:
 
 
 def parse_pair(text: str) -> Pair:
-    """Reads "a [colour] shape RELATION a [colour] shape".
+    """Parse "a [colour] shape RELATION a [colour] shape".
 
     Raises:
         ValueError: For any other text; says the form and the words.
@@ -90,7 +90,7 @@ def parse_pair(text: str) -> Pair:
 
 
 def all_pairs() -> list[Pair]:
-    """Every pair of things that differ in colour and shape, in every relation."""
+    """List every pair of things that differ in colour and shape, in every relation."""
     things = [Thing(colour, shape) for colour, shape in itertools.product(COLOURS, SHAPES)]
     return [
         Pair(first, relation, second)
@@ -100,7 +100,7 @@ def all_pairs() -> list[Pair]:
 
 
 def pair_prompts() -> list[str]:
-    """Prompts that ask for everything: what ``sd3-spatial`` trains on.
+    """List the prompts that ask for everything: ``sd3-spatial`` trains on them.
 
     All eight of the same two things are a group: when it is held out, training sees the two together in no order.
     """
@@ -108,7 +108,7 @@ def pair_prompts() -> list[str]:
 
 
 def draw_pair(pair: Pair, rng: np.random.Generator, size: int = 64) -> NDArray[np.uint8]:
-    """Draws one picture of ``pair``, whose colours are given; sizes and places are random.
+    """Draw one picture of ``pair``, whose colours are given; sizes and places are random.
 
     The things neither touch each other nor leave the picture.
 

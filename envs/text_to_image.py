@@ -65,7 +65,7 @@ class TextToImageConfig:
             raise ConfigError(f"decode_batch must be positive, not {self.decode_batch}.")
 
     def pipeline(self) -> PipelineOptions:
-        """How the pipeline is used."""
+        """Choose how the pipeline is used."""
         return PipelineOptions(self.resolution, self.decode_batch, self.vae_tiling, self.t5)
 
 
@@ -105,12 +105,12 @@ class TextToImageEnv(GenerationEnv):
         self.reward_name = reward_name or getattr(reward, "description", getattr(reward, "__name__", "custom"))
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward of images (B, 3, H, W)."""
+        """Reward images (B, 3, H, W)."""
         output = self.reward_function(samples, contexts)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward of images (B, 3, H, W) of training, after a mixture's running statistics have taken them in."""
+        """Reward images (B, 3, H, W) of training, after a mixture's running statistics have taken them in."""
         if isinstance(self.reward_function, MixtureReward):
             return self.reward_function.observe(samples, contexts)
         return self.reward(samples, contexts)
@@ -121,18 +121,18 @@ class TextToImageEnv(GenerationEnv):
             self.reward_function.all_gather = all_gather
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Running statistics of a mixture."""
+        """Give the running statistics of a mixture."""
         return self.reward_function.extra_state() if isinstance(self.reward_function, MixtureReward) else {}
 
     def describe(self) -> list[str]:
-        """Lines for the head of a run."""
+        """Write lines for the head of a run."""
         prompts = f"prompts: {len(self.contexts)}"
         prompts += f" to train on, {len(self.held_out)} held out" if self.held_out else ""
         prompts += "" if self.shares is None else ", drawn in proportion to their weights"
         return [*super().describe(), f"reward: {self.reward_name}", prompts]
 
     def render(self) -> np.ndarray | None:
-        """The last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"."""
+        """Render the last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"."""
         if self.render_mode != "rgb_array":
             return None
         return (self._last.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
@@ -143,13 +143,13 @@ OWN_WORLD: Mapping[str, str] = {"ocr": "mini-words", "spatial": "mini-spatial"}
 
 
 def embedded_for(reward: str) -> str:
-    """The shipped pipeline that suits a reward: words for reading, pairs for relations, shapes for all others."""
+    """Choose the shipped pipeline that suits a reward: words for reading, pairs for relations, shapes for the rest."""
     names = [part.name for part in parse_mixture(reward)] if reward else []
     return next((OWN_WORLD[name] for name in names if name in OWN_WORLD), "mini-sd3")
 
 
 def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str] | str:
-    """Prompts that suit the reward: the small worlds' own for embedded flows and for counting."""
+    """Choose prompts that suit the reward: the small worlds' own for embedded flows and for counting."""
     from flowrl.envs.shapes import full_prompts, open_prompts
     from flowrl.envs.spatial import pair_prompts
     from flowrl.envs.words import word_prompts
@@ -195,7 +195,7 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
 
 
 def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
-    """Algorithm settings that suit a text-to-image flow, the embedded one or a large one, and a reward."""
+    """Recommend algorithm settings for a text-to-image flow, the embedded one or a large one, and a reward."""
     name = chosen_sd3(embedded_for(reward))[0] if flow in ("auto", "sd3") else flow
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
     if name in OWN:

@@ -17,7 +17,7 @@ PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
-    """Whether values fit the fields of a dataclass, as far as a file can hold them: objects are not looked at.
+    """Check that values fit the fields of a dataclass, as far as a file can hold them: objects are not looked at.
 
     Args:
         cls: A dataclass.
@@ -35,7 +35,7 @@ def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a plain value is of a type as annotations write it; an object always is."""
+    """Tell whether a plain value is of a type as annotations write it; an object always is."""
     if not isinstance(value, PLAIN) or kind is Any:
         return True
     origin, parts = get_origin(kind), get_args(kind)
@@ -77,7 +77,7 @@ def _words(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a file for a message, cut."""
+    """Write a value of a file for a message, cut."""
     try:
         return reprlib.repr(value)
     except ValueError:  # Python writes no number of thousands of digits
@@ -85,10 +85,10 @@ def shown(value: Any) -> str:
 
 
 def is_whole(value: Any, least: int = 0, most: int = LARGEST_INT) -> bool:
-    """Whether it is an int (and no bool) in this range."""
+    """Tell whether it is an int (and no bool) in this range."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a number (and no bool) that float can hold."""
+    """Tell whether it is a number (and no bool) that float can hold."""
     return fits(value, float) and isinstance(value, int | float) and math.isfinite(value)

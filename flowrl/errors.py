@@ -18,7 +18,7 @@ class UnknownNameError(FlowRLError, LookupError):
 
     @classmethod
     def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-        """Error for an unknown `name`, with the closest and all known names."""
+        """Make an error for an unknown `name`, with the closest and all known names."""
         known = sorted(known)
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
         return cls(f"Unknown {kind} '{shown}'.{did_you_mean(shown, known)} Known: {', '.join(known)}.")
@@ -61,6 +61,6 @@ class NonFiniteError(FlowRLError, FloatingPointError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Sentence with the closest known name, or an empty string when none is close."""
+    """Ask whether the closest known name was meant; an empty string when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""

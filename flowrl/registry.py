@@ -51,7 +51,7 @@ class EnvSpec:
         return f"flowrl/{self.name}-v{self.version}"
 
     def configured(self, settings: Mapping[str, Any]) -> Any:
-        """The config with these settings; nothing is made or loaded.
+        """Make the config with these settings; nothing else is made or loaded.
 
         Raises:
             UnknownNameError: An unknown setting; names the closest.
@@ -69,7 +69,7 @@ ENVIRONMENTS: dict[str, EnvSpec] = {}
 
 
 def register_algorithm(name: str) -> Callable[[type], type]:
-    """Class decorator: `@register_algorithm("my_algo")` makes the class known as `--algo my_algo`."""
+    """Decorate a class: `@register_algorithm("my_algo")` makes it known as `--algo my_algo`."""
 
     def register(cls: type) -> type:
         if ALGORITHMS.get(name, cls).__qualname__ != cls.__qualname__:
@@ -82,7 +82,7 @@ def register_algorithm(name: str) -> Callable[[type], type]:
 
 
 def algorithm_class(name: str) -> type:
-    """Class of a registered name or of `module:Class`.
+    """Look up the class of a registered name or of `module:Class`.
 
     Raises:
         UnknownNameError: No such name; the message names the closest.
@@ -99,7 +99,7 @@ def algorithm_class(name: str) -> type:
 
 
 def environment_spec(name: str) -> EnvSpec:
-    """Spec of a registered name, of `module:name` (the module registers it), or of a Gymnasium id.
+    """Look up the spec of a registered name, of `module:name` (the module registers it), or of a Gymnasium id.
 
     Raises:
         UnknownNameError: No such name; the message names the closest.
@@ -119,7 +119,7 @@ _NAMED_BY: ContextVar[tuple[str, str] | None] = ContextVar("_NAMED_BY", default=
 
 @contextmanager
 def named_by_a_file(file: str, remedy: str) -> Iterator[None]:
-    """Context in which names come from a file, which somebody else may have written: nothing new is imported.
+    """Import nothing new within a `with` block whose names come from a file, perhaps of somebody else.
 
     Args:
         file: Which, for the message of the error.
@@ -133,7 +133,7 @@ def named_by_a_file(file: str, remedy: str) -> Iterator[None]:
 
 
 def import_module(name: str) -> Any:
-    """The module of a `module:name`.
+    """Import the module of a `module:name`.
 
     Raises:
         ImportError: There is none, or it fails.
@@ -150,7 +150,7 @@ def import_module(name: str) -> Any:
 
 
 def own_module(name: str, of: str = "") -> Any:
-    """A module of the user's.
+    """Import a module of the user's.
 
     Raises:
         UnknownNameError: It cannot be imported.

@@ -21,7 +21,7 @@ HEAD = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
 
 
 def colourfulness(images: torch.Tensor) -> torch.Tensor:
-    """Colourfulness M^(3) of Hasler and Süsstrunk (2003), eq. 2: (B, 3, H, W) in [0, 1] -> (B,).
+    """Compute colourfulness M^(3) of Hasler and Süsstrunk (2003), eq. 2: (B, 3, H, W) in [0, 1] -> (B,).
 
     On the paper's scale (pixel values 0 to 255): 0 is grey, 33 moderately, 59 quite, 109 extremely colourful.
     """
@@ -63,12 +63,12 @@ class AestheticHead(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Aesthetic score, about 1 to 10."""
+        """Rate embeddings, about 1 to 10."""
         return self.layers(embedding).squeeze(1)
 
     @classmethod
     def load(cls, file: str | Path) -> AestheticHead:
-        """Head with the weights of a file: safetensors, or the published .pth (read as weights only).
+        """Load a head with the weights of a file: safetensors, or the published .pth (read as weights only).
 
         Raises:
             ModelLoadError: The file is missing or does not fit.
@@ -103,6 +103,6 @@ class AestheticReward(ModelReward):
         self.preprocessing = ImagePreprocessing.of_clip(self.clip.config.image_size)
 
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1]."""
+        """Reward images (B, 3, H, W) in [0, 1]."""
         embedding = self.clip(pixel_values=self.preprocessing(images)).image_embeds
         return RewardOutput(self.head(nn.functional.normalize(embedding, dim=1)))

@@ -35,7 +35,7 @@ class RewardEntry:
     summary: str
 
     def options(self) -> dict[str, Any]:
-        """Names and types of the options."""
+        """Give names and types of the options."""
         hints = get_type_hints(self.factory.__init__ if inspect.isclass(self.factory) else self.factory)
         return {name: hints.get(name, str) for name in inspect.signature(self.factory).parameters}
 
@@ -44,7 +44,7 @@ REWARDS: dict[str, RewardEntry] = {}
 
 
 def register_reward(name: str) -> Callable[[Any], Any]:
-    """Decorator that makes a reward known to `--env.reward NAME`.
+    """Decorate a reward: it becomes known to `--env.reward NAME`.
 
     On a class, the constructor's parameters (all with defaults, of type str, int, float, bool or Path) are its
     options: `--env.reward-options NAME.PARAMETER=VALUE`. On a function, the function itself is the reward.
@@ -70,7 +70,7 @@ def register_reward(name: str) -> Callable[[Any], Any]:
 
 
 def reward_entry(name: str) -> RewardEntry:
-    """Entry of a registered name, or of `module:name` (the module registers it).
+    """Look up the entry of a registered name, or of `module:name` (the module registers it).
 
     Raises:
         UnknownNameError: No such name; names the closest.
@@ -89,7 +89,7 @@ def reward_entry(name: str) -> RewardEntry:
 
 
 def make_reward(name: str, options: Mapping[str, str] | None = None) -> RewardFunction:
-    """Reward of a registered name.
+    """Make the reward of a registered name.
 
     Args:
         name: "aesthetic", or "module:name".
@@ -111,7 +111,7 @@ def make_reward(name: str, options: Mapping[str, str] | None = None) -> RewardFu
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, dict[str, str]]:
-    """`("aesthetic.head=a.pth", "clip.model=b")` -> `{"aesthetic": {"head": "a.pth"}, "clip": {"model": "b"}}`.
+    """Parse `("aesthetic.head=a.pth", "clip.model=b")` to `{"aesthetic": {"head": "a.pth"}, "clip": {"model": "b"}}`.
 
     Raises:
         ConfigError: Not of the form REWARD.OPTION=VALUE.
@@ -135,7 +135,7 @@ def check_options(options: Iterable[str], chosen: Iterable[str]) -> None:
 
 
 def _converted(text: str, kind: Any, name: str) -> Any:
-    """`text` as the first of the types of an annotation (`int`, `str | None`, ...) that it can be read as."""
+    """Convert `text` to the first type of an annotation (`int`, `str | None`, ...) that it can be read as."""
     kinds = [k for k in get_args(kind) or (kind,) if k is not type(None)]
     for k in (bool, int, float, Path, str):
         if k not in kinds:
@@ -172,4 +172,4 @@ class ModelReward(ABC):
 
     @abstractmethod
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """As `__call__`, with the networks where the images are."""
+        """Reward images as `__call__` does, with the networks where the images are."""

@@ -54,7 +54,7 @@ class ClassifierReward(ModelReward):
         self._of_prompts: dict[str, int] = {}
 
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1].
+        """Reward images (B, 3, H, W) in [0, 1].
 
         Raises:
             RewardError: A prompt that names no label, or several; only where no label is given.

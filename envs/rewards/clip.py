@@ -36,7 +36,7 @@ class DualEncoder:
         self._warned = False  # of prompts that are cut: once
 
     def cosine(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Cosine similarity (B,) of each image (B, 3, H, W) in [0, 1] to its own prompt."""
+        """Compute the cosine similarity (B,) of each image (B, 3, H, W) in [0, 1] to its own prompt."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         tokenizer = getattr(self.processor, "tokenizer", None)
         if new and not self._warned and tokenizer is not None:
@@ -58,7 +58,7 @@ class DualEncoder:
 
 
 def _features(output: Any) -> torch.Tensor:
-    """Projected embeddings; transformers gives them within an output object since version 5."""
+    """Get projected embeddings; transformers gives them within an output object since version 5."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
@@ -94,5 +94,5 @@ class ClipReward(ModelReward):
         self.description = f"text-image cosine similarity of {model}"
 
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], in [-1, 1]."""
+        """Reward images (B, 3, H, W) in [0, 1], with values in [-1, 1]."""
         return RewardOutput(self.encoder.cosine(images, prompts))

@@ -16,7 +16,7 @@ from flowrl.types import RewardOutput
 
 
 def jpeg_kilobytes(images: torch.Tensor, quality: int = 95) -> torch.Tensor:
-    """Size of each image (B, 3, H, W) in [0, 1] as a JPEG file, in kB (1000 bytes): (B,) float32 on the CPU."""
+    """Measure each image (B, 3, H, W) in [0, 1] as a JPEG file, in kB (1000 bytes): (B,) float32 on the CPU."""
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def size(array: object) -> float:

@@ -45,12 +45,12 @@ class DigitClassifier(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(n, CLASSES))
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Logits."""
+        """Compute logits."""
         return self.layers(2 * pictures - 1)
 
 
 def load_classifier(folder: Path) -> DigitClassifier:
-    """Frozen classifier of a folder: config.json (kind, size, width) and model.safetensors.
+    """Load a frozen classifier from a folder: config.json (kind, size, width) and model.safetensors.
 
     Raises:
         ModelLoadError: A file is missing, or does not describe or hold a classifier.
@@ -89,7 +89,7 @@ class EvenReward(ModelReward):
         self.description = f"probability of an even digit under {model.name}"
 
     def reward(self, images: torch.Tensor, prompts: Contexts) -> RewardOutput:
-        """Reward of pictures; each component is 1 for pictures taken for that digit.
+        """Reward pictures; each component is 1 for pictures taken for that digit.
 
         Raises:
             RewardError: They are of another size, or have colours.

@@ -14,7 +14,7 @@ from flowrl.types import Contexts, RewardOutput
 
 
 def groups_of(contexts: Contexts, name: str) -> list[torch.Tensor]:
-    """Indices of the samples of each distinct context, int64 on the CPU, in the order of their first samples.
+    """Find the indices of the samples of each distinct context, int64 on the CPU, in the order of their first samples.
 
     Raises:
         ConfigError: A context with a single sample; names the reward and the remedy.
@@ -110,7 +110,7 @@ class PairwiseReward:
 def raw_values(
     reward: RewardFunction, images: torch.Tensor, prompts: Sequence[str], name: str
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Checked values (B,) of a reward, and components: its value under its name, its own ones as `name.component`.
+    """Compute checked values (B,) of a reward and its components, named `name` and `name.component`.
 
     Raises:
         RewardError: Not one finite number per sample.

@@ -60,7 +60,7 @@ class HPSv2Reward(ModelReward):
         self.description = f"Human Preference Score {version}"
 
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], in [-1, 1]."""
+        """Reward images (B, 3, H, W) in [0, 1], with values in [-1, 1]."""
         return RewardOutput(self.encoder.cosine(images, prompts))
 
 
@@ -90,7 +90,7 @@ BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|
 
 
 def state_of_open_clip(state: Mapping[str, Any], file: str) -> dict[str, torch.Tensor]:
-    """Weights of open_clip's CLIP under the names of transformers' CLIPModel.
+    """Rename weights of open_clip's CLIP as transformers' CLIPModel names them.
 
     Raises:
         ModelLoadError: A weight that open_clip's CLIP does not have; names the file.

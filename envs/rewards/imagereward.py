@@ -52,7 +52,7 @@ class ImageRewardReward(ModelReward):
         self.preprocessing = ImagePreprocessing.of_clip(self.network.image_size)
 
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1]."""
+        """Reward images (B, 3, H, W) in [0, 1]."""
         if not self._warned:
             self._warned = warn_of_cut(prompts, [("it", self.tokenizer, MAX_TOKENS)], "the reward's text encoder")
         tokens = self.tokenizer(
@@ -107,7 +107,7 @@ class ImageRewardNetwork(nn.Module):
         self.head = AestheticHead(text_width)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Raw score (B,) of pixels (B, 3, S, S) and tokens (B, L) with their mask (B, L)."""
+        """Compute the raw reward (B,) of pixels (B, 3, S, S) and tokens (B, L) with their mask (B, L)."""
         seen = self.image(pixel_values=pixels).last_hidden_state  # (B, 1 + patches, D)
         read = self.text(
             input_ids=tokens, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False
@@ -116,7 +116,7 @@ class ImageRewardNetwork(nn.Module):
 
     @classmethod
     def load(cls, file: str) -> ImageRewardNetwork:
-        """Frozen network with the weights of a file in the authors' format.
+        """Load a frozen network with the weights of a file in the authors' format.
 
         Raises:
             ModelLoadError: The file is missing or does not fit.
@@ -149,7 +149,7 @@ UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.
 
 
 def state_of_authors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the authors' network under the names of `ImageRewardNetwork`."""
+    """Rename weights of the authors' network as `ImageRewardNetwork` names them."""
     renamed = {}
     for name, tensor in state.items():
         if name.startswith(UNUSED):

@@ -49,7 +49,7 @@ class PartSpec:
 
 
 def parse_mixture(text: str) -> list[PartSpec]:
-    """Parts of what `--env.reward` takes. The first field of a part that is a number is its weight.
+    """Parse the parts of an `--env.reward`. The first field of a part that is a number is its weight.
 
     Raises:
         ConfigError: Not of that form, or a reward twice.
@@ -78,7 +78,7 @@ def _parse_part(part: str, text: str) -> PartSpec:
 
 
 def make_mixture(text: str, options: Mapping[str, Mapping[str, str]] | None = None) -> RewardFunction:
-    """Reward of what `--env.reward` takes: a mixture, or for a single name without weight the reward itself.
+    """Make the reward of an `--env.reward`: a mixture, or for a single name without weight the reward itself.
 
     Args:
         text: "clip", "clip:0.7+aesthetic:0.3:running", "winrate(clip)", ...
@@ -129,13 +129,13 @@ class RunningStatistics:
         self.state = torch.stack([n + m, mean + gap * m / (n + m), squares])
 
     def standard_score(self, values: torch.Tensor) -> torch.Tensor:
-        """`(values - mean) / standard deviation`; 0 where all that was seen is equal to the mean."""
+        """Compute `(values - mean) / standard deviation`; 0 where all that was seen is equal to the mean."""
         n, mean, squares = self.state
         return _divided(values - mean, (squares / n).sqrt())
 
 
 def _divided(deviation: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Deviations by their standard deviation, which in float64 is exactly 0 for equal float32 values."""
+    """Divide deviations by their standard deviation, which in float64 is exactly 0 for equal float32 values."""
     return deviation / torch.where(spread > 0, spread, 1.0)
 
 
@@ -194,11 +194,11 @@ class MixtureReward:
         return self._mixed(images, prompts, observe=False)
 
     def observe(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """As `__call__`, of samples of training: the running statistics take them in first."""
+        """Reward samples of training: as `__call__`, but the running statistics take them in first."""
         return self._mixed(images, prompts, observe=True)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Running statistics (3,) float64 by the name of the part; a checkpoint writes into them."""
+        """Give running statistics (3,) float64 by the name of the part; a checkpoint writes into them."""
         return {label: statistics.state for label, statistics in self.running.items()}
 
     def _mixed(self, images: torch.Tensor, prompts: Sequence[str], observe: bool) -> RewardOutput:
@@ -226,7 +226,7 @@ class MixtureReward:
 
 
 def make_rewards(names: Sequence[str], options: Sequence[str]) -> dict[str, RewardFunction]:
-    """Several rewards by name, each as `--env.reward` takes it, with options as on a command line.
+    """Make several rewards by name, each as `--env.reward` takes it, with options as on a command line.
 
     Raises:
         UnknownNameError: Unknown reward, or options of none of them.

@@ -52,5 +52,5 @@ class PickScoreReward(ModelReward):
         self.scale = 1 / divisor
 
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1]."""
+        """Reward images (B, 3, H, W) in [0, 1]."""
         return RewardOutput(self.factor * self.encoder.cosine(images, prompts))

@@ -125,7 +125,7 @@ class RemoteReward:
         return self._joined([future.result() for future in futures])
 
     def _client(self) -> httpx2.Client:
-        """Connections of one call: no proxies and no credentials of the environment, and redirects are not followed."""
+        """Open connections for one call: no proxies or credentials of the environment; redirects are not followed."""
         import httpx2
 
         return httpx2.Client(
@@ -136,7 +136,7 @@ class RemoteReward:
         )
 
     def _score(self, samples: torch.Tensor, contexts: Sequence[Any], start: int, ask: _Asking) -> RewardOutput:
-        """Reward of one batch, which begins at `start`."""
+        """Ask for the reward of one batch, which begins at `start`."""
         end = min(start + self.batch_size, len(samples))
         encoding = self.encoding
         if encoding == "auto":
@@ -153,7 +153,7 @@ class RemoteReward:
             ) from error
 
     def _ask(self, body: bytes, which: str, ask: _Asking) -> tuple[bytes, int]:
-        """The reply's body, and how many attempts it took."""
+        """Ask until there is a reply; give its body and the number of attempts."""
         for attempt in range(1, self.retries + 2):
             try:
                 return self._attempt(body, attempt, ask.client), attempt
@@ -172,7 +172,7 @@ class RemoteReward:
         )
 
     def _attempt(self, body: bytes, attempt: int, client: httpx2.Client) -> bytes:
-        """The body of a reply of status 200.
+        """Ask once, and give the body of a reply of status 200.
 
         Raises:
             _TransientError: To be tried again.
@@ -194,7 +194,7 @@ class RemoteReward:
         raise RewardError(f"The reward server {self.url} answered with {said}, at attempt {attempt}. {remedy}")
 
     def _post(self, body: bytes, client: httpx2.Client) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers, and as much of the body as is read at most.
+        """Send the request; give status, headers, and the body, cut at the most that is read.
 
         Raises:
             _TransientError: There is no whole answer within the time.
@@ -232,7 +232,7 @@ class RemoteReward:
         return response.status_code, response.headers, bytes(data)
 
     def _joined(self, outputs: list[RewardOutput]) -> RewardOutput:
-        """Batches as one."""
+        """Join batches to one."""
         names = outputs[0].components.keys()
         for output in outputs:
             if output.components.keys() != names:
@@ -290,12 +290,12 @@ def _check_url(url: str) -> None:
 
 @lru_cache(maxsize=1)
 def _tls() -> ssl.SSLContext:
-    """Checks of certificates, by the system's authorities (or those that SSL_CERT_FILE names)."""
+    """Make a context that checks certificates by the system's authorities (or those that SSL_CERT_FILE names)."""
     return ssl.create_default_context()
 
 
 def _reason(error: Exception, begun: bool) -> str:
-    """What failed, by the error of the system where there is one beneath those of the client.
+    """Name the failure, by the system's error where there is one beneath those of the client.
 
     Args:
         error: As the client raised it.
@@ -312,7 +312,7 @@ def _reason(error: Exception, begun: bool) -> str:
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds that a Retry-After header (seconds, or a date) asks to wait; None when there is no sense in it."""
+    """Read the seconds to wait from a Retry-After header (seconds, or a date); None where it makes no sense."""
     if text is None:
         return None
     if text.strip().isdecimal():

@@ -56,7 +56,7 @@ def _judge(finding: Finding, asked: Pair) -> tuple[bool, bool, bool, bool]:
 
 
 def _places(finding: Finding, thing: Thing) -> list[tuple[float, float]]:
-    """Centres of the objects that are this thing."""
+    """Find the centres of the objects that are this thing."""
     found = zip(finding.colours, finding.shapes, finding.centres)
     return [centre for colour, shape, centre in found if shape == thing.shape and thing.colour in (None, colour)]
 

@@ -49,7 +49,7 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, rows: torch.Tensor, group: int = 1) -> torch.Tensor:
-        """This rank's rows (m, ...) of those of all (n, ...): consecutive ones, in whole groups of `group`."""
+        """Shard rows (n, ...): give this rank's (m, ...), consecutive ones, in whole groups of `group`."""
         if self.world_size == 1:
             return rows
         sizes = self._sizes(len(rows), group)
@@ -57,7 +57,7 @@ class Ranks:
         return rows[start : start + sizes[self.rank]]
 
     def all_gather(self, rows: torch.Tensor, n: int, group: int = 1) -> torch.Tensor:
-        """The `n` rows of which each rank gives what `mine` gave it: (n, ...), on every rank."""
+        """All-gather, the inverse of `shard`: each rank passes its rows, every rank gets all `n`."""
         if self.world_size == 1:
             return rows
         sizes = self._sizes(n, group)
@@ -68,30 +68,30 @@ class Ranks:
         return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
 
     def _sizes(self, n: int, group: int) -> list[int]:
-        """Rows of each rank: groups as evenly as they can be; what is left over goes to the last."""
+        """Count the rows of each rank: groups divided evenly, left-over rows to the last rank."""
         groups = n // group
         sizes = [group * (groups // self.world_size + (i < groups % self.world_size)) for i in range(self.world_size)]
         sizes[-1] += n - sum(sizes)
         return sizes
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place."""
+        """Sum over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean over all ranks, in place."""
+        """Average over all ranks, in place."""
         return self.all_reduce_(tensor).div_(self.world_size) if self.world_size > 1 else tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Tell whether the flag is set on any rank."""
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce_(torch.tensor(float(flag), device=self.device)).item())
 
     def broadcast(self, text: str) -> str:
-        """The main rank's text, on every rank."""
+        """Broadcast the main rank's text to every rank."""
         if self.world_size == 1:
             return text
         content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
@@ -107,7 +107,7 @@ class Ranks:
         return result
 
     def main_first(self) -> AbstractContextManager[Any]:
-        """Context that the first rank of each machine goes through before the others: what it fetches is then there."""
+        """Make a context that the first rank of each machine enters first: the others find what it has fetched."""
         return nullcontext() if self.world_size == 1 else self.accelerator.local_main_process_first()
 
     @property
@@ -118,7 +118,7 @@ class Ranks:
     def prepare(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, copies: Iterable[nn.Module] = ()
     ) -> nn.Module:
-        """The network to train through: gradients of its backward pass are means over all ranks.
+        """Wrap the network to train through: gradients of its backward pass are means over all ranks.
 
         With FSDP the network and its copies (other networks, that are not trained) are divided among the ranks, in
         place; their parameters, and the optimizer's, are others then.
@@ -143,11 +143,11 @@ class Ranks:
             return self.accelerator.prepare(network, optimizer)[0]
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
-        """Context whose backward passes leave gradients to each rank."""
+        """Make a context in which backward passes leave gradients to each rank."""
         return nullcontext() if self.world_size == 1 or self.is_sharded else self.accelerator.no_sync(network)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients left to each rank -> their means over all."""
+        """Average gradients over all ranks, after backward passes within `no_sync`."""
         for parameter in parameters:
             if parameter.grad is not None and not is_sharded(parameter.grad):
                 self.mean_(parameter.grad)
@@ -178,7 +178,7 @@ class SharedGenerator(torch.Generator):
 
 
 def is_launched() -> bool:
-    """Whether a launcher (`accelerate launch`, `torchrun`) started this process as one of several."""
+    """Tell whether a launcher (`accelerate launch`, `torchrun`) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -186,7 +186,7 @@ _joined: list[Ranks] = []
 
 
 def join(device: torch.device | str = "auto") -> Ranks:
-    """This process's place among those that a launcher started together; alone without one.
+    """Join the processes that a launcher started together; alone without one.
 
     Args:
         device: "cpu", or "auto" or a type of device for the one that accelerate gives this rank.
@@ -210,11 +210,11 @@ def join(device: torch.device | str = "auto") -> Ranks:
 
 
 def place_in_job() -> str:
-    """ " (process 3 of 8)" for messages; nothing for a single process."""
+    """Describe this process's place for messages, " (process 3 of 8)"; empty for a single process."""
     return f" (process {int(os.environ.get('RANK', '0')) + 1} of {os.environ['WORLD_SIZE']})" if is_launched() else ""
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone."""
+    """Tell whether an error means that another rank is gone."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
     return is_launched() and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))

@@ -46,7 +46,7 @@ def shard(accelerator: object, network: nn.Module) -> None:
 
 
 def reshard(network: nn.Module) -> None:
-    """Free weights that were unsharded for a forward pass: after an update of the shards they are stale."""
+    """Free the unsharded weights of a forward pass: after an update of the shards they are stale."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in network.modules():

@@ -176,7 +176,7 @@ def evaluate(
 
 
 def _ess(model: FlowAlgorithm | FlowPolicy) -> float:
-    """Effective share of the samples of the last iteration, where there are weights."""
+    """Give the effective share of the samples of the last iteration, where there are weights."""
     figures = model.rollout_figures if isinstance(model, FlowAlgorithm) else {}
     return float(figures.get("rollout/ess", math.nan))
 
@@ -283,7 +283,7 @@ def _side(
     contexts: torch.Tensor,
     batch_size: int,
 ) -> dict[str, torch.Tensor]:
-    """Held-out rewards and looks (n_samples,) by name; in batches, as networks and large images need."""
+    """Compute held-out rewards and looks (n_samples,) by name; in batches, as networks and large images need."""
     parts: list[dict[str, torch.Tensor]] = []
     for batch, indices in zip(samples.split(batch_size), contexts.split(batch_size)):
         asked = [env.contexts[i] for i in indices.tolist()]

@@ -73,14 +73,14 @@ class EvaluationResult(SampleStatistics):
     sample_contexts: list[Any] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers only, for JSON."""
+        """Collect the numbers, for JSON."""
         numbers = asdict(self)
         for key in ("samples", "reference_samples", "sample_contexts"):
             del numbers[key]
         return numbers
 
     def table(self) -> str:
-        """A small table: reference, trained, change."""
+        """Write a small table: reference, trained, change."""
         before = self.reference
         if before is None:
             raise ConfigError("This result holds no reference to compare with.")

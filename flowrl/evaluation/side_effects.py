@@ -41,7 +41,7 @@ class Comparison:
 
 
 def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones.
+    """Compute statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones.
 
     Grey images (B, 1, H, W) have no colourfulness.
     """
@@ -52,7 +52,7 @@ def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
 def held_out(
     rewards: Mapping[str, RewardFunction], samples: torch.Tensor, contexts: Contexts
 ) -> dict[str, torch.Tensor]:
-    """Values (B,) of rewards, by name.
+    """Compute values (B,) of rewards, by name.
 
     Raises:
         RewardError: A reward is not one finite number per sample.
@@ -95,7 +95,7 @@ def compare(
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Difference of two means in standard errors (Welch)."""
+    """Compute the difference of two means in standard errors (Welch)."""
     difference = (after.mean() - before.mean()).item()
     error = math.sqrt(sum(x.var().item() / len(x) for x in (before, after))) if len(before) > 1 else math.inf
     return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0

@@ -122,7 +122,7 @@ def _smc(
 
 
 def _resampled(log_weight: torch.Tensor, threshold: float, generator: torch.Generator) -> torch.Tensor:
-    """Which particle each goes on from, (groups, n); sets the weights of resampled groups to one, in place.
+    """Resample particles: which one each goes on from, (groups, n). Resampled groups get weights of one, in place.
 
     Systematic resampling, in the groups whose effective number of particles is below `threshold` n.
     """

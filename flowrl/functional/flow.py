@@ -12,28 +12,28 @@ Coupling = Literal["independent", "ot"]
 
 
 def expand(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Shape (B,) -> (B, 1, ..., 1), to broadcast over the dimensions of `like` (B, ...)."""
+    """Reshape (B,) to (B, 1, ..., 1), to broadcast over the dimensions of `like` (B, ...)."""
     return t.reshape(-1, *([1] * (like.dim() - 1)))
 
 
 def interpolate(x_0: torch.Tensor, x_1: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Point `x_t` on the path and its velocity `u = x_1 - x_0`; all (B, ...), t (B,)."""
+    """Compute the point `x_t` on the path and its velocity `u = x_1 - x_0`; all (B, ...), t (B,)."""
     u = x_1 - x_0
     return torch.addcmul(x_0, expand(t, x_0), u), u
 
 
 def x1_hat(v: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """One-step estimate of the sample: x + (1 - t) v."""
+    """Estimate the sample in one step: x + (1 - t) v."""
     return x_t + (1 - expand(t, x_t)) * v
 
 
 def x0_hat(v: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """One-step estimate of the noise: x - t v."""
+    """Estimate the noise in one step: x - t v."""
     return x_t - expand(t, x_t) * v
 
 
 def score(v: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Score of the marginal p_t: (t v - x) / (1 - t); infinite at t = 1."""
+    """Compute the score of the marginal p_t, the gradient of its log: (t v - x) / (1 - t); infinite at t = 1."""
     t = expand(t, x_t)
     return (t * v - x_t) / (1 - t)
 
@@ -48,7 +48,7 @@ def drawn(draw: Callable[[int], torch.Tensor], n: int, generator: torch.Generato
 
 
 def sample_time(n: int, kind: TimeSampling, generator: torch.Generator) -> torch.Tensor:
-    """`n` flow times in (0, 1), float32, on the generator's device.
+    """Draw `n` flow times in (0, 1), float32, on the generator's device.
 
     "uniform", or "logit_normal": the sigmoid of a standard normal, as Stable Diffusion 3 is trained
     (Esser et al. 2024, eq. 19).
@@ -59,12 +59,12 @@ def sample_time(n: int, kind: TimeSampling, generator: torch.Generator) -> torch
 
 
 def normal(n: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Standard normal noise (n, *shape), float32, on the generator's device."""
+    """Draw standard normal noise (n, *shape), float32, on the generator's device."""
     return drawn(lambda rows: torch.randn(rows, *shape, generator=generator, device=generator.device), n, generator)
 
 
 def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-    """Indices (B,) that reorder the noise so that `x_0[index]` is optimally coupled with `x_1`.
+    """Find indices (B,) that reorder the noise so that `x_0[index]` is optimally coupled with `x_1`.
 
     Exact minibatch optimal transport (Tong et al. 2023) by POT, on the host: one copy to the CPU a call.
     The noise moves, never the samples, so each sample keeps its own weight and context; and it moves only among

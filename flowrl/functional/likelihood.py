@@ -27,7 +27,7 @@ def log_prob(
     atol: float = 1e-5,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """`log p_1(x_1) = log N(x_0; 0, I) - integral of div v dt`, going back from `x_1` along the flow.
+    """Compute `log p_1(x_1) = log N(x_0; 0, I) - integral of div v dt`, going back from `x_1` along the flow.
 
     Solved by Dormand-Prince 5(4) with adaptive steps (torchdiffeq), of one size for the whole batch. The field is
     only asked at times in [0, 1].

@@ -18,12 +18,12 @@ Standardisation = Literal["none", "batch", "group"]
 
 
 def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Squared distance per sample, mean over dimensions: (B, ...) -> (B,)."""
+    """Compute the squared distance per sample, mean over dimensions: (B, ...) -> (B,)."""
     return (a - b).square().flatten(1).mean(1)
 
 
 def group_mean(values: torch.Tensor, groups: torch.Tensor, n_groups: int) -> torch.Tensor:
-    """Mean of `values` (B,) within each group, given back per sample (B,); `groups` (B,) int64.
+    """Average `values` (B,) within each group, given back per sample (B,); `groups` (B,) int64.
 
     Where all of a group agree it is their value exactly: the rounding of a sum would be taken for a difference, which
     dividing by the standard deviation blows up.
@@ -38,7 +38,7 @@ def group_mean(values: torch.Tensor, groups: torch.Tensor, n_groups: int) -> tor
 def standardise(
     reward: torch.Tensor, kind: Standardisation, groups: torch.Tensor, n_groups: int, floor: float = 1e-4
 ) -> torch.Tensor:
-    """Rewards in units of their standard deviation, around their mean, in the batch or in each group.
+    """Centre rewards and divide them by their standard deviation, in the batch or in each group.
 
     "group" takes each group's own mean and the standard deviation pooled over all groups: a group in which
     all rewards agree then gives zeros, not noise blown up. "none" gives `reward` back.
@@ -54,7 +54,7 @@ def standardise(
 def reward_weights(
     reward: torch.Tensor, tau: float, normalisation: Normalisation, groups: torch.Tensor, n_groups: int
 ) -> torch.Tensor:
-    """Weights `exp(tau r)` (B,), with mean one in the batch ("batch") or in each group ("group"), or raw ("none").
+    """Compute weights `exp(tau r)` (B,), with mean one in the batch ("batch"), in each group ("group"), or raw.
 
     The largest exponent is subtracted first, so normalised weights cannot overflow.
 
@@ -86,14 +86,14 @@ def reward_weights(
 
 
 def effective_sample_size(weight: torch.Tensor) -> torch.Tensor:
-    """`(sum w)^2 / sum w^2`: how many equally weighted samples the weights are worth; a scalar tensor."""
+    """Compute `(sum w)^2 / sum w^2`: how many equally weighted samples the weights are worth; a scalar tensor."""
     return weight.sum().square() / weight.square().sum()
 
 
 def reward_weighted_loss(
     v: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, v_ref: torch.Tensor | None, penalty: torch.Tensor
 ) -> torch.Tensor:
-    """Plain target (arXiv 2502.06061, eq. 12): `w |v - u|^2 + penalty |v - v_ref|^2`, per sample (B,).
+    """Compute the loss of the plain target (arXiv 2502.06061, eq. 12), `w |v - u|^2 + penalty |v - v_ref|^2`: (B,).
 
     `penalty` (B,) is alpha times the time weighting of the regulariser. `v_ref` None leaves it out.
     """
@@ -110,7 +110,7 @@ def residual_weighted_loss(
     v_ref: torch.Tensor | None,
     penalty: torch.Tensor,
 ) -> torch.Tensor:
-    """Residual target: `(w - b) |v - u|^2 + b |v - v_old|^2 + penalty |v - v_ref|^2`, per sample (B,).
+    """Compute the residual target's loss, `(w - b) |v - u|^2 + b |v - v_old|^2 + penalty |v - v_ref|^2`: (B,).
 
     Only differences of reward move the model: a constant reward gives a loss whose gradient at v = v_old is exactly
     zero, where the plain target refits the sampler's own errors.
@@ -129,7 +129,7 @@ def residual_weighted_loss(
 
 
 def residual_baseline(weight: torch.Tensor, mean: torch.Tensor, penalty: torch.Tensor, kind: Baseline) -> torch.Tensor:
-    """Baseline b of `residual_weighted_loss`: the mean weight ("mean"), or at most `w + penalty` ("clipped"), (B,).
+    """Compute b of `residual_weighted_loss`: the mean weight ("mean"), or at most `w + penalty` ("clipped"), (B,).
 
     What `v_old` has too much over the field of its own samples comes through a refresh `E[b | x_t] / (E[w | x_t] +
     penalty)` times as large. With the mean weight this is more than 1 wherever weights are low, and grows without bound
@@ -140,7 +140,7 @@ def residual_baseline(weight: torch.Tensor, mean: torch.Tensor, penalty: torch.T
 
 
 def kl_time_weight(t: torch.Tensor, maximum: float = 20.0) -> torch.Tensor:
-    """`t / (1 - t)` (B,), clipped at `maximum`.
+    """Compute `t / (1 - t)` (B,), clipped at `maximum`.
 
     With it the penalty is the Kullback-Leibler divergence of the samples for exact marginal fields:
     KL(p || q) = integral of t / (1 - t) E|v_p - v_q|^2 (squared norm summed over dimensions) dt.
@@ -149,7 +149,7 @@ def kl_time_weight(t: torch.Tensor, maximum: float = 20.0) -> torch.Tensor:
 
 
 def group_advantage(reward: torch.Tensor, group: torch.Tensor, maximum: float = 5.0) -> torch.Tensor:
-    """Group-relative advantages (Shao et al. 2024): `(r - mean_g) / (std_g + 1e-4)`, clipped at `maximum`.
+    """Compute group-relative advantages (Shao et al. 2024): `(r - mean_g) / (std_g + 1e-4)`, clipped at `maximum`.
 
     Args:
         reward: (B,).
@@ -166,7 +166,7 @@ def group_advantage(reward: torch.Tensor, group: torch.Tensor, maximum: float = 
 
 
 def members(group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples of each group as a table: indices (G, S), and which of them there are, bool (G, S).
+    """List the samples of each group as a table: indices (G, S), and a mask of the valid entries, bool (G, S).
 
     `group` (B,) int64 in [0, B). S is the size of the largest group; smaller ones are filled up with index 0.
     """
@@ -196,7 +196,7 @@ def best_of_groups(reward: torch.Tensor, group: torch.Tensor, n_best: int = 1) -
 
 
 def best_and_worst(reward: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Preference pairs: the best and the worst sample of each group, indices (P, 2).
+    """Find preference pairs: the best and the worst sample of each group, indices (P, 2).
 
     A group whose rewards agree has no preference and gives no pair. `reward` (B,); `group` (B,) int64 in [0, B).
     """
@@ -208,11 +208,11 @@ def best_and_worst(reward: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 
 
 def clipped_objective(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """PPO's pessimistic surrogate as a loss (B,): `max(-A rho, -A clip(rho, 1 - c, 1 + c))` (Schulman et al. 2017)."""
+    """Compute PPO's pessimistic surrogate as a loss (B,), `max(-A rho, -A clip(rho, 1 - c, 1 + c))` (Schulman 2017)."""
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
 def clip_fraction(ratio: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Share of ratios outside the clip range; a scalar tensor."""
+    """Compute the share of ratios outside the clip range; a scalar tensor."""
     return ((ratio - 1).abs() > clip_range).float().mean()

@@ -13,7 +13,7 @@ DIVERSITY_SAMPLES = 256
 
 
 def diversity(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-    """Mean Euclidean distance between two samples of the same context; a scalar tensor.
+    """Compute the mean Euclidean distance between two samples of the same context; a scalar tensor.
 
     Samples (B, ...) are flattened; contexts (B,). NaN when no two samples share a context.
     """
@@ -22,7 +22,7 @@ def diversity(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
 
 
 def pair_distances(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-    """Sum of the Euclidean distances between two samples of the same context, and how many pairs there are: (2,)."""
+    """Sum the Euclidean distances between two samples of the same context, and count the pairs: (2,)."""
     flat = samples.flatten(1).float()
     distance = torch.cdist(flat, flat)
     pairs = (contexts[:, None] == contexts[None, :]).float().triu(1).to(distance.device)
@@ -30,7 +30,7 @@ def pair_distances(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tenso
 
 
 def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Exact W2 distance between two clouds of points of equal size (N, ...), flattened, by optimal transport (POT)."""
+    """Compute the exact W2 distance of two point clouds of equal size (N, ...), flattened: optimal transport by POT."""
     import ot
 
     if a.shape != b.shape:
@@ -41,14 +41,14 @@ def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
-    """Luma (B, H, W) of images (B, 3, H, W), ITU-R BT.601; the values of grey images (B, 1, H, W)."""
+    """Compute luma (B, H, W) of images (B, 3, H, W), ITU-R BT.601; grey images (B, 1, H, W) keep their values."""
     if images.shape[1] == 1:
         return images[:, 0].float()
     return (images.float() * images.new_tensor([0.299, 0.587, 0.114]).float()[:, None, None]).sum(1)
 
 
 def entropy(images: torch.Tensor) -> torch.Tensor:
-    """Shannon entropy in bits of the histogram of 256 grey levels, 0 to 8: images (B, C, H, W) in [0, 1] -> (B,)."""
+    """Compute the Shannon entropy in bits, 0 to 8, of 256 grey levels: images (B, C, H, W) in [0, 1] -> (B,)."""
     levels = (255 * grey(images).clamp(0, 1)).round().long().flatten(1)
     one = torch.full_like(levels, 1 / levels.shape[1], dtype=torch.float32)
     share = torch.zeros(len(images), 256, device=images.device).scatter_add_(1, levels, one)
@@ -56,14 +56,14 @@ def entropy(images: torch.Tensor) -> torch.Tensor:
 
 
 def edge_density(images: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
-    """Share of pixels where grey changes by more than `threshold` per pixel: images (B, 3, H, W) in [0, 1] -> (B,)."""
+    """Compute the share of pixels where grey changes by over `threshold`: images (B, 3, H, W) in [0, 1] -> (B,)."""
     values = grey(images)
     right, down = values[:, :-1, 1:] - values[:, :-1, :-1], values[:, 1:, :-1] - values[:, :-1, :-1]
     return ((right.square() + down.square()).sqrt() > threshold).float().mean((1, 2))
 
 
 def mean_interval(values: torch.Tensor) -> tuple[float, float]:
-    """95 % confidence interval of the mean of independent values (B,), normal approximation."""
+    """Compute the 95 % confidence interval of the mean of independent values (B,), by the normal approximation."""
     if len(values) < 2:
         return math.nan, math.nan
     mean, error = values.mean().item(), values.std().item() / math.sqrt(len(values))

@@ -18,7 +18,7 @@ Step = Callable[[Field, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def time_grid(steps: int, shift: float = 1.0, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Times (steps + 1,) from 0 to 1, float32.
+    """Make times (steps + 1,) from 0 to 1, float32.
 
     `shift` is the resolution shift of Stable Diffusion 3 (Esser et al. 2024, eq. 23): with sigma = 1 - t,
     sigma' = shift sigma / (1 + (shift - 1) sigma).
@@ -33,7 +33,7 @@ def time_grid(steps: int, shift: float = 1.0, device: torch.device | str = "cpu"
 def guided_velocity(
     v: torch.Tensor, v_null: torch.Tensor, scale: float, t: torch.Tensor, guidance: Guidance = "cfg"
 ) -> torch.Tensor:
-    """Classifier-free guidance of a velocity (B, ...) by that of the empty context, at times `t` (B,).
+    """Guide a velocity (B, ...) by that of the empty context at times `t` (B,): classifier-free guidance.
 
     - "cfg": `v_null + scale (v - v_null)` (Ho and Salimans 2022).
     - "cfg_zero": CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): `v_null` is first multiplied by the
@@ -49,7 +49,7 @@ def guided_velocity(
 
 
 def guided_field(v_of_both: Field, scale: float, guidance: Guidance = "cfg") -> Field:
-    """Field of guided velocities from one that takes both halves, with and without context, in one batch (2 B, ...)."""
+    """Make the field of guided velocities from a field that takes both halves, with context and without: (2 B, ...)."""
 
     def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         v, v_null = v_of_both(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
@@ -59,24 +59,24 @@ def guided_field(v_of_both: Field, scale: float, guidance: Guidance = "cfg") -> 
 
 
 def euler_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """First order, one evaluation."""
+    """Take a step of first order, one evaluation."""
     return x + h * v(x, t)
 
 
 def midpoint_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Second order, two evaluations."""
+    """Take a step of second order, two evaluations."""
     return x + h * v(x + h / 2 * v(x, t), t + h / 2)
 
 
 def heun_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Second order, two evaluations (Karras et al. 2022, algorithm 1)."""
+    """Take a step of second order, two evaluations (Karras et al. 2022, algorithm 1)."""
     v_0 = v(x, t)
     v_1 = v(x + h * v_0, t + h)
     return x + h / 2 * (v_0 + v_1)
 
 
 def rk4_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Fourth order, four evaluations."""
+    """Take a step of fourth order, four evaluations."""
     k_1 = v(x, t)
     k_2 = v(x + h / 2 * k_1, t + h / 2)
     k_3 = v(x + h / 2 * k_2, t + h / 2)
@@ -93,7 +93,7 @@ SOLVERS: dict[str, tuple[Step, int]] = {
 
 
 def evaluations_per_sample(solver: str, steps: int) -> int:
-    """Network evaluations that one sample costs."""
+    """Count the network evaluations that one sample costs."""
     return SOLVERS[solver][1] * steps
 
 

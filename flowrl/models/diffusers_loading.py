@@ -33,7 +33,7 @@ DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, Att
 
 
 def pipeline_source(location: str, description: str, name: str, options: PipelineOptions) -> FlowSource:
-    """Source of a text-to-image pipeline; reads small configuration files, no weights.
+    """Make the source of a text-to-image pipeline from its small configuration files; no weights are read.
 
     Args:
         location: Folder or hub name.
@@ -92,7 +92,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
 
 
 def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type[PipelineFlow]:
-    """The adapter of a pipeline's class, if it is made of what flowrl loads."""
+    """Find the adapter of a pipeline's class, and check that flowrl can load the pipeline."""
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in ADAPTERS:
         came = kind[:100] if isinstance(kind, str) else shown(kind)
@@ -130,7 +130,7 @@ def _shapes(
 
 
 def _length(file: Path, what: str) -> int | None:
-    """Tokens of the T5 context that a pipeline's folder asks for; optional."""
+    """Read the number of tokens of the T5 context from a pipeline's folder; None where it does not say."""
     if not file.exists():
         return None
     length = read_json(file, what).get("max_sequence_length")
@@ -140,7 +140,7 @@ def _length(file: Path, what: str) -> int | None:
 
 
 def _check_libraries(index: dict[str, Any], name: str) -> None:
-    """Whether a pipeline consists of parts of diffusers and transformers: diffusers imports whatever is named there.
+    """Check that a pipeline names classes of diffusers and transformers only: diffusers imports whatever is named.
 
     Raises:
         ModelLoadError: It names another module.
@@ -155,7 +155,7 @@ def _check_libraries(index: dict[str, Any], name: str) -> None:
 
 
 def _check_sizes(config: dict[str, Any], what: str) -> None:
-    """Whether the numbers of a network's configuration are of a size that networks have."""
+    """Check that the numbers of a network's configuration are of a size that networks have."""
     for key, value in config.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and number > (MOST_LAYERS if "layers" in key else LARGEST_SIZE):
@@ -163,7 +163,7 @@ def _check_sizes(config: dict[str, Any], what: str) -> None:
 
 
 def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dtype: torch.dtype) -> Any:
-    """A part of a pipeline as its configuration says, with the weights that it is initialised with."""
+    """Make a part of a pipeline from its configuration, with freshly initialised weights."""
     library, name = index[part]
     with importing():
         cls = getattr(importlib.import_module(library), name)
@@ -183,7 +183,7 @@ def _tokens(tokenizer: dict[str, Any]) -> int:
 
 
 def _fetcher(location: str) -> tuple[Callable[[str], Path], str | None]:
-    """What gives a file of a folder or of a hub name; and of the latter the commit, of which all files will be."""
+    """Make a function that fetches files from a folder, or from one commit of a hub repository; give that commit."""
     if Path(location).exists():
         return lambda file: Path(location) / file, None
 

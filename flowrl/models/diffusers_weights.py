@@ -109,7 +109,7 @@ def _network(
 
 
 def _variants(folder: Path, name: str, absent: Mapping[str, None]) -> dict[str, str]:
-    """The variant (such as "fp16") of each part of a folder that has no plain weights.
+    """Find the variant (such as "fp16") of each part of a folder that has no plain weights.
 
     Raises:
         ModelLoadError: Several variants are there for a part, or a LoRA was saved in place of a network.
@@ -133,14 +133,14 @@ def _variants(folder: Path, name: str, absent: Mapping[str, None]) -> dict[str, 
 
 
 def _variant_of(file: str) -> str | None:
-    """`model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors` -> "fp16"; None for `model.safetensors`."""
+    """Read the variant from a file's name: "fp16" of `model.fp16.safetensors`; None of `model.safetensors`."""
     parts = file.removesuffix(".safetensors").split(".")
     return parts[1].split("-")[0] if len(parts) > 1 else None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and advice of the libraries that load a pipeline; errors still raise."""
+    """Silence progress bars and advice of the libraries that load a pipeline; errors still raise."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -159,7 +159,7 @@ def quiet() -> Iterator[None]:
 
 
 def _absent_components(location: str, name: str) -> dict[str, None]:
-    """Components that a local pipeline says it does not have; those that it has must be there.
+    """Find the components that a local pipeline declares absent, and check that all others are there.
 
     Raises:
         ModelLoadError: A component's folder is missing or empty (transformers would make an empty tokenizer).

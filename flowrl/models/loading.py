@@ -126,7 +126,7 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
 
 
 def _with_resolution(source: FlowSource, resolution: int | None) -> FlowSource:
-    """The source itself, if it draws images of that size: its size is fixed."""
+    """Check that a source of fixed size draws images of that size, and give it back."""
     if resolution is not None and source.sample_shape[-2:] != (resolution, resolution):
         raise ConfigError(
             f"The flow '{source.source}' draws samples of shape {source.sample_shape}, of no other resolution: leave "

@@ -22,7 +22,7 @@ class TimeFeatures(nn.Module):
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-1, n - 1), persistent=False)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Features of flow times."""
+        """Compute features of flow times."""
         angle = t[:, None] * self.frequencies
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -48,7 +48,7 @@ class MLP(nn.Module):
             nn.init.zeros_(self.output.bias)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Velocity at `x` and `t`."""
+        """Compute the velocity at `x` and `t`."""
         h = self.inputs(torch.cat([x, self.time(t)], dim=1))
         for layer in self.hidden:
             h = h + layer(nn.functional.silu(h))
@@ -89,5 +89,5 @@ class FieldFlow(VelocityModel):
         self.latent_shape = self.sample_shape = (dim,)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """The known field plus the correction."""
+        """Add the correction to the known field."""
         return self.field(t, x_t) + self.network(x_t, t)

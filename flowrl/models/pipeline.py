@@ -117,14 +117,14 @@ class PipelineFlow(VelocityModel):
     @classmethod
     @abstractmethod
     def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:
-        """Shapes from the transformer's configuration and the autoencoder's reduction of height and width."""
+        """Compute shapes from the transformer's configuration and the autoencoder's reduction of height and width."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Embeddings of prompts, by the pipeline's own text encoders."""
+        """Encode prompts by the pipeline's own text encoders."""
 
     def imitate_prompts(self, prompts: list[str]) -> Condition:
-        """Embeddings without meaning, of the shapes and types that `encode_prompts` gives, at the same cost."""
+        """Make meaningless embeddings, of the shapes and types that `encode_prompts` gives, at the same cost."""
         for encoder in self._encoders().values():
             length = self.max_sequence_length if "T5" in type(encoder).__name__ else self.pipeline.tokenizer_max_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
@@ -136,7 +136,7 @@ class PipelineFlow(VelocityModel):
 
     @abstractmethod
     def condition_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the parts of one encoded prompt; single numbers are in float32."""
+        """Give the shapes of the parts of one encoded prompt; single numbers are in float32."""
 
     @property
     @abstractmethod
@@ -145,7 +145,7 @@ class PipelineFlow(VelocityModel):
 
     @torch.no_grad()
     def encode(self, contexts: Contexts) -> Condition:
-        """Embeddings of prompts by the pipeline's own text encoders."""
+        """Encode prompts by the pipeline's own text encoders."""
         for prompt in contexts:
             if not isinstance(prompt, str):
                 raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
@@ -170,11 +170,11 @@ class PipelineFlow(VelocityModel):
         return list(found.values())
 
     def null_condition(self) -> Condition:
-        """Embeddings of the empty prompt, as the pipeline's own guidance uses it."""
+        """Encode the empty prompt, as the pipeline's own guidance uses it."""
         return self.encode([""])
 
     def _place_encoders(self) -> None:
-        """The text encoders on the device, loaded again where they had been released."""
+        """Put the text encoders on the device, loaded again where they had been released."""
         if self.load_encoders is not None and self.pipeline.text_encoder is None:
             loaded = self.load_encoders()
             for name in ENCODERS:
@@ -195,7 +195,7 @@ class PipelineFlow(VelocityModel):
         return {name: part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
-        """Latents -> images (B, 3, H, W), float32 in [0, 1]."""
+        """Decode latents to images (B, 3, H, W), float32 in [0, 1]."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
         scale, shift = (vae.config.get(key) for key in ("scaling_factor", "shift_factor"))  # older ones have no shift
@@ -205,7 +205,7 @@ class PipelineFlow(VelocityModel):
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
     def with_encoders(self, network: torch.nn.Module) -> Any:
-        """The whole pipeline around a network, text encoders included, to be saved."""
+        """Make the whole pipeline around a network, text encoders included, to be saved."""
         self._place_encoders()
         parts = {name: network if part is self.network else part for name, part in self.pipeline.components.items()}
         return type(self.pipeline)(**parts)
@@ -215,7 +215,7 @@ class PipelineFlow(VelocityModel):
         self.pipeline.vae.to("cpu")
 
     def times(self, steps: int) -> torch.Tensor:
-        """The times of the pipeline's own schedule."""
+        """Give the times of the pipeline's own schedule."""
         config, mu = self.pipeline.scheduler.config, None
         if config.get("use_dynamic_shifting"):
             least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -224,15 +224,15 @@ class PipelineFlow(VelocityModel):
         return times_of(copy.deepcopy(self.pipeline.scheduler), steps, self.sigmas(steps, config), mu)
 
     def sigmas(self, steps: int, config: Mapping[str, Any]) -> np.ndarray | None:
-        """Noise levels that the pipeline's call hands to its scheduler; None leaves them to the scheduler."""
+        """Give the noise levels that the pipeline's call hands to its scheduler; None leaves them to the scheduler."""
         return None
 
     def move_frozen(self, device: torch.device) -> None:
-        """From now on compute on `device`; text encoders and autoencoder follow when they are used."""
+        """Compute on `device` from now on; text encoders and autoencoder follow when they are used."""
         self.device = device
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
-        """LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
+        """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
         if lora_state is None:
             network: Any = self.network
             network.save_pretrained(folder / "transformer", safe_serialization=True)
@@ -241,7 +241,7 @@ class PipelineFlow(VelocityModel):
 
 
 def square(size: int | None, default: int, scale: int, patch: int, most: int | None = None) -> int:
-    """Height (and width) of the latents for images of `size` pixels, or `default` where no size is asked for.
+    """Compute the height (and width) of the latents for images of `size` pixels; `default` without a size.
 
     Args:
         size: Height and width in pixels.

@@ -52,7 +52,7 @@ class FlowSource:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         ModelLoadError: The file is missing or is no JSON object; names it.

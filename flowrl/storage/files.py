@@ -51,7 +51,7 @@ def _sync(path: Path) -> None:
 
 
 def standing(folder: Path) -> Path:
-    """The folder, or where it is missing what was moved aside to make place for it."""
+    """Find the folder; if a crash left it renamed, the backup."""
     if folder.is_dir() or not folder.parent.is_dir():
         return folder
     aside = [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}{ASIDE}")]
@@ -73,7 +73,7 @@ def clear_away(folder: Path) -> None:
 
 
 def host_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the host, which share no memory."""
+    """Copy tensors to the host, sharing no memory."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -98,7 +98,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """Content of a file, which may have so many bytes at most.
+    """Read a file of at most so many bytes.
 
     Raises:
         OSError: Missing, unreadable, longer, or no file: a device can be endless, and a pipe silent for ever.
@@ -114,7 +114,7 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def parsed_json(data: bytes) -> Any:
-    """JSON in UTF-8.
+    """Parse JSON in UTF-8.
 
     Raises:
         ValueError: It is none, or nested too deeply to be read.
@@ -126,7 +126,7 @@ def parsed_json(data: bytes) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
+    """Read a JSON object of a checkpoint.
 
     Raises:
         CheckpointError: Missing or damaged; names the file.
@@ -149,7 +149,7 @@ LARGEST_CSV = 2**28
 
 
 def read_rows(path: Path) -> list[dict[str, int | float | str]]:
-    """Rows of a CSV file with a head: numbers, or text where it is none. A missing file has no rows.
+    """Read the rows of a CSV file with a head: numbers, or text where it is none. A missing file has no rows.
 
     Empty cells are left out; so is a last line without an end, which was cut when a process was killed, and with a
     warning any other line that is none of such a file.
@@ -187,7 +187,7 @@ def _number(text: str) -> int | float | str:
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
         CheckpointError: Missing or damaged; names the file.

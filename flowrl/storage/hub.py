@@ -26,7 +26,7 @@ def check_name(name: str) -> None:
 
 
 def exported_files(folder: Path) -> list[str]:
-    """The files of an exported folder, relative to it.
+    """List the files of an exported folder, relative to it.
 
     Raises:
         CheckpointError: The list of files is missing or damaged.
@@ -46,7 +46,7 @@ def exported_files(folder: Path) -> list[str]:
 
 
 def _is_file_of(folder: Path, name: str) -> bool:
-    """Whether a file of that name lies in the folder itself, behind no link."""
+    """Tell whether a file of that name lies in the folder itself, behind no link."""
     path = folder / name
     try:
         return path.resolve() == path and path.is_relative_to(folder) and path.is_file()
@@ -55,7 +55,7 @@ def _is_file_of(folder: Path, name: str) -> bool:
 
 
 def table(folder: Path, files: Iterable[str]) -> str:
-    """A line for each file, with its size in bytes, and one for all."""
+    """List the files with their sizes in bytes, a line each, and the total."""
     sizes = {name: (folder / name).stat().st_size for name in files}
     lines = [f"{size:15,d}  {name}" for name, size in sorted(sizes.items())]
     return "\n".join([*lines, f"{sum(sizes.values()):15,d}  bytes in {len(sizes)} files"])

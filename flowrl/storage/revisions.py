@@ -12,18 +12,18 @@ READ: dict[str, str] = {}
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """`OWNER/NAME@REVISION` (a commit, tag or branch) as repository and revision; None where it names none."""
+    """Split `OWNER/NAME@REVISION` (a commit, tag or branch) into repository and revision; None without one."""
     repository, _, revision = name.partition("@")
     return repository, revision or None
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a commit's whole hash: branches and tags can be moved."""
+    """Tell whether a revision is a commit's whole hash: branches and tags can be moved."""
     return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
 
 
 def fetch(name: str, file: str) -> tuple[Path, str | None]:
-    """A file of a repository, from the cache or the hub, and the commit that it is of.
+    """Fetch a file of a repository, from the cache or the hub; give its path and its commit.
 
     A name without a commit is warned of once: others can change what it stands for.
     """
@@ -44,7 +44,7 @@ def fetch(name: str, file: str) -> tuple[Path, str | None]:
 
 
 def pinned(name: str) -> tuple[str, str | None]:
-    """Repository and revision to load a folder or hub name with: the commit where it can be found out.
+    """Find repository and revision to load a folder or hub name with: the commit where it can be found out.
 
     So all files of a model are of one commit, whatever happens on the hub meanwhile.
     """
@@ -92,7 +92,7 @@ def at_hand(name: str) -> tuple[bool, str]:
 
 
 def _is_complete(index: Path) -> bool:
-    """Whether a folder of the cache has weights of every part that the pipeline's index names, all pieces of them."""
+    """Tell whether a cached pipeline has weights of every part that its index names, all shards of them."""
     try:
         parts = json.loads(index.read_bytes())
         named = [part for part in WEIGHTS if parts.get(part, [None])[0]]

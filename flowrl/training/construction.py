@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> GenerationEnv:
-    """The environment behind a name, a (wrapped) Gymnasium environment, or a batched one."""
+    """Find the environment behind a name, a (wrapped) Gymnasium environment, or a batched one."""
     if isinstance(env, str):
         return make(env, **(settings or {}))
     if settings:
@@ -75,13 +75,13 @@ def without_gradient(algorithm: str, env: GenerationEnv) -> str:
 
 
 def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Types of the network's weights and of the frozen parts around it: weights that are trained stay in float32."""
+    """Choose the types of the network's weights and of the frozen parts: weights that are trained stay in float32."""
     dtype = getattr(torch, config.precision)
     return (dtype if config.lora_rank else torch.float32), dtype
 
 
 def check_groups(group_size: int, chunk: int) -> None:
-    """Whether the samples that are scored at once are whole groups, for rewards that compare within groups.
+    """Check that the samples scored at once are whole groups, for rewards that compare within groups.
 
     Raises:
         ConfigError: They are not.
@@ -113,7 +113,7 @@ def check_device(device: torch.device | str) -> None:
 
 
 def check_sharded(algo: str, unpredictable: str, optimizer: str) -> None:
-    """Whether an algorithm can train with weights divided among ranks (FSDP).
+    """Check that an algorithm can train with weights sharded over ranks (FSDP).
 
     Raises:
         ConfigError: It cannot.
@@ -128,7 +128,7 @@ def check_sharded(algo: str, unpredictable: str, optimizer: str) -> None:
 
 
 def check_reward_errors(on_error: str, timeout: float, env: GenerationEnv, n_ranks: int) -> None:
-    """Whether samples can be left out, and a reward that hangs left behind.
+    """Check that samples can be left out, and a reward that hangs left behind.
 
     Raises:
         ConfigError: The reward compares samples; or has running statistics, which those of other processes would miss,

@@ -35,7 +35,7 @@ class BadUpdates:
         self._bad[1] *= bad
 
     def look(self) -> int:
-        """How many were bad since the last look."""
+        """Count the bad steps since the last look."""
         steps, self._steps = self._steps, 0
         bad, in_a_row = (int(n) for n in self._bad.tolist())
         self._bad.zero_()
@@ -62,7 +62,7 @@ def check_updates(model: FlowAlgorithm) -> None:
 
 
 def _facts(model: FlowAlgorithm) -> list[str]:
-    """Loss of a minibatch, weights, samples, settings, and the first parameters that are not finite."""
+    """List loss of a minibatch, weights, samples, settings, and the first parameters that are not finite."""
     loss, _ = model.loss(next(model.minibatches()))
     loss.backward()
     parameters, rollout = model.policy.parameters_of("current"), model.buffer.all()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest one of a run folder.
+    """Find the checkpoint that a path means: itself, or the newest one of a run folder.
 
     Raises:
         CheckpointError: There is none; says what is there.
@@ -50,7 +50,7 @@ def checkpoint_folder(path: str | Path) -> Path:
 def load_checkpoint(
     cls: type[FlowAlgorithm], path: str | Path, *, env: Any = None, device: Any = "auto", **kwargs: Any
 ) -> FlowAlgorithm:
-    """Algorithm with the state of a checkpoint folder, or of a run folder's newest one; see `FlowAlgorithm.load`."""
+    """Load an algorithm from a checkpoint folder, or a run folder's newest checkpoint; see `FlowAlgorithm.load`."""
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
@@ -105,12 +105,12 @@ def load_checkpoint(
 
 
 def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back, with tuples where there were tuples."""
+    """Turn lists in settings from JSON back into tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def pinned_settings(env: Any, settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Stored settings, if any, in which a flow from the hub is of the commit that was trained on."""
+    """Pin a hub flow in stored settings to the commit that was trained on; None without settings."""
     if settings is None:
         return None
     flow, read = config.get("flow"), config.get("hub")
@@ -122,7 +122,7 @@ def pinned_settings(env: Any, settings: Mapping[str, Any] | None, config: Mappin
 
 
 def check_description(config: Mapping[str, Any], file: Path) -> None:
-    """Whether `config.json` holds what `description` writes, as far as types go.
+    """Check that `config.json` holds what `description` writes, as far as types go.
 
     Raises:
         CheckpointError: It does not.
@@ -161,7 +161,7 @@ def _compare_settings(cls: type[FlowAlgorithm], config: Mapping[str, Any], folde
 
 
 def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> type[FlowAlgorithm]:
-    """The class to load with: the given one, or for the base class the registered one of that name."""
+    """Find the class to load with: the given one, or for the base class the registered one of that name."""
     name = config.get("algorithm", "")
     if getattr(cls, "__abstractmethods__", None):
         if name not in ALGORITHMS:

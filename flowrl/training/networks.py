@@ -40,7 +40,7 @@ class TrainedNetwork:
         step_unless((~norm.isfinite()).float(), self.optimizer)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Weights by their names, and the optimizer's as `moments.INDEX.NAME`."""
+        """Collect the weights by their names, and the optimizer's moments as `moments.INDEX.NAME`."""
         moments = self.optimizer.state_dict()["state"]
         state = {f"moments.{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}
         return {**self.module.state_dict(), **state}
@@ -75,7 +75,7 @@ class ExtraState:
         self.networks: dict[str, TrainedNetwork] = {}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All of it, by name."""
+        """Collect all tensors by name."""
         own = {f"{name}.{key}": t for name, net in self.networks.items() for key, t in net.state().items()}
         return {**self.tensors, **own}
 

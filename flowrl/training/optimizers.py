@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the settings ask for.
+    """Make the optimizer that the settings ask for.
 
     Raises:
         ConfigError: Its package is not installed; gives the command.
@@ -36,7 +36,7 @@ def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter])
 
 
 def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer, is_sharded: bool = False) -> None:
-    """An optimizer step, unless `bad` (a scalar, 0 or 1) is 1: then weights and moments stay as they are.
+    """Take an optimizer step, unless `bad` (a scalar, 0 or 1) is 1: then weights and moments stay as they are.
 
     Fused optimizers decide that on the device; others wait for it.
     """
@@ -49,7 +49,7 @@ def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer, is_sharded:
 
 
 def state_shapes(config: FlowConfig, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the optimizer keeps of a parameter, by which a stored state is checked."""
+    """Give names and shapes of the optimizer's state of a parameter, by which a stored state is checked."""
     shape = tuple(parameter.shape)
     if config.optimizer == "adamw":
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}

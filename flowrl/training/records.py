@@ -34,7 +34,7 @@ class RolloutRecord:
             self.shown.append((samples, context_ids))
 
     def figures(self, model: FlowAlgorithm) -> dict[str, torch.Tensor]:
-        """Scalars by name, still on the device; those of components are of this rank."""
+        """Compute scalars by name, still on the device; those of components are of this rank."""
         reward = model.buffer.all().reward
         if model.learns_from == "contexts":  # drawn for each update, not kept
             reward = torch.cat(self.rewards)
@@ -54,7 +54,7 @@ class RolloutRecord:
         return figures | {f"rollout/{key}": torch.cat(values).mean() for key, values in self.components.items()}
 
     def _diversity(self, model: FlowAlgorithm) -> torch.Tensor:
-        """Diversity of some samples of each rank, from pairs within the ranks: images are not sent; a scalar."""
+        """Compute the diversity of some samples of each rank; a scalar. Images are not sent: pairs are within ranks."""
         samples, context_ids = (torch.cat(parts)[: metrics.DIVERSITY_SAMPLES] for parts in zip(*self.shown))
         total, n_pairs = model.ranks.all_reduce_(metrics.pair_distances(samples, context_ids))
         return total / n_pairs

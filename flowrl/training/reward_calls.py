@@ -100,7 +100,7 @@ class RewardCalls:
         return self._halves(samples, contexts, index[:middle]) + self._halves(samples, contexts, index[middle:])
 
     def _ask(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
-        """One question; running statistics are put back where it fails and training may go on."""
+        """Ask once; running statistics are put back where it fails and training may go on."""
         state = {} if self.on_error == "raise" else self.env.extra_state()
         before = {name: tensor.clone() for name, tensor in state.items()}
         try:
@@ -136,7 +136,7 @@ class RewardCalls:
 
 
 def stand_ins(contexts: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """For every sample (B,) the index of itself where it was kept, else of one that was: of its own context if any was.
+    """Find a stand-in (B,) for every sample: itself if kept, else one that was, of its own context if any was.
 
     Batches and groups so keep their size: what was left out is stood in for by copies, of several samples in turn.
     """

@@ -61,7 +61,7 @@ class RoleNetworks(nn.Module):
             raise ConfigError("This flow has no trainable parameters.")
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role) -> torch.Tensor:
-        """Velocity (B, *latent_shape), float32, of a role's network; gradients as `carries_gradient` says."""
+        """Compute the velocity (B, *latent_shape), float32, of a role's network; gradients: see `carries_gradient`."""
         if role not in self.available:
             raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(self.available)}.")
         with_grad, low = self.carries_gradient(x_t, role), self.precision != torch.float32
@@ -93,23 +93,23 @@ class RoleNetworks(nn.Module):
         return self._trained[0].network
 
     def model_of(self, role: Role) -> VelocityModel:
-        """The flow around a role's own network; with LoRA all roles share one."""
+        """Give the flow around a role's own network; with LoRA all roles share one."""
         return self._models.get(role, self.model)
 
     def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
-        """A role's own parameters by name: the whole network's, or the adapter's."""
+        """Give a role's own parameters by name: the whole network's, or the adapter's."""
         return self._parameters_of[role]
 
     def buffers_of(self, role: Role) -> dict[str, torch.Tensor]:
-        """A role's own buffers by name (running statistics, say); none with LoRA, whose base stays as it is."""
+        """Give a role's own buffers by name (running statistics, say); none with LoRA, whose base stays as it is."""
         return {} if self.lora is not None else dict(self.model_of(role).network.named_buffers())
 
     def tensors_of(self, role: Role) -> dict[str, torch.Tensor]:
-        """A role's own parameters and buffers by name."""
+        """Give a role's own parameters and buffers by name."""
         return {**self.parameters_of(role), **self.buffers_of(role)}
 
     def frozen_state(self) -> dict[str, torch.Tensor]:
-        """Everything that no role trains: what a flow from a factory cannot give again.
+        """Give everything that no role trains: a flow from a factory cannot be loaded again.
 
         With LoRA the base network; in full fine-tuning the reference network.
         """
@@ -120,7 +120,7 @@ class RoleNetworks(nn.Module):
 
     @torch.no_grad()
     def update_copy(self, role: Role, decay: float = 0.0) -> None:
-        """`copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
+        """Set `copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
         if role not in self.roles:
             return
         target, source = ([local_shard(p.data) for p in self._parameters_of[r].values()] for r in (role, "current"))

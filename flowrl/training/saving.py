@@ -69,7 +69,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: FlowAlgorithm) -> Snapshot:
-        """The state now. With several ranks all of them have to ask."""
+        """Take the state now. With several ranks all of them have to ask."""
         weights, moments = _weights(model), _moments(model)  # of sharded networks every rank gives its part
         if not model.ranks.is_main:
             return cls({}, {}, None)
@@ -86,7 +86,7 @@ class Snapshot:
         return cls(documents, {name: file for name, file in tensors.items() if file or name not in OPTIONAL}, export)
 
     def copied(self) -> Snapshot:
-        """The same with tensors of its own on the host: training may go on before it is written."""
+        """Copy the tensors to the host: training may go on before the snapshot is written."""
         tensors = {name: host_copies(file) for name, file in self.tensors.items()}
         return replace(self, tensors=tensors, is_copied=True)
 
@@ -136,7 +136,7 @@ def _export(policy: FlowPolicy, folder: Path, weights: Mapping[str, torch.Tensor
 
 
 def description(model: FlowAlgorithm) -> dict[str, Any]:
-    """What `config.json` holds: enough to build the algorithm again."""
+    """Describe the run for `config.json`: enough to build the algorithm again."""
     origin = model.env.core.origin
     cls = type(model)
     return {
@@ -153,13 +153,13 @@ def description(model: FlowAlgorithm) -> dict[str, Any]:
 
 
 def algorithm_name(cls: type) -> str:
-    """The registered name, or `module:Class`; a subclass of a registered class is not that class."""
+    """Give the registered name, or `module:Class`; a subclass of a registered class is not that class."""
     name = getattr(cls, "name", "")
     return name if ALGORITHMS.get(name) is cls else f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that JSON can hold; a factory or any other object is left out (the caller gives it again)."""
+    """Keep the settings that JSON can hold; a factory or any other object is left out (the caller gives it again)."""
     plain = {}
     for key, value in settings.items():
         try:
@@ -186,7 +186,7 @@ def _moments(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
 
 
 def _whole(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same; of sharded networks with the parts of all ranks, on the main rank's host."""
+    """Gather sharded tensors on the main rank's host; others come back as they are."""
     if not model.ranks.is_sharded:
         return dict(tensors)
     gathered = ((name, unsharded(tensor.detach())) for name, tensor in tensors.items())
@@ -194,7 +194,7 @@ def _whole(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def _counters(model: FlowAlgorithm) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What `state.json` and `random.safetensors` hold."""
+    """Collect the contents of `state.json` and `random.safetensors`."""
     policy = model.policy
     numpy_state: Any = np.random.get_state(legacy=False)
     random_states = {
@@ -219,5 +219,5 @@ def _counters(model: FlowAlgorithm) -> tuple[dict[str, Any], dict[str, torch.Ten
 
 
 def _number(value: torch.Tensor | None) -> float | None:
-    """A scalar for JSON, None where there is none or it is not finite."""
+    """Make a number for JSON of a scalar: None where there is none or it is not finite."""
     return None if value is None or not bool(value.isfinite()) else float(value)

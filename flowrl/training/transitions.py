@@ -41,7 +41,7 @@ class TransitionConfig(FlowConfig):
         SDE(self.sde, self.noise_level)  # raises for settings without meaning
 
     def parts(self) -> int:
-        """Noisy steps per sample."""
+        """Count the noisy steps per sample."""
         return self.rollout_steps - 1
 
 
@@ -59,11 +59,11 @@ class TransitionAlgorithm(FlowAlgorithm):
         return SDE(self.config.sde, self.config.noise_level)
 
     def window(self) -> range:
-        """The noisy steps of this iteration."""
+        """Choose the noisy steps of this iteration."""
         return range(self.config.parts())
 
     def draw_noise(self, n: int) -> torch.Tensor:
-        """Noise (n, *latent_shape) at the start of `n` samples."""
+        """Draw noise (n, *latent_shape) for the start of `n` samples."""
         return self.policy.noise(n, self.generator)
 
     def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
@@ -90,17 +90,17 @@ class TransitionAlgorithm(FlowAlgorithm):
         }
 
     def recorded(self, batch: Batch) -> Transitions:
-        """The recorded steps of a minibatch."""
+        """Read the recorded steps of a minibatch."""
         extra = batch.extra
         return Transitions(extra["x_k"], extra["x_next"], extra["first_step"] + extra["part"], extra["log_prob"])
 
     def step(self, steps: Transitions, context_ids: torch.Tensor, role: Role = "current") -> GaussianStep:
-        """Law of recorded steps under a role's network now, with the sampler's own times and guidance."""
+        """Compute the law of recorded steps under a role's network now, with the sampler's own times and guidance."""
         policy, times = self.policy, self.policy.times()
         t, t_next = times[steps.k], times[steps.k + 1]
         v = policy.field(policy.condition(context_ids), len(context_ids), role)(steps.x_k, t)
         return self.sde.step(v, steps.x_k, t, t_next)
 
     def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
-        """Ratio (B,) of each step's probability now to when it was drawn."""
+        """Compute the ratio (B,) of each step's probability now to when it was drawn."""
         return (step.mean_log_prob(steps.x_next) - steps.log_prob).exp()
