@@ -44,7 +44,7 @@ class DPOKConfig(TransitionConfig):
 
 
 class Critic(nn.Module):
-    """Expected reward of a state: `(x_k (B, ...), t (B,), contexts (B,)) -> (B,)`; zero at first."""
+    """Expected reward of a state: `(x_k (B, ...), t (B,), context_ids (B,)) -> (B,)`; zero at first."""
 
     def __init__(self, dim: int, n_contexts: int, width: int) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ class Critic(nn.Module):
         nn.init.zeros_(last.bias)
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
         """Estimate the expected reward (B,)."""
         state = self.state(torch.cat([x.flatten(1), t[:, None]], dim=1))
-        return self.head(state + self.context(contexts)).squeeze(1)
+        return self.head(state + self.context(context_ids)).squeeze(1)
 
 
 @register_algorithm("dpok")

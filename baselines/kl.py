@@ -40,7 +40,7 @@ class ExactKLConfig(ORWConfig):
 
 @register_algorithm("kl")
 class ExactKL(ORWCFMW2):
-    """Reward-weighted flow matching whose reward is less the exact log-likelihood ratio."""
+    """Reward-weighted flow matching on the reward minus beta times the exact log-likelihood ratio."""
 
     Config: ClassVar[type[FlowConfig]] = ExactKLConfig
     kind = "likelihood"

@@ -61,7 +61,7 @@ class RWR(ORWCFMW2):
 
     @property
     def behaviour_role(self) -> Role:
-        """Offline, the reference draws the samples."""
+        """The copy that draws the samples; offline, the reference."""
         return "reference" if self.config.mode == "offline" else super().behaviour_role
 
     def contexts(self) -> torch.Tensor:

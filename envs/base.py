@@ -19,7 +19,7 @@ from flowrl.types import Contexts, RewardOutput
 
 
 class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
-    """Draw a context, take one sample as the action, give its reward; every episode is one step.
+    """A generation task: the observation is a context, the action a sample; every episode is one step.
 
     The observation is the index of a context (`Discrete`; 1 when unconditional), the action is the sample
     `x_1` in the space that the reward sees (`Box`). Subclasses write `reward`.

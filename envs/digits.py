@@ -72,7 +72,7 @@ def _of_folder(folder: Path, part: str) -> Digits:
 
 
 class EvenDigits:
-    """Real even digits: what the best flow for this reward draws that leaves everything else as it is.
+    """Real even digits: samples of the best flow for this reward that leaves everything else as it is.
 
     Args:
         data_dir: As `real_digits` takes it.

@@ -142,7 +142,7 @@ class TiltableReward(Protocol):
     """A reward of points, `(B, D) -> (B,)`, that can draw from its own tilted mixture."""
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
-        """Reward of each point."""
+        """Reward each point."""
 
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
@@ -158,7 +158,7 @@ class LinearReward:
     b: float = 0.0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Reward (B,) of points (B, D)."""
+        """Reward points (B, D)."""
         return x @ torch.tensor(self.a, dtype=x.dtype, device=x.device) + self.b
 
     def tilt(self, mixture: GaussianMixture, tau: float) -> GaussianMixture:
@@ -180,7 +180,7 @@ class QuadraticReward:
     c: tuple[float, ...]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Reward (B,) of points (B, D)."""
+        """Reward points (B, D)."""
         offset = x - torch.tensor(self.c, dtype=x.dtype, device=x.device)
         curvature = torch.tensor(self.A, dtype=x.dtype, device=x.device)
         return -0.5 * torch.einsum("bd,de,be->b", offset, curvature, offset)
@@ -205,7 +205,7 @@ class RingReward:
     c: tuple[float, ...]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Reward (B,) of points (B, D)."""
+        """Reward points (B, D)."""
         centre = torch.tensor(self.c, dtype=x.dtype, device=x.device)
         return -0.5 * (((x - centre).norm(dim=1) - self.radius) / self.width) ** 2
 

@@ -19,7 +19,7 @@ LARGEST = 2**30
 
 
 def read_idx(path: Path, dimensions: int) -> torch.Tensor:
-    """Read an idx file of unsigned bytes, gzipped or not: uint8 of so many dimensions.
+    """Read an idx file of unsigned bytes, gzipped or not: uint8 of `dimensions` dimensions.
 
     Raises:
         ConfigError: No such file, no idx file of bytes, of other dimensions, too large, or cut; names it.

@@ -1,4 +1,4 @@
-"""Plans for control tasks: a sample is a whole sequence of actions, its reward the return of rolling it out.
+"""Plans for control tasks: a sample is a sequence of actions, its reward the return of its rollout.
 
 The tasks are Gymnasium's Pendulum-v1 and MountainCarContinuous-v0, the car also with half the engine, from a fixed
 state at rest. Rollouts are batched (`PendulumTask`, `MountainCarTask`: the same equations, float64, on the samples'
@@ -85,7 +85,7 @@ class MountainCarTask:
         self.power = power
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Roll out action sequences: returns (B,), positions (B, steps + 1); the flag ends the episode, the car stays."""
+        """Roll out action sequences: returns (B,) and positions (B, steps + 1); at the flag the car stays."""
         raw = actions.double()
         force = raw.clamp(-self.bound, self.bound)
         place, speed = (raw.new_full((len(raw),), value) for value in self.start)

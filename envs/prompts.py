@@ -53,7 +53,7 @@ class Prompt(str):
     weight: float
 
     def __new__(cls, text: str, fields: Mapping[str, Any] | None = None, weight: float = 1.0) -> Prompt:
-        """A new string, with what belongs to it."""
+        """Make a new string, with its weight and fields."""
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight <= sys.float_info.max:
             raise ConfigError(f"the weight must be a finite number above 0, not {weight!r}")
@@ -101,7 +101,7 @@ def _is_position(position: Any, n: int) -> bool:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What training draws from, and what it never sees."""
+    """Prompts, split into those for training and those held out."""
 
     train: tuple[Any, ...]
     held_out: tuple[Any, ...] = ()

@@ -1,4 +1,4 @@
-"""Register environments by name, and make them: `register_env`, `make`, `make_vec`."""
+"""Environments by name: `register_env`, `make`, `make_vec`."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ _FREE_GAP = 4.0
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; ``None`` leaves an attribute open.
+    """Content of a picture; ``None`` leaves an attribute open.
 
     Attributes:
         count: How many objects, 1 to 4.
@@ -91,7 +91,7 @@ class Scene:
 
     @property
     def is_full(self) -> bool:
-        """Whether every attribute is asked."""
+        """Whether every attribute is given."""
         return all(getattr(self, field.name) is not None for field in fields(self))
 
 

@@ -44,7 +44,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Pair:
-    """What a picture shows: two things that differ in shape, and in colour.
+    """Content of a picture: two things that differ in shape, and in colour.
 
     Attributes:
         first: The thing that is placed.
@@ -63,12 +63,12 @@ class Pair:
 
     @property
     def things(self) -> tuple[Thing, Thing]:
-        """Both."""
+        """Both things."""
         return self.first, self.second
 
     @property
     def reversed(self) -> Pair:
-        """The same things the other way round: what the prompt does not ask for."""
+        """The same things the other way round, which the prompt does not ask for."""
         return Pair(self.first, OPPOSITE[self.relation], self.second)
 
 

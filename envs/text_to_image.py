@@ -70,7 +70,7 @@ class TextToImageConfig:
 
 
 class TextToImageEnv(GenerationEnv):
-    """The sample is an image (3, H, W) with values in [0, 1], the context a prompt.
+    """A text-to-image task: the sample is an image (3, H, W) with values in [0, 1], the context a prompt.
 
     Args:
         flow: Source of the flow, see `source_of`.

@@ -32,7 +32,7 @@ _JITTER = 0.5  # of its centre
 
 @dataclass(frozen=True)
 class Sign:
-    """What a picture shows; ``None`` leaves a colour open.
+    """Content of a picture; ``None`` leaves a colour open.
 
     Attributes:
         text: One of ``TEXTS``.

@@ -1,4 +1,4 @@
-"""Settings that every algorithm has. A subclass of `FlowConfig` adds its own, each stated once."""
+"""Settings of every algorithm. A subclass of `FlowConfig` adds its own, each stated once."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class FlowConfig:
         return self.n_samples * self.parts()
 
     def check_ranks(self, count: int) -> None:
-        """Check that so many ranks can divide every batch of these settings evenly.
+        """Check that `count` ranks can shard every batch of these settings evenly.
 
         Raises:
             ConfigError: They cannot; names the setting.

@@ -66,7 +66,7 @@ class Transitions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A minibatch of the rollout buffer, on the training device; or all that it holds."""
+    """A minibatch of the rollout buffer, on the training device; or all of the buffer."""
 
     x_1: torch.Tensor  # (B, *latent_shape)
     context_ids: torch.Tensor  # (B,) int64, indices into the environment's contexts

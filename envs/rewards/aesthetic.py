@@ -41,7 +41,7 @@ class ColourfulnessReward:
     takes = UNIT
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1]."""
+        """Reward images (B, 3, H, W) in [0, 1]."""
         return RewardOutput(colourfulness(images) / 100)
 
 

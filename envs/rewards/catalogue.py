@@ -1,4 +1,4 @@
-"""Rewards by name: `register_reward`, and `make_reward` for what `--env.reward` takes."""
+"""Rewards by name: `register_reward`, and `make_reward` for `--env.reward`."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class ModelReward(ABC):
     _device: torch.device | None = None
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1] with their prompts."""
+        """Reward images (B, 3, H, W) in [0, 1] with their prompts."""
         if images.device != self._device:
             for module in self.modules:
                 module.to(images.device).requires_grad_(False)

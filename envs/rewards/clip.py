@@ -25,7 +25,7 @@ class DualEncoder:
 
     Args:
         model: `CLIPModel`, `SiglipModel`, or another with `get_text_features` and `get_image_features`.
-        processor: Its processor, of which the text part is used.
+        processor: Its processor; only the text part is used.
         preprocessing: Images as the model takes them.
     """
 

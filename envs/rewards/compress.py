@@ -44,7 +44,7 @@ class IncompressReward:
         self.description = f"{self.what} at quality {quality}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1]."""
+        """Reward images (B, 3, H, W) in [0, 1]."""
         return RewardOutput(self.sign * jpeg_kilobytes(images, self.quality))
 
 

@@ -1,4 +1,4 @@
-"""Does a picture show what its prompt asks for? Count, colour, shape and background by image analysis.
+"""Agreement of a picture with its prompt: count, colour, shape and background by image analysis.
 
 For pictures of the world of ``flowrl.envs.shapes``: flat objects of one colour on a flat background.
 """
@@ -35,7 +35,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Finding:
-    """What image analysis sees in one picture.
+    """Findings of image analysis in one picture.
 
     Attributes:
         background: The nearest palette colour of the border.
@@ -61,7 +61,7 @@ class CountReward:
     takes = UNIT
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], in [0, 1]; see `count_components`."""
+        """Reward images (B, 3, H, W) in [0, 1], with values in [0, 1]; see `count_components`."""
         parts = count_components(images, prompts)
         return RewardOutput(parts.pop("score"), parts)
 

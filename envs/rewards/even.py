@@ -20,7 +20,7 @@ LARGEST_SIZE, WIDEST = 256, 4096
 
 
 class DigitClassifier(nn.Module):
-    """Logits (B, 10) of pictures (B, 1, size, size) in [0, 1].
+    """Classifier of digits: pictures (B, 1, size, size) in [0, 1] -> logits (B, 10).
 
     Args:
         kind: "cnn", three convolutions that halve the picture twice; or "mlp", two hidden layers on its pixels.

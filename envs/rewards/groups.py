@@ -48,7 +48,7 @@ class WinRateReward:
         self.description = f"share of the samples of the same prompt that are beaten in {name}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1].
+        """Reward images (B, 3, H, W) in [0, 1].
 
         Raises:
             ConfigError: A prompt with a single image.
@@ -81,7 +81,7 @@ class PairwiseReward:
         self.description = f"mean probability to be preferred within the samples of the same prompt, by {name}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1].
+        """Reward images (B, 3, H, W) in [0, 1].
 
         Raises:
             ConfigError: A prompt with a single image.

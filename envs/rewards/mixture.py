@@ -1,4 +1,4 @@
-"""Weighted sums of rewards: what `--env.reward "clip:0.5+aesthetic:0.5"` means."""
+"""Weighted sums of rewards: the meaning of `--env.reward "clip:0.5+aesthetic:0.5"`."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class MixtureReward:
         )
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], with the running statistics as they are.
+        """Reward images (B, 3, H, W) in [0, 1], with the running statistics as they are.
 
         Raises:
             RewardError: A part is not one finite number per sample.

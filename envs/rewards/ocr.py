@@ -1,4 +1,4 @@
-"""Does a picture show the asked text? By a recogniser of text, without a detector."""
+"""Legibility of the asked text in a picture, by a text recogniser without a detector."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class OCRReward:
         self.description = "log-likelihood per letter of the asked text (PP-OCRv6), best of overlapping strips"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], in [log(1e-7), 0], on the CPU.
+        """Reward images (B, 3, H, W) in [0, 1], with values in [log(1e-7), 0], on the CPU.
 
         Raises:
             ConfigError: A prompt that asks for no text, or for letters that the recogniser does not know.

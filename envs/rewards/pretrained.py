@@ -111,7 +111,7 @@ def _message(what: str, error: Exception, option: str, kind: str, hint: str) -> 
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """Resize, crop and normalise images on their device.
+    """Resizing, cropping and normalisation of images, on their device.
 
     Attributes:
         resize: Height and width in pixels; or the length of the shorter side (with `pad`, of the longer side).
@@ -160,7 +160,7 @@ class ImagePreprocessing:
         return preprocessing
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] as the network takes them, float32."""
+        """Prepare images (B, 3, H, W) in [0, 1] for the network, float32."""
         size = self._resized(*images.shape[2:])
         pixels = nn.functional.interpolate(
             images.float(), size=size, mode=self.mode, antialias=True, align_corners=False

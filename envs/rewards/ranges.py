@@ -1,4 +1,4 @@
-"""Ranges of images: a reward that says which one it takes refuses others, as they would score wrong without a word."""
+"""Ranges of images: a reward that declares its range refuses others, which would be rewarded wrong without a word."""
 
 from __future__ import annotations
 

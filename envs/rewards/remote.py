@@ -35,7 +35,7 @@ _JITTER = random.Random()  # of its own: training's random numbers stay as seede
 
 
 class _TransientError(Exception):
-    """An attempt that failed in a way that may pass; `wait` is what the server asked for, in seconds."""
+    """An attempt that failed in a way that may pass; `wait`: the seconds that the server asked for."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -97,7 +97,7 @@ class RemoteReward:
             self._headers["Authorization"] = f"Bearer {token}"
 
     def __call__(self, samples: torch.Tensor, contexts: Sequence[Any]) -> RewardOutput:
-        """Reward of samples (B, *sample_shape), with the components that the server gives.
+        """Reward samples (B, *sample_shape), with the components that the server gives.
 
         Args:
             samples: On any device.
@@ -248,7 +248,7 @@ class RemoteReward:
 
 @dataclass(frozen=True)
 class _Asking:
-    """What the requests of one call share: connections, and whether another one has failed."""
+    """State shared by the requests of one call: connections, and whether another one has failed."""
 
     client: httpx2.Client
     stop: threading.Event

@@ -1,4 +1,4 @@
-"""Does a picture show two things in the asked relation? Objects by the image analysis of `count`.
+"""Agreement of a picture with the asked relation of two things: objects by the image analysis of `count`.
 
 For pictures of the world of ``flowrl.envs.spatial``: two flat objects on a flat background. A relation holds as in
 T2I-CompBench (Huang et al., NeurIPS 2023, arXiv 2307.06350): the centres lie that way, and further apart along it than
@@ -30,7 +30,7 @@ class SpatialReward:
     takes = UNIT
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], in [0, 1].
+        """Reward images (B, 3, H, W) in [0, 1], with values in [0, 1].
 
         Components, each 1 or 0: `two` (there are two objects), `first` and `second` (an object has that colour and
         shape), `relation` (both are there, and one lies as asked to the other), `all_right` (their product).

@@ -1,4 +1,4 @@
-"""Networks whose weights are sharded over ranks (FSDP2): what they need beyond ordinary ones."""
+"""Networks whose weights are sharded over ranks (FSDP2)."""
 
 from __future__ import annotations
 

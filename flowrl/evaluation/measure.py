@@ -248,7 +248,7 @@ def _drift(
 def _statistics(
     env: Any,
     samples: torch.Tensor,
-    contexts: torch.Tensor,
+    context_ids: torch.Tensor,
     reward: torch.Tensor,
     components: dict[str, torch.Tensor],
     seed: int,
@@ -259,17 +259,17 @@ def _statistics(
         reward_ci=metrics.mean_interval(reward),
         reward_std=reward.std(correction=0).item(),
         components={key: value.mean().item() for key, value in components.items()},
-        diversity=metrics.diversity(samples[:n_pairs], contexts[:n_pairs]).item(),
+        diversity=metrics.diversity(samples[:n_pairs], context_ids[:n_pairs]).item(),
         w2_to_optimum=math.nan if env.oracle is None else _w2_to_optimum(env, samples, seed),
     )
 
 
 def _per_prompt(
-    env: GenerationEnv, contexts: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    env: GenerationEnv, context_ids: torch.Tensor, before: torch.Tensor, after: torch.Tensor
 ) -> list[dict[str, Any]]:
     if env.contexts == [None]:
         return []
-    drawn, index = contexts.unique(return_inverse=True)
+    drawn, index = context_ids.unique(return_inverse=True)
     n = torch.bincount(index)
     means = [torch.zeros_like(n, dtype=r.dtype).index_add_(0, index, r) / n for r in (before, after)]
     rows = zip(drawn.tolist(), n.tolist(), means[0].tolist(), means[1].tolist())
@@ -280,12 +280,12 @@ def _side(
     env: GenerationEnv,
     eval_rewards: Mapping[str, RewardFunction],
     samples: torch.Tensor,
-    contexts: torch.Tensor,
+    context_ids: torch.Tensor,
     batch_size: int,
 ) -> dict[str, torch.Tensor]:
     """Compute held-out rewards and looks (n_samples,) by name; in batches, as networks and large images need."""
     parts: list[dict[str, torch.Tensor]] = []
-    for batch, indices in zip(samples.split(batch_size), contexts.split(batch_size)):
+    for batch, indices in zip(samples.split(batch_size), context_ids.split(batch_size)):
         asked = [env.contexts[i] for i in indices.tolist()]
         parts.append((looks(batch) if env.flow.is_image else {}) | held_out(eval_rewards, batch, asked))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

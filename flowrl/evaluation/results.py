@@ -1,4 +1,4 @@
-"""What an evaluation gives: figures of the trained flow beside its reference."""
+"""Results of an evaluation: figures of the trained flow beside its reference."""
 
 from __future__ import annotations
 

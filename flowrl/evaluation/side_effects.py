@@ -1,4 +1,4 @@
-"""What training did besides raising its reward: rewards that it never saw, looks of images, size of velocities.
+"""Side effects of training: rewards that it never saw, looks of images, size of velocities.
 
 A reward that rises while these fall is the usual face of a reward that is exploited instead of met.
 """
@@ -27,7 +27,7 @@ VELOCITY = (0.8, 1.25)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means of what was measured beside the reward, of the reference and of the trained flow.
+    """Means of the side measures, of the reference and of the trained flow.
 
     Attributes:
         before: Name -> mean, of the reference's samples.

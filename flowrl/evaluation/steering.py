@@ -1,4 +1,4 @@
-"""Reward at inference time, without training: what a trained flow must beat at equal cost."""
+"""Steering: reward at inference time, without training, which a trained flow must beat at equal cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowrl.types import Field, RewardOutput, Role
 
 @dataclass(frozen=True)
 class Steering:
-    """How samples are chosen by their reward while, or after, they are drawn.
+    """Settings of the choice of samples by their reward, while or after they are drawn.
 
     - "best_of_n": of `n` samples of a context the one of the highest reward. The KL divergence to the flow is
       `log n - (n - 1) / n` for a continuous reward.
@@ -68,7 +68,7 @@ def steer(
 
     Args:
         policy: Whose flow is steered.
-        env: By whose reward.
+        env: The environment that rewards.
         steering: How.
         context_ids: (B,) int64.
         generator: Source of all randomness, on the policy's device.

@@ -63,7 +63,7 @@ def normal(n: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.
     return drawn(lambda rows: torch.randn(rows, *shape, generator=generator, device=generator.device), n, generator)
 
 
-def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
     """Find indices (B,) that reorder the noise so that `x_0[index]` is optimally coupled with `x_1`.
 
     Exact minibatch optimal transport (Tong et al. 2023) by POT, on the host: one copy to the CPU a call.
@@ -73,12 +73,12 @@ def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, contexts: torch.Tensor)
     Args:
         x_0: Noise (B, ...).
         x_1: Samples (B, ...).
-        contexts: (B,) int64.
+        context_ids: (B,) int64.
     """
     import ot
 
     cost = torch.cdist(x_1.flatten(1).double(), x_0.flatten(1).double()).square()
-    forbidden = contexts[:, None] != contexts[None, :]
+    forbidden = context_ids[:, None] != context_ids[None, :]
     cost = cost.masked_fill(forbidden, float(len(cost)) * (1 + cost.max().item()))
     plan = torch.from_numpy(ot.emd([], [], cost.cpu().numpy()))
     return plan.argmax(dim=1).to(x_0.device)

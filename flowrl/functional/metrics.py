@@ -12,20 +12,20 @@ DIVERSITY_SAMPLES = 256
 """How many samples of an iteration the logged diversity looks at."""
 
 
-def diversity(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+def diversity(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
     """Compute the mean Euclidean distance between two samples of the same context; a scalar tensor.
 
-    Samples (B, ...) are flattened; contexts (B,). NaN when no two samples share a context.
+    Samples (B, ...) are flattened; context_ids (B,). NaN when no two samples share a context.
     """
-    total, n_pairs = pair_distances(samples, contexts)
+    total, n_pairs = pair_distances(samples, context_ids)
     return total / n_pairs
 
 
-def pair_distances(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+def pair_distances(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
     """Sum the Euclidean distances between two samples of the same context, and count the pairs: (2,)."""
     flat = samples.flatten(1).float()
     distance = torch.cdist(flat, flat)
-    pairs = (contexts[:, None] == contexts[None, :]).float().triu(1).to(distance.device)
+    pairs = (context_ids[:, None] == context_ids[None, :]).float().triu(1).to(distance.device)
     return torch.stack([(distance * pairs).sum(), pairs.sum()])
 
 

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers from a folder or the hub: which adapter, which files, what is missing."""
+"""Pipelines of diffusers from a folder or the hub: choice of the adapter, checks of the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of pipelines from a folder or the hub: read by diffusers and transformers, and looked through after that."""
+"""Weights of pipelines from a folder or the hub: read by diffusers and transformers, then checked."""
 
 from __future__ import annotations
 

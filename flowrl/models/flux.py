@@ -75,7 +75,7 @@ class FluxFlow(PipelineFlow):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of one image."""
+        """Number of tokens of one image."""
         _, height, width = self.latent_shape
         return (height // 2) * (width // 2)
 

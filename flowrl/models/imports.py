@@ -1,4 +1,4 @@
-"""Imports that fail inside diffusers or transformers: said as what failed first, not as a fault of the files."""
+"""Imports that fail inside diffusers or transformers: errors that name the first failure, not the files."""
 
 from __future__ import annotations
 

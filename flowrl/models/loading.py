@@ -1,4 +1,4 @@
-"""Where a flow comes from: a shipped name, a folder, a hub name, or a factory."""
+"""Sources of flows by name: a shipped name, a folder, a hub name, or a factory."""
 
 from __future__ import annotations
 

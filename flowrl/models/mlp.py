@@ -13,7 +13,7 @@ from flowrl.types import Condition
 
 
 class TimeFeatures(nn.Module):
-    """t (B,) -> (B, 2 n): sines and cosines of t at frequencies 1/2, 1, 2, ... half turns."""
+    """Features of times, t (B,) -> (B, 2 n): sines and cosines of t at frequencies 1/2, 1, 2, ... half turns."""
 
     frequencies: torch.Tensor
 
@@ -28,7 +28,7 @@ class TimeFeatures(nn.Module):
 
 
 class MLP(nn.Module):
-    """`(x (B, dim), t (B,)) -> v (B, dim)`: SiLU layers with residual connections.
+    """Velocity network `(x (B, dim), t (B,)) -> v (B, dim)`: SiLU layers with residual connections.
 
     Args:
         dim: Dimension of x.

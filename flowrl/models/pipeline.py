@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of diffusers as velocity models: what Stable Diffusion 3 and FLUX share.
+"""Text-to-image pipelines of diffusers as velocity models: the base of Stable Diffusion 3 and FLUX.
 
 diffusers runs time backwards (sigma = 1 - t) and predicts noise - data = -v. Adapters convert both, here and in
 the subclasses, and nowhere else.
@@ -39,7 +39,7 @@ ATTENTION = [
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How a text-to-image pipeline is used.
+    """Options of a text-to-image pipeline.
 
     Attributes:
         resolution: Height and width of the images in pixels; the pipeline's own when None.
@@ -59,14 +59,14 @@ DEFAULTS = PipelineOptions()
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a pipeline's configuration says: shapes of one latent and of one image."""
+    """Shapes of one latent and of one image, by a pipeline's configuration."""
 
     latent: tuple[int, int, int]
     sample: tuple[int, int, int]
 
 
 class PipelineFlow(VelocityModel):
-    """A text-to-image pipeline; its transformer is what is fine-tuned.
+    """A text-to-image pipeline; its transformer is fine-tuned.
 
     Args:
         pipeline: A loaded diffusers pipeline.
@@ -141,7 +141,7 @@ class PipelineFlow(VelocityModel):
     @property
     @abstractmethod
     def sequence_length(self) -> int:
-        """Tokens of one image in the transformer; a schedule may be shifted by it."""
+        """Number of tokens of one image in the transformer; a schedule may be shifted by it."""
 
     @torch.no_grad()
     def encode(self, contexts: Contexts) -> Condition:

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers as sampling times: which of them a flow can have, and their noise levels in order."""
+"""Schedulers of diffusers as sampling times: those that a flow can have, and their noise levels in order."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class SD3Flow(PipelineFlow):
 
     @property
     def sequence_length(self) -> int:
-        """Patches of one image."""
+        """Number of patches of one image."""
         _, height, width = self.latent_shape
         patch = self.pipeline.transformer.config.patch_size
         return (height // patch) * (width // patch)

@@ -24,7 +24,7 @@ WIDEST, DEEPEST, MOST_CLASSES = 1024, 6, 10_000
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What a folder's config.json says of its U-Net.
+    """Shape of a U-Net, as a folder's config.json gives it.
 
     Raises:
         ConfigError: Sizes without meaning, or beyond what a small model has.

@@ -1,4 +1,4 @@
-"""Files of checkpoints and results: JSON and safetensors, never a pickle; what cannot be read gives a clear error."""
+"""Files of checkpoints and results: JSON and safetensors, never a pickle; unreadable ones give clear errors."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """Read a file of at most so many bytes.
+    """Read a file of at most `most` bytes.
 
     Raises:
         OSError: Missing, unreadable, longer, or no file: a device can be endless, and a pipe silent for ever.

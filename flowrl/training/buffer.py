@@ -1,4 +1,4 @@
-"""RolloutBuffer: what an iteration generated, on the training device."""
+"""RolloutBuffer: the samples of an iteration, on the training device."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Read = Callable[[Rows, torch.Tensor, torch.Tensor], Rows]
 class RolloutBuffer:
     """Samples, contexts, rewards, coefficients, groups, and any rows that an algorithm drew with its samples.
 
-    A minibatch is one of *entries*: of samples, or with `parts` of parts of samples (steps of their paths, say), entry
-    `parts * sample + part`.
+    A minibatch consists of *entries*: samples, or with `parts` parts of samples (steps of their paths, say). Entry
+    `parts * sample + part` is a part of a sample.
 
-    With several ranks each keeps the samples and rows that it drew; what is one number per sample (context, reward,
-    coefficient, and rows of shape (B,)) is known to every rank after `share`. A minibatch is dealt out evenly, whoever
-    drew its samples.
+    With several ranks each keeps the samples and rows that it drew. One number per sample (context, reward,
+    coefficient, rows of shape (B,)) is known to every rank after `share`. A minibatch is sharded evenly, whichever
+    rank drew its samples.
 
     Args:
-        capacity: Samples it holds, over all ranks.
+        capacity: Number of samples that it holds, over all ranks.
         latent_shape: Shape of one sample in the space of the flow.
         device: Training device.
-        group_size: Consecutive samples that were drawn together for one context.
+        group_size: Number of consecutive samples that are drawn together for one context.
         half: Keep samples in float16. Rows keep the type that they were drawn in.
-        ranks: The processes that fill it together; they share `capacity`.
-        parts: Entries of a sample.
-        read: With parts, `read(rows, sample, part)`: what a minibatch gets of entries (B,), "x_1" among it, given the
+        ranks: The ranks that fill it together; they share `capacity`.
+        parts: Number of entries of a sample.
+        read: With parts, `read(rows, sample, part)` gives the rows of a minibatch by name, "x_1" among them, from the
             stored rows by name and the indices (B,) of samples and of their parts.
     """
 
@@ -57,7 +57,7 @@ class RolloutBuffer:
         self.reward = torch.zeros(capacity, device=self.device)
         self.coefficient = torch.ones(capacity, device=self.device)
         self.group = torch.arange(capacity, device=self.device) // group_size
-        self.place = [0] * capacity  # of each sample, with several ranks: rank * own_capacity + row there
+        self.place = [0] * capacity  # with several ranks, of each sample: rank * own_capacity + its row on that rank
         self.size = 0
 
     @property
@@ -67,12 +67,12 @@ class RolloutBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the storage takes."""
+        """Size of the storage in bytes."""
         return sum(t.nbytes for t in (*self.rows.values(), self.group, self.coefficient, *self._vectors()))
 
     @property
     def full(self) -> bool:
-        """Whether another sample would not fit."""
+        """Whether the buffer is full."""
         return self.size >= self.capacity
 
     def reset(self) -> None:
@@ -89,13 +89,13 @@ class RolloutBuffer:
         reward: torch.Tensor,
         extra: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Append a batch; of a batch that ranks share, this rank's rows.
+        """Append a batch; with several ranks, this rank's shard of it.
 
         Args:
             x_1: (B, *latent_shape).
             context_ids: (B,) int64.
             reward: (B,).
-            extra: Whatever else belongs to each sample, name -> (B, ...); the same names in every call.
+            extra: Rows that belong to each sample, name -> (B, ...); the same names in every call.
 
         Raises:
             IndexError: The batch does not fit.
@@ -121,7 +121,7 @@ class RolloutBuffer:
         self.size = end
 
     def share(self) -> None:
-        """Make what is one number per sample known to every rank, after the last `add`."""
+        """Share rows of one number per sample with every rank, after the last `add`."""
         if self.ranks.world_size > 1:
             for vector in self._vectors():
                 self.ranks.all_reduce_(vector)
@@ -129,7 +129,7 @@ class RolloutBuffer:
     def all(self) -> Batch:
         """Give everything in the buffer, in order: views, no copies (but of samples kept in float16).
 
-        With several ranks `x_1` and rows that are more than a number are those of this rank's samples.
+        With several ranks `x_1`, and rows of more than a number per sample, are of this rank's samples only.
         """
         n, own = self.size, self.size // self.ranks.world_size
         extra = {name: rows[:own] for name, rows in self.rows.items() if name != "x_1"}
@@ -164,7 +164,7 @@ class RolloutBuffer:
         return self.rows[name]
 
     def _dealt(self, order: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, Rows]]:
-        """Give of each minibatch of `order` this rank's entries, and their rows."""
+        """Give this rank's entries of each minibatch of `order`, and their rows."""
         if self.ranks.world_size == 1:
             for entries in order.split(batch_size):
                 yield entries, self._read_local(entries)
@@ -183,7 +183,7 @@ class RolloutBuffer:
         return self.read(self.rows, entries // self.parts, entries % self.parts)
 
     def _exchanged(self, owners: torch.Tensor, entries: torch.Tensor) -> Rows:
-        """Get this rank's rows of a minibatch whose entries lie with their owners (all_to_all)."""
+        """Exchange the rows of a minibatch: each rank gets its entries' rows from their owners (all_to_all)."""
         ranks = self.ranks
         here, wanted = owners == ranks.rank, ranks.shard(owners)
         taker = torch.arange(ranks.world_size).repeat_interleave(len(owners) // ranks.world_size)

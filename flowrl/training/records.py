@@ -1,4 +1,4 @@
-"""What is logged of an iteration: its samples while they are drawn, and the figures in the end."""
+"""The record of an iteration for the log: its samples while they are drawn, and the figures in the end."""
 
 from __future__ import annotations
 

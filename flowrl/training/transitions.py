@@ -1,4 +1,4 @@
-"""What policy gradients on the steps of an SDE sampler share: recording the steps, and their ratios.
+"""Transitions: policy gradients on the steps of an SDE sampler, which are recorded and compared by their ratios.
 
 Each noisy step of the sampler is an action of a Markov decision process: state `(x_k, t_k, c)`, Gaussian policy, the
 reward at the end (Black et al. 2024, Fan et al. 2023).
@@ -46,7 +46,7 @@ class TransitionConfig(FlowConfig):
 
 
 class TransitionAlgorithm(FlowAlgorithm):
-    """A `FlowAlgorithm` whose minibatches are steps of the sampler, see `recorded`, not samples."""
+    """A `FlowAlgorithm` on steps of the sampler: minibatches consist of steps (see `recorded`), not of samples."""
 
     Config: ClassVar[type[FlowConfig]] = TransitionConfig
     kind = "steps"
@@ -67,7 +67,7 @@ class TransitionAlgorithm(FlowAlgorithm):
         return self.policy.noise(n, self.generator)
 
     def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
-        """Draw latents by the SDE, with the states of their noisy steps and the log-probabilities of these."""
+        """Draw latents by the SDE, with the states and log-probabilities of their noisy steps."""
         window = self.window()
         x_1, states, log_prob = self.policy.sample_path(
             context_ids,
@@ -81,7 +81,7 @@ class TransitionAlgorithm(FlowAlgorithm):
         return x_1, {"states": states, "log_prob": log_prob, "first_step": first}
 
     def read(self, rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
-        """Read of each step the state before and after it, and its log-probability."""
+        """Read the state before and after each step, and its log-probability."""
         return {
             "x_1": rows["x_1"][sample],
             "x_k": rows["states"][sample, part],
