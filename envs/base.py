@@ -25,9 +25,8 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     `x_1` in the space that the reward sees (`Box`). Subclasses write `reward`.
 
     Args:
-        flow: Where the flow model that generates samples comes from.
-        contexts: What samples are conditioned on: prompts, labels, or `[None]`. A `Prompt` is drawn in proportion to
-            its weight.
+        flow: Source of the flow that generates samples.
+        contexts: Conditions of samples: prompts, labels, or `[None]`. A `Prompt` is drawn in proportion to its weight.
         low: Lower bound of a sample's values.
         high: Upper bound.
         name: Name in messages and run folders.
@@ -56,7 +55,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         self.flow = flow
         self.contexts = list(contexts)
         self.held_out = list(held_out)
-        self.shares = shares_of(self.contexts)  # (n,) of what is drawn, None when all are equal
+        self.shares = shares_of(self.contexts)  # (n,) share of each context in the draws, None when all are equal
         self.name = name
         self.render_mode = render_mode
         self.sample_shape = flow.sample_shape

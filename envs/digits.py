@@ -24,7 +24,7 @@ from flowrl.types import Contexts, RewardOutput
 
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
-"""Of scikit-learn's pictures; MNIST has test pictures of its own."""
+"""Share of test pictures among scikit-learn's; MNIST has test pictures of its own."""
 
 
 class Digits(NamedTuple):

@@ -244,7 +244,7 @@ class GaussiansEnv(GenerationEnv):
     """One-step environment: the sample is a point, the reward any function of points.
 
     Args:
-        mixture: What the pre-trained flow generates.
+        mixture: Distribution of the pre-trained flow.
         reward: `(B, D) -> (B,)`; with a `sample_tilted` method (as `LinearReward`) the environment has an `oracle`.
         flow: Source of the flow (name, folder, or factory); None takes the mixture's exact field with a
             trainable correction.

@@ -32,7 +32,7 @@ class Task(Protocol):
         gymnasium_id: The task in Gymnasium.
         steps: Steps of the simulator in an episode.
         bound: The largest action.
-        position: What a position is.
+        position: Meaning of a position.
     """
 
     gymnasium_id: str
@@ -107,7 +107,7 @@ class GymnasiumTask:
     """A task in Gymnasium's own simulator, one episode after the other on the host: exact, and slow.
 
     Args:
-        task: Which one, from which state.
+        task: The task and its initial state.
     """
 
     def __init__(self, task: PendulumTask | MountainCarTask) -> None:
@@ -147,11 +147,11 @@ class PlanEnv(GenerationEnv):
     `solves` the task: two ways that mirror each other are two solutions.
 
     Args:
-        task: What the plan is for.
+        task: Task of the plan.
         flow: Source of the flow.
         solved: `positions (B, steps + 1) -> (B,)`, whether the task is solved.
         name: Name of the environment.
-        scale: What returns are divided by, so that rewards are of order 1.
+        scale: Divisor of returns, so that rewards are of order 1.
     """
 
     def __init__(

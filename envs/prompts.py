@@ -27,7 +27,7 @@ MAX_CHARACTERS = 10_000
 
 Scalar = str | int | float | bool
 Things = tuple[Mapping[str, Any], ...]
-"""What a line of GenEval's metadata asks for: `({"class": "bench", "count": 2, "color": "red"}, ...)`, read-only."""
+"""Things that a line of GenEval asks for: `({"class": "bench", "count": 2, "color": "red"}, ...)`, read-only."""
 THINGS = ("include", "exclude")
 """Fields that hold such."""
 SURROGATES = ("\ud800", "\udfff")
@@ -40,10 +40,10 @@ class Prompt(str):
     same text are the same context, whatever their weights and fields.
 
     Args:
-        text: What the flow is asked for.
-        fields: What else is known of it, by name: `{"count": 3, "object": "apple"}`. Read-only. Texts, numbers, true or
+        text: The prompt itself.
+        fields: Further facts about it, by name: `{"count": 3, "object": "apple"}`. Read-only. Texts, numbers, true or
             false; `include` and `exclude` can be lists of things as in the metadata of GenEval (Ghosh et al. 2023).
-        weight: How often training draws it, relative to the others.
+        weight: Frequency in training's draws, relative to the others.
 
     Raises:
         ConfigError: The weight is not a finite positive number, or a field is no scalar.

@@ -20,7 +20,7 @@ from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
 from flowrl.types import Contexts, RewardOutput
 
 NAMES_OF_FLOWS = ("auto", "sd3", "exact")
-"""What settings call flows that are no files, beside the shipped ones."""
+"""Names of flows in settings that are no files, beside the shipped ones."""
 
 
 def register(spec: EnvSpec) -> None:

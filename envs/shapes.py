@@ -56,7 +56,7 @@ class Scene:
     """Content of a picture; ``None`` leaves an attribute open.
 
     Attributes:
-        count: How many objects, 1 to 4.
+        count: Number of objects, 1 to 4.
         colour: A key of ``COLOURS``.
         shape: One of ``SHAPES``.
         background: A key of ``BACKGROUNDS``, never the same as ``colour``.
@@ -158,7 +158,7 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = 64, *, free: bool =
     Objects neither touch each other nor leave the picture; edges are anti-aliased.
 
     Args:
-        scene: What to draw.
+        scene: The scene to draw.
         rng: Source of all randomness; the same state draws the same picture.
         size: Height and width in pixels.
         free: Any positions and sizes, instead of one object in each quadrant at most.

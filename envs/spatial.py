@@ -17,7 +17,7 @@ from flowrl.envs.prompts import Prompt
 from flowrl.envs.shapes import Placed, paint
 
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""Where the first thing lies, seen from the second: steps to the right and down."""
+"""Place of the first thing, seen from the second: steps to the right and down."""
 OPPOSITE: dict[str, str] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COLOURS: tuple[str, ...] = ("red", "yellow", "green", "blue")
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
@@ -113,7 +113,7 @@ def draw_pair(pair: Pair, rng: np.random.Generator, size: int = 64) -> NDArray[n
     The things neither touch each other nor leave the picture.
 
     Args:
-        pair: What to draw.
+        pair: The pair to draw.
         rng: Source of all randomness; the same state draws the same picture.
         size: Height and width in pixels.
 

@@ -40,7 +40,7 @@ class TextToImageConfig:
     stabilityai/stable-diffusion-3.5-medium, which "auto" takes where there is a CUDA device and its files can be had
     (in the cache, or the hub answers for them), and else a shipped one."""
     reward: str = "auto"
-    """What to score: "auto" is the reward in the environment's name; or another registered one, module:name,
+    """Reward: "auto" is the one in the environment's name; or another registered one, module:name,
     winrate(NAME) (share of the samples of the same prompt that are beaten), or a weighted sum of them written
     NAME[:WEIGHT[:NORMALISATION]]+..., as clip:0.7+aesthetic:0.3; NORMALISATION is fixed, running or group."""
     reward_options: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class TextToImageEnv(GenerationEnv):
         flow: Source of the flow, see `source_of`.
         prompts: Prompts to draw contexts from.
         reward: `(images (B, 3, H, W) in [0, 1], B prompts) -> (B,)`, or a `RewardOutput`.
-        reward_name: What the head of a run says of the reward.
+        reward_name: Description of the reward for the head of a run.
         held_out: Prompts that are never drawn, for evaluation.
     """
 

@@ -46,8 +46,8 @@ class GenerationVectorEnv(VectorEnv):
         """Draw a context for every copy; `options={"context": i}` asks for one.
 
         Args:
-            seed: Of the first copy, one more for each further one; or one for each.
-            options: As the environment takes them.
+            seed: Seed of the first copy, one more for each further one; or a seed for each.
+            options: Options of the environment's `reset`.
         """
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
         if seeds is not None and len(seeds) != self.num_envs:

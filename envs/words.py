@@ -68,7 +68,7 @@ def draw_sign(sign: Sign, rng: np.random.Generator, size: int = 64) -> NDArray[n
     The letters are Pillow's own font.
 
     Args:
-        sign: What to draw.
+        sign: The sign to draw.
         rng: Source of all randomness; the same state draws the same picture.
         size: Height and width in pixels.
 

@@ -16,10 +16,10 @@ Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A velocity field with its condition bound: `(x_t (B, ...), t (B,)) -> v (B, ...)`."""
 
 Role = Literal["current", "reference", "behaviour", "ema"]
-"""Which copy of the velocity network: trained, frozen, lagged sampler, moving average."""
+"""Role of a copy of the velocity network: trained, frozen, lagged sampler, moving average."""
 
 Contexts = Sequence[Any]
-"""What a sample is conditioned on, one entry per sample: prompts, labels, or None."""
+"""Contexts of samples, one entry per sample: prompts, labels, or None."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RewardOutput:
 
 
 Rows = dict[str, torch.Tensor]
-"""Whatever belongs to each sample, by name: tensors whose first dimension is the batch."""
+"""Rows that belong to each sample, by name: tensors whose first dimension is the batch."""
 
 
 class Pair(NamedTuple):
@@ -71,9 +71,9 @@ class Batch(NamedTuple):
     x_1: torch.Tensor  # (B, *latent_shape)
     context_ids: torch.Tensor  # (B,) int64, indices into the environment's contexts
     reward: torch.Tensor  # (B,)
-    coefficient: torch.Tensor  # (B,) what the algorithm made of the rewards: weights, or advantages
+    coefficient: torch.Tensor  # (B,) weights or advantages, from `weigh` or `advantage`
     group: torch.Tensor  # (B,) int64, equal for samples that were drawn together for one context
-    extra: Mapping[str, torch.Tensor] = MappingProxyType({})  # name -> (B, ...), what `draw` gave beside the samples
+    extra: Mapping[str, torch.Tensor] = MappingProxyType({})  # name -> (B, ...), rows that `draw` gave with the samples
 
     @classmethod
     def of(cls, x_1: torch.Tensor, context_ids: torch.Tensor) -> Batch:

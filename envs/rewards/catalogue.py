@@ -25,7 +25,7 @@ class RewardEntry:
     """A registered reward.
 
     Attributes:
-        name: What `--env.reward` takes.
+        name: Name for `--env.reward`.
         factory: Makes the reward; its keyword parameters are the reward's options.
         summary: One line for people.
     """

@@ -37,7 +37,7 @@ class WinRateReward:
     In [0, 1], of mean 1/2 in every group. Components: the reward's own value under its name, and its own components.
 
     Args:
-        reward: Whose values are compared.
+        reward: Reward to compare by.
         name: Its name.
     """
 

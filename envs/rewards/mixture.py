@@ -33,7 +33,7 @@ class PartSpec:
         name: Name of the reward, without `winrate(...)`.
         win_rate: Whether shares of wins take the place of its values.
         weight: None where none was written.
-        normalisation: What its values are divided by.
+        normalisation: Normalisation of its values.
     """
 
     name: str

@@ -17,10 +17,10 @@ TOLERANCE = 0.05
 
 
 def guarded(reward: Any, name: str) -> Any:
-    """Make a reward (a class or a function) look at the range of what it is called with.
+    """Make a reward (a class or a function) check the range of its images.
 
     Args:
-        reward: Where it has `takes`, the least and the greatest value that its images may have, these are held to it.
+        reward: The reward; its `takes`, if any, is the least and the greatest value that its images may have.
         name: Its name in messages.
 
     Returns:

@@ -100,12 +100,12 @@ def evaluate(
         model: A trained (or loaded) algorithm; or a policy, with its environment as `env`.
         env: Environment of a policy, or its name.
         n_samples: Samples of each flow.
-        prompts: What to condition on: "train", the contexts that training draws; "held_out", those it never draws; a
+        prompts: Prompts to condition on: "train", the contexts that training draws; "held_out", those it never draws; a
             prompt file or a shipped set (all of it); or prompts themselves. Weights count as in training.
         seed: Seed of noise and contexts.
         batch_size: Samples drawn at once.
         samples_per_context: Samples of each drawn context, for diversity and for rewards that compare them.
-        role: Which copy to evaluate; None takes the moving average where there is one.
+        role: Copy to evaluate; None takes the moving average where there is one.
         n_kept: Samples to keep in the result; None keeps 64 images or 1024 points.
         steering: Choose the trained flow's samples by their reward; the reference's are left as they are.
         eval_rewards: Rewards that training did not see, by name, for both; `warnings` says which of them fell while the

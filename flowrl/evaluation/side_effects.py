@@ -32,7 +32,7 @@ class Comparison:
     Attributes:
         before: Name -> mean, of the reference's samples.
         after: Name -> mean, of the trained flow's samples.
-        warnings: What fell while the reward rose, a sentence each.
+        warnings: Measures that fell while the reward rose, a sentence each.
     """
 
     before: dict[str, float]
@@ -75,8 +75,8 @@ def compare(
 
     Args:
         reward: The trained reward, (B,) each.
-        measured: What `looks` and `held_out` gave.
-        diversity: Of the samples.
+        measured: Results of `looks` and `held_out`.
+        diversity: Diversity of the samples.
         velocity_ratio: `E|v| / E|v_ref|`.
     """
     before, after = ({name: value.mean().item() for name, value in part.items()} for part in measured)

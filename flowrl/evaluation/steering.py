@@ -67,12 +67,12 @@ def steer(
     """Draw latents (B, *latent_shape), one for each of the context indices (B,).
 
     Args:
-        policy: Whose flow is steered.
+        policy: The flow to steer.
         env: The environment that rewards.
-        steering: How.
+        steering: Method and settings.
         context_ids: (B,) int64.
         generator: Source of all randomness, on the policy's device.
-        role: Which copy of the flow.
+        role: Role of the network that draws.
         **sampling: `steps`, `guidance_scale`, and for best-of-n `solver`.
     """
     repeated = context_ids.repeat_interleave(steering.n)

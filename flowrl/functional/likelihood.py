@@ -37,7 +37,7 @@ def log_prob(
         x_1: Samples (B, ...).
         divergence: "exact", or Hutchinson's estimate `e^T J e` with random signs e that stay the same for a whole
             solve ("hutchinson"; unbiased); "auto" takes the exact one in up to `EXACT_UP_TO` dimensions.
-        n_probes: How many e are averaged.
+        n_probes: Number of e that are averaged.
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
         generator: Source of the signs.

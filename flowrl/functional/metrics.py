@@ -9,7 +9,7 @@ import torch
 from flowrl.errors import ConfigError
 
 DIVERSITY_SAMPLES = 256
-"""How many samples of an iteration the logged diversity looks at."""
+"""Number of samples of an iteration that the logged diversity looks at."""
 
 
 def diversity(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ class VelocityModel(nn.Module):
     Time runs from 0 (noise) to 1 (data). Subclasses convert other conventions in `forward` and nowhere else.
 
     Attributes:
-        network: What is fine-tuned, copied and saved. Frozen parts (text encoders, autoencoder) must not be
+        network: The network that is fine-tuned, copied and saved. Frozen parts (text encoders, autoencoder) must not be
             registered as submodules: they are shared by all copies.
         latent_shape: Shape of one `x_t`, the space the flow works in.
         sample_shape: Shape of one decoded sample, the space the reward sees.

@@ -27,9 +27,9 @@ ADAPTERS: dict[str, type[PipelineFlow]] = {adapter.PIPELINE: adapter for adapter
 CLIP_TOKENS = 77
 LIBRARIES = ("diffusers", "transformers")
 LARGEST_SIDE, LARGEST_SIZE, MOST_LAYERS = 2**16, 2**20, 1000
-"""Of what a configuration says: pixels, any whole number, layers. Larger ones would take all memory, or for ever."""
+"""Limits of a configuration: pixels, any whole number, layers. Larger ones would take all memory, or for ever."""
 DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError)
-"""What code raises when it is given other numbers than it expects."""
+"""Errors of code that is given other numbers than it expects."""
 
 
 def pipeline_source(location: str, description: str, name: str, options: PipelineOptions) -> FlowSource:
@@ -38,8 +38,8 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     Args:
         location: Folder or hub name.
         description: One line for people; `{}` stands for the pipeline's class.
-        name: What to record as the flow's name.
-        options: How the pipeline is used.
+        name: Name of the flow, as it is recorded.
+        options: Options of the pipeline.
 
     Raises:
         ModelLoadError: Files are missing, the hub cannot be reached, or the pipeline is of another kind.

@@ -34,14 +34,14 @@ def load_pipeline(
     dtype: Any,
     **components: None,
 ) -> Any:
-    """Load the pipeline, or what of it is not set to None.
+    """Load the pipeline, but for the parts that are set to None.
 
     Args:
         location: Folder or hub name.
-        name: What to call it in messages.
+        name: Name in messages.
         index: Its list of parts.
         adapter: Its adapter.
-        options: How it is used.
+        options: Options of the pipeline.
         dtype: Type of the weights, or a mapping of parts ("default" for all others) to types.
         **components: Parts to do without, as None.
 

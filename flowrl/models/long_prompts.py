@@ -21,12 +21,12 @@ def lost_part(tokenizer: Any, prompt: str, most: int) -> str:
 
 
 def warn_of_cut(prompts: Sequence[str], tokenizers: Sequence[tuple[str, Any, int]], who: str) -> bool:
-    """Warn once of prompts that are cut; whether any was.
+    """Warn once of prompts that are cut, and tell whether any was.
 
     Args:
-        prompts: What is encoded; a prompt may come several times.
+        prompts: The prompts to encode; one may come several times.
         tokenizers: Name, tokenizer, and how many tokens are taken at most.
-        who: What takes them, for the message.
+        who: The encoders' owner, for the message.
     """
     distinct = list(dict.fromkeys(prompts))
     told: list[str] = []

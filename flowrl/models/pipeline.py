@@ -71,7 +71,7 @@ class PipelineFlow(VelocityModel):
     Args:
         pipeline: A loaded diffusers pipeline.
         shapes: Shapes of its latents and images.
-        options: How it is used.
+        options: Options of the pipeline.
         max_sequence_length: Tokens of the T5 context; as in the pipeline's own call when None.
         load_encoders: Loads a pipeline that holds text encoders and tokenizers only. Without it they cannot be had
             again, so they are moved to the host instead of being released.
@@ -151,7 +151,7 @@ class PipelineFlow(VelocityModel):
                 raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
         self._place_encoders()
         warn_of_cut(contexts, self.tokenizers(), "the flow's text encoders")
-        with silenced():  # each library says of each prompt what was just said of all
+        with silenced():  # each library warns of each prompt again
             chunks = [
                 self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
                 for i in range(0, len(contexts), PROMPTS_AT_ONCE)
@@ -245,10 +245,10 @@ def square(size: int | None, default: int, scale: int, patch: int, most: int | N
 
     Args:
         size: Height and width in pixels.
-        default: Of the latents.
-        scale: Pixels of a latent.
-        patch: Latents of a patch, along each side.
-        most: Patches along a side that the transformer has positions for; None for any number.
+        default: Height of the latents without a size.
+        scale: Pixels per latent, along each side.
+        patch: Latents per patch, along each side.
+        most: Largest number of patches along a side that the transformer has positions for; None without limit.
 
     Raises:
         ConfigError: The transformer cannot cut such images into patches, or has no positions for so many.

@@ -13,7 +13,7 @@ from flowrl.checks import is_whole, shown
 from flowrl.errors import ConfigError, ModelLoadError
 
 TIMESTEPS = 1000
-"""Of training, where a scheduler does not say: what its noise levels are multiplied by for the network."""
+"""Training timesteps of a scheduler that does not say: the factor of its noise levels for the network."""
 FIRST_LEVEL = 0.98
 """Schedules of samplers for diffusion begin a little below 1; below this a schedule begins elsewhere."""
 REMEDY = "Save it with FlowMatchEulerDiscreteScheduler: pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=...)."
@@ -54,7 +54,7 @@ def times_of(scheduler: Any, steps: int, sigmas: np.ndarray | None = None, mu: f
     diffusion stop a little before both.
 
     Args:
-        scheduler: Of a flow, see `check_scheduler`; its state changes.
+        scheduler: Scheduler of a flow, see `check_scheduler`; its state changes.
         steps: Number of steps.
         sigmas: Levels to hand to it, where it takes any.
         mu: Shift by the resolution, of a schedule that depends on it.

@@ -36,7 +36,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 ASIDE = "-old-"
-"""In the name of a folder that was moved aside."""
+"""Mark in the name of a backup: the old folder, renamed while a new one takes its place."""
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an algorithm is made from, resolved and checked: its environment, its settings, its device."""
+"""Construction of an algorithm: its environment, its settings and its device, resolved and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a run will take: its own code, run on tensors that have shapes and types but no storage."""
+"""The memory plan of a run: its own code, run on tensors that have shapes and types but no storage."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Method(ABC):
 
     Attributes:
         policy: The flow in its roles.
-        buffer: What the iteration has drawn.
+        buffer: Samples of the iteration.
         generator: Source of all randomness of training.
         ranks: The processes that train together.
         iteration: Iterations so far.

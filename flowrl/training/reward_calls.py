@@ -26,7 +26,7 @@ class RewardCalls:
         env: The environment.
         on_error: "raise" passes errors on; "retry" asks again first, after pauses; "drop" finds the samples that the
             reward fails for, by halves, and leaves them out.
-        retries: How often "retry" asks again.
+        retries: Number of times that "retry" asks again.
         timeout: Seconds after which a reward that gives no answer has failed; 0 waits for ever.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is written: a folder of JSON and safetensors, atomically, never a pickle.
+"""Writing of checkpoints: a folder of JSON and safetensors, written atomically, never a pickle.
 
 config.json         algorithm, settings, environment, seed
 state.json          counters, optimizer settings, shapes of what the tensors mean
