@@ -84,12 +84,12 @@ class FlowGRPO(TransitionAlgorithm):
 
     @classmethod
     def copies_for(cls, config: FlowGRPOConfig) -> set[Role]:
-        """Keep the sampling network too for the guarded ratio, which compares with its means."""
+        """Keep the sampling network for the guarded ratio, which compares with its means."""
         copies = super().copies_for(config)
         return copies | {"behaviour"} if config.ratio == "guard" else copies
 
     def window(self) -> range:
-        """Choose the noisy steps of this iteration."""
+        """Give the noisy steps of this iteration."""
         config, size = self.config, self.config.parts()
         places = config.rollout_steps - size - config.window_start  # where the window can begin
         start = config.window_start + self.iteration * config.window_stride % max(1, places)

@@ -47,7 +47,7 @@ class RAFTConfig(ORWCFMW2Config):
         )
 
     def entries_per_epoch(self) -> int:
-        """Count the entries of a pass: the samples kept for the plain target, all samples for the residual one."""
+        """Count what is kept for the plain target, all samples for the residual one."""
         return self.n_samples if self.target == "residual" else self.n_samples // self.group_size * self.n_best
 
 

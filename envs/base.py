@@ -26,7 +26,8 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
 
     Args:
         flow: Source of the flow that generates samples.
-        contexts: Conditions of samples: prompts, labels, or `[None]`. A `Prompt` is drawn in proportion to its weight.
+        contexts: Conditions of samples: prompts, labels, or `[None]`. A `Prompt` is drawn in proportion to
+            its weight.
         low: Lower bound of a sample's values.
         high: Upper bound.
         name: Name in messages and run folders.
@@ -72,7 +73,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         """Reward samples (B, *sample_shape) on any device, with one context per sample."""
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward samples of training: running statistics of the reward, if any, take them in."""
+        """Reward samples of training: running statistics take them in."""
         return self.reward(samples, contexts)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
@@ -160,9 +161,8 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         return np.int64(self._context), output.reward.item(), True, False, info
 
     def render(self) -> np.ndarray | None:
-        """Render the last sample as (H, W, 3) uint8 when `render_mode` is "rgb_array".
-
-        By default, a dot at its first two coordinates within the bounds of the action space.
+        """Draw the last sample as (H, W, 3) uint8 when `render_mode` is "rgb_array": by default, a dot at its first
+        two coordinates within the bounds of the action space.
         """
         if self.render_mode != "rgb_array":
             return None
@@ -181,7 +181,7 @@ def draw_contexts(
     generator: torch.Generator,
     shares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Draw context indices (n_samples,) on the generator's device, each drawn context repeated `group_size` times.
+    """Draw context indices (n_samples,) on the generator's device, each repeated `group_size` times.
 
     Without `shares` contexts are shuffled; none comes again before all have come. With `shares` (n_contexts,), positive
     float32 with sum 1 on that device, G groups are drawn by systematic sampling (Madow 1949) in random order, from a
@@ -207,7 +207,7 @@ def draw_contexts(
 
 
 def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: str) -> torch.Tensor:
-    """Convert the reward to a float32 tensor (B,) on the samples' device, or raise: never a made-up number.
+    """Check a reward: a float32 tensor (B,) on the samples' device, or an error, never a made-up number.
 
     Raises:
         RewardError: Not convertible, wrong shape, NaN or infinite.
@@ -280,7 +280,7 @@ class GenerationVecEnv(VecEnv):
         self.core.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Give the environment's attribute, once per index."""
+        """Get the environment's attribute, once per index."""
         return [getattr(self.core, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:

@@ -34,7 +34,7 @@ class Digits(NamedTuple):
     labels: torch.Tensor
 
     def at(self, index: torch.Tensor) -> Digits:
-        """Pick the pictures of these indices."""
+        """Pick those of these indices."""
         return Digits(self.pictures[index], self.labels[index])
 
 
@@ -123,7 +123,7 @@ class DigitsEnv(GenerationEnv):
         return [*super().describe(), f"reward: {self.reward_function.description}; another one judges"]
 
     def render(self) -> np.ndarray | None:
-        """Render the last picture as (size, size, 3) uint8, when `render_mode` is "rgb_array"."""
+        """Draw the last picture as (size, size, 3) uint8, when `render_mode` is "rgb_array"."""
         if self.render_mode != "rgb_array":
             return None
         return (self._last.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0).repeat(3, axis=2)

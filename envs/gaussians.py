@@ -61,7 +61,7 @@ class GaussianMixture:
         return self.means.shape[1]
 
     def to(self, device: torch.device | str) -> GaussianMixture:
-        """Move the parameters to `device`, in a new mixture."""
+        """Copy the mixture to `device`."""
         return GaussianMixture(self.means.to(device), self.covariances.to(device), self.weights.to(device))
 
     def velocity(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ class GaussianMixture:
         linear: Any = None,
         quadratic: tuple[Any, Any] | None = None,
     ) -> GaussianMixture:
-        """Compute the mixture `q e^{tau r} / Z` for `r = a.x - 1/2 (x - c)^T A (x - c)` (C6).
+        """Tilt: the mixture `q e^{tau r} / Z` for `r = a.x - 1/2 (x - c)^T A (x - c)` (C6).
 
         Args:
             tau: Inverse temperature.
@@ -162,7 +162,7 @@ class LinearReward:
         return x @ torch.tensor(self.a, dtype=x.dtype, device=x.device) + self.b
 
     def tilt(self, mixture: GaussianMixture, tau: float) -> GaussianMixture:
-        """Compute the tilted mixture, in closed form."""
+        """Tilt a mixture by the reward, in closed form."""
         return mixture.tilt(tau, linear=self.a)
 
     def sample_tilted(
@@ -186,7 +186,7 @@ class QuadraticReward:
         return -0.5 * torch.einsum("bd,de,be->b", offset, curvature, offset)
 
     def tilt(self, mixture: GaussianMixture, tau: float) -> GaussianMixture:
-        """Compute the tilted mixture, in closed form."""
+        """Tilt a mixture by the reward, in closed form."""
         return mixture.tilt(tau, quadratic=(self.A, self.c))
 
     def sample_tilted(

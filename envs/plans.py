@@ -176,7 +176,7 @@ class PlanEnv(GenerationEnv):
         return held * self.task.bound
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Compute the return of each plan, divided by `scale`."""
+        """Give the return of each plan, divided by `scale`."""
         total, positions = self.task.rollout(self.actions(samples))
         moved = positions - positions[:, :1]
         first = (moved.abs() > 0.05).int().argmax(dim=1, keepdim=True)  # the first step that is clearly off the start
@@ -261,7 +261,9 @@ FITTED = {
     "min_ess": 0.002,  # that a few of the best plans decide is what a search wants
 }
 RECOMMENDED = {  # tried on both tasks, one seed each; docs/plans.md has what came out
-    **{f"{algo}.{key}": value for algo in ("orw_w2", "orw", "orw_kl") for key, value in FITTED.items()},
+    **{
+        f"{kind}.{key}": value for kind in ("endpoint", "endpoint-free", "endpoint-kl") for key, value in FITTED.items()
+    },
     "endpoint.alpha": 0.05,
     "endpoint-kl.alpha": 0.05,
     "selection.learning_rate": 1e-3,

@@ -101,14 +101,14 @@ def _is_position(position: Any, n: int) -> bool:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts, split into those for training and those held out."""
+    """Prompts that training draws from, and those that it never sees."""
 
     train: tuple[Any, ...]
     held_out: tuple[Any, ...] = ()
 
 
 def prompts_from(prompts: str | Path | Sequence[Any], held_out_share: float = 0.0) -> PromptSet:
-    """Read the prompts of a file, of a shipped set, or of a list, split into those for training and those held out.
+    """Read the prompts of a file, a shipped set, or a list, split into those for training and those held out.
 
     Args:
         prompts: A `.txt` or `.jsonl` file, the name of a shipped set, or contexts themselves; strings among these
@@ -191,7 +191,7 @@ def _split(prompts: list[Any], held_out_share: float) -> PromptSet:
 
 
 def _position(prompt: str) -> float:
-    """Place a prompt, or its group, in [0, 1) by the SHA-256 of its text: the same on every machine."""
+    """Map a prompt, or its group, to [0, 1) by the SHA-256 of its text: the same on every machine."""
     group = prompt.fields.get("group", prompt) if isinstance(prompt, Prompt) else prompt
     return int.from_bytes(hashlib.sha256(str(group).encode()).digest()[:6], "big") / 2**48
 

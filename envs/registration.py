@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium
 import torch
 
+from flowrl.checks import python_value
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.prompts import prompts_from, shipped_sets
 from flowrl.envs.vector import GenerationVectorEnv
@@ -49,6 +50,7 @@ def make(name: str, *, render_mode: str | None = None, **settings: Any) -> Gener
     """
     spec = environment_spec(name)
     settings = anchored(settings)
+    settings = {key: python_value(value) for key, value in settings.items()}
     config = spec.configured(settings)
     env = spec.factory(config)
     if render_mode is not None and render_mode not in env.metadata["render_modes"]:
@@ -83,7 +85,7 @@ def _anchored_option(option: Any) -> Any:
 
 
 def _anchored(place: str | Path) -> str | Path:
-    """Make an existing relative path absolute; anything else, a shipped name included, is given back as it is."""
+    """Make an existing relative path absolute; names of what is shipped, and other texts, stay as they are."""
     name = str(place)
     if not name or name in (*EMBEDDED, *NAMES_OF_FLOWS, *shipped_sets()):
         return place

@@ -53,7 +53,7 @@ _FREE_GAP = 4.0
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of a picture; ``None`` leaves an attribute open.
+    """Contents of a picture; ``None`` leaves an attribute open.
 
     Attributes:
         count: Number of objects, 1 to 4.

@@ -44,7 +44,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Pair:
-    """Content of a picture: two things that differ in shape, and in colour.
+    """Contents of a picture: two things that differ in shape, and in colour.
 
     Attributes:
         first: The thing that is placed.

@@ -65,7 +65,7 @@ class TextToImageConfig:
             raise ConfigError(f"decode_batch must be positive, not {self.decode_batch}.")
 
     def pipeline(self) -> PipelineOptions:
-        """Choose how the pipeline is used."""
+        """Collect how the pipeline is used."""
         return PipelineOptions(self.resolution, self.decode_batch, self.vae_tiling, self.t5)
 
 
@@ -132,7 +132,7 @@ class TextToImageEnv(GenerationEnv):
         return [*super().describe(), f"reward: {self.reward_name}", prompts]
 
     def render(self) -> np.ndarray | None:
-        """Render the last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"."""
+        """Draw the last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"."""
         if self.render_mode != "rgb_array":
             return None
         return (self._last.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
@@ -143,7 +143,7 @@ OWN_WORLD: Mapping[str, str] = {"ocr": "mini-words", "spatial": "mini-spatial"}
 
 
 def embedded_for(reward: str) -> str:
-    """Choose the shipped pipeline that suits a reward: words for reading, pairs for relations, shapes for the rest."""
+    """Choose the shipped pipeline that suits a reward: words for reading, pairs for relations, else shapes."""
     names = [part.name for part in parse_mixture(reward)] if reward else []
     return next((OWN_WORLD[name] for name in names if name in OWN_WORLD), "mini-sd3")
 

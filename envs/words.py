@@ -32,7 +32,7 @@ _JITTER = 0.5  # of its centre
 
 @dataclass(frozen=True)
 class Sign:
-    """Content of a picture; ``None`` leaves a colour open.
+    """Contents of a picture; ``None`` leaves a colour open.
 
     Attributes:
         text: One of ``TEXTS``.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
 
 from flowrl.errors import ConfigError
 
@@ -16,8 +20,23 @@ LARGEST_INT = 2**63 - 1
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
+def python_value(value: Any) -> Any:
+    """Convert scalars of numpy and torch to Python numbers, also within a list or tuple; anything else stays."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(python_value(part) for part in value)
+    return value
+
+
+def take_python_values(config: Any) -> None:
+    """Replace scalars of numpy and torch among the fields of a dataclass, which may be frozen, by Python numbers."""
+    for field in fields(config):
+        object.__setattr__(config, field.name, python_value(getattr(config, field.name)))
+
+
 def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
-    """Check that values fit the fields of a dataclass, as far as a file can hold them: objects are not looked at.
+    """Check values against the fields of a dataclass, as far as a file can hold them: objects are passed over.
 
     Args:
         cls: A dataclass.
@@ -35,7 +54,7 @@ def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Tell whether a plain value is of a type as annotations write it; an object always is."""
+    """Tell whether a plain value is of an annotated type; an object always is."""
     if not isinstance(value, PLAIN) or kind is Any:
         return True
     origin, parts = get_origin(kind), get_args(kind)
@@ -77,7 +96,7 @@ def _words(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Write a value of a file for a message, cut."""
+    """Shorten a value of a file for a message."""
     try:
         return reprlib.repr(value)
     except ValueError:  # Python writes no number of thousands of digits
@@ -85,10 +104,10 @@ def shown(value: Any) -> str:
 
 
 def is_whole(value: Any, least: int = 0, most: int = LARGEST_INT) -> bool:
-    """Tell whether it is an int (and no bool) in this range."""
+    """Tell whether a value is an int (and no bool) in this range."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_finite(value: Any) -> bool:
-    """Tell whether it is a number (and no bool) that float can hold."""
+    """Tell whether a value is a number (and no bool) that a float can hold."""
     return fits(value, float) and isinstance(value, int | float) and math.isfinite(value)

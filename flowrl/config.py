@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
-from flowrl.checks import check_types
+from flowrl.checks import check_types, take_python_values
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import TimeSampling
 from flowrl.functional.solvers import GUIDANCES, SOLVERS, Guidance, Solver
@@ -96,6 +96,7 @@ class FlowConfig:
     """Share of an iteration's samples that "drop" may leave out; more stop the run."""
 
     def __post_init__(self) -> None:
+        take_python_values(self)
         check_types(type(self), {field.name: getattr(self, field.name) for field in fields(self)})
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
         for name in (*positive, "n_epochs", "rollout_steps", "refresh_every", "max_bad_updates"):
@@ -124,11 +125,11 @@ class FlowConfig:
         return 1
 
     def entries_per_epoch(self) -> int:
-        """Count the entries that one pass of an iteration goes over."""
+        """Count the entries of one epoch."""
         return self.n_samples * self.parts()
 
     def check_ranks(self, count: int) -> None:
-        """Check that `count` ranks can shard every batch of these settings evenly.
+        """Check that so many ranks can share every batch of these settings evenly.
 
         Raises:
             ConfigError: They cannot; names the setting.

@@ -73,7 +73,7 @@ class ORWCFMW2(FlowAlgorithm):
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:
-        """Add `v_old` for the residual target."""
+        """Keep `v_old` for the residual target."""
         copies = super().copies_for(config)
         return copies | {"behaviour"} if config.target == "residual" else copies
 
@@ -108,14 +108,14 @@ class ORWCFMW2(FlowAlgorithm):
         if self.config.target == "residual":
             v_old = self.velocity(pair, self.behaviour_role)
             baseline = residual_baseline(w, self.buffer.all().weight.mean(), penalty, self.config.baseline)
+            if "stray" in batch.extra:  # no weight is to carry nothing: not even a push away
+                baseline = baseline.masked_fill(batch.extra["stray"], 0)
             loss = residual_weighted_loss(v, pair.u, w, baseline, v_old, v_ref, penalty)
         else:
             loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)
 
-        metrics = {"fit": (w * squared_error(v, pair.u)).mean()}
-        if v_ref is not None:
-            metrics["drift"] = squared_error(v, v_ref).mean()
-        return loss.mean(), metrics
+        drift = {} if v_ref is None else {"drift": squared_error(v, v_ref).mean()}
+        return loss.mean(), {"fit": (w * squared_error(v, pair.u)).mean(), **drift}
 
     def couple(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
         """Pair each sample of a minibatch with noise (B, *latent_shape).

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flowrl.checks import check_types
+from flowrl.checks import check_types, python_value
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 
 
@@ -51,7 +51,7 @@ class EnvSpec:
         return f"flowrl/{self.name}-v{self.version}"
 
     def configured(self, settings: Mapping[str, Any]) -> Any:
-        """Make the config with these settings; nothing else is made or loaded.
+        """Make the config with these settings; nothing is made or loaded from it.
 
         Raises:
             UnknownNameError: An unknown setting; names the closest.
@@ -60,6 +60,7 @@ class EnvSpec:
         for key in settings:
             if key not in known:
                 raise UnknownNameError.of(f"setting of environment '{self.name}'", key, known)
+        settings = {key: python_value(value) for key, value in settings.items()}
         check_types(type(self.config), settings, f"The setting of environment '{self.name}' ")
         return replace(self.config, **settings)
 
@@ -119,7 +120,7 @@ _NAMED_BY: ContextVar[tuple[str, str] | None] = ContextVar("_NAMED_BY", default=
 
 @contextmanager
 def named_by_a_file(file: str, remedy: str) -> Iterator[None]:
-    """Import nothing new within a `with` block whose names come from a file, perhaps of somebody else.
+    """Make a context in which names come from a file, which may be somebody else's: nothing new is imported.
 
     Args:
         file: Name of the file, for the message of the error.

@@ -16,7 +16,7 @@ from flowrl.distributed.ranks import is_lost, join
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
-from flowrl.evaluation.measure import evaluate
+from flowrl.evaluation.measure import check_eval_samples, evaluate
 from flowrl.pages.run_page import write_report
 from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
 from flowrl.runs.callbacks import HeldOutCallback, KeepCheckpoints, PictureCallback, StopOnSignal
@@ -81,6 +81,7 @@ def _main(args: list[str]) -> int:
     from_file = nullcontext() if before is None else named_by_a_file("--config", "add --modules NAME if you trust it")
     with ranks.main_first(), from_file:  # what a reward fetches from the hub
         env = make_env(spec, env_config)
+    check_eval_samples(run.eval_samples, (env,))
     if run.dry_run:
         check_device(run.device)
         if ranks.is_main:
@@ -163,6 +164,7 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
 
 def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
     held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
+    check_eval_samples(run.eval_samples, (model.env.core, *held_out.values()))
     _begin(model, folder, run, total)
     checkpoints = _checkpoints(folder / "checkpoints", run)
     shown = [PictureCallback(folder / "samples", run.picture_every), HeldOutCallback(held_out, run.picture_every)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: one thread for each, and for the programs they start
     torch.set_num_threads(1)
@@ -40,6 +42,20 @@ def forgetting(*modules: str) -> Iterator[None]:
             registry.update(content)
         for name in modules:
             sys.modules.pop(name, None)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder of that name, which the first process of the test run that asks for it fills; read only."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, made = base / name, base / f"{name}.made"
+    with FileLock(base / f"{name}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -116,12 +132,15 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs "lora", "full" (both of mini-sd3) and "points", with learning rates that show; read only."""
     from flowrl.run import main
 
-    out = tmp_path_factory.mktemp("tiny")
     kinds = {
         "lora": [*TINY_SD3, "--algo.learning-rate", "2e-2", "--algo.lora-rank", "4"],
         "full": [*TINY_SD3, "--algo.learning-rate", "2e-3"],
         "points": ["--algo", "orw", "--env", "gaussians-linear", "--algo.n-samples", "32", "--total-timesteps", "32"],
     }
-    for name, arguments in kinds.items():
-        assert main([*arguments, "--out", str(out), "--name", name]) == 0
+
+    def make(folder: Path) -> None:
+        for name, arguments in kinds.items():
+            assert main([*arguments, "--out", str(folder), "--name", name]) == 0
+
+    out = made_once(tmp_path_factory, "tiny-runs", make)
     return {name: out / name for name in kinds}

@@ -52,6 +52,7 @@ class Mutation(NamedTuple):
 
 LOSSES, SAMPLER, FLOW = "flowrl/functional/losses.py", "flowrl/functional/solvers.py", "flowrl/functional/flow.py"
 ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/evaluation/steering.py", "flowrl/training/algorithm.py"
+SDE = "flowrl/functional/sde.py"
 OF_LOSSES, OF_FLOW, OF_METRICS = ("test_losses.py",), ("test_flow.py",), ("test_metrics.py",)
 GRADIENT = "test_transitions.py::test_policy_gradient_is_the_gradient_of_the_expected_reward"
 LOSS_BY_HAND = "test_transitions.py::test_losses_by_hand"
@@ -81,8 +82,8 @@ MUTATIONS = (
     Mutation(
         "group-advantage-scale",
         LOSSES,
-        "std = group_mean(centred.square(), groups, n_groups).sqrt()",
-        "std = group_mean(centred.square(), groups, n_groups)",
+        "std = group_mean(centred.square(), group, n_groups).sqrt()",
+        "std = group_mean(centred.square(), group, n_groups)",
         ("test_transitions.py::test_group_advantage_by_hand",),
     ),
     Mutation(
@@ -102,23 +103,23 @@ MUTATIONS = (
     Mutation(
         "best-of-groups",
         LOSSES,
-        "topk(n_best, dim=1)",
-        "topk(n_best, dim=1, largest=False)",
+        "topk(min(n_best, table.shape[1]), dim=1)",
+        "topk(min(n_best, table.shape[1]), dim=1, largest=False)",
         ("test_transitions.py::test_best_of_groups_by_hand",),
     ),
     # the loss of ORW-CFM-W2
     Mutation(
         "w2-anchor",
         ORW,
-        'self.policy.velocity(x_t, t, cond, "reference")',
-        "self.policy.velocity(x_t, t, cond, self.behaviour_role)",
+        'self.velocity(pair, "reference")',
+        "self.velocity(pair, self.behaviour_role)",
         (THREE_NETWORKS,),
     ),
     Mutation(
         "residual-anchor",
         ORW,
-        "v_old = self.policy.velocity(x_t, t, cond, self.behaviour_role)",
-        'v_old = self.policy.velocity(x_t, t, cond, "reference")',
+        "v_old = self.velocity(pair, self.behaviour_role)",
+        'v_old = self.velocity(pair, "reference")',
         (THREE_NETWORKS,),
     ),
     Mutation(
@@ -131,8 +132,8 @@ MUTATIONS = (
     Mutation(
         "coupled-weights",
         ORW,
-        "mine(weight.mean().expand(n))",
-        "mine(weight[index])",
+        "own(weight.mean().expand(n))",
+        "own(weight[index])",
         (
             "test_oracles.py::test_the_loss_carries_the_reward",
             "test_oracles.py::test_optimal_transport_keeps_the_noise_standard_normal",
@@ -141,8 +142,8 @@ MUTATIONS = (
     Mutation(
         "coupled-sample",
         ORW,
-        "x_1, contexts, reward = x_1[index], contexts[index], reward[index]",
-        "contexts, reward = contexts[index], reward[index]",
+        "x_1, ids = x_1[index], ids[index]",
+        "ids = ids[index]",
         ("test_oracles.py::test_the_loss_carries_the_reward",),
     ),
     # the path, its times and samplers
@@ -176,49 +177,49 @@ MUTATIONS = (
     ),
     Mutation(
         "sde-drift-sign",
-        SAMPLER,
+        SDE,
         "expand(0.5 * h * g.square()",
         "expand(-0.5 * h * g.square()",
         ("test_transitions.py::test_step_is_the_euler_step_of_the_sde",),
     ),
     Mutation(
         "sde-drift-half",
-        SAMPLER,
+        SDE,
         "expand(0.5 * h * g.square()",
         "expand(1.0 * h * g.square()",
         (MARGINALS,),
     ),
     Mutation(
         "sde-noise",
-        SAMPLER,
+        SDE,
         "GaussianStep(mean, g * h.sqrt())",
         "GaussianStep(mean, g * h)",
         (MARGINALS,),
     ),
     Mutation(
         "sde-first-step",
-        SAMPLER,
+        SDE,
         "torch.where(start, 1 / t_next,",
         "torch.where(start, t_next,",
         ("test_transitions.py::test_first_step_as_published",),
     ),
     Mutation(
         "cps-kept-noise",
-        SAMPLER,
+        SDE,
         "(1 - t_next) * math.cos(angle)",
         "(1 - t_next) * math.cos(angle) ** 2",
         ("test_transitions.py::test_cps_keeps_the_share_of_noise",),
     ),
     Mutation(
         "log-prob",
-        SAMPLER,
+        SDE,
         "self.std.square() - self.std.log()",
         "self.std.square() + self.std.log()",
         ("test_transitions.py::test_log_probability_and_divergence_against_torch",),
     ),
     Mutation(
         "step-kl",
-        SAMPLER,
+        SDE,
         "return 0.5 * (self.mean - other.mean)",
         "return (self.mean - other.mean)",
         ("test_transitions.py::test_log_probability_and_divergence_against_torch",),
@@ -233,30 +234,73 @@ MUTATIONS = (
     ),
     Mutation(
         "clip-direction",
-        "flowrl/training/transitions.py",
+        LOSSES,
         "torch.maximum(-advantage * ratio",
         "torch.minimum(-advantage * ratio",
         ("test_transitions.py::test_clipped_objective_by_hand",),
     ),
     Mutation(
+        "pairs-turned",
+        LOSSES,
+        "torch.stack([best.indices, worst.indices], dim=1)",
+        "torch.stack([worst.indices, best.indices], dim=1)",
+        ("test_transitions.py::test_pairs_are_the_best_and_the_worst_of_a_group",),
+    ),
+    Mutation(
+        "pairs-of-ties",
+        LOSSES,
+        "[best.values > worst.values]",
+        "[best.values >= worst.values]",
+        ("test_transitions.py::test_pairs_are_the_best_and_the_worst_of_a_group",),
+    ),
+    # rows and gradients
+    Mutation(
+        "rows-of-dropped-samples",
+        ALGORITHM,
+        "{name: rows[index] for name, rows in extra.items()}",
+        "{name: rows for name, rows in extra.items()}",
+        ("test_outside.py::test_each_survives_a_reward_that_fails_for_some",),
+    ),
+    Mutation(
+        "strays-compared",
+        "flowrl/training/reward_calls.py",
+        "copy_(strays[rollout.group] > 0)",
+        "copy_(strays[rollout.group] > 1e9)",
+        ("test_hooks.py::test_a_group_whose_samples_all_failed_carries_no_weight",),
+    ),
+    Mutation(
+        "steps-with-gradient",
+        "flowrl/training/policy.py",
+        "max(0, len(times) - 1 - grad_steps)",
+        "max(0, len(times) - grad_steps)",
+        ("test_outside.py::test_draft_is_the_derivative_through_a_linear_flow",),
+    ),
+    Mutation(
+        "refresh-by-a-share",
+        "flowrl/training/method.py",
+        'update_copy("behaviour", self.refresh_decay())',
+        'update_copy("behaviour", 1 - self.refresh_decay())',
+        ("test_hooks.py::test_the_behaviour_policy_can_move_by_a_share",),
+    ),
+    Mutation(
         "next-state",
-        "flowrl/training/buffer.py",
-        "self.states[rows // n, rows % n + 1]",
-        "self.states[rows // n, rows % n]",
+        "flowrl/training/transitions.py",
+        'rows["states"][sample, part + 1]',
+        'rows["states"][sample, part]',
         ("test_transitions.py::test_recomputed_log_probability_is_the_stored_one",),
     ),
     Mutation(
         "step-index",
-        "flowrl/training/buffer.py",
-        "self.first_step + step,",
-        "step,",
+        "flowrl/training/transitions.py",
+        'extra["first_step"] + extra["part"]',
+        'extra["part"]',
         ("test_transitions.py::test_grpo_window_slides_and_returns",),
     ),
     Mutation(
         "ddpo-score-function",
         "baselines/ddpo.py",
-        "-batch.weight * step.mean_log_prob",
-        "batch.weight * step.mean_log_prob",
+        "-advantage * step.mean_log_prob",
+        "advantage * step.mean_log_prob",
         (GRADIENT,),
     ),
     Mutation(
@@ -276,8 +320,8 @@ MUTATIONS = (
     Mutation(
         "dpok-critic",
         "baselines/dpok.py",
-        "batch.weight - value.detach(), error",
-        "batch.weight + value.detach(), error",
+        "advantage - value.detach(), error",
+        "advantage + value.detach(), error",
         (LOSS_BY_HAND,),
     ),
     Mutation(
@@ -305,8 +349,8 @@ MUTATIONS = (
     Mutation(
         "raft-kept",
         "baselines/raft.py",
-        "self.buffer.weight.topk(n_kept)",
-        "(-self.buffer.weight).topk(n_kept)",
+        "self.buffer.coefficient.topk(n_kept)",
+        "(-self.buffer.coefficient).topk(n_kept)",
         ("test_baselines.py::test_raft_fits_only_what_it_keeps",),
     ),
     Mutation(
@@ -319,8 +363,8 @@ MUTATIONS = (
     Mutation(
         "exact-kl-sign",
         "baselines/kl.py",
-        "return reward - self.config.beta * ratio",
-        "return reward + self.config.beta * ratio",
+        "rollout.reward - self.config.beta",
+        "rollout.reward + self.config.beta",
         ("test_baselines.py::test_exact_kl_is_taken_off_the_reward",),
     ),
     Mutation(
@@ -346,16 +390,16 @@ MUTATIONS = (
     # the loop, copies, measures
     Mutation(
         "moving-average",
-        "flowrl/training/policy.py",
+        "flowrl/training/role_networks.py",
         "torch._foreach_lerp_(target, source, 1 - decay)",
         "torch._foreach_lerp_(target, source, decay)",
         ("test_policy.py::test_update_copy",),
     ),
     Mutation(
         "average-warm-up",
-        ALGORITHM,
-        "min(self.config.ema_decay, (1 + self._n_updates)",
-        "max(self.config.ema_decay, (1 + self._n_updates)",
+        "flowrl/training/optimizers.py",
+        "min(config.ema_decay, (1 + model._n_updates)",
+        "max(config.ema_decay, (1 + model._n_updates)",
         ("test_algorithm.py::test_an_average_of_few_steps_forgets_its_start_sooner",),
     ),
     Mutation(

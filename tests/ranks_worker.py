@@ -1,9 +1,15 @@
-"""What `test_ranks.py` runs in one process and in two: `python ranks_worker.py FOLDER` writes what each case logged."""
+"""What `test_ranks.py` runs in one process and in two.
+
+`python ranks_worker.py FOLDER PORT` starts both, and writes what each case logged.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +113,38 @@ def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+def write_all(folder: Path) -> None:
+    """Run all cases, and write what they logged."""
     written = {name: run(name, folder / name if name in RELOADED else None) for name in cases()}
     divide_weights()
     written |= {f"{name}, divided": run(name, folder / f"{name}, divided") for name in DIVIDED}
     if join().is_main:
         (folder / "two.json").write_text(json.dumps(written))
+
+
+def main(folder: Path, port: str) -> int:
+    """Both processes, as a launcher would start them; forked when everything is imported, which takes longest."""
+    import accelerate
+    import ot
+    import peft
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    assert all((accelerate, ot, peft, AutoencoderKL, SD3Transformer2DModel))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    other = os.fork()
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "1" if other == 0 else "0")
+    try:
+        write_all(folder)
+    except BaseException:
+        traceback.print_exc()
+        if other:
+            os.kill(other, signal.SIGKILL)
+        os._exit(1)
+    if other == 0:
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -18,7 +18,7 @@ from flowrl.functional.metrics import wasserstein2
 from flowrl.types import Batch
 
 N = 2000
-FIT = {"n_samples": 1024, "batch_size": 512, "n_epochs": 2, "rollout_steps": 10, "solver": "midpoint"}
+FIT = {"n_samples": 1024, "batch_size": 512, "n_epochs": 4, "rollout_steps": 10, "solver": "midpoint"}
 FIT |= {"learning_rate": 1e-3, "ema_decay": 0.98}
 
 
@@ -34,7 +34,7 @@ def test_offline_rwr_gives_the_tilt(target: str) -> None:
     """C6: q_ref e^{tau r} / Z, however long it goes on."""
     env = flowrl.make("gaussians-linear")
     model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", tau=0.8, target=target, baseline="mean", **FIT)
-    model.learn(60 * 1024)
+    model.learn(30 * 1024)
     assert_matches(model, env.mixture.tilt(0.8, linear=(1.0, 0.0)).sample)
 
 
@@ -56,9 +56,9 @@ def test_who_draws_for_rwr(mode: str) -> None:
 
 def test_online_rwr_goes_on_tilting() -> None:
     env = flowrl.make("gaussians-linear")
-    settings = {**FIT, "n_samples": 2048, "refresh_every": 40}
+    settings = {**FIT, "n_samples": 2048, "refresh_every": 20}
     model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", mode="online", tau=0.4, **settings)
-    model.learn(2 * 40 * 2048)
+    model.learn(2 * 20 * 2048)
     assert_matches(model, env.mixture.tilt(2 * 0.4, linear=(1.0, 0.0)).sample)
 
 
@@ -69,9 +69,9 @@ def test_rwr_fits_given_samples(tmp_path) -> None:
     n = 20_000
     save_file({"x_1": other.sample(n), "contexts": torch.zeros(n, dtype=torch.long)}, file)
     model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", tau=0.5, data=str(file), **FIT)
-    model.learn(150 * 1024)
+    model.learn(75 * 1024)
     assert_matches(model, other.tilt(0.5, linear=(1.0, 0.0)).sample)
-    assert model.policy.evaluations <= 150 * 1024 * 2 * 4  # updates and drift, no rollout
+    assert model.policy.evaluations <= 75 * 1024 * 4 * 4  # updates and drift, no rollout
 
 
 def test_given_samples_keep_their_contexts(tmp_path) -> None:
@@ -112,7 +112,7 @@ def test_raft_moves_as_far_as_the_best_of_k(target: str) -> None:
     env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
     settings = {**FIT, "n_samples": 2048, "refresh_every": 10**6, "target": target, "baseline": "mean"}
     model = flowrl.RAFT("FlowPolicy", env, seed=0, device="cpu", group_size=k, **settings)
-    model.learn(80 * 2048)
+    model.learn(40 * 2048)
     best = torch.randn(N, k).amax(1, keepdim=True)
     samples = model.policy.sample(n=N, steps=20, solver="midpoint")
     assert wasserstein2(samples, best) < 0.1
@@ -299,9 +299,9 @@ def test_exact_kl_is_taken_off_the_reward() -> None:
 def test_exact_kl_agrees_with_the_cheap_one() -> None:
     """`kl` with beta stops at q_ref e^{r / beta}."""
     env = flowrl.make("gaussians-linear")
-    settings = {**FIT, "n_samples": 512, "n_epochs": 4}
+    settings = {**FIT, "n_samples": 512, "n_epochs": 8}
     model = flowrl.ExactKL("FlowPolicy", env, seed=0, device="cpu", beta=1.25, tau=0.5, **settings)
-    model.learn(40 * 512)
+    model.learn(20 * 512)
     assert_matches(model, env.mixture.tilt(1 / 1.25, linear=(1.0, 0.0)).sample)
 
 

@@ -116,7 +116,7 @@ def test_runs_resumes_and_compares(run_module, run_here, suite: Path, tmp_path: 
     result = json.loads(first.read_text())
     assert result["cost"]["network_evaluations"] >= 2_000
     assert result["cost"]["buffer_bytes"] > 64 * 2 * 4 * 4  # the path
-    done = run_module("flowrl.benchmark", *arguments, timeout=300)
+    done = run_here("flowrl.benchmark", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 cells, 4 finished before" in done.stdout
     assert first.stat().st_mtime_ns == written
@@ -148,7 +148,7 @@ def test_a_cell_finished_with_another_default_is_not_taken_for_this_one(suite: P
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(
-    run_module, program_environment: dict[str, str], suite: Path, tmp_path: Path
+    run_here, program_environment: dict[str, str], suite: Path, tmp_path: Path
 ) -> None:
     choice = ["--suite", str(suite), "--algos", "best_of_n", "ddpo", "--seeds", "0", "--workers", "1"]
     head, rows = SUITE.partition("[rows.")[0], SUITE.split("[rows.")[1:]
@@ -166,18 +166,18 @@ def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(
     (command,) = (line.partition("python -m flowrl.benchmark ")[2].split() for line in said.splitlines() if line)
     assert command == choice
     suite.write_text(SUITE)
-    done = run_module("flowrl.benchmark", *command)
+    done = run_here("flowrl.benchmark", *command)
     assert done.returncode == 0, done.stderr
     assert "2 cells, 1 finished before" in done.stdout
     assert done.stdout.count("done (") == 1
 
 
-def test_a_failing_cell_is_recorded_and_the_others_go_on(run_module, suite: Path, tmp_path: Path) -> None:
+def test_a_failing_cell_is_recorded_and_the_others_go_on(run_here, suite: Path, tmp_path: Path) -> None:
     broken = SUITE.replace('algo = "ddpo"', 'algo = "rwr"').replace(
         "settings = { n_samples = 64, rollout_steps = 4 }\n\n", 'settings = { data = "nowhere.safetensors" }\n\n'
     )
     suite.write_text(broken)
-    done = run_module("flowrl.benchmark", "--suite", suite, "--seeds", 0, "--algos", "rwr", "best_of_n", timeout=300)
+    done = run_here("flowrl.benchmark", "--suite", suite, "--seeds", 0, "--algos", "rwr", "best_of_n")
     assert done.returncode == 1
     assert "FAILED" in done.stdout
     root = tmp_path / "benchmarks" / "small"

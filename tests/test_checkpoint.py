@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -419,3 +420,14 @@ def test_rewards_that_draw_from_numpy_resume_exactly(tmp_path: Path) -> None:
     make().learn(2 * N).save(tmp_path / "half")
     resumed = flowrl.ORWCFMW2.load(tmp_path / "half", env=env, device="cpu").learn(2 * N, reset_num_timesteps=False)
     assert_same_state(whole, resumed)
+
+
+def test_a_checkpoint_of_before_algorithms_registered_their_networks_goes_on_as_it_would_have() -> None:
+    """tests/data/dpok-before-rows: DPOK with its critic after two iterations, by the version that first wrote any."""
+    model = flowrl.DPOK.load(REPOSITORY / "tests" / "data" / "dpok-before-rows", device="cpu")
+    assert model.iteration == 2
+    model.learn(8, reset_num_timesteps=False)
+    assert model.last_logged["train/critic_error"] == pytest.approx(0.99999845, rel=1e-5)
+    weights = {name: p.double().sum().item() for name, p in model.policy.parameters_of("current").items()}
+    assert weights["output.lora_B.weight"] == pytest.approx(0.004092354, rel=1e-3)
+    assert weights["hidden.2.lora_B.weight"] == pytest.approx(-0.036768445, rel=1e-3)

@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import forgetting
 from safetensors.torch import load_file
 
 import flowrl
@@ -60,13 +62,22 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def six(run_in, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six iterations; read only."""
+def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six iterations, in this process; read only."""
     where = tmp_path_factory.mktemp("six")
-    done = run_in(where, "flowrl.run", *RUN, "--total-timesteps", 6 * N, "--name", "six")
+    arguments = [*RUN, "--total-timesteps", 6 * N, "--out", where, "--name", "six"]
+    assert main([str(argument) for argument in arguments]) == 0
+    return where / "six"
+
+
+@pytest.fixture(scope="module")
+def again(run_in, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """The same run in a process of its own, in `cwd`."""
+    where = tmp_path_factory.mktemp("again")
+    done = run_in(where, "flowrl.run", *RUN, "--total-timesteps", 6 * N, "--out", "elsewhere", "--name", "again")
     assert done.returncode == 0, done.stderr
-    (where / "stdout").write_text(done.stdout)
-    return where / "runs" / "six"
+    done.cwd = where
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -214,16 +225,13 @@ def test_evaluation(six: Path) -> None:
     assert result["reference"]["reward_mean"] != result["reward_mean"]
 
 
-def test_printed_header(six: Path) -> None:
-    printed = (six.parent.parent / "stdout").read_text()
+def test_printed_header(again) -> None:
     for expected in ("algorithm: orw_w2", "environment: gaussians-linear", "flow: gaussians", "seed: 0", "report:"):
-        assert expected in printed
+        assert expected in again.stdout
 
 
-def test_same_seed_same_weights(run_module, six: Path, tmp_path: Path) -> None:
-    done = run_module("flowrl.run", *RUN, "--total-timesteps", 6 * N, "--out", "elsewhere", "--name", "again")
-    assert done.returncode == 0
-    assert_same_run(tmp_path / "elsewhere" / "again", six)
+def test_same_seed_same_weights(again, six: Path) -> None:
+    assert_same_run(again.cwd / "elsewhere" / "again", six)
 
 
 def test_the_same_name_and_another_seed(run_here, tmp_path: Path, three: Path) -> None:
@@ -237,9 +245,9 @@ def test_the_same_name_and_another_seed(run_here, tmp_path: Path, three: Path) -
     assert any(not torch.equal(mine[key], yours[key]) for key in mine)
 
 
-def test_three_and_three_iterations_are_six(run_module, three: Path, six: Path, tmp_path: Path) -> None:
+def test_three_and_three_iterations_are_six(run_here, three: Path, six: Path, tmp_path: Path) -> None:
     run = shutil.copytree(three, tmp_path / "run")
-    done = run_module("flowrl.run", "--resume", "run", "--total-timesteps", 6 * N, "--eval-samples", 32)
+    done = run_here("flowrl.run", "--resume", "run", "--total-timesteps", 6 * N, "--eval-samples", 32)
     assert done.returncode == 0, done.stderr
     assert f"going on at {3 * N} of {6 * N} samples" in done.stdout
     assert_same_run(run, six)
@@ -295,11 +303,20 @@ def test_a_process_that_is_killed_does_not_block_its_run_folder(tmp_path: Path) 
         pass
 
 
-def test_deterministic_runs_are_the_same_twice(run_module, tmp_path: Path) -> None:
+@pytest.fixture
+def _determinism_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_determinism_put_back")
+def test_deterministic_runs_are_the_same_twice(run_here, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        done = run_module("flowrl.run", *RUN, "--total-timesteps", 2 * N, "--name", name, "--deterministic")
+        done = run_here("flowrl.run", *RUN, "--total-timesteps", 2 * N, "--name", name, "--deterministic")
         assert done.returncode == 0, done.stderr
     a, b = (tmp_path / "runs" / name for name in ("a", "b"))
+    assert torch.are_deterministic_algorithms_enabled()
     assert_same_run(a, b)
     assert json.loads((a / "config.json").read_text())["run"]["deterministic"] is True
 
@@ -394,7 +411,7 @@ def interrupted(environment: dict[str, str], where: Path, name: str) -> tuple[in
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_and_resume_end_as_an_uninterrupted_run(
-    run_in, program_environment: dict[str, str], tmp_path: Path
+    run_here, program_environment: dict[str, str], tmp_path: Path
 ) -> None:
     code, output = interrupted(program_environment, tmp_path, "cut")
     assert code == 3, output
@@ -405,8 +422,8 @@ def test_ctrl_c_and_resume_end_as_an_uninterrupted_run(
     assert (cut / "checkpoints" / f"{done_before * N:010d}" / "state.json").exists()
     assert not (cut / "final").exists()
     command = next(line for line in output.splitlines() if "--resume" in line).partition("python -m flowrl.run ")[2]
-    assert run_in(tmp_path, "flowrl.run", *command.split(), "--eval-samples", 32).returncode == 0
-    assert run_in(tmp_path, "flowrl.run", *LONG, "--name", "whole").returncode == 0
+    assert run_here("flowrl.run", *command.split(), "--eval-samples", 32).returncode == 0
+    assert run_here("flowrl.run", *LONG, "--name", "whole").returncode == 0
     assert_same_run(cut, tmp_path / "runs" / "whole")
     assert len(rows(cut)) == 150
 
@@ -472,13 +489,17 @@ register(EnvSpec("up", make, Settings(), summary="up"))
 
 @pytest.fixture(scope="module")
 def third_party(run_in, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A run with somebody else's algorithm and environment, resumed without and with their names."""
+    """A run with somebody else's algorithm and environment, resumed without and with their names.
+
+    The first here, where its module is forgotten; the others in processes that have not seen it.
+    """
     where = tmp_path_factory.mktemp("third-party")
     (where / "mine.py").write_text(THIRD_PARTY)
     names = ["--algo", "mine:MyAlgo", "--env", "mine:up"]
-    first = [*names, "--env.direction", -1, *TINY, "--total-timesteps", 2 * N, "--name", "a"]
-    done = run_in(where, "flowrl.run", *first)
-    assert done.returncode == 0, done.stderr
+    first = [*names, "--env.direction", -1, *TINY, "--total-timesteps", 2 * N, "--out", where / "runs", "--name", "a"]
+    with pytest.MonkeyPatch.context() as patch, forgetting("mine"):
+        patch.syspath_prepend(where)
+        assert main([str(argument) for argument in first]) == 0
     config = json.loads((where / "runs" / "a" / "config.json").read_text())
     resume = ["flowrl.run", "--resume", "runs/a", "--total-timesteps", 3 * N]
     without, named = run_in(where, *resume), run_in(where, *resume, *names)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import forgetting
 from pages import ROOT, blocks, write_modules
 
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -47,9 +48,10 @@ print(flowrl.evaluate(model, n_samples=4, samples_per_context=2).table())
         ["--algo", "my_algos:BestShare", "--env", "gaussians-linear", "--algo.share", "0.1"],
     ],
 )
-def test_through_the_command_line(folder, choice):
+def test_through_the_command_line(folder, choice, run_here, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
     sizes = ["--algo.n-samples", "8", "--algo.batch-size", "8", "--algo.rollout-steps", "2", "--eval-samples", "8"]
-    command = [sys.executable, "-m", "flowrl.run", *choice, *sizes, "--total-timesteps", "8", "--name", "r"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    with forgetting("my_envs", "my_algos"):
+        result = run_here("flowrl.run", *choice, *sizes, "--total-timesteps", "8", "--name", "r")
     assert result.returncode == 0, result.stderr
     assert (folder / "runs" / "r" / "final" / "state.json").exists()

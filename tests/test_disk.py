@@ -138,9 +138,12 @@ def test_a_folder_that_becomes_read_only_loses_nothing(roomy: Path, capsys: pyte
         assert [int(row["time/total_timesteps"]) for row in csv.DictReader(file)] == [64, 128, 192]
 
 
-def test_a_run_in_a_read_only_folder_ends_before_it_trains(roomy: Path, run_in: Run) -> None:
+def test_a_run_in_a_read_only_folder_ends_before_it_trains(
+    roomy: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(roomy)
     assert mounted("-o", "remount,ro", str(roomy))
-    done = run_in(roomy, "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu")
+    done = run_here("flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu")
     assert done.returncode == 2
     assert "Read-only file system" in done.stderr
     assert "Traceback" not in done.stderr

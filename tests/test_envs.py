@@ -131,6 +131,22 @@ def test_samples_of_another_shape(env: flowrl.GenerationEnv) -> None:
         env.evaluate(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long))
 
 
+def test_shipped_environments_recommend_by_kind_and_name_no_algorithm(env: flowrl.GenerationEnv) -> None:
+    kinds = {cls.kind for cls in ALGORITHMS.values()}  # type: ignore[attr-defined]
+    prefixes = {key.rpartition(".")[0] for key in env.recommended} - {""}
+    assert prefixes <= kinds - ALGORITHMS.keys()
+
+
+def test_the_list_says_which_rewards_have_a_gradient(env: flowrl.GenerationEnv) -> None:
+    assert env.origin is not None
+    x_1 = torch.rand(4, *env.sample_shape, requires_grad=True)
+    reward = env.evaluate(x_1, torch.arange(4) % len(env.contexts)).reward
+    assert reward.requires_grad == ENVIRONMENTS[env.origin[0]].differentiable
+    if reward.requires_grad:
+        (gradient,) = torch.autograd.grad(reward.sum(), x_1)
+        assert gradient.abs().max() > 0
+
+
 @pytest.mark.parametrize("algo", sorted(ALGORITHMS))
 def test_recommended_settings_suit_every_algorithm(env: flowrl.GenerationEnv, algo: str) -> None:
     flowrl.algorithm_class(algo).configure(recommended=env.recommended)

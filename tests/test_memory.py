@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import small_pipelines
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, forgetting
 
 import flowrl
 from flowrl.training.memory_plan import MemoryPlan, predict_memory, ways_to_save
@@ -96,7 +96,10 @@ def test_ways_to_save_are_those_that_are_left() -> None:
 
 
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "torch.zeros(10**15)"])
-def test_out_of_memory_says_what_to_lower_and_keeps_the_run(run_in, tmp_path: Path, error: str) -> None:
+def test_out_of_memory_says_what_to_lower_and_keeps_the_run(
+    run_here, tmp_path: Path, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "greedy.py").write_text(
         "import flowrl, torch\n\n\n"
         '@flowrl.register_algorithm("greedy")\n'
@@ -108,7 +111,8 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_run(run_in, tmp_path: Pa
         "        return super().loss(batch)\n"
     )
     args = ["--algo", "greedy:Greedy", "--env", "gaussians-linear", "--algo.n-samples", 32, "--total-timesteps", 96]
-    done = run_in(tmp_path, "flowrl.run", *args, "--checkpoint-every", 1)
+    with forgetting("greedy"):
+        done = run_here("flowrl.run", *args, "--checkpoint-every", 1)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "no memory left" in done.stderr

@@ -290,7 +290,7 @@ def test_group_rewards_train_and_are_evaluated() -> None:
     """Also where the samples drawn at once would split a group."""
     model = algorithm("winrate(red)").learn(8)
     assert model.last_logged["rollout/reward_mean"] == pytest.approx(0.5)
-    assert 0 < model.last_logged["rollout/red"] < 1
+    assert 0 < model.last_logged["reward/red"] < 1
     result = flowrl.evaluate(model, n_samples=12, batch_size=5, samples_per_context=4, steps=2)
     assert result.reward_mean == pytest.approx(0.5)
     with pytest.raises(ConfigError, match="single one"):

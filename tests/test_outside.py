@@ -94,11 +94,12 @@ def test_each_survives_a_reward_that_fails_for_some(name: str, monkeypatch: pyte
         monkeypatch.setattr(cls, "draw", lambda self, ids: drawn.append(draw(self, ids)) or drawn[-1])
     model.learn(64)
     assert all(bool(w.isfinite().all()) for w in weights(model))
+    assert 0 < model.n_dropped < 64
     if model.learns_from == "contexts":
+        assert model.last_logged["rollout/reward_max"] <= 2
         return
     ((x_1, rows),) = drawn
     kept = model.buffer.all()
-    assert 0 < model.n_dropped < 64
     assert kept.x_1[:, 0].max() <= 2
     origin = (kept.x_1[:, None] == x_1[None]).all(-1).float().argmax(1)
     for key, row in rows.items():

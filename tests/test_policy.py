@@ -162,7 +162,7 @@ def test_update_copy(model: flowrl.ORWCFMW2, decay: float) -> None:
     change(policy)
     old = {n: p.clone() for n, p in policy.parameters_of("ema").items()}
     new = {n: p.detach().clone() for n, p in policy.parameters_of("current").items()}
-    policy.update_copy("ema", decay)
+    policy.networks.update_copy("ema", decay)
     for name, parameter in policy.parameters_of("ema").items():
         torch.testing.assert_close(parameter, decay * old[name] + (1 - decay) * new[name])
         assert torch.equal(policy.parameters_of("current")[name], new[name])
@@ -172,7 +172,7 @@ def test_update_of_a_copy_that_is_not_kept_does_nothing() -> None:
     model = algorithm("gaussians", ema_decay=0.0)
     before = [p.clone() for p in model.policy.parameters()]
     change(model.policy, 0.0)
-    model.policy.update_copy("ema", 0.5)
+    model.policy.networks.update_copy("ema", 0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters()))
 
 

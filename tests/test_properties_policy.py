@@ -31,11 +31,11 @@ def test_an_average_lies_between_what_it_was_and_what_is_trained(model, decay, s
         for p in policy.parameters_of(role).values():
             p.data.copy_(torch.randn(p.shape, generator=noise))
     before = {name: p.clone() for name, p in policy.parameters_of("ema").items()}
-    policy.update_copy("ema", decay)
+    policy.networks.update_copy("ema", decay)
     for name, p in policy.parameters_of("ema").items():
         current = policy.parameters_of("current")[name]
         torch.testing.assert_close(p, decay * before[name] + (1 - decay) * current, atol=1e-5, rtol=1e-5)
-    policy.update_copy("ema")
+    policy.networks.update_copy("ema")
     assert all(torch.equal(p, policy.parameters_of("current")[n]) for n, p in policy.parameters_of("ema").items())
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import ranks_worker
 import torch
+from conftest import made_once
 
 import flowrl
 from flowrl.distributed.ranks import Ranks, SharedGenerator, join
@@ -40,10 +41,13 @@ def environment(program_environment: dict[str, str]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> dict[str, Any]:
     """What two processes on the CPU (gloo) logged, by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [*LAUNCH, free_port(), str(Path(ranks_worker.__file__)), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, str(Path(ranks_worker.__file__)), str(folder), free_port()]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    folder = made_once(tmp_path_factory, "ranks", make)
     return {**json.loads((folder / "two.json").read_text()), "folder": folder}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, forgetting
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -174,7 +174,8 @@ def test_a_name_is_taken_once() -> None:
             return images.mean((1, 2, 3))
 
 
-def test_a_reward_of_ones_own_module(run_in, tmp_path: Path) -> None:
+def test_a_reward_of_ones_own_module(run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_rewards.py").write_text(
         "import flowrl\n\n\n"
         '@flowrl.register_reward("dark")\n'
@@ -184,9 +185,11 @@ def test_a_reward_of_ones_own_module(run_in, tmp_path: Path) -> None:
     )
     small = ["--algo.n-samples", 4, "--algo.group-size", 2, "--algo.rollout-steps", 2, "--total-timesteps", 4]
     args = ["--algo", "orw_w2", "--env", "sd3-compress", "--env.reward", "my_rewards:dark", "--eval-samples", 4]
-    done = run_in(tmp_path, "flowrl.run", *args, *small)
+    with forgetting("my_rewards"):
+        done = run_here("flowrl.run", *args, *small)
     assert done.returncode == 0, done.stderr
     assert "reward: my_rewards:dark" in done.stdout
-    misdirected = run_in(tmp_path, "flowrl.run", *args, *small, "--env.reward-options", "compress.quality=40")
+    with forgetting("my_rewards"):
+        misdirected = run_here("flowrl.run", *args, *small, "--env.reward-options", "compress.quality=40")
     assert misdirected.returncode == 2
     assert "reward to give options to 'compress'" in misdirected.stderr

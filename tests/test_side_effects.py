@@ -56,12 +56,38 @@ def test_a_fall_within_the_noise_is_none() -> None:
     assert compare(RISEN, few, (5.0, 5.0), 1.0).warnings == ()
 
 
-@pytest.mark.parametrize(("diversity", "ratio", "what"), [(3.7, 1.0, "diversity"), (5.0, 1.3, "velocities")])
+@pytest.mark.parametrize(
+    ("diversity", "ratio", "what"), [(3.7, 1.0, "diversity"), (5.0, 2.1, "velocities"), (5.0, 0.4, "velocities")]
+)
 def test_diversity_and_velocities(diversity: float, ratio: float, what: str) -> None:
     (warning,) = compare(RISEN, ({}, {}), (5.0, diversity), ratio).warnings
     assert what in warning
-    assert compare(RISEN, ({}, {}), (5.0, 3.8), 0.81).warnings == ()
+    (warning,) = compare(SAME, ({}, {}), (5.0, diversity), ratio).warnings  # whatever the reward did
+    assert what in warning
+    assert "rose while" not in warning
+    near = compare(RISEN, ({}, {}), (5.0, diversity), ratio, 0.5, w2=(2.0, 0.3))  # as the optimum itself is
+    assert near.warnings == ()
+    assert compare(RISEN, ({}, {}), (5.0, 3.8), 1.34).warnings == ()
     assert compare(RISEN, ({}, {}), (5.0, 5.0), math.nan).warnings == ()
+
+
+def test_a_flow_that_diverged() -> None:
+    for reward in (RISEN, SAME, RISEN[::-1]):
+        texts = compare(reward, ({}, {}), (5.0, 1e9), 1e10, 4e20, w2=(2.0, 1e10)).warnings
+        assert ["the flow has diverged" in text for text in texts].count(True) == 1
+        assert any("diversity rose from 5 to 1e+09" in text for text in texts)
+        assert any("velocities are 1e+10 times" in text for text in texts)
+    assert "diverged" in compare(SAME, ({}, {}), (5.0, 5.0), math.inf, math.inf).warnings[0]
+    assert compare(RISEN[::-1], ({}, {}), (5.0, 5.0), 1.0, 0.1).warnings == ("the reward fell from 1.501 to 0.9948",)
+
+
+def test_an_evaluation_says_that_a_flow_diverged() -> None:
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", rollout_steps=4)
+    assert flowrl.evaluate(model, n_samples=64).warnings == ()
+    with torch.no_grad():
+        for parameter in model.policy.model.network.output.parameters():
+            parameter.mul_(-4)
+    assert any("diverged" in text for text in flowrl.evaluate(model, n_samples=64).warnings)
 
 
 def test_looks_fall_when_pictures_turn_flat() -> None:

@@ -52,10 +52,15 @@ def recommended(name: str, *given: str) -> list[Row]:
     spec = environment_spec(name)
     found: dict[str, list[str]] = {}
     for key, value in spec.recommended(spec.configured(dict(text.split("=") for text in given))).items():
-        algorithm, _, setting = key.rpartition(".")
-        found.setdefault(algorithm, []).append(f"`{setting}` {shown(value)}")
-    rows = [(f"`{key}`" if key else "all that have them", ", ".join(values)) for key, values in found.items()]
-    return [("algorithm", "recommended settings"), *(rows or [("all", "none: their own defaults")])]
+        kind, _, setting = key.rpartition(".")
+        found.setdefault(kind, []).append(f"`{setting}` {shown(value)}")
+    shipped = {name: cls for name, cls in ALGORITHMS.items() if cls.__module__.startswith("flowrl.")}
+    of_kind = {kind: [name for name, cls in shipped.items() if cls.kind == kind] for kind in found}  # type: ignore[attr-defined]
+    rows = [
+        (f"`{kind}`: " + ", ".join(of_kind[kind]) if kind else "all that have them", ", ".join(values))
+        for kind, values in found.items()
+    ]
+    return [("kind of algorithm", "recommended settings"), *(rows or [("all", "none: their own defaults")])]
 
 
 def environments(prefix: str = "") -> list[Row]:

@@ -35,7 +35,7 @@ class RewardEntry:
     summary: str
 
     def options(self) -> dict[str, Any]:
-        """Give names and types of the options."""
+        """List the options with their types."""
         hints = get_type_hints(self.factory.__init__ if inspect.isclass(self.factory) else self.factory)
         return {name: hints.get(name, str) for name in inspect.signature(self.factory).parameters}
 
@@ -172,4 +172,4 @@ class ModelReward(ABC):
 
     @abstractmethod
     def reward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward images as `__call__` does, with the networks where the images are."""
+        """Reward images (B, 3, H, W) with their prompts; the networks are where the images are."""

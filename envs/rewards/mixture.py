@@ -194,7 +194,7 @@ class MixtureReward:
         return self._mixed(images, prompts, observe=False)
 
     def observe(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward samples of training: as `__call__`, but the running statistics take them in first."""
+        """Reward samples of training: the running statistics take them in first."""
         return self._mixed(images, prompts, observe=True)
 
     def extra_state(self) -> dict[str, torch.Tensor]:

@@ -131,12 +131,12 @@ class ImagePreprocessing:
 
     @classmethod
     def of_clip(cls, size: int) -> ImagePreprocessing:
-        """Make the preprocessing of CLIP's training: shorter side to `size`, bicubic, the middle square."""
+        """Preprocess as CLIP was trained: shorter side to `size`, bicubic, the middle square."""
         return cls(size, (size, size))
 
     @classmethod
     def of_processor(cls, processor: Any, name: str) -> ImagePreprocessing:
-        """Make the preprocessing of an image processor of transformers; both are compared on one picture.
+        """Preprocess as an image processor of transformers does; tried beside it on one picture.
 
         Raises:
             ModelLoadError: The processor does something else.

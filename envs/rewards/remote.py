@@ -153,7 +153,7 @@ class RemoteReward:
             ) from error
 
     def _ask(self, body: bytes, which: str, ask: _Asking) -> tuple[bytes, int]:
-        """Ask until there is a reply; give its body and the number of attempts."""
+        """Ask, and give the reply's body and how many attempts it took."""
         for attempt in range(1, self.retries + 2):
             try:
                 return self._attempt(body, attempt, ask.client), attempt
@@ -248,7 +248,7 @@ class RemoteReward:
 
 @dataclass(frozen=True)
 class _Asking:
-    """State shared by the requests of one call: connections, and whether another one has failed."""
+    """State that the requests of one call share: connections, and whether another one has failed."""
 
     client: httpx2.Client
     stop: threading.Event
@@ -295,7 +295,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def _reason(error: Exception, begun: bool) -> str:
-    """Name the failure, by the system's error where there is one beneath those of the client.
+    """Say what failed, by the system's own error where there is one beneath those of the client.
 
     Args:
         error: As the client raised it.

@@ -104,12 +104,12 @@ def decode_reply(body: bytes, n_samples: int) -> RewardOutput:
 
 
 def encode_error(message: str, request_id: str) -> bytes:
-    """Encode an error as the body of a reply."""
+    """Encode the body of a reply that is an error."""
     return json.dumps({"error": message, "request_id": request_id}).encode()
 
 
 def decode_error(body: bytes) -> str:
-    """Read what a server says of an error, quoted and cut to be printed; any body is taken."""
+    """Decode a server's error, quoted and cut to be printed; any body is taken."""
     try:
         reply = _fields(body, {"error"}, {"request_id"})
     except RewardError:
@@ -227,7 +227,7 @@ def _scores(values: Any, n_samples: int, name: str) -> torch.Tensor:
 
 
 def _fields(body: bytes, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
-    """Read the JSON object in a body, with exactly these fields."""
+    """Parse the JSON object in a body, with exactly these fields."""
     if sum(map(body.count, (b"[", b"{", b":"))) > MAX_BRACKETS:
         raise RewardError(f"The body has more than {MAX_BRACKETS} brackets and colons.")
     try:

@@ -49,7 +49,7 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, rows: torch.Tensor, group: int = 1) -> torch.Tensor:
-        """Shard rows (n, ...): give this rank's (m, ...), consecutive ones, in whole groups of `group`."""
+        """Take this rank's rows (m, ...) of those of all (n, ...): consecutive ones, in whole groups of `group`."""
         if self.world_size == 1:
             return rows
         sizes = self._sizes(len(rows), group)
@@ -57,7 +57,7 @@ class Ranks:
         return rows[start : start + sizes[self.rank]]
 
     def all_gather(self, rows: torch.Tensor, n: int, group: int = 1) -> torch.Tensor:
-        """All-gather, the inverse of `shard`: each rank passes its rows, every rank gets all `n`."""
+        """All-gather, the inverse of `shard`: each rank passes its rows, every rank gets all `n` (n, ...)."""
         if self.world_size == 1:
             return rows
         sizes = self._sizes(n, group)
@@ -67,31 +67,44 @@ class Ranks:
         dist.all_gather(gathered, padded)
         return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
 
+    def gather_uneven(self, rows: torch.Tensor) -> torch.Tensor:
+        """Gather rows (n, ...) of every rank, of which each may have another number: all of them, on every rank."""
+        if self.world_size == 1:
+            return rows
+        sizes = torch.zeros(self.world_size, dtype=torch.long, device=rows.device)
+        sizes[self.rank] = len(rows)
+        counts = self.all_reduce_(sizes).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:n] for part, n in zip(gathered, counts)])
+
     def _sizes(self, n: int, group: int) -> list[int]:
-        """Count the rows of each rank: groups divided evenly, left-over rows to the last rank."""
+        """Count the rows of each rank: whole groups, as evenly as possible; the remainder goes to the last."""
         groups = n // group
         sizes = [group * (groups // self.world_size + (i < groups % self.world_size)) for i in range(self.world_size)]
         sizes[-1] += n - sum(sizes)
         return sizes
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks, in place."""
+        """All-reduce: sum over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Average over all ranks, in place."""
+        """All-reduce: average over all ranks, in place."""
         return self.all_reduce_(tensor).div_(self.world_size) if self.world_size > 1 else tensor
 
     def any(self, flag: bool) -> bool:
-        """Tell whether the flag is set on any rank."""
+        """Tell whether a flag is set on any rank."""
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce_(torch.tensor(float(flag), device=self.device)).item())
 
     def broadcast(self, text: str) -> str:
-        """Broadcast the main rank's text to every rank."""
+        """Broadcast the main rank's text."""
         if self.world_size == 1:
             return text
         content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
@@ -107,7 +120,7 @@ class Ranks:
         return result
 
     def main_first(self) -> AbstractContextManager[Any]:
-        """Make a context that the first rank of each machine enters first: the others find what it has fetched."""
+        """Let the first rank of each machine through a context before the others: what it fetches is then there."""
         return nullcontext() if self.world_size == 1 else self.accelerator.local_main_process_first()
 
     @property
@@ -143,7 +156,7 @@ class Ranks:
             return self.accelerator.prepare(network, optimizer)[0]
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
-        """Make a context in which backward passes leave gradients to each rank."""
+        """Make a context whose backward passes leave gradients to each rank."""
         return nullcontext() if self.world_size == 1 or self.is_sharded else self.accelerator.no_sync(network)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -186,7 +199,7 @@ _joined: list[Ranks] = []
 
 
 def join(device: torch.device | str = "auto") -> Ranks:
-    """Join the processes that a launcher started together; alone without one.
+    """Join the processes that a launcher started together; without one, be alone.
 
     Args:
         device: "cpu", or "auto" or a type of device for the one that accelerate gives this rank.
@@ -215,6 +228,6 @@ def place_in_job() -> str:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Tell whether an error means that another rank is gone."""
+    """Tell whether an error says that another rank is gone."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
     return is_launched() and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))

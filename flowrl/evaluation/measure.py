@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from flowrl.evaluation.results import EvaluationResult, SampleStatistics
 from flowrl.evaluation.side_effects import compare, held_out, looks
 from flowrl.evaluation.steering import Steering, rewarded, steer
 from flowrl.functional import metrics
-from flowrl.functional.flow import interpolate, sample_time
+from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.construction import as_generation_env
 from flowrl.training.policy import FlowPolicy
+from flowrl.training.records import velocities
 from flowrl.types import Role
 
 Sampler = Callable[[torch.Tensor, torch.Tensor, Role], torch.Tensor]
@@ -117,12 +118,14 @@ def evaluate(
     """
     if isinstance(env, int):
         raise ConfigError(f"The number of samples is given by name: evaluate(model, n_samples={env}).")
+    n_samples = int(n_samples)
     subject, is_trained_on = Subject.of(model, env), isinstance(prompts, str) and prompts == "train"
     if not is_trained_on:
         subject = subject.conditioned_on(_chosen(subject.env, prompts))
     policy, core = subject.policy, subject.env
     if "reference" not in policy.networks.available:
         raise ConfigError("This policy keeps no reference to compare with.")
+    check_eval_samples(n_samples, (core, *(eval_rewards or {}).values()), samples_per_context)
     generator = torch.Generator(policy.device)
     generator.manual_seed(seed)
     shares = None if core.shares is None else torch.from_numpy(core.shares).float().to(policy.device)
@@ -148,13 +151,16 @@ def evaluate(
         before = _drawn(subject, ids, noise, "reference", batch_size, plain, group)
         if steering is None:
             after = _drawn(subject, ids, noise, role, chunk, plain, group)
-            drift, ratio = _drift(policy, after.x_1, ids, role, batch_size, generator)
+            drift, ratio, share = _drift(policy, after.x_1, ids, role, batch_size, generator)
         else:  # from one generator
             after = _drawn(replace(subject, ranks=Ranks()), ids, noise, role, chunk, steered, group)
-            drift = ratio = math.nan
+            drift = ratio = share = math.nan
     trained, reference = (_statistics(core, d.samples, ids, d.reward, d.components, seed) for d in (after, before))
     sides = [_side(core, eval_rewards, d.samples, ids, batch_size) for d in (before, after)]
-    side = compare((before.reward, after.reward), (sides[0], sides[1]), (reference.diversity, trained.diversity), ratio)
+    diversity = reference.diversity, trained.diversity
+    w2 = reference.w2_to_optimum, trained.w2_to_optimum
+    rewards = before.reward, after.reward
+    side = compare(rewards, (sides[0], sides[1]), diversity, ratio, share, w2)
     trained, reference = replace(trained, side=side.after), replace(reference, side=side.before)
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
@@ -173,6 +179,20 @@ def evaluate(
         reference_samples=before.samples[:n_kept].cpu(),
         sample_contexts=[core.contexts[i] for i in ids[:n_kept].tolist()],
     )
+
+
+def check_eval_samples(n_samples: int, judges: Iterable[Any], samples_per_context: int = 8) -> None:
+    """Check that rewards that compare samples of a prompt have any to compare: no prompt is drawn once.
+
+    Raises:
+        ConfigError: One is; gives the next number of samples that will do.
+    """
+    if n_samples % samples_per_context == 1 and any(getattr(judge, "groupwise", False) for judge in judges):
+        raise ConfigError(
+            f"A reward compares samples of the same prompt, of which an evaluation draws {samples_per_context}: with "
+            f"{n_samples} samples the last is a single one. Take {n_samples - 1 or 2} or {n_samples + 1} "
+            "(--eval-samples)."
+        )
 
 
 def _ess(model: FlowAlgorithm | FlowPolicy) -> float:
@@ -225,7 +245,6 @@ def _drawn(
     return Drawn(x_1, samples, torch.cat(rewards), together, (policy.evaluations - spent) / n_drawn)
 
 
-@torch.no_grad()
 def _drift(
     policy: FlowPolicy,
     x_1: torch.Tensor,
@@ -233,16 +252,18 @@ def _drift(
     role: Role,
     batch_size: int,
     generator: torch.Generator,
-) -> tuple[float, float]:
-    """Measure `E|v - v_ref|^2` (mean over dimensions), and `E|v| / E|v_ref|`."""
-    totals = torch.zeros(3, device=x_1.device)
+) -> tuple[float, float, float]:
+    """Measure `E|v - v_ref|^2` (mean over dimensions), `E|v| / E|v_ref|`, and the first in units of `E|v_ref|^2`."""
+    totals = torch.zeros(4, device=x_1.device)
     for x, c in zip(x_1.split(batch_size), context_ids.split(batch_size)):
         t = sample_time(len(x), "uniform", generator)
-        x_t, _ = interpolate(policy.noise(len(x), generator), x, t)
-        v, v_ref = (policy.velocity(x_t, t, policy.condition(c), r) for r in (role, "reference"))
-        totals += torch.stack([squared_error(v, v_ref).sum(), *(u.flatten(1).norm(dim=1).sum() for u in (v, v_ref))])
-    drift, length, length_ref = totals.tolist()
-    return drift / len(x_1), length / length_ref if length_ref else math.nan
+        v, v_ref = velocities(policy, x, c, t, generator, role)
+        lengths = [u.flatten(1).norm(dim=1).sum() for u in (v, v_ref)]
+        square_ref = squared_error(v_ref, torch.zeros_like(v_ref)).sum()
+        totals += torch.stack([squared_error(v, v_ref).sum(), *lengths, square_ref])
+    drift, length, length_ref, square = totals.tolist()
+    share = drift / square if square else math.nan
+    return drift / len(x_1), length / length_ref if length_ref else math.nan, share
 
 
 def _statistics(

@@ -41,7 +41,8 @@ class EvaluationResult(SampleStatistics):
     Attributes:
         drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
         velocity_ratio: `E|v| / E|v_ref|` over flow time, norms over all dimensions.
-        warnings: Measures that fell while the reward rose: signs of an exploited reward.
+        warnings: What fell while the reward rose (signs of a reward that is exploited), and signs of a flow that has
+            diverged or collapsed.
         ess: Effective share of the samples under the weights of training's last iteration, in (0, 1]; NaN for methods
             without weights, flows that no algorithm trains, and prompts that training does not draw.
         n_samples: Samples of each flow.
@@ -73,14 +74,14 @@ class EvaluationResult(SampleStatistics):
     sample_contexts: list[Any] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Collect the numbers, for JSON."""
+        """Convert to numbers for JSON; samples are left out."""
         numbers = asdict(self)
         for key in ("samples", "reference_samples", "sample_contexts"):
             del numbers[key]
         return numbers
 
     def table(self) -> str:
-        """Write a small table: reference, trained, change."""
+        """Format a small table: reference, trained, change."""
         before = self.reference
         if before is None:
             raise ConfigError("This result holds no reference to compare with.")

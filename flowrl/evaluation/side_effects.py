@@ -1,6 +1,7 @@
 """Side effects of training: rewards that it never saw, looks of images, size of velocities.
 
-A reward that rises while these fall is the usual face of a reward that is exploited instead of met.
+A reward that rises while these fall is the usual face of a reward that is exploited instead of met. A flow that has
+diverged or collapsed is one whatever its reward did.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ SIGNIFICANT = 2.58
 """Standard errors by which means must differ to count as different (99 %)."""
 FALL = 0.25
 """Share by which diversity or a look must fall for a warning."""
-VELOCITY = (0.8, 1.25)
+VELOCITY = (0.5, 2.0)
 """Ratios of the sizes of velocities outside which there is a warning."""
+DIVERGED = 4.0
+"""Drift in units of the mean squared velocity of the reference, and growth of diversity, above which a flow has
+diverged: twice the reference's velocity in another direction is far beyond any reward's optimum."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Comparison:
     Attributes:
         before: Name -> mean, of the reference's samples.
         after: Name -> mean, of the trained flow's samples.
-        warnings: Measures that fell while the reward rose, a sentence each.
+        warnings: What fell while the reward rose, and signs of a flow that has diverged or collapsed, a text each.
     """
 
     before: dict[str, float]
@@ -70,6 +74,8 @@ def compare(
     measured: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
     diversity: tuple[float, float],
     velocity_ratio: float,
+    drift_share: float = math.nan,
+    w2: tuple[float, float] = (math.nan, math.nan),
 ) -> Comparison:
     """Compare the reference (first of each pair) with the trained flow (second).
 
@@ -77,21 +83,45 @@ def compare(
         reward: The trained reward, (B,) each.
         measured: Results of `looks` and `held_out`.
         diversity: Diversity of the samples.
-        velocity_ratio: `E|v| / E|v_ref|`.
+        velocity_ratio: `E|v| / E|v_ref|`; NaN where it was not measured.
+        drift_share: `E|v - v_ref|^2 / E|v_ref|^2`; NaN where it was not measured.
+        w2: Distances to the known optimum; NaN where there is none.
     """
     before, after = ({name: value.mean().item() for name, value in part.items()} for part in measured)
-    warnings = []
-    if _change(*reward) > SIGNIFICANT:
+    change = _change(*reward)
+    warnings: list[str] = []
+    if change > SIGNIFICANT:
         for name, old, new in zip(before, measured[0].values(), measured[1].values()):
             is_reward = name.startswith("held-out ")
             far = is_reward or after[name] < (1 - FALL) * before[name]
             if far and _change(old, new) < -SIGNIFICANT:
-                warnings.append(f"{name} fell from {before[name]:.4g} to {after[name]:.4g}")
-        if diversity[1] < (1 - FALL) * diversity[0]:
-            warnings.append(f"diversity fell from {diversity[0]:.4g} to {diversity[1]:.4g}")
-        if not math.isnan(velocity_ratio) and not VELOCITY[0] <= velocity_ratio <= VELOCITY[1]:
-            warnings.append(f"velocities are {velocity_ratio:.2f} times as long as the reference's")
-    return Comparison(before, after, tuple(f"the reward rose while {text}" for text in warnings))
+                warnings.append(f"the reward rose while {name} fell from {before[name]:.4g} to {after[name]:.4g}")
+    elif change < -SIGNIFICANT:
+        was, became = (part.mean().item() for part in reward)
+        warnings.append(f"the reward fell from {was:.4g} to {became:.4g}")
+    return Comparison(before, after, (*warnings, *_of_the_flow(change, diversity, velocity_ratio, drift_share, w2)))
+
+
+def _of_the_flow(
+    change: float, diversity: tuple[float, float], velocity_ratio: float, drift_share: float, w2: tuple[float, float]
+) -> list[str]:
+    """Say what is wrong with the flow itself, whatever the reward did."""
+    warnings, nears_optimum = [], w2[1] < w2[0]  # which may well be narrower and faster than the reference
+    if drift_share > DIVERGED:
+        warnings.append(
+            f"the flow has diverged: its velocities differ from the reference's by {math.sqrt(drift_share):.3g} times "
+            "the size of these (root mean square); lower the learning rate, or pull it to the reference more"
+        )
+    if diversity[1] < (1 - FALL) * diversity[0] and not nears_optimum:
+        text = f"diversity fell from {diversity[0]:.4g} to {diversity[1]:.4g}"
+        warnings.append(f"the reward rose while {text}" if change > SIGNIFICANT else text)
+    elif diversity[1] > DIVERGED * diversity[0] > 0:
+        warnings.append(
+            f"diversity rose from {diversity[0]:.4g} to {diversity[1]:.4g}: samples have left where the reference's are"
+        )
+    if not math.isnan(velocity_ratio) and not VELOCITY[0] <= velocity_ratio <= VELOCITY[1] and not nears_optimum:
+        warnings.append(f"velocities are {velocity_ratio:.3g} times as long as the reference's")
+    return warnings
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from flowrl.checks import check_types
+from flowrl.checks import check_types, take_python_values
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import x1_hat
@@ -18,7 +18,7 @@ from flowrl.types import Field, RewardOutput, Role
 
 @dataclass(frozen=True)
 class Steering:
-    """Settings of the choice of samples by their reward, while or after they are drawn.
+    """Choice of samples by their reward while, or after, they are drawn.
 
     - "best_of_n": of `n` samples of a context the one of the highest reward. The KL divergence to the flow is
       `log n - (n - 1) / n` for a continuous reward.
@@ -36,6 +36,7 @@ class Steering:
     ess_threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        take_python_values(self)
         check_types(type(self), vars(self), "Steering: ")
         if self.method not in ("best_of_n", "smc"):
             raise ConfigError(f"Unknown steering '{self.method}'. Known: best_of_n, smc.")
@@ -122,7 +123,7 @@ def _smc(
 
 
 def _resampled(log_weight: torch.Tensor, threshold: float, generator: torch.Generator) -> torch.Tensor:
-    """Resample particles: which one each goes on from, (groups, n). Resampled groups get weights of one, in place.
+    """Resample: which particle each goes on from, (groups, n); weights of resampled groups become one, in place.
 
     Systematic resampling, in the groups whose effective number of particles is below `threshold` n.
     """

@@ -28,7 +28,7 @@ class GaussianStep(NamedTuple):
     std: torch.Tensor
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        """Compute the next state for standard normal `noise` (B, ...)."""
+        """Draw the next state from standard normal `noise` (B, ...)."""
         return self.mean + expand(self.std, noise) * noise
 
     def mean_log_prob(self, x_next: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class SDE:
         return self.noise_level * square.sqrt()
 
     def step(self, v: torch.Tensor, x: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor) -> GaussianStep:
-        """Compute the law of a step with velocity `v` from `x` (B, ...), from `t` to `t_next` (B,); in float32."""
+        """Take a step from `x` (B, ...) with velocity `v` (B, ...), from times `t` to `t_next` (B,); in float32."""
         v, x, t, t_next = v.float(), x.float(), t.float(), t_next.float()
         if self.kind == "cps":
             angle = self.noise_level * math.pi / 2

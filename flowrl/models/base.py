@@ -47,7 +47,7 @@ class VelocityModel(nn.Module):
         raise ConfigError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
-        """Put a guidance scale into the condition, where guidance is distilled into the network."""
+        """Put a guidance scale into a condition, where guidance is distilled into the network."""
         return cond
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ class VelocityModel(nn.Module):
         return time_grid(steps)
 
     def with_network(self, network: nn.Module) -> VelocityModel:
-        """Make the same model around another network; everything else is shared, nothing is copied."""
+        """Give the same model around another network; everything else is shared, nothing is copied."""
         clone = copy.copy(self)
         clone._modules = dict(self._modules)
         clone.network = network

@@ -92,7 +92,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
 
 
 def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type[PipelineFlow]:
-    """Find the adapter of a pipeline's class, and check that flowrl can load the pipeline."""
+    """Find the adapter of a pipeline's class, if it is made of what flowrl loads."""
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in ADAPTERS:
         came = kind[:100] if isinstance(kind, str) else shown(kind)
@@ -140,7 +140,7 @@ def _length(file: Path, what: str) -> int | None:
 
 
 def _check_libraries(index: dict[str, Any], name: str) -> None:
-    """Check that a pipeline names classes of diffusers and transformers only: diffusers imports whatever is named.
+    """Check that a pipeline consists of parts of diffusers and transformers: diffusers imports whatever is named.
 
     Raises:
         ModelLoadError: It names another module.
@@ -163,7 +163,7 @@ def _check_sizes(config: dict[str, Any], what: str) -> None:
 
 
 def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dtype: torch.dtype) -> Any:
-    """Make a part of a pipeline from its configuration, with freshly initialised weights."""
+    """Build a part of a pipeline from its configuration, with the weights that it is initialised with."""
     library, name = index[part]
     with importing():
         cls = getattr(importlib.import_module(library), name)
@@ -183,7 +183,7 @@ def _tokens(tokenizer: dict[str, Any]) -> int:
 
 
 def _fetcher(location: str) -> tuple[Callable[[str], Path], str | None]:
-    """Make a function that fetches files from a folder, or from one commit of a hub repository; give that commit."""
+    """Make what fetches files of a folder or a hub name; for the latter also its commit, which all files are of."""
     if Path(location).exists():
         return lambda file: Path(location) / file, None
 

@@ -140,7 +140,7 @@ def _variant_of(file: str) -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars and advice of the libraries that load a pipeline; errors still raise."""
+    """Silence the progress bars and advice of the libraries that load a pipeline; errors still raise."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -42,7 +42,7 @@ class FluxFlow(PipelineFlow):
         self.distilled_guidance = bool(pipeline.transformer.config.guidance_embeds)
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
-        """Put another guidance scale into the condition."""
+        """Put another guidance scale into a condition."""
         return (*cond[:2], torch.full_like(cond[2], scale))
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
@@ -69,7 +69,7 @@ class FluxFlow(PipelineFlow):
         return prompt_embeds, pooled, torch.ones(len(prompts), device=self.device)
 
     def condition_shapes(self) -> list[tuple[int, ...]]:
-        """Give the shapes of the context, of the pooled embedding, and of the guidance scale."""
+        """Give the shapes of the context, the pooled embedding, and the guidance scale."""
         config: Any = self.network.config
         return [(self.max_sequence_length, config.joint_attention_dim), (config.pooled_projection_dim,), ()]
 

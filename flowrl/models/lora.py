@@ -33,7 +33,7 @@ class LoRA:
 
     @staticmethod
     def of(config: Any) -> LoRA | None:
-        """Make the adapters that an algorithm's config asks for; None for full fine-tuning."""
+        """Read the adapters that a config asks for; None for full fine-tuning."""
         rank = config.lora_rank
         if not rank:
             return None
@@ -50,6 +50,14 @@ def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     targets = list(lora.targets) or model.lora_targets or _linear_layers(model.network)
+    names_there = [name for name, _ in model.network.named_modules()]
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names_there):
+            ends = dict.fromkeys(name.rpartition(".")[2] for name in _linear_layers(model.network))
+            raise ConfigError(
+                f"lora_targets: no module of this network is named '{target}', so nothing there would be trained. "
+                f"Linear layers end in {', '.join(list(ends)[:12])}."
+            )
     model.network.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant here

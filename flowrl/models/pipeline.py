@@ -39,7 +39,7 @@ ATTENTION = [
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """Options of a text-to-image pipeline.
+    """Use of a text-to-image pipeline.
 
     Attributes:
         resolution: Height and width of the images in pixels; the pipeline's own when None.
@@ -59,7 +59,7 @@ DEFAULTS = PipelineOptions()
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of one latent and of one image, by a pipeline's configuration."""
+    """Shapes of one latent and one image, as a pipeline's configuration says."""
 
     latent: tuple[int, int, int]
     sample: tuple[int, int, int]
@@ -205,7 +205,7 @@ class PipelineFlow(VelocityModel):
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
     def with_encoders(self, network: torch.nn.Module) -> Any:
-        """Make the whole pipeline around a network, text encoders included, to be saved."""
+        """Assemble the whole pipeline around a network, text encoders included, to be saved."""
         self._place_encoders()
         parts = {name: network if part is self.network else part for name, part in self.pipeline.components.items()}
         return type(self.pipeline)(**parts)

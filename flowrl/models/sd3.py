@@ -56,7 +56,7 @@ class SD3Flow(PipelineFlow):
         return prompt_embeds, pooled
 
     def condition_shapes(self) -> list[tuple[int, ...]]:
-        """Give the shapes of the context and of the pooled embedding."""
+        """Give the shapes of the context and the pooled embedding."""
         config: Any = self.network.config
         tokens = self.pipeline.tokenizer_max_length + self.max_sequence_length
         return [(tokens, config.joint_attention_dim), (config.pooled_projection_dim,)]

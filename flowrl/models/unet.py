@@ -24,7 +24,7 @@ WIDEST, DEEPEST, MOST_CLASSES = 1024, 6, 10_000
 
 @dataclass(frozen=True)
 class UNetShape:
-    """Shape of a U-Net, as a folder's config.json gives it.
+    """Shape of a U-Net, as a folder's config.json says.
 
     Raises:
         ConfigError: Sizes without meaning, or beyond what a small model has.
@@ -137,7 +137,7 @@ class UNetFlow(VelocityModel):
         return self.encode([None]) if self.shape.classes else super().null_condition()
 
     def move_frozen(self, device: torch.device) -> None:
-        """Encode classes on `device` from now on."""
+        """Keep the classes on `device` from now on."""
         self.device = device
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from flowrl.pages.charts import Point, Series, chart
 from flowrl.pages.html import paragraph, picture
 from flowrl.pages.run_files import Row, RunFiles
 from flowrl.runs import pictures
+from flowrl.training.records import REWARD
 
 CURVES = {**pictures.CURVES, "train/loss": "loss", "train/grad_norm": "gradient norm"}
 """Metrics that a page draws, and their titles; components of the reward and held-out rewards are added."""
@@ -48,10 +49,14 @@ def training_charts(runs: Sequence[RunFiles]) -> str:
 def _drawn_metrics(runs: Sequence[RunFiles]) -> dict[str, str]:
     """Choose the metrics to draw, with their titles."""
     measured = dict.fromkeys(key for run in runs for row in run.rows for key in row)
-    components = [key for key in measured if key.startswith("rollout/") and key not in LEFT_OUT | CURVES.keys()]
+    components = [  # in "rollout/" where a run was logged by flowrl 0.1
+        key
+        for key in measured
+        if key.startswith(REWARD) or (key.startswith("rollout/") and key not in LEFT_OUT | CURVES.keys())
+    ]
     return (
         {key: title for key, title in CURVES.items() if key in measured}
-        | {key: key.removeprefix("rollout/") for key in components}
+        | {key: key.removeprefix(REWARD).removeprefix("rollout/") for key in components}
         | {key: f"held-out {key.removeprefix(HELD_OUT)}" for key in measured if key.startswith(HELD_OUT)}
     )
 

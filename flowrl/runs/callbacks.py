@@ -70,13 +70,12 @@ class PictureCallback(IterationCallback):
 
     def _draw(self, name: str) -> None:
         policy, env = self.model.policy, self.model.env.core  # type: ignore[union-attr]
-        spent = policy.evaluations  # pictures are not part of the method's cost
-        latents = [
-            policy.sample_latents(c, x_0=x)  # type: ignore[operator]
-            for c, x in zip(self.contexts.split(256), self.x_0.split(256))
-        ]
+        with policy.uncounted():  # type: ignore[operator]  # pictures are not part of the method's cost
+            latents = [
+                policy.sample_latents(c, x_0=x)  # type: ignore[operator]
+                for c, x in zip(self.contexts.split(256), self.x_0.split(256))
+            ]
         samples = policy.decode(torch.cat(latents))  # type: ignore[operator]
-        policy.evaluations = spent
         if not self.model.ranks.is_main:  # type: ignore[attr-defined]
             return
         path = self.folder / f"{name}.png"

@@ -28,7 +28,7 @@ PROGRAM = "python -m flowrl.run"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What to train, how long, and where the files go."""
+    """Options of a run: what to train, how long, and where the files go."""
 
     algo: str = ""
     """Algorithm: a name from the list below, or module:Class."""
@@ -83,6 +83,7 @@ class RunConfig:
         check_types(type(self), vars(self))  # a resumed run's come from a file
         for key in ("log_every", "picture_every", "keep_checkpoints", "eval_samples"):
             FlowConfig.require(getattr(self, key) > 0, f"--{key.replace('_', '-')} must be positive.")
+        FlowConfig.require(0 <= self.seed < 2**32, f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
         for key in ("checkpoint_every", "checkpoint_minutes"):
             FlowConfig.require(getattr(self, key) >= 0, f"--{key.replace('_', '-')} must not be negative.")
         FlowConfig.require(

@@ -98,7 +98,7 @@ def load_model(path: Path, algo: str = "", env: str = "", device: str = "auto") 
     """
     folder = checkpoint_folder(path)
     cls = algorithm_of(folder, algo)
-    return load_checkpoint(cls, folder, env=environment_spec(env).name if env else None, device=device)
+    return load_checkpoint(cls, folder, env=environment_spec(env).name if env else None, device=device, to_train=False)
 
 
 def algorithm_of(checkpoint: Path, named: str = "") -> type[FlowAlgorithm]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.logger import (
-    HumanOutputFormat,
     KVWriter,
     Logger,
     TensorBoardOutputFormat,
@@ -27,6 +26,7 @@ from stable_baselines3.common.logger import (
 )
 
 from flowrl.storage.files import read_rows
+from flowrl.training.writers import Table, printable
 
 Row = dict[str, Any]
 
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def say(text: str) -> None:
     """Print, flushed; a terminal or pipe that is gone ends no run."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except OSError:
         discard_output()
 
@@ -57,7 +57,7 @@ def logger(folder: Path, num_timesteps: int, *others: KVWriter) -> Logger:
     """
     kept = [row for row in read_rows(folder / "metrics.csv") if _timesteps(row) <= num_timesteps]
     formats: list[KVWriter] = [
-        PatientWriter(HumanOutputFormat(sys.stdout), "to stdout"),
+        PatientWriter(Table(sys.stdout), "to stdout"),
         PatientWriter(MetricsFile(folder / "metrics.csv", "csv", kept), str(folder / "metrics.csv")),
         PatientWriter(MetricsFile(folder / "metrics.json", "json", kept), str(folder / "metrics.json")),
     ]
@@ -102,7 +102,7 @@ def telling_warnings(folder: Path | None) -> Iterator[None]:
         say(f"warning: {text}")
         if folder is not None and text not in kept:
             kept.add(text)
-            with contextlib.suppress(OSError), (folder / WARNINGS).open("a") as file:
+            with contextlib.suppress(OSError), (folder / WARNINGS).open("a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
 
     warnings.showwarning = show
@@ -175,7 +175,7 @@ class MetricsFile(KVWriter):
         self._waiting = []
 
     def _append(self, rows: Sequence[Row]) -> None:
-        data = (_json_lines(rows) if self.kind == "json" else _csv_lines(self.keys, rows)).encode()
+        data = (_json_lines(rows) if self.kind == "json" else _csv_lines(self.keys, rows)).encode(errors="replace")
         size = self.path.stat().st_size
         try:
             with self.path.open("ab", buffering=0) as file:
@@ -187,12 +187,12 @@ class MetricsFile(KVWriter):
 
     def _replace(self, rows: Sequence[Row]) -> None:
         keys = [*self.keys, *sorted({key for row in rows for key in row} - set(self.keys))]
-        header = "" if self.kind == "json" else ",".join(keys) + "\n"
+        header = "" if self.kind == "json" else _csv_lines(keys, [dict(zip(keys, keys))])
         body = _json_lines(rows) if self.kind == "json" else _csv_lines(keys, rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.new")
         try:
-            temporary.write_text(header + body)
+            temporary.write_bytes((header + body).encode(errors="replace"))
             temporary.replace(self.path)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -202,7 +202,11 @@ class MetricsFile(KVWriter):
     def _read(self) -> list[Row]:
         if self.kind == "csv":
             return read_rows(self.path)
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return (
+            [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line]
+            if self.path.exists()
+            else []
+        )
 
     def close(self) -> None:
         """Do nothing: no file is open between rows."""
@@ -239,9 +243,10 @@ class PatientWriter(KVWriter):
     def _patiently(self, write: Callable[..., None], *what: Any) -> None:
         try:
             write(*what)
-        except OSError as error:
+        except Exception as error:
             if not self.failed:
-                say(f"warning: Cannot write {self.name}: {error}. Training goes on.")
+                why = str(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}"
+                say(f"warning: Cannot write {self.name}: {why}. Training goes on.")
             self.failed = True
         else:
             self.failed = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -65,6 +66,9 @@ def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None) -> int
     An error that a user can cause is one line on stderr. Of several processes the one that has an error ends at once:
     a tidy end would wait for the others, or abort. There is no traceback of Ctrl-C or of `... | head` either.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name in another script ends no run
     warnings.filterwarnings("ignore", message=".*rich is experimental.*")
     try:
         try:

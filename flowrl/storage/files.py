@@ -149,7 +149,7 @@ LARGEST_CSV = 2**28
 
 
 def read_rows(path: Path) -> list[dict[str, int | float | str]]:
-    """Read the rows of a CSV file with a head: numbers, or text where it is none. A missing file has no rows.
+    """Read rows of a CSV file with a head: numbers, or text where it is none. A missing file has no rows.
 
     Empty cells are left out; so is a last line without an end, which was cut when a process was killed, and with a
     warning any other line that is none of such a file.

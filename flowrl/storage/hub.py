@@ -55,7 +55,7 @@ def _is_file_of(folder: Path, name: str) -> bool:
 
 
 def table(folder: Path, files: Iterable[str]) -> str:
-    """List the files with their sizes in bytes, a line each, and the total."""
+    """Format a line for each file, with its size in bytes, and one for all."""
     sizes = {name: (folder / name).stat().st_size for name in files}
     lines = [f"{size:15,d}  {name}" for name, size in sorted(sizes.items())]
     return "\n".join([*lines, f"{sum(sizes.values()):15,d}  bytes in {len(sizes)} files"])

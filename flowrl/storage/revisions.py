@@ -23,7 +23,7 @@ def is_commit(revision: str | None) -> bool:
 
 
 def fetch(name: str, file: str) -> tuple[Path, str | None]:
-    """Fetch a file of a repository, from the cache or the hub; give its path and its commit.
+    """Fetch a file of a repository, from the cache or the hub, with the commit that it is of.
 
     A name without a commit is warned of once: others can change what it stands for.
     """
@@ -92,7 +92,7 @@ def at_hand(name: str) -> tuple[bool, str]:
 
 
 def _is_complete(index: Path) -> bool:
-    """Tell whether a cached pipeline has weights of every part that its index names, all shards of them."""
+    """Tell whether a folder of the cache has all weights of every part that the pipeline's index names."""
     try:
         parts = json.loads(index.read_bytes())
         named = [part for part in WEIGHTS if parts.get(part, [None])[0]]

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from flowrl.envs.base import GenerationEnv
+from flowrl.envs.registration import make
 from flowrl.evaluation.measure import evaluate
 from flowrl.evaluation.steering import Steering
 from flowrl.registry import algorithm_class, named_by_a_file, own_module
@@ -20,7 +22,9 @@ from flowrl.runs.callbacks import IterationCallback
 from flowrl.runs.folder import finite_or_none
 from flowrl.runs.pictures import image_grid, save_picture
 from flowrl.storage.files import write_json
-from flowrl.suites.suite import REMEDY, UNTRAINED, Cell
+from flowrl.suites.suite import REMEDY, Cell
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.policy import FlowPolicy
 
 UNBOUNDED = 10**12
 
@@ -54,37 +58,42 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     for module in modules:
         own_module(module)
     cell = Cell(**json.loads((folder / "cell.json").read_text()))
-    with named_by_a_file("The suite", REMEDY):
-        model = algorithm_class(cell.algo or UNTRAINED)(
-            "FlowPolicy", cell.env, seed=cell.seed, env_settings=cell.env_settings or None, **cell.settings
-        )
     stop = StopAtBudget(cell.budget)
-    if cell.algo:
+    with named_by_a_file("The suite", REMEDY):
+        core = make(cell.env, **cell.env_settings)
+        model = algorithm_class(cell.algo)("FlowPolicy", core, seed=cell.seed, **cell.settings) if cell.algo else None
+    if model is not None:
         model.learn(UNBOUNDED, callback=stop)
     training_seconds = time.monotonic() - stop.started
+    subject: tuple[Any, Any] = (model, None) if model is not None else (_untrained(cell, core), core)
     steering = Steering(**cell.steer) if cell.steer else None
     seed = 10_000 + cell.seed
-    result = evaluate(model, n_samples=cell.eval_samples, seed=seed, steering=steering)
+    result = evaluate(*subject, n_samples=cell.eval_samples, seed=seed, steering=steering)
     numbers = result.to_dict()
-    if model.env.core.held_out:
-        unseen = evaluate(model, n_samples=cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
+    if core.held_out:
+        unseen = evaluate(*subject, n_samples=cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
         numbers["held_out"] = unseen.to_dict()
     write_json(folder / "curve.json", stop.rows)
-    core = model.env.core
     if core.flow.is_image:
         image_grid(result.samples[:16], columns=4).save(folder / "samples.png")
     else:
         save_picture(result.samples, result.sample_contexts, core, folder / "samples.png")
     cost = {
-        "network_evaluations": model.policy.evaluations,
-        "samples": model.num_timesteps,
-        "gradient_steps": model._n_updates,
+        "network_evaluations": 0 if model is None else model.policy.evaluations,
+        "samples": 0 if model is None else model.num_timesteps,
+        "gradient_steps": 0 if model is None else model._n_updates,
         "training_seconds": round(training_seconds, 1),
-        "buffer_bytes": model.buffer.nbytes,
+        "buffer_bytes": 0 if model is None else model.buffer.nbytes,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     }
     write_json(folder / "result.json", finite_or_none({"cell": cell.to_dict(), "cost": cost, **numbers}))
+
+
+def _untrained(cell: Cell, env: GenerationEnv) -> FlowPolicy:
+    """Load the flow of a cell that trains nothing, to be steered."""
+    config = FlowAlgorithm.configure(recommended=env.recommended, settings=cell.settings)
+    return FlowPolicy.of(env, config, seed=cell.seed)
 
 
 def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:

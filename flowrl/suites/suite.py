@@ -40,7 +40,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-UNTRAINED = "orw"  # whose policy steering samples from, without a step of training
 FOLDER = Path(__file__).parent
 LARGEST, MOST_CELLS, LONGEST_TITLE = 2**20, 10_000, 100
 """Bytes of a suite file, cells that it may stand for, characters of a row's name."""
@@ -262,7 +261,7 @@ def _config(cell: Cell, recommended: Mapping[str, Any]) -> dict[str, Any]:
                 if key not in known:
                     raise UnknownNameError.of("setting of steering", key, known)
             Steering(**cell.steer)
-        cls: type[FlowAlgorithm] = algorithm_class(cell.algo or UNTRAINED)
+        cls: type[FlowAlgorithm] = algorithm_class(cell.algo) if cell.algo else FlowAlgorithm
         if not issubclass(cls, FlowAlgorithm):
             raise ConfigError(f"'{cell.algo}' is no FlowAlgorithm.")
         return asdict(cls.configure(None, recommended, cell.settings))

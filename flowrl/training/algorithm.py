@@ -20,14 +20,15 @@ from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.training import construction
 from flowrl.training.buffer import RolloutBuffer
 from flowrl.training.diagnosis import BadUpdates, check_updates
-from flowrl.training.hooks import HookChecks, check_names
+from flowrl.training.hooks import HookChecks, NoChecks, check_names
 from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
 from flowrl.training.optimizers import gradient_step, make_optimizer
 from flowrl.training.policy import FlowPolicy
-from flowrl.training.records import RolloutRecord, log_iteration
-from flowrl.training.reward_calls import RewardCalls, stand_ins
+from flowrl.training.records import RolloutRecord
+from flowrl.training.reward_calls import RewardCalls, stand_ins, without_strays
 from flowrl.training.sb3_algorithm import SB3Algorithm
+from flowrl.training.signal import check_learnt
 from flowrl.types import Batch
 
 
@@ -74,20 +75,17 @@ class FlowAlgorithm(Method, SB3Algorithm):
         _init_setup_model: bool = True,
         **settings: Any,
     ) -> None:
-        construction.check_device(device)
+        seed = construction.checked_seed(seed, device)
         check_names(type(self), FlowAlgorithm)
         self.ranks = join(device) if ranks is None else ranks
         core = construction.as_generation_env(env, env_settings)
         self.config = self.configure(config, core.recommended, settings)
-        self.config.check_ranks(self.ranks.world_size)
-        chunk = self.config.rollout_batch_size or self.config.n_samples
-        if core.groupwise:
-            construction.check_groups(self.config.group_size, chunk // self.ranks.world_size)
+        construction.check_run(core, self.config, self.ranks.world_size)
         if self.ranks.world_size > 1 and seed is None:
             seed = int(self.ranks.broadcast(str(torch.seed() % 2**31)))
         super().__init__(
             policy,
-            GenerationVecEnv(core, chunk),
+            GenerationVecEnv(core, self.config.rollout_batch_size or self.config.n_samples),
             learning_rate=self.config.learning_rate,
             policy_kwargs=policy_kwargs,
             tensorboard_log=tensorboard_log if self.ranks.is_main else None,
@@ -96,13 +94,10 @@ class FlowAlgorithm(Method, SB3Algorithm):
             support_multi_env=True,
             seed=seed,
         )
-        self.iteration = 0
-        self.n_dropped = 0  # samples so far that the reward failed for
+        self.iteration = self.n_dropped = 0  # iterations so far, and samples that the reward failed for
         self.extra_state, self.record = ExtraState(), RolloutRecord()
-        self.rollout_figures: dict[str, torch.Tensor] = {}
-        self.warned: set[str] = set()
-        self.last_logged: dict[str, Any] = {}
-        self.checks: HookChecks | None = HookChecks(type(self).__name__)  # until the first iteration is over
+        self.rollout_figures, self.last_logged, self.warned = {}, {}, set()
+        self.checks: HookChecks | NoChecks = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
             self._setup_model()
             if self.ranks.rank:
@@ -115,7 +110,6 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self.set_random_seed(self.seed)
         self.reward_calls = RewardCalls(core, config.on_reward_error, config.reward_retries, config.reward_timeout)
         core.gather_with(lambda rows: self.ranks.all_gather(rows, len(rows) * self.ranks.world_size))
-        construction.check_reward_errors(config.on_reward_error, config.reward_timeout, core, self.ranks.world_size)
         self.bad_updates = BadUpdates(self.device)
         self.generator = SharedGenerator(self.device, self.ranks)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
@@ -150,18 +144,17 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str = "",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> FlowAlgorithm:
         """Train on `total_timesteps` generated samples (rounded up to whole iterations).
 
-        The other arguments are stable-baselines3's; `log_interval` counts iterations.
+        The other arguments are stable-baselines3's; `log_interval` counts iterations, None leaves logs to callbacks.
         """
-        name = tb_log_name or self.name
         total_timesteps, called = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, name, progress_bar and self.ranks.is_main
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         called.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
@@ -169,20 +162,21 @@ class FlowAlgorithm(Method, SB3Algorithm):
             if not self.collect(called):
                 break
             logged = self.update()
-            if self.learns_from == "contexts":
-                self.rollout_figures = self.record.figures(self)
+            if self.learns_from == "contexts":  # the updates drew the samples
+                self._close_record()
             check_updates(self)
             if (self.iteration + 1) % self.config.refresh_every == 0:
                 self.refresh()
-            self.iteration += 1
-            self.checks = None
+            self.iteration, self.checks = self.iteration + 1, NoChecks()
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self.iteration % log_interval == 0:
-                log_iteration(self, logged, time.perf_counter() - started)
+            self.unlogged = logged, time.perf_counter() - started
+            if log_interval is not None and self.iteration % log_interval == 0:
+                self.dump_logs()
             called.update_locals(locals())
             if self.ranks.any(not _iteration_ended(called)):
                 break
         called.on_training_end()
+        check_learnt(self)
         return self
 
     def collect(self, callback: BaseCallback) -> bool:
@@ -192,20 +186,18 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.buffer.reset()
         self.record = RolloutRecord()
         drawn_contexts = self.contexts()
-        if self.checks is not None:
-            self.checks.contexts(drawn_contexts, self.config.n_samples, len(self.env.core.contexts))
+        self.checks.contexts(drawn_contexts, self.config.n_samples, len(self.env.core.contexts))
         for drawn in drawn_contexts.split(self.env.num_envs):
             contexts = self.ranks.shard(drawn)
             samples = self._fill(contexts)
-            self.num_timesteps += len(drawn)
-            callback.update_locals(locals())
+            self.num_timesteps += len(drawn) * self.draws
+            callback.update_locals({**locals(), "dones": [True] * len(drawn)})  # every sample is an episode
             if self.ranks.any(not callback.on_step()):
                 return False
         self.buffer.share()
         if self.learns_from != "contexts":
-            self.n_dropped += self.reward_calls.check_dropped(self.record.dropped, self.config, self.ranks)
             self._weigh()
-            self.rollout_figures = self.record.figures(self)
+            self._close_record()
         callback.on_rollout_end()
         return True
 
@@ -216,8 +208,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self.buffer.add(nothing, context_ids, nothing.sum(1))
             return None
         drawn = self.draw(context_ids)
-        if self.checks is not None:
-            self.checks.draw(drawn, len(context_ids), self.policy.model.latent_shape)
+        self.checks.draw(drawn, len(context_ids), self.policy.model.latent_shape)
         x_1, extra = drawn
         samples = self.policy.decode(x_1)
         output, kept = self.reward(samples, context_ids)
@@ -234,20 +225,22 @@ class FlowAlgorithm(Method, SB3Algorithm):
     def _weigh(self) -> None:
         """Turn the rewards of an iteration into coefficients."""
         rollout = self.buffer.all()
-        method = self.weigh if self.has_weights else self.advantage
-        coefficient = method(rollout)
-        if self.checks is not None:
-            self.checks.coefficient(method.__name__, coefficient, self.buffer.size)
-        if "stray" in rollout.extra:  # a group that holds samples of another context compares nothing
-            strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
-            coefficient = coefficient.masked_fill(strays[rollout.group] > 0, 0)
+        method = "weigh" if self.has_weights else "advantage"
+        coefficient = getattr(self, method)(rollout)
+        self.checks.coefficient(method, coefficient, self.buffer.size)
+        coefficient = without_strays(rollout, coefficient)
+        self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
+
+    def _close_record(self) -> None:
+        """Take the figures of an iteration's samples, and count those left out."""
+        self.n_dropped += self.reward_calls.check_dropped(self.record.dropped, self.config, self.ranks)
+        self.rollout_figures = self.record.figures(self)
 
     def minibatches(self) -> Iterator[Batch]:
         """Go over the buffer once, in the order that `order` gives."""
         order = self.order()
-        if self.checks is not None:
-            self.checks.order(order, self.buffer.size * self.buffer.parts)
+        self.checks.order(order, self.buffer.size * self.buffer.parts)
         return self.buffer.batches(order, self.config.batch_size)
 
     def update(self) -> dict[str, torch.Tensor]:
@@ -265,8 +258,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             for batch in self.minibatches():
                 with nullcontext() if n_pending == is_last else self.ranks.no_sync(policy.networks.trained):
                     result = self.loss(batch)
-                    if self.checks is not None:
-                        self.checks.loss(result)
+                    self.checks.loss(result)
                     loss, parts = result
                     (loss / config.accumulation).backward()
                 n_minibatches, n_pending = n_minibatches + 1, n_pending + 1
@@ -280,9 +272,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             norms.append(gradient_step(self, parameters))
         means = {key: value / n_minibatches for key, value in totals.items()}
         means["grad_norm"] = torch.stack(norms).mean()
-        if "drift" in means or self.learns_from == "contexts":
-            return means
-        return {"drift": self.drift(), **means}
+        return means if "drift" in means or self.learns_from == "contexts" else {"drift": self.drift(), **means}
 
 
 def _iteration_ended(callback: BaseCallback) -> bool:

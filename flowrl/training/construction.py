@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flowrl.checks import is_whole, python_value, shown
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
 from flowrl.errors import ConfigError, DeviceError, UnknownNameError
+from flowrl.training.wrappers import unwrapped
+from flowrl.types import Condition
 
 if TYPE_CHECKING:
     from flowrl.training.method import Method
@@ -23,11 +26,14 @@ def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> Ge
         return make(env, **(settings or {}))
     if settings:
         raise ConfigError("env_settings go with the name of an environment; this is an environment already.")
-    if isinstance(env, GenerationVecEnv):
-        return env.core
-    core = getattr(env, "unwrapped", env)
+    core = unwrapped(env)
+    if isinstance(core, GenerationVecEnv):
+        return core.core
     if not isinstance(core, GenerationEnv):
-        raise ConfigError(f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(env).__name__}.")
+        raise ConfigError(
+            f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(core).__name__}; it makes "
+            "batches itself, so give one environment, not several."
+        )
     return core
 
 
@@ -74,14 +80,32 @@ def without_gradient(algorithm: str, env: GenerationEnv) -> str:
     )
 
 
+def sampling_config(env: GenerationEnv) -> FlowConfig:
+    """Make the config of a policy that no algorithm trains: what the environment recommends to all."""
+    known = [f.name for f in fields(FlowConfig)]
+    return FlowConfig(**{name: value for name, value in env.recommended.items() if name in known})
+
+
 def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
     """Choose the types of the network's weights and of the frozen parts: weights that are trained stay in float32."""
     dtype = getattr(torch, config.precision)
     return (dtype if config.lora_rank else torch.float32), dtype
 
 
+def check_run(env: GenerationEnv, config: FlowConfig, n_ranks: int) -> None:
+    """Check settings against the environment and the number of processes.
+
+    Raises:
+        ConfigError: They do not go together; names the setting.
+    """
+    config.check_ranks(n_ranks)
+    if env.groupwise:
+        check_groups(config.group_size, (config.rollout_batch_size or config.n_samples) // n_ranks)
+    check_reward_errors(config.on_reward_error, config.reward_timeout, env, n_ranks)
+
+
 def check_groups(group_size: int, chunk: int) -> None:
-    """Check that the samples scored at once are whole groups, for rewards that compare within groups.
+    """Check that samples rewarded at once are whole groups, for rewards that compare within groups.
 
     Raises:
         ConfigError: They are not.
@@ -92,6 +116,25 @@ def check_groups(group_size: int, chunk: int) -> None:
             f"rollout_batch_size (or n_samples, where that is 0); not group_size = {group_size} with {chunk} samples "
             "scored at once."
         )
+
+
+def on_device(condition: Condition, device: torch.device) -> Condition:
+    """Move a condition to a device, wherever a flow of one's own makes it."""
+    return tuple(part.to(device) for part in condition)
+
+
+def checked_seed(seed: Any, device: torch.device | str) -> int | None:
+    """Give the seed as a Python number, where the device is there, too.
+
+    Raises:
+        DeviceError: Unknown or absent.
+        ConfigError: No generator takes the seed.
+    """
+    check_device(device)
+    seed = python_value(seed)
+    if seed is not None and not is_whole(seed, 0, 2**32 - 1):
+        raise ConfigError(f"seed must be a whole number from 0 to {2**32 - 1}, not {shown(seed)}.")
+    return seed
 
 
 def check_device(device: torch.device | str) -> None:
@@ -113,7 +156,7 @@ def check_device(device: torch.device | str) -> None:
 
 
 def check_sharded(algo: str, unpredictable: str, optimizer: str) -> None:
-    """Check that an algorithm can train with weights sharded over ranks (FSDP).
+    """Check that an algorithm can train with sharded weights (FSDP).
 
     Raises:
         ConfigError: It cannot.

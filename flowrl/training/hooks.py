@@ -53,6 +53,13 @@ def check_names(cls: type, base: type) -> None:
         raise ConfigError(f"{cls.__name__} has both weigh and advantage: rewards become weights or advantages.")
 
 
+class NoChecks:
+    """The checks of all iterations but the first: none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
 class HookChecks:
     """Checks for one algorithm; each raises a ConfigError that names the method, what it gave and what it must give.
 

@@ -5,23 +5,22 @@ Numbers and strings are read, and nothing else: a hostile folder cannot run code
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 
-from flowrl.distributed.sharding import sharded_like
+from flowrl.distributed.sharding import is_sharded, sharded_like
 from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError, FlowRLError, did_you_mean
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by_a_file
 from flowrl.storage import revisions
 from flowrl.storage.files import read_json, read_tensors, standing
-from flowrl.training.optimizers import state_shapes
+from flowrl.training.optimizers import laid_out_like, state_shapes
+from flowrl.training.random_states import set_random_states
 from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name
 
 if TYPE_CHECKING:
@@ -48,9 +47,18 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def load_checkpoint(
-    cls: type[FlowAlgorithm], path: str | Path, *, env: Any = None, device: Any = "auto", **kwargs: Any
+    cls: type[FlowAlgorithm],
+    path: str | Path,
+    *,
+    env: Any = None,
+    device: Any = "auto",
+    to_train: bool = True,
+    **kwargs: Any,
 ) -> FlowAlgorithm:
-    """Load an algorithm from a checkpoint folder, or a run folder's newest checkpoint; see `FlowAlgorithm.load`."""
+    """Load an algorithm from a checkpoint folder, or a run folder's newest checkpoint; see `FlowAlgorithm.load`.
+
+    `to_train`: with random states, which only training needs.
+    """
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
@@ -100,7 +108,7 @@ def load_checkpoint(
             f"'{folder}' was trained on other prompts than '{model.env.core.name}' has now: bring back its prompt "
             "file as it was, or give the environment to go on with as env= (an object)."
         )
-    load_state(model, folder)
+    load_state(model, folder, to_train)
     return model
 
 
@@ -161,7 +169,7 @@ def _compare_settings(cls: type[FlowAlgorithm], config: Mapping[str, Any], folde
 
 
 def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path) -> type[FlowAlgorithm]:
-    """Find the class to load with: the given one, or for the base class the registered one of that name."""
+    """Choose the class to load with: the given one, or for the base class the registered one of that name."""
     name = config.get("algorithm", "")
     if getattr(cls, "__abstractmethods__", None):
         if name not in ALGORITHMS:
@@ -175,8 +183,8 @@ def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path)
     return cls
 
 
-def load_state(model: FlowAlgorithm, folder: Path) -> None:
-    """Put a checkpoint's weights, optimizer, counters and random states into a model of the same settings.
+def load_state(model: FlowAlgorithm, folder: Path, to_train: bool = True) -> None:
+    """Put a checkpoint's weights, optimizer, counters and (to train on) random states into a model of its settings.
 
     Raises:
         CheckpointError: Damaged, or of another architecture; names the file and what does not fit.
@@ -184,7 +192,7 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
     state = read_json(folder / "state.json")
     tensors = read_tensors(folder / "policy.safetensors", model.device)
     moments = read_tensors(folder / "optimizer.safetensors")
-    random_states = read_tensors(folder / "random.safetensors")
+    random_states = read_tensors(folder / "random.safetensors") if to_train else None
     for role in model.policy.roles:
         _copy_into(model.policy.networks.tensors_of(role), tensors, role, folder)
         model.policy.networks.weights_changed(role)
@@ -197,7 +205,7 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
             entries.setdefault(int(index), {})[name] = value
         _check_moments(entries, model, folder)
         parameters = list(model.policy.parameters_of("current").values())
-        entries = {i: {k: sharded_like(v, parameters[i]) for k, v in e.items()} for i, e in entries.items()}
+        entries = {i: {k: _like(v, parameters[i]) for k, v in e.items()} for i, e in entries.items()}
         groups = model.policy.optimizer.state_dict()["param_groups"]
         merged = [{**stored, "params": g["params"]} for stored, g in zip(state["param_groups"], groups)]
         model.policy.optimizer.load_state_dict({"state": entries, "param_groups": merged})
@@ -206,9 +214,12 @@ def load_state(model: FlowAlgorithm, folder: Path) -> None:
         model.policy.evaluations = int(state["evaluations"]) // model.ranks.world_size
         model.n_dropped = int(state.get("n_dropped", 0))
         stored = {"rollout/reward_mean": state.get("reward"), "rollout/ess": state.get("ess")}
-        model.rollout_figures = {key: torch.tensor(float(v)) for key, v in stored.items() if v is not None}
+        model.rollout_figures = {
+            key: torch.tensor(float(v), device=model.device) for key, v in stored.items() if v is not None
+        }
         model.bad_updates.total, model.bad_updates.in_a_row = (int(n) for n in state.get("bad_updates", (0, 0)))
-        _set_random_states(model, random_states, state)
+        if random_states is not None:
+            set_random_states(model, random_states, state)
         if model.extra_state.state():
             model.extra_state.load(read_tensors(folder / "algorithm.safetensors", model.device))
         if model.env.core.extra_state():
@@ -223,16 +234,11 @@ DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, Att
 """What code raises when it is given other numbers than it wrote."""
 
 
-def _set_random_states(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-    model.generator.set_state(tensors["training"])
-    model.policy.generator.set_state(tensors["policy"])
-    if model.ranks.is_main:  # the others draw dropout of their own
-        torch.set_rng_state(tensors["torch"])
-        if torch.cuda.is_available() and "cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["cuda"])
-    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *state["numpy"]))
-    version, internal, normal = state["python"]
-    random.setstate((version, tuple(internal), normal))
+def _like(state: Any, parameter: torch.Tensor) -> Any:
+    """Shard a stored moment and lay it out in memory like its parameter."""
+    if is_sharded(parameter) or not isinstance(state, torch.Tensor):
+        return sharded_like(state, parameter)
+    return laid_out_like(state, parameter)
 
 
 def _check_moments(entries: dict[int, dict[str, Any]], model: FlowAlgorithm, folder: Path) -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import FlowRLError
+from flowrl.training.hooks import NoChecks
 from flowrl.types import RewardOutput, Rows
 
 if TYPE_CHECKING:
@@ -85,8 +86,13 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     tracker = _Tracker()
     config = replace(config, on_reward_error="raise")
     random_state = torch.get_rng_state()
-    with _without_storage(), tracker:
-        parts, missing = _try(cls, replace(config, n_epochs=1), env, tracker)
+    gc.collect()
+    gc.freeze()  # looking for what is left between two phases then looks at the prediction's own objects
+    try:
+        with _without_storage(), tracker:
+            parts, missing = _try(cls, replace(config, n_epochs=1), env, tracker)
+    finally:
+        gc.unfreeze()
     torch.set_rng_state(random_state)
     gc.collect()
     return MemoryPlan(parts, tracker.phases, psutil.Process().memory_info().rss, missing)
@@ -99,7 +105,7 @@ def _try(
     env.flow = replace(env.flow, load=env.flow.imitation)
     with tracker.phase("loading, encoding prompts"):
         model: Any = cls("FlowPolicy", env, config=config, device="cpu", ranks=Ranks())
-    model.checks, model.reward_calls = None, _imitated_reward
+    model.checks, model.reward_calls = NoChecks(), _imitated_reward
     missing = cls.unpredictable
     try:
         _iterate(model, tracker)
@@ -159,7 +165,7 @@ def _drawn(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
             x_1, rows = model.draw(ids)
             if not any(row.dim() > 1 for row in rows.values()):
                 return x_1, rows
-        policy.steps, policy._times = steps, None
+        policy.steps = steps
     return model.draw(ids)
 
 
@@ -190,7 +196,7 @@ def _bytes(tensors: Any) -> int:
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive."""
+    """Counter of the bytes of storages that are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +214,7 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, torch.Tensor | torch.device) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf.untyped_storage())
         return result

@@ -18,7 +18,7 @@ from flowrl.training.buffer import RolloutBuffer
 from flowrl.training.construction import configured, without_gradient
 from flowrl.training.networks import ExtraState, TrainedNetwork
 from flowrl.training.policy import FlowPolicy
-from flowrl.training.records import RolloutRecord
+from flowrl.training.records import RolloutRecord, velocities
 from flowrl.training.reward_calls import RewardCalls
 from flowrl.types import Batch, Pair, RewardOutput, Role, Rows
 
@@ -120,7 +120,7 @@ class Method(ABC):
 
     def refresh(self) -> None:
         """Refresh the behaviour policy, after every `refresh_every` iterations."""
-        self.policy.update_copy("behaviour", self.refresh_decay())
+        self.policy.networks.update_copy("behaviour", self.refresh_decay())
 
     def refresh_decay(self) -> float:
         """Give the share of the behaviour policy that a refresh keeps; 0 makes it a copy of the current one."""
@@ -160,7 +160,8 @@ class Method(ABC):
         if not output.reward.requires_grad:
             raise ConfigError(without_gradient(own, self.env.core))
         if self.learns_from == "contexts":
-            self.record.add(samples.detach(), context_ids, output.detached())
+            self.record.dropped += len(x_1) - len(kept)
+            self.record.add(samples.detach()[kept], context_ids[kept], output.detached())
         return output.reward.detach().mean().repeat(len(x_1)).index_copy(0, kept, output.reward)
 
     def add_network(self, name: str, module: torch.nn.Module, learning_rate: float) -> TrainedNetwork:
@@ -179,6 +180,16 @@ class Method(ABC):
         return type(self).weigh is not Method.weigh
 
     @property
+    def compares(self) -> bool:
+        """Whether rewards are made into weights or advantages at all."""
+        return self.has_weights or type(self).advantage is not Method.advantage
+
+    @property
+    def draws(self) -> int:
+        """How many samples an iteration draws for each of its contexts."""
+        return self.config.n_epochs if self.learns_from == "contexts" else 1
+
+    @property
     def behaviour_role(self) -> Role:
         """The copy that draws the samples."""
         return "behaviour" if "behaviour" in self.policy.roles else "current"
@@ -188,5 +199,5 @@ class Method(ABC):
         """Estimate `E|v - v_ref|^2`, mean over dimensions, on one minibatch; a scalar tensor."""
         order = torch.randperm(self.buffer.size, generator=self.generator, device=self.device) * self.buffer.parts
         batch = next(self.buffer.batches(order, self.config.batch_size))
-        pair = self.pair(batch, t=sample_time(len(batch.x_1), self.config.time_sampling, self.generator))
-        return squared_error(self.velocity(pair), self.velocity(pair, "reference")).mean()
+        t = sample_time(len(batch.x_1), self.config.time_sampling, self.generator)
+        return squared_error(*velocities(self.policy, batch.x_1, batch.context_ids, t, self.generator)).mean()

@@ -10,7 +10,7 @@ from torch import nn
 
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import CheckpointError
-from flowrl.training.optimizers import step_unless
+from flowrl.training.optimizers import laid_out_like, step_unless
 
 
 class TrainedNetwork:
@@ -61,6 +61,8 @@ class TrainedNetwork:
             self.module.load_state_dict(weights)
         except RuntimeError as error:
             raise CheckpointError(f"A stored network does not fit this one: {error}.") from error
+        parameters = list(self.module.parameters())
+        moments = {i: {k: laid_out_like(v, parameters[i]) for k, v in e.items()} for i, e in moments.items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
@@ -75,7 +77,7 @@ class ExtraState:
         self.networks: dict[str, TrainedNetwork] = {}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Collect all tensors by name."""
+        """Collect all of it, by name."""
         own = {f"{name}.{key}": t for name, net in self.networks.items() for key, t in net.state().items()}
         return {**self.tensors, **own}
 

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flowrl.config import FlowConfig
 from flowrl.distributed.sharding import unsharded
 from flowrl.errors import ConfigError
+from flowrl.training.signal import check_rate
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the decorators by which `torch.compile` leaves it alone.
+
+    They import the compiler at the first call, which takes as long as a small run; nothing here compiles an optimizer.
+    """
+
+    add_param_group: Any = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad: Any = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict: Any = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict: Any = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    step: Any = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -25,7 +40,7 @@ def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter])
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         # fused: the other implementations read their step counter on the host
-        return torch.optim.AdamW(list(parameters), fused=True, **settings)  # type: ignore[arg-type]
+        return AdamW(list(parameters), fused=True, **settings)  # type: ignore[arg-type]
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -49,7 +64,7 @@ def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer, is_sharded:
 
 
 def state_shapes(config: FlowConfig, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """Give names and shapes of the optimizer's state of a parameter, by which a stored state is checked."""
+    """Give names and shapes of what the optimizer keeps of a parameter, by which a stored state is checked."""
     shape = tuple(parameter.shape)
     if config.optimizer == "adamw":
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
@@ -58,6 +73,13 @@ def state_shapes(config: FlowConfig, parameter: torch.Tensor) -> dict[str, tuple
         blocks = (math.ceil(parameter.numel() / BLOCK),)
         shapes |= {"qmap1": (256,), "qmap2": (256,), "absmax1": blocks, "absmax2": blocks}
     return shapes
+
+
+def laid_out_like(state: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Give a stored moment its parameter's strides: fused steps pair their numbers in the order of memory."""
+    if state.shape != parameter.shape or state.stride() == parameter.stride():
+        return state
+    return torch.empty_like(parameter, dtype=state.dtype, device=state.device).copy_(state)
 
 
 SMALLEST_QUANTISED = 4096
@@ -76,15 +98,16 @@ def gradient_step(model: FlowAlgorithm, parameters: list[torch.nn.Parameter]) ->
     rate = model.lr_schedule(model._current_progress_remaining)
     if config.warmup_updates:
         rate *= min(1.0, (model._n_updates + 1) / config.warmup_updates)
+    check_rate(model, rate)
     for group in policy.optimizer.param_groups:
         group["lr"] = rate
     norm = unsharded(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     bad = (~norm.isfinite()).float()
     step_unless(bad, policy.optimizer, model.ranks.is_sharded)
-    model.bad_updates.note(bad)
+    model.bad_updates.note(bad, norm)
     policy.networks.weights_changed("current")
     policy.optimizer.zero_grad(set_to_none=True)
     model._n_updates += 1
     if config.ema_decay > 0:  # the average of few steps forgets its start sooner
-        policy.update_copy("ema", min(config.ema_decay, (1 + model._n_updates) / (10 + model._n_updates)))
+        policy.networks.update_copy("ema", min(config.ema_decay, (1 + model._n_updates) / (10 + model._n_updates)))
     return norm

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from flowrl.functional.sde import SDE, sde_sample
 from flowrl.functional.solvers import Solver, evaluations_per_sample, guided_field, ode_sample
 from flowrl.models.base import VelocityModel
 from flowrl.models.lora import LoRA
-from flowrl.training.construction import as_generation_env, check_device, weight_dtypes
+from flowrl.training.construction import as_generation_env, check_device, on_device, sampling_config, weight_dtypes
 from flowrl.training.role_networks import RoleNetworks
 from flowrl.training.sb3_policy import SB3Policy
 from flowrl.types import Condition, Field, Role
@@ -41,7 +40,6 @@ class FlowPolicy(SB3Policy):
 
     Attributes:
         networks: The velocity network in its roles.
-        evaluations: Network evaluations so far: a forward pass is 1 per sample, a backward pass 2.
     """
 
     def __init__(
@@ -62,13 +60,12 @@ class FlowPolicy(SB3Policy):
         self.steps, self.solver = config.rollout_steps, config.solver
         self.guidance_scale, self.guidance = config.guidance_scale, config.guidance
         self.contexts, self.lora = list(contexts), LoRA.of(config)
-        self._times: torch.Tensor | None = None
-        self.evaluations = 0
-        device = torch.device(device)
+        self._times: dict[int, torch.Tensor] = {}
+        self._home = device = torch.device(device)
         model.move_frozen(device)
         self.model = model
         guided = self.guidance_scale != 1 and not model.distilled_guidance
-        self._null = model.null_condition() if guided else None
+        self._null = on_device(model.null_condition(), device) if guided else None
         self._condition = self.encode(self.contexts)
         model.network.to(device)  # now: text encoders can be as large as the network
         self.generator = torch.Generator(device)
@@ -105,9 +102,7 @@ class FlowPolicy(SB3Policy):
         """
         check_device(device)
         core = as_generation_env(env, env_settings)
-        if config is None:
-            known = FlowConfig.__dataclass_fields__
-            config = FlowConfig(**{name: value for name, value in core.recommended.items() if name in known})
+        config = sampling_config(core) if config is None else config
         return cls(
             core.observation_space,
             core.action_space,
@@ -128,21 +123,11 @@ class FlowPolicy(SB3Policy):
         Raises:
             ConfigError: The role was not asked for when the policy was made.
         """
-        self.evaluations += len(x_t) * (3 if self.networks.carries_gradient(x_t, role) else 1)
-        return self.networks(x_t, t, cond, role)
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Leave the network evaluations within a `with` block uncounted."""
-        before = self.evaluations
-        try:
-            yield
-        finally:
-            self.evaluations = before
+        return self.networks.velocity(x_t, t, cond, role)
 
     def encode(self, contexts: Sequence[Any]) -> Condition:
         """Encode contexts, with the default scale where guidance is distilled; what encodes them does not stay."""
-        encoded = self.model.encode(contexts)
+        encoded = on_device(self.model.encode(contexts), self._home)
         self.model.release_encoders()
         return self.model.with_guidance(encoded, self.guidance_scale)
 
@@ -167,7 +152,7 @@ class FlowPolicy(SB3Policy):
         if scale == 1:
             return lambda x, t: self.velocity(x, t, cond, role)
         if self._null is None:
-            self._null = self.model.null_condition()
+            self._null = on_device(self.model.null_condition(), self._home)
             self.model.release_encoders()
         both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
         return guided_field(lambda x, t: self.velocity(x, t, both, role), scale, self.guidance)
@@ -198,13 +183,13 @@ class FlowPolicy(SB3Policy):
         `grad_steps`: the last steps of the solver that gradients flow through.
         """
         x = self.noise(len(context_ids), generator) if x_0 is None else x_0
-        times, solver = self.model.times(steps or self.steps).to(x.device), solver or self.solver
-        cond, role = self.condition(context_ids.to(x.device)), role or self.sampling_role
-        field = self.field(cond, len(x), role, guidance_scale)
+        times, solver = self.times(steps), solver or self.solver
+        cond = self.condition(context_ids.to(x.device))
+        field = self.field(cond, len(x), role or self.sampling_role, guidance_scale)
         first = max(0, len(times) - 1 - grad_steps)
         with torch.no_grad():
             x = ode_sample(field, x, times[: first + 1], solver)
-        return ode_sample(field, x, times[first:], solver)
+        return ode_sample(field, x, times[first:], solver) if grad_steps else x
 
     @torch.no_grad()
     def sample_path(
@@ -223,11 +208,13 @@ class FlowPolicy(SB3Policy):
         field = self.field(self.condition(context_ids), len(context_ids), role)
         return sde_sample(field, x_0, self.times(), sde, generator, window)
 
-    def times(self) -> torch.Tensor:
-        """Give the solver's own times (steps + 1,), on the device."""
-        if self._times is None:
-            self._times = self.model.times(self.steps).to(self.device)
-        return self._times
+    def times(self, steps: int | None = None) -> torch.Tensor:
+        """Give the times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
+        if steps is not None and steps != self.steps:
+            return self.model.times(steps).to(self.device)
+        if self.steps not in self._times:
+            self._times = {self.steps: self.model.times(self.steps).to(self.device)}
+        return self._times[self.steps]
 
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
         """Draw samples (B, *sample_shape), decoded.
@@ -267,7 +254,3 @@ class FlowPolicy(SB3Policy):
     def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
         """Give a role's own parameters by name: the whole network's, or the adapter's."""
         return self.networks.parameters_of(role)
-
-    def update_copy(self, role: Role, decay: float = 0.0) -> None:
-        """Set `copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
-        self.networks.update_copy(role, decay)

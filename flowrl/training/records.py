@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowrl.functional import metrics
+from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import effective_sample_size
-from flowrl.types import RewardOutput
+from flowrl.training.policy import FlowPolicy
+from flowrl.training.writers import dump
+from flowrl.types import RewardOutput, Role
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
+
+REWARD = "reward/"
+"""Before the names of the reward's components, which are anyone's, in logs: they replace no figure of flowrl's."""
 
 
 class RolloutRecord:
@@ -37,8 +43,7 @@ class RolloutRecord:
         """Compute scalars by name, still on the device; those of components are of this rank."""
         reward = model.buffer.all().reward
         if model.learns_from == "contexts":  # drawn for each update, not kept
-            reward = torch.cat(self.rewards)
-            reward = model.ranks.all_gather(reward, len(reward) * model.ranks.world_size)
+            reward = model.ranks.gather_uneven(torch.cat(self.rewards))
         figures = {
             "rollout/reward_mean": reward.mean(),
             "rollout/reward_std": reward.std(correction=0),
@@ -51,13 +56,28 @@ class RolloutRecord:
             figures["rollout/ess"] = effective_sample_size(model.buffer.all().weight) / len(reward)
         if model.config.on_reward_error == "drop":
             figures["rollout/dropped"] = torch.tensor(float(model.n_dropped), device=reward.device)
-        return figures | {f"rollout/{key}": torch.cat(values).mean() for key, values in self.components.items()}
+        return figures | {f"{REWARD}{key}": torch.cat(values).mean() for key, values in self.components.items()}
 
     def _diversity(self, model: FlowAlgorithm) -> torch.Tensor:
         """Compute the diversity of some samples of each rank; a scalar. Images are not sent: pairs are within ranks."""
         samples, context_ids = (torch.cat(parts)[: metrics.DIVERSITY_SAMPLES] for parts in zip(*self.shown))
         total, n_pairs = model.ranks.all_reduce_(metrics.pair_distances(samples, context_ids))
         return total / n_pairs
+
+
+@torch.no_grad()
+def velocities(
+    policy: FlowPolicy,
+    x_1: torch.Tensor,
+    context_ids: torch.Tensor,
+    t: torch.Tensor,
+    generator: torch.Generator,
+    role: Role = "current",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute velocities (B, *latent_shape) of a role and the reference between samples and noise, at times t (B,)."""
+    x_t, _ = interpolate(policy.noise(len(x_1), generator), x_1, t)
+    cond = policy.condition(context_ids)
+    return policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")
 
 
 def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], seconds: float) -> None:
@@ -80,4 +100,4 @@ def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], second
         if kind not in model.warned and model.ranks.is_main:
             model.warned.add(kind)
             warnings.warn(text, stacklevel=3)
-    model.logger.dump(step=model.num_timesteps)
+    dump(model.logger, model.num_timesteps)

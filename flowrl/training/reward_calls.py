@@ -13,7 +13,7 @@ from flowrl.config import FlowConfig, OnRewardError
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import RewardError
-from flowrl.types import RewardOutput
+from flowrl.types import Batch, RewardOutput
 
 FIRST_PAUSE = 1.0
 """Seconds before a failed reward is asked again; twice as many each further time."""
@@ -136,7 +136,7 @@ class RewardCalls:
 
 
 def stand_ins(context_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Find a stand-in (B,) for every sample: itself if kept, else one that was, of its own context if any was.
+    """Give for every sample (B,) its own index where it was kept, else that of a kept one, of its own context if any.
 
     Batches and groups thus keep their size: copies stand in for the samples left out, of several samples in turn.
     """
@@ -148,3 +148,15 @@ def stand_ins(context_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         pool = same if len(same) else kept
         index[i] = pool[place % len(pool)]
     return index
+
+
+def without_strays(rollout: Batch, coefficient: torch.Tensor) -> torch.Tensor:
+    """Set weights or advantages (B,) to zero for all of a group that holds a sample of another context.
+
+    The group compares nothing. The row "stray" then marks all of it, for losses in which a weight of zero is a push.
+    """
+    if "stray" not in rollout.extra:
+        return coefficient
+    strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
+    rollout.extra["stray"].copy_(strays[rollout.group] > 0)
+    return coefficient.masked_fill(rollout.extra["stray"], 0)

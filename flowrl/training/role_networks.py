@@ -33,6 +33,7 @@ class RoleNetworks(nn.Module):
         roles: Roles that have weights of their own.
         available: These, and the reference where it is kept.
         copies: Networks that are not trained, by role (full fine-tuning).
+        spent: Network evaluations so far, in a list of one.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class RoleNetworks(nn.Module):
         self.roles: tuple[Role, ...] = ("current", *lagged)
         frozen: tuple[Role, ...] = ("reference",) if "reference" in copies or lora is not None else ()
         self.available: tuple[Role, ...] = (*self.roles, *frozen)
+        self.spent = [0]  # network evaluations; in a list, as attributes of modules are slow to set
         self.copies = nn.ModuleDict()
-        self._models: dict[Role, VelocityModel] = {"current": model}
+        self._models: dict[Role, VelocityModel] = dict.fromkeys(self.available, model)
         if lora is None:
             for role in (*lagged, *frozen):
                 self.copies[role] = copy.deepcopy(model.network).requires_grad_(False).eval()
@@ -60,11 +62,13 @@ class RoleNetworks(nn.Module):
         if not self._parameters_of["current"]:
             raise ConfigError("This flow has no trainable parameters.")
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role) -> torch.Tensor:
-        """Compute the velocity (B, *latent_shape), float32, of a role's network; gradients: see `carries_gradient`."""
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role) -> torch.Tensor:
+        """Compute the velocity (B, *latent_shape), float32, of a role's network: see `FlowPolicy.velocity`."""
         if role not in self.available:
             raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(self.available)}.")
-        with_grad, low = self.carries_gradient(x_t, role), self.precision != torch.float32
+        with_grad = torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
+        self.spent[0] += len(x_t) * (3 if with_grad else 1)
+        low = self.precision != torch.float32
         switch = self.lora is not None and role != "current"
         with (
             torch.set_grad_enabled(with_grad),
@@ -73,10 +77,6 @@ class RoleNetworks(nn.Module):
         ):
             model = self._trained[0] if with_grad and role == "current" else self.model_of(role)
             return model(x_t, t, cond).float()
-
-    def carries_gradient(self, x_t: torch.Tensor, role: Role) -> bool:
-        """Tell whether a forward pass is differentiated: by the current role's weights, or by `x_t` for every role."""
-        return torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
 
     def train_through(self, network: nn.Module, is_sharded: bool = False) -> None:
         """Compute gradients of the current role through `network`, which wraps its network.
@@ -87,6 +87,15 @@ class RoleNetworks(nn.Module):
         self.is_sharded = is_sharded
         self._parameters_of = {role: self._collect(role) for role in self.roles}
 
+    def set_training_mode(self, mode: bool) -> None:
+        """Put the current network into training or evaluation mode; copies stay in evaluation mode."""
+        modules = list(self.trained.modules())
+        if any(type(module).train is not nn.Module.train for module in modules):
+            self.trained.train(mode)
+            return
+        for module in modules:  # what `train` does, without its walk over names
+            module.training = mode
+
     @property
     def trained(self) -> nn.Module:
         """The network that gradients of the current role are computed through."""
@@ -94,7 +103,7 @@ class RoleNetworks(nn.Module):
 
     def model_of(self, role: Role) -> VelocityModel:
         """Give the flow around a role's own network; with LoRA all roles share one."""
-        return self._models.get(role, self.model)
+        return self._models[role]
 
     def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
         """Give a role's own parameters by name: the whole network's, or the adapter's."""

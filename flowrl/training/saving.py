@@ -12,7 +12,6 @@ environment.safetensors  what an environment keeps (running statistics of its re
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from flowrl.distributed.sharding import unsharded
@@ -30,6 +28,7 @@ from flowrl.errors import CheckpointError
 from flowrl.registry import ALGORITHMS
 from flowrl.storage import revisions
 from flowrl.storage.files import host_copies, replace_folder, save_tensors, write_json
+from flowrl.training.random_states import random_states
 from flowrl.version import __version__
 
 if TYPE_CHECKING:
@@ -73,11 +72,11 @@ class Snapshot:
         weights, moments = _weights(model), _moments(model)  # of sharded networks every rank gives its part
         if not model.ranks.is_main:
             return cls({}, {}, None)
-        state, random_states = _counters(model)
+        state, generators = _counters(model)
         tensors = {
             "policy.safetensors": weights,
             "optimizer.safetensors": moments,
-            "random.safetensors": random_states,
+            "random.safetensors": generators,
             "algorithm.safetensors": model.extra_state.state(),
             "environment.safetensors": model.env.core.extra_state(),
         }
@@ -86,7 +85,7 @@ class Snapshot:
         return cls(documents, {name: file for name, file in tensors.items() if file or name not in OPTIONAL}, export)
 
     def copied(self) -> Snapshot:
-        """Copy the tensors to the host: training may go on before the snapshot is written."""
+        """Copy the tensors to the host: training may go on before they are written."""
         tensors = {name: host_copies(file) for name, file in self.tensors.items()}
         return replace(self, tensors=tensors, is_copied=True)
 
@@ -136,7 +135,7 @@ def _export(policy: FlowPolicy, folder: Path, weights: Mapping[str, torch.Tensor
 
 
 def description(model: FlowAlgorithm) -> dict[str, Any]:
-    """Describe the run for `config.json`: enough to build the algorithm again."""
+    """Describe the algorithm for `config.json`: enough to build it again."""
     origin = model.env.core.origin
     cls = type(model)
     return {
@@ -186,7 +185,7 @@ def _moments(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
 
 
 def _whole(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gather sharded tensors on the main rank's host; others come back as they are."""
+    """Unshard tensors onto the main rank's host, where networks are sharded."""
     if not model.ranks.is_sharded:
         return dict(tensors)
     gathered = ((name, unsharded(tensor.detach())) for name, tensor in tensors.items())
@@ -194,30 +193,21 @@ def _whole(model: FlowAlgorithm, tensors: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def _counters(model: FlowAlgorithm) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Collect the contents of `state.json` and `random.safetensors`."""
+    """Collect what `state.json` and `random.safetensors` hold."""
     policy = model.policy
-    numpy_state: Any = np.random.get_state(legacy=False)
-    random_states = {
-        "training": model.generator.get_state(),
-        "policy": policy.generator.get_state(),
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-    }
-    if torch.cuda.is_available():
-        random_states["cuda"] = torch.cuda.get_rng_state()
-    state = {name: getattr(model, name) for name in COUNTERS} | {
+    tensors, kept = random_states(model)
+    state = {name: getattr(model, name) for name in COUNTERS} | kept
+    state |= {
         "evaluations": policy.evaluations * model.ranks.world_size,
         "n_dropped": model.n_dropped,
         "bad_updates": [model.bad_updates.total, model.bad_updates.in_a_row],
         "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in policy.optimizer.param_groups],
-        "numpy": [int(numpy_state["state"]["pos"]), int(numpy_state["has_gauss"]), float(numpy_state["gauss"])],
-        "python": random.getstate(),
         "reward": model.rollout_reward,
         "ess": _number(model.rollout_figures.get("rollout/ess")),
     }
-    return state, random_states
+    return state, tensors
 
 
 def _number(value: torch.Tensor | None) -> float | None:
-    """Make a number for JSON of a scalar: None where there is none or it is not finite."""
+    """Convert a scalar for JSON, None where there is none or it is not finite."""
     return None if value is None or not bool(value.isfinite()) else float(value)

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    EvalCallback,
+    EventCallback,
+    StopTrainingOnNoModelImprovement,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.type_aliases import MaybeCallback
 
+from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+from flowrl.errors import ConfigError
+from flowrl.training.construction import as_generation_env
+from flowrl.training.diagnosis import BadUpdates
+from flowrl.training.optimizers import laid_out_like
+from flowrl.training.records import log_iteration
+from flowrl.training.signal import Signal
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -19,6 +36,15 @@ class SB3Algorithm(BaseAlgorithm):
     """An algorithm of stable-baselines3 that saves and loads checkpoint folders."""
 
     rollout_figures: dict[str, torch.Tensor]
+    last_logged: dict[str, Any]
+    warned: set[str]
+    policy: Any
+    generator: torch.Generator
+    ranks: Ranks
+    bad_updates: BadUpdates
+    name: ClassVar[str]
+    unlogged: tuple[dict[str, torch.Tensor], float] | None = None
+    """Figures of the newest iteration's updates and its seconds, while they are in no log."""
 
     @property
     def rollout_reward(self) -> float | None:
@@ -58,5 +84,95 @@ class SB3Algorithm(BaseAlgorithm):
 
         return load_checkpoint(cast(Any, cls), path, env=env, device=device, **kwargs)
 
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """Refuse another environment: rewards, prompts and settings of training hang on the one it was made with.
+
+        Raises:
+            ConfigError: It is another one; says how to train on.
+        """
+        if as_generation_env(env) is not self.env.core:  # type: ignore[union-attr]
+            raise ConfigError(
+                "The environment of an algorithm cannot be replaced: its prompts are encoded and its reward is asked "
+                f"where training began. To train on with another: model.save('folder'), then "
+                f"{type(self).__name__}.load('folder', env=...)."
+            )
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto") -> None:
+        """Take weights and moments that `get_parameters` gave.
+
+        Raises:
+            ConfigError: They come from a file, or do not fit.
+        """
+        if not isinstance(load_path_or_dict, dict):
+            raise ConfigError(
+                "set_parameters takes what get_parameters gives. Checkpoints are folders: "
+                f"{type(self).__name__}.load('folder')."
+            )
+        if self.ranks.is_sharded:
+            raise ConfigError("With FSDP every process has a part of the weights: set_parameters cannot divide them.")
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ConfigError(f"These parameters do not fit the policy: {error}") from error
+        state = self.policy.optimizer.state
+        for parameter, moments in state.items():
+            moments.update({k: laid_out_like(v, parameter) for k, v in moments.items() if torch.is_tensor(v)})
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed everything random: also the noise of training and of the policy, once they are there."""
+        super().set_random_seed(seed)
+        if seed is not None and getattr(self, "policy", None) is not None:
+            self.seed = seed
+            self.generator.manual_seed(seed)
+            self.policy.generator.manual_seed(seed + 1)
+
+    def dump_logs(self) -> None:
+        """Log the newest iteration, where that has not been done yet."""
+        if self.unlogged is not None:
+            log_iteration(cast(Any, self), *self.unlogged)
+            self.unlogged = None
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        self.signal.began = self._n_updates, self.bad_updates.zeros
+        shown, name = progress_bar and self.ranks.is_main, tb_log_name or self.name
+        return super()._setup_learn(int(total_timesteps), callback, reset_num_timesteps, name, shown)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        ready = super()._init_callback(callback, progress_bar)
+        check_callback(ready)
+        return ready
+
+    @cached_property
+    def signal(self) -> Signal:
+        """Record of what rewards have told training so far."""
+        return Signal()
+
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
+
+
+def check_callback(callback: BaseCallback | None) -> None:
+    """Check that callbacks which only act inside an EvalCallback are in one.
+
+    Raises:
+        ConfigError: One is not; says how to give it.
+    """
+    if isinstance(callback, StopTrainingOnRewardThreshold | StopTrainingOnNoModelImprovement):
+        place = "callback_on_new_best" if isinstance(callback, StopTrainingOnRewardThreshold) else "callback_after_eval"
+        name = type(callback).__name__
+        raise ConfigError(
+            f"{name} stops by the rewards of evaluations and belongs into an EvalCallback: "
+            f"EvalCallback(env, {place}={name}(...))."
+        )
+    if isinstance(callback, CallbackList):
+        for child in callback.callbacks:
+            check_callback(child)
+    elif isinstance(callback, EventCallback) and not isinstance(callback, EvalCallback):
+        check_callback(callback.callback)

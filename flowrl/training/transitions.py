@@ -59,7 +59,7 @@ class TransitionAlgorithm(FlowAlgorithm):
         return SDE(self.config.sde, self.config.noise_level)
 
     def window(self) -> range:
-        """Choose the noisy steps of this iteration."""
+        """Give the noisy steps of this iteration."""
         return range(self.config.parts())
 
     def draw_noise(self, n: int) -> torch.Tensor:
@@ -90,7 +90,7 @@ class TransitionAlgorithm(FlowAlgorithm):
         }
 
     def recorded(self, batch: Batch) -> Transitions:
-        """Read the recorded steps of a minibatch."""
+        """Give the recorded steps of a minibatch."""
         extra = batch.extra
         return Transitions(extra["x_k"], extra["x_next"], extra["first_step"] + extra["part"], extra["log_prob"])
 

@@ -1,0 +1,191 @@
+"""Methods of an author's own: what they give is checked in the first iteration, and names that are nearly right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import flowrl
+from flowrl.errors import ConfigError
+
+
+def subclass(name: str, method: Any) -> type[flowrl.FlowAlgorithm]:
+    """ORW-CFM-W2 with a method of an author's own."""
+    return type("Mine", (flowrl.ORWCFMW2,), {name: method, "__doc__": "Mine."})
+
+
+def learn(cls: type[flowrl.FlowAlgorithm], iterations: int = 1) -> flowrl.FlowAlgorithm:
+    return cls("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=32, batch_size=16).learn(
+        32 * iterations
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("weigh", lambda self, rollout: rollout.reward.mean(), r"Mine\.weigh gave a float32 tensor of shape \(\)"),
+        ("weigh", lambda self, rollout: None, r"Mine\.weigh gave nothing \(None\)"),
+        ("weigh", lambda self, rollout: rollout.reward / 0, r"Mine\.weigh gave numbers that are not finite"),
+        ("loss", lambda self, batch: (self.error(self.pair(batch)), {}), r"shape \(16,\).*take the mean"),
+        ("loss", lambda self, batch: self.error(self.pair(batch)).mean(), r"Mine\.loss gave a float32 tensor"),
+        ("loss", lambda self, batch: (self.error(self.pair(batch)).mean(), None), r"metrics nothing \(None\)"),
+        ("loss", lambda self, batch: (self.error(self.pair(batch)).mean(), {"a": 1.0}), "a float as metric 'a'"),
+        ("loss", lambda self, batch: (batch.reward.mean(), {}), "a loss without gradient"),
+        ("order", lambda self: torch.zeros(0, dtype=torch.long), r"Mine\.order gave a int64 tensor of shape \(0,\)"),
+        ("order", lambda self: torch.arange(40), "indices from 0 to 39; it must give indices below 32"),
+        ("order", lambda self: torch.rand(3), r"Mine\.order gave a float32 tensor of shape \(3,\)"),
+        ("contexts", lambda self: torch.arange(32), "indices from 0 to 31; it must give indices below 1"),
+        ("contexts", lambda self: torch.zeros(3, dtype=torch.long), r"shape \(3,\); it must .* shape \(32,\)"),
+        ("draw", lambda self, ids: self.policy.sample_latents(ids), r"Mine\.draw gave a float32 tensor"),
+        ("draw", lambda self, ids: (torch.zeros(len(ids), 3), {}), r"x_1 a float32 tensor of shape \(32, 3\)"),
+        ("draw", lambda self, ids: (torch.zeros(len(ids), 2), {"a": torch.zeros(5)}), "first dimension 32"),
+        ("draw", lambda self, ids: (torch.zeros(len(ids), 2), {"x_1": torch.zeros(32)}), "rows named 'x_1'"),
+    ],
+)
+def test_what_a_method_gives_is_checked_at_once(name: str, method: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        learn(subclass(name, method))
+
+
+def test_only_the_first_iteration_is_checked() -> None:
+    model = learn(flowrl.ORWCFMW2)
+    assert model.checks.loss(None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("weight", "weigh"),
+        ("advantages", "advantage"),
+        ("los", "loss"),
+        ("refresh_decays", "refresh_decay"),
+        ("score", r"weigh \(for weights\) or advantage"),
+        ("draw_latents", "draw"),
+        ("minibatches", "order"),
+        ("extra_state", "keep or add_network"),
+    ],
+)
+def test_nearly_a_hook_is_an_error(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"Mine\.{name} is never called; the method for it is {meant}"):
+        learn(subclass(name, lambda self: None))
+
+
+def test_helpers_of_ones_own_are_no_hooks() -> None:
+    cls = subclass("_weights", lambda self: None)
+    cls.temperature = lambda self: 1.0  # type: ignore[attr-defined]
+    learn(cls)
+
+
+def test_weights_and_advantages_are_two_ways() -> None:
+    with pytest.raises(ConfigError, match="both weigh and advantage"):
+        learn(subclass("advantage", lambda self, rollout: rollout.reward))
+
+
+def test_negative_weights_are_told_of() -> None:
+    with pytest.warns(UserWarning, match=r"Mine\.weigh gave weights down to -"):
+        learn(subclass("weigh", lambda self, rollout: rollout.reward))
+
+
+def test_the_behaviour_policy_can_move_by_a_share() -> None:
+    class Slow(flowrl.ORWCFMW2):
+        """Keeps a quarter of the behaviour policy."""
+
+        def refresh_decay(self) -> float:
+            return 0.25
+
+    model = Slow("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=32, batch_size=16)
+    old = [p.detach().clone() for p in model.policy.parameters_of("behaviour").values()]
+    model.learn(32)
+    roles = (model.policy.parameters_of(role).values() for role in ("behaviour", "current"))
+    for before, behaviour, current in zip(old, *roles):
+        torch.testing.assert_close(behaviour.detach(), 0.25 * before + 0.75 * current.detach())
+
+
+def test_a_policy_needs_no_algorithm() -> None:
+    """It samples, is evaluated and steered; the same figures as those of an untrained algorithm."""
+    env = flowrl.make("gaussians-linear")
+    policy = flowrl.FlowPolicy.of(env, seed=1, device="cpu")
+    alone = flowrl.evaluate(policy, env, n_samples=64)
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu")
+    within = flowrl.evaluate(model, n_samples=64)
+    assert alone.reward_mean == within.reward_mean == alone.reference.reward_mean
+    assert alone.drift == 0
+    assert policy.evaluations == 0
+    assert flowrl.evaluate(policy, "gaussians-linear", n_samples=64).reward_mean == alone.reward_mean
+    with pytest.raises(ConfigError, match=r"evaluate\(model, n_samples=64\)"):
+        flowrl.evaluate(model, 64)
+    with pytest.raises(ConfigError, match=r"evaluate\(policy, env\)"):
+        flowrl.evaluate(policy)
+    with pytest.raises(ConfigError, match="evaluated on its own environment"):
+        flowrl.evaluate(model, env)
+
+
+def test_a_string_is_one_prompt() -> None:
+    policy = flowrl.FlowPolicy.of("sd3-count", env_settings={"flow": "mini-sd3"}, seed=0, device="cpu")
+    assert policy.sample("three red stars", steps=1).shape[0] == 1
+    assert policy.sample(["three red stars", "two circles"], steps=1).shape[0] == 2
+
+
+def test_rewards_may_take_gradients_of_their_own() -> None:
+    """Also of samples that training drew, detached: they are no inference tensors."""
+    env = flowrl.make("gaussians-linear")
+
+    def sharpness(samples: torch.Tensor, contexts: Any) -> flowrl.RewardOutput:
+        x = samples.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(x.square().sum(), x)
+        return flowrl.RewardOutput(gradient[:, 0])
+
+    env.reward = sharpness  # type: ignore[method-assign]
+    learn_on = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", n_samples=32, batch_size=16)
+    learn_on.learn(32)
+    assert not learn_on.buffer.reward.requires_grad
+    flowrl.evaluate(learn_on, n_samples=16)
+
+
+def test_a_reward_with_a_graph_leaves_none_behind() -> None:
+    env = flowrl.make("gaussians-linear")
+    weight = torch.ones(1, requires_grad=True)
+    env.reward = lambda samples, contexts: flowrl.RewardOutput(  # type: ignore[method-assign,misc]
+        samples[:, 0] * weight, {"part": samples[:, 1] * weight}
+    )
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", n_samples=32, batch_size=16)
+    model.learn(64)
+    assert not model.buffer.reward.requires_grad
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("contexts", [[0, 0, 0, 0, 1, 1, 1, 1]])
+def test_a_group_whose_samples_all_failed_carries_no_weight(contexts: list[int]) -> None:
+    """Others stand in for it, of another context: they compare nothing there."""
+    name = "two-contexts-of-a-test"
+
+    @flowrl.register_env(name, flow=lambda: torch.nn.Linear(1, 1), sample_shape=(1,), prompts=["a", "b"])
+    def fails_for_b(samples: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if "b" in prompts:
+            raise ValueError("no b")
+        return samples[:, 0]
+
+    class Field(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.shift - x
+
+    try:
+        env = flowrl.make(name)
+        env.flow = flowrl.models.loading.source_of(Field, sample_shape=(1,))
+        model = flowrl.FlowGRPO(
+            "FlowPolicy", env, seed=0, device="cpu", n_samples=8, group_size=4, batch_size=8, rollout_steps=3,
+            on_reward_error="drop", max_dropped=0.9,
+        )  # fmt: skip
+        model.contexts = lambda: torch.tensor(contexts)  # type: ignore[method-assign]
+        model.learn(8)
+        advantage = model.buffer.all().advantage
+        assert advantage[:4].abs().max() > 0
+        assert advantage[4:].abs().max() == 0
+    finally:
+        flowrl.registry.ENVIRONMENTS.pop(name, None)
