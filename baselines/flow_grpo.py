@@ -61,7 +61,7 @@ class FlowGRPOConfig(TransitionConfig):
         )
 
     def check_ranks(self, count: int) -> None:
-        """Branching also needs whole groups on every rank."""
+        """Check that ranks divide every batch evenly, and with branching get whole groups."""
         super().check_ranks(count)
         own = (self.rollout_batch_size or self.n_samples) // count
         self.require(
@@ -71,7 +71,7 @@ class FlowGRPOConfig(TransitionConfig):
         )
 
     def parts(self) -> int:
-        """Noisy steps per sample."""
+        """Count the noisy steps per sample."""
         return self.window or self.rollout_steps - 1
 
 
@@ -96,17 +96,17 @@ class FlowGRPO(TransitionAlgorithm):
         return range(start, start + size)
 
     def draw_noise(self, n: int) -> torch.Tensor:
-        """Noise (n, *latent_shape); the same for a whole group where samples branch."""
+        """Draw noise (n, *latent_shape); the same for a whole group where samples branch."""
         if not self.config.branch:
             return super().draw_noise(n)
         return super().draw_noise(n // self.config.group_size).repeat_interleave(self.config.group_size, dim=0)
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
-        """Advantages (B,) relative to the group; zero where all of a group agree."""
+        """Compute advantages (B,) relative to the group; zero where all of a group agree."""
         return group_advantage(rollout.reward, rollout.group, self.config.max_advantage)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
+        """Compute `max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
         config = self.config
         steps = self.recorded(batch)
         step = self.step(steps, batch.context_ids)
@@ -121,7 +121,7 @@ class FlowGRPO(TransitionAlgorithm):
         return (objective + config.beta * kl).mean(), {**metrics, "kl": kl.mean()}
 
     def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
-        """Ratio (B,) of each step's probability now to when it was drawn, or its guarded form."""
+        """Compute the ratio (B,) of each step's probability now to when it was drawn, or its guarded form."""
         if self.config.ratio == "plain":
             return super().ratio(batch, steps, step)
         old = self.step(steps, batch.context_ids, "behaviour")
@@ -130,7 +130,7 @@ class FlowGRPO(TransitionAlgorithm):
         return (step.std * log_ratio + distance / (2 * step.std)).exp()
 
     def noise_weight(self, steps: Transitions) -> torch.Tensor:
-        """Standard deviation of each step's noise (B,), in units of its mean over the window."""
+        """Compute the standard deviation of each step's noise (B,), in units of its mean over the window."""
         times = self.policy.times()
         window = torch.tensor(list(self.window()), device=times.device)
 

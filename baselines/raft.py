@@ -60,7 +60,7 @@ class RAFT(ORWCFMW2):
     config: RAFTConfig
 
     def weigh(self, rollout: Batch) -> torch.Tensor:
-        """Weights (B,): equal for the samples kept, zero for all others, mean one."""
+        """Compute weights (B,): equal for the samples kept, zero for all others, mean one."""
         kept = best_of_groups(rollout.reward, rollout.group, self.config.n_best)
         weight = (kept & (rollout.reward > self.config.threshold)).float()
         return weight / weight.mean().clamp_min(1e-6)

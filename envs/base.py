@@ -19,14 +19,14 @@ from flowrl.types import Contexts, RewardOutput
 
 
 class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
-    """Draw a context, take one sample as the action, give its reward; every episode is one step.
+    """A generation task: the observation is a context, the action a sample; every episode is one step.
 
     The observation is the index of a context (`Discrete`; 1 when unconditional), the action is the sample
     `x_1` in the space that the reward sees (`Box`). Subclasses write `reward`.
 
     Args:
-        flow: Where the flow model that generates samples comes from.
-        contexts: What samples are conditioned on: prompts, labels, or `[None]`. A `Prompt` is drawn in proportion to
+        flow: Source of the flow that generates samples.
+        contexts: Conditions of samples: prompts, labels, or `[None]`. A `Prompt` is drawn in proportion to
             its weight.
         low: Lower bound of a sample's values.
         high: Upper bound.
@@ -56,7 +56,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         self.flow = flow
         self.contexts = list(contexts)
         self.held_out = list(held_out)
-        self.shares = shares_of(self.contexts)  # (n,) of what is drawn, None when all are equal
+        self.shares = shares_of(self.contexts)  # (n,) share of each context in the draws, None when all are equal
         self.name = name
         self.render_mode = render_mode
         self.sample_shape = flow.sample_shape
@@ -70,14 +70,14 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
 
     @abstractmethod
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward of samples (B, *sample_shape) on any device, with one context per sample."""
+        """Reward samples (B, *sample_shape) on any device, with one context per sample."""
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward samples of training: running statistics take them in."""
         return self.reward(samples, contexts)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Tensors that a checkpoint must keep: what `observe` has changed."""
+        """Collect the tensors that a checkpoint must keep: those that `observe` changes."""
         return {}
 
     def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -92,7 +92,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         """
 
     def describe(self) -> list[str]:
-        """Lines for the head of a run: which flow and which reward, and how to choose others."""
+        """Write lines for the head of a run: flow and reward, and how to choose others."""
         return [f"flow: {self.flow.description}"]
 
     def evaluate(self, samples: torch.Tensor, contexts: torch.Tensor, *, observe: bool = False) -> RewardOutput:
@@ -140,7 +140,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
 
     def draw(self, rng: np.random.Generator, size: int | None = None) -> Any:
-        """Indices of contexts, drawn independently by their shares: an array (size,), or one number."""
+        """Draw indices of contexts, independently by their shares: an array (size,), or one number."""
         if self.shares is None:
             return rng.integers(len(self.contexts), size=size)
         return rng.choice(len(self.contexts), size=size, p=self.shares)
@@ -293,7 +293,7 @@ class GenerationVecEnv(VecEnv):
         return [result] * len(list(self._get_indices(indices)))
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """No copy is wrapped."""
+        """Tell that no copy is wrapped."""
         return [False] * len(list(self._get_indices(indices)))
 
     def _draw(self) -> np.ndarray:

@@ -24,7 +24,7 @@ from flowrl.types import Contexts, RewardOutput
 
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
-"""Of scikit-learn's pictures; MNIST has test pictures of its own."""
+"""Share of test pictures among scikit-learn's; MNIST has test pictures of its own."""
 
 
 class Digits(NamedTuple):
@@ -39,7 +39,7 @@ class Digits(NamedTuple):
 
 
 def real_digits(data_dir: str = "") -> tuple[Digits, Digits]:
-    """Real pictures to train and to test on.
+    """Load real pictures to train and to test on.
 
     Args:
         data_dir: Folder of MNIST's idx files; scikit-learn's 1,797 pictures when empty.
@@ -72,7 +72,7 @@ def _of_folder(folder: Path, part: str) -> Digits:
 
 
 class EvenDigits:
-    """Real even digits: what the best flow for this reward draws that leaves everything else as it is.
+    """Real even digits: samples of the best flow for this reward that leaves everything else as it is.
 
     Args:
         data_dir: As `real_digits` takes it.
@@ -87,7 +87,7 @@ class EvenDigits:
         return pictures[labels % 2 == 0]
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`n` of the training pictures (n, 1, size, size), drawn with replacement."""
+        """Draw `n` of the training pictures (n, 1, size, size) with replacement."""
         if self.pictures is None:
             self.pictures = self._read()
         return self.pictures[torch.randint(len(self.pictures), (n,), generator=generator)]
@@ -113,13 +113,13 @@ class DigitsEnv(GenerationEnv):
         self.reward_function, self.judge, self.oracle = reward, judge, oracle
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Probability of an even digit."""
+        """Compute the probability of an even digit."""
         judged = self.judge(samples, contexts)
         components = {"judged even": judged.reward, **judged.components}
         return RewardOutput(self.reward_function(samples, contexts).reward, components)
 
     def describe(self) -> list[str]:
-        """Lines for the head of a run."""
+        """Write lines for the head of a run."""
         return [*super().describe(), f"reward: {self.reward_function.description}; another one judges"]
 
     def render(self) -> np.ndarray | None:

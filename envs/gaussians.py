@@ -65,7 +65,7 @@ class GaussianMixture:
         return GaussianMixture(self.means.to(device), self.covariances.to(device), self.weights.to(device))
 
     def velocity(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Marginal velocity field of the straight path from N(0, I) to the mixture (C5).
+        """Compute the marginal velocity field of the straight path from N(0, I) to the mixture (C5).
 
         Args:
             t: (B,) or a scalar, in [0, 1].
@@ -85,7 +85,7 @@ class GaussianMixture:
         return (responsibility[..., None] * (means + shift)).sum(1)
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        """Log density (B,) at `x` (B, D)."""
+        """Compute the log density (B,) at `x` (B, D)."""
         components = torch.distributions.MultivariateNormal(self.means.to(x), self.covariances.to(x))
         return torch.logsumexp(self.weights.to(x).log() + components.log_prob(x[:, None]), dim=1)
 
@@ -142,12 +142,12 @@ class TiltableReward(Protocol):
     """A reward of points, `(B, D) -> (B,)`, that can draw from its own tilted mixture."""
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
-        """Reward of each point."""
+        """Reward each point."""
 
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """`n` exact samples (n, D) of `q e^{tau r} / Z`."""
+        """Draw `n` exact samples (n, D) of `q e^{tau r} / Z`."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class LinearReward:
     b: float = 0.0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Reward (B,) of points (B, D)."""
+        """Reward points (B, D)."""
         return x @ torch.tensor(self.a, dtype=x.dtype, device=x.device) + self.b
 
     def tilt(self, mixture: GaussianMixture, tau: float) -> GaussianMixture:
@@ -168,7 +168,7 @@ class LinearReward:
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """`n` exact samples of the tilted mixture."""
+        """Draw `n` exact samples of the tilted mixture."""
         return self.tilt(mixture, tau).sample(n, generator)
 
 
@@ -180,7 +180,7 @@ class QuadraticReward:
     c: tuple[float, ...]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Reward (B,) of points (B, D)."""
+        """Reward points (B, D)."""
         offset = x - torch.tensor(self.c, dtype=x.dtype, device=x.device)
         curvature = torch.tensor(self.A, dtype=x.dtype, device=x.device)
         return -0.5 * torch.einsum("bd,de,be->b", offset, curvature, offset)
@@ -192,7 +192,7 @@ class QuadraticReward:
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """`n` exact samples of the tilted mixture."""
+        """Draw `n` exact samples of the tilted mixture."""
         return self.tilt(mixture, tau).sample(n, generator)
 
 
@@ -205,14 +205,14 @@ class RingReward:
     c: tuple[float, ...]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Reward (B,) of points (B, D)."""
+        """Reward points (B, D)."""
         centre = torch.tensor(self.c, dtype=x.dtype, device=x.device)
         return -0.5 * (((x - centre).norm(dim=1) - self.radius) / self.width) ** 2
 
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """`n` exact samples by rejection: r <= 0, so `e^{tau r}` is a probability of acceptance."""
+        """Draw `n` exact samples by rejection: r <= 0, so `e^{tau r}` is a probability of acceptance."""
         accepted: list[torch.Tensor] = []
         while sum(map(len, accepted)) < n:
             x = mixture.sample(8 * n, generator)
@@ -236,7 +236,7 @@ class Oracle:
     tau: float = 1.0
 
     def sample(self, n: int, generator: torch.Generator | None = None, tau: float | None = None) -> torch.Tensor:
-        """`n` exact samples (n, D) of the optimum (or of the tilt by another tau)."""
+        """Draw `n` exact samples (n, D) of the optimum (or of the tilt by another tau)."""
         return self.reward.sample_tilted(self.base, self.tau if tau is None else tau, n, generator)
 
 
@@ -244,7 +244,7 @@ class GaussiansEnv(GenerationEnv):
     """One-step environment: the sample is a point, the reward any function of points.
 
     Args:
-        mixture: What the pre-trained flow generates.
+        mixture: Distribution of the pre-trained flow.
         reward: `(B, D) -> (B,)`; with a `sample_tilted` method (as `LinearReward`) the environment has an `oracle`.
         flow: Source of the flow (name, folder, or factory); None takes the mixture's exact field with a
             trainable correction.
@@ -281,12 +281,12 @@ class GaussiansEnv(GenerationEnv):
         self.oracle = Oracle(mixture, cast(TiltableReward, reward), tau) if hasattr(reward, "sample_tilted") else None
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward of points (B, D)."""
+        """Reward points (B, D)."""
         return RewardOutput(self.reward_function(samples))
 
 
 def eight_gaussians(radius: float = 2.0, std: float = 0.25) -> GaussianMixture:
-    """Eight equal Gaussians on a circle in the plane."""
+    """Place eight equal Gaussians on a circle in the plane."""
     angle = torch.arange(8) * (math.pi / 4)
     return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], 1), std**2 * torch.eye(2))
 

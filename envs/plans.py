@@ -1,4 +1,4 @@
-"""Plans for control tasks: a sample is a whole sequence of actions, its reward the return of rolling it out.
+"""Plans for control tasks: a sample is a sequence of actions, its reward the return of its rollout.
 
 The tasks are Gymnasium's Pendulum-v1 and MountainCarContinuous-v0, the car also with half the engine, from a fixed
 state at rest. Rollouts are batched (`PendulumTask`, `MountainCarTask`: the same equations, float64, on the samples'
@@ -32,7 +32,7 @@ class Task(Protocol):
         gymnasium_id: The task in Gymnasium.
         steps: Steps of the simulator in an episode.
         bound: The largest action.
-        position: What a position is.
+        position: Meaning of a position.
     """
 
     gymnasium_id: str
@@ -41,7 +41,7 @@ class Task(Protocol):
     position: str
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (B,) and positions (B, steps + 1) of action sequences (B, steps)."""
+        """Roll out action sequences (B, steps): returns (B,) and positions (B, steps + 1)."""
 
 
 class PendulumTask:
@@ -54,7 +54,7 @@ class PendulumTask:
     start: ClassVar[tuple[float, float]] = (math.pi, 0.0)  # angle, angular velocity
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (B,) and angles (B, steps + 1), unwrapped."""
+        """Roll out action sequences: returns (B,) and angles (B, steps + 1), unwrapped."""
         u = actions.double().clamp(-self.bound, self.bound)
         angle, speed = (u.new_full((len(u),), value) for value in self.start)
         total, angles = torch.zeros_like(angle), [angle]
@@ -85,7 +85,7 @@ class MountainCarTask:
         self.power = power
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (B,) and positions (B, steps + 1); at the flag the episode ends and the car stays."""
+        """Roll out action sequences: returns (B,) and positions (B, steps + 1); at the flag the car stays."""
         raw = actions.double()
         force = raw.clamp(-self.bound, self.bound)
         place, speed = (raw.new_full((len(raw),), value) for value in self.start)
@@ -107,7 +107,7 @@ class GymnasiumTask:
     """A task in Gymnasium's own simulator, one episode after the other on the host: exact, and slow.
 
     Args:
-        task: Which one, from which state.
+        task: The task and its initial state.
     """
 
     def __init__(self, task: PendulumTask | MountainCarTask) -> None:
@@ -120,7 +120,7 @@ class GymnasiumTask:
             self.env.unwrapped.power = task.power  # type: ignore[attr-defined]
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (B,) and positions (B, steps + 1)."""
+        """Roll out action sequences: returns (B,) and positions (B, steps + 1)."""
         played = [self._play(sequence) for sequence in actions.double().cpu().numpy()]
         totals, places = (np.array(column) for column in zip(*played))
         return torch.from_numpy(totals).to(actions.device), torch.from_numpy(places).to(actions.device)
@@ -147,11 +147,11 @@ class PlanEnv(GenerationEnv):
     `solves` the task: two ways that mirror each other are two solutions.
 
     Args:
-        task: What the plan is for.
+        task: Task of the plan.
         flow: Source of the flow.
         solved: `positions (B, steps + 1) -> (B,)`, whether the task is solved.
         name: Name of the environment.
-        scale: What returns are divided by, so that rewards are of order 1.
+        scale: Divisor of returns, so that rewards are of order 1.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class PlanEnv(GenerationEnv):
         self.task, self.solved, self.scale = task, solved, scale
 
     def actions(self, plans: torch.Tensor) -> torch.Tensor:
-        """Actions (B, steps) of plans (B, LENGTH): each number held, clipped to what the task allows."""
+        """Make actions (B, steps) of plans (B, LENGTH): each number held, clipped to the task's bound."""
         hold = -(-self.task.steps // LENGTH)
         held = plans.clamp(-1, 1).repeat_interleave(hold, dim=1)[:, : self.task.steps]
         return held * self.task.bound
@@ -234,7 +234,7 @@ def _factory(kind: str) -> Callable[[PlanConfig], PlanEnv]:
 
 
 def smooth_plans(n: int, generator: torch.Generator, length: int = LENGTH) -> torch.Tensor:
-    """Random smooth plans (n, length) in [-1, 1]: what the flow "plans" is trained on.
+    """Draw random smooth plans (n, length) in [-1, 1]: the flow "plans" is trained on them.
 
     The sine of a random phase that is the running sum of random frequencies is as likely at -1 as at 1, and half of the
     frequencies are one for the whole plan; a random slow amplitude goes with it.

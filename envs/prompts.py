@@ -27,7 +27,7 @@ MAX_CHARACTERS = 10_000
 
 Scalar = str | int | float | bool
 Things = tuple[Mapping[str, Any], ...]
-"""What a line of GenEval's metadata asks for: `({"class": "bench", "count": 2, "color": "red"}, ...)`, read-only."""
+"""Things that a line of GenEval asks for: `({"class": "bench", "count": 2, "color": "red"}, ...)`, read-only."""
 THINGS = ("include", "exclude")
 """Fields that hold such."""
 SURROGATES = ("\ud800", "\udfff")
@@ -40,10 +40,10 @@ class Prompt(str):
     same text are the same context, whatever their weights and fields.
 
     Args:
-        text: What the flow is asked for.
-        fields: What else is known of it, by name: `{"count": 3, "object": "apple"}`. Read-only. Texts, numbers, true or
+        text: The prompt itself.
+        fields: Further facts about it, by name: `{"count": 3, "object": "apple"}`. Read-only. Texts, numbers, true or
             false; `include` and `exclude` can be lists of things as in the metadata of GenEval (Ghosh et al. 2023).
-        weight: How often training draws it, relative to the others.
+        weight: Frequency in training's draws, relative to the others.
 
     Raises:
         ConfigError: The weight is not a finite positive number, or a field is no scalar.
@@ -53,7 +53,7 @@ class Prompt(str):
     weight: float
 
     def __new__(cls, text: str, fields: Mapping[str, Any] | None = None, weight: float = 1.0) -> Prompt:
-        """A new string, with what belongs to it."""
+        """Make a new string, with its weight and fields."""
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight <= sys.float_info.max:
             raise ConfigError(f"the weight must be a finite number above 0, not {weight!r}")
@@ -136,7 +136,7 @@ def prompts_from(prompts: str | Path | Sequence[Any], held_out_share: float = 0.
 
 
 def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
-    """Share of each context in what training draws, (n,) float64 with sum 1; None when all are equal."""
+    """Compute the share of each context in training's draws, (n,) float64 with sum 1; None when all are equal."""
     weights = np.array([c.weight if isinstance(c, Prompt) else 1.0 for c in contexts])
     if (weights == weights[0]).all():
         return None
@@ -145,7 +145,7 @@ def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
 
 
 def fingerprint(contexts: Sequence[Any]) -> str | None:
-    """Hash of prompts with their weights and fields, in order; None where contexts are no prompts."""
+    """Hash prompts with their weights and fields, in order; None where contexts are no prompts."""
     if not all(isinstance(context, Prompt) for context in contexts):
         return None
     entries = [[context, context.weight, sorted(context.fields.items())] for context in contexts]
@@ -153,7 +153,7 @@ def fingerprint(contexts: Sequence[Any]) -> str | None:
 
 
 def _repaired(text: str) -> str:
-    """Text of a command line that was read in another encoding (the locale "C"), as the UTF-8 that it was.
+    """Decode text of a command line that was read in another encoding (the locale "C") as the UTF-8 that it was.
 
     Raises:
         ConfigError: It was none.
@@ -214,7 +214,7 @@ def _located(name: str | Path) -> Path:
 
 
 def _read(path: Path) -> list[tuple[Prompt, str | None]]:
-    """Prompts of a file with their split, in order."""
+    """Read the prompts of a file with their split, in order."""
     if path.suffix.lower() not in _PARSERS:
         raise ConfigError(
             f"A prompt file ends in .txt (one prompt a line) or .jsonl (one JSON object a line); '{path}' does not."

@@ -1,4 +1,4 @@
-"""Register environments by name, and make them: `register_env`, `make`, `make_vec`."""
+"""Environments by name: `register_env`, `make`, `make_vec`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
 from flowrl.types import Contexts, RewardOutput
 
 NAMES_OF_FLOWS = ("auto", "sd3", "exact")
-"""What settings call flows that are no files, beside the shipped ones."""
+"""Names of flows in settings that are no files, beside the shipped ones."""
 
 
 def register(spec: EnvSpec) -> None:
@@ -38,7 +38,7 @@ def register(spec: EnvSpec) -> None:
 
 
 def make(name: str, *, render_mode: str | None = None, **settings: Any) -> GenerationEnv:
-    """Environment of a registered name, with its settings.
+    """Make the environment of a registered name, with its settings.
 
     Args:
         name: "sd3-count", "mypkg.envs:my-env", or a Gymnasium id.
@@ -98,12 +98,12 @@ def _anchored(place: str | Path) -> str | Path:
 
 
 def make_vec(name: str, num_envs: int, **settings: Any) -> GenerationVecEnv:
-    """`num_envs` copies of an environment as one batched stable-baselines3 VecEnv."""
+    """Make `num_envs` copies of an environment as one batched stable-baselines3 VecEnv."""
     return GenerationVecEnv(make(name, **settings), num_envs)
 
 
 def make_vector(name: str, num_envs: int, *, render_mode: str | None = None, **settings: Any) -> GenerationVectorEnv:
-    """`num_envs` copies as a vector environment of Gymnasium, for `gymnasium.make_vec`."""
+    """Make `num_envs` copies as a vector environment of Gymnasium, for `gymnasium.make_vec`."""
     return GenerationVectorEnv(make(name, render_mode=render_mode, **settings), num_envs)
 
 
@@ -153,7 +153,7 @@ def register_env(
     recommended: Mapping[str, Any] | None = None,
     total_timesteps: int = 20_000,
 ) -> Callable[[Callable], Callable]:
-    """Decorator that makes a reward function an environment, for `--env NAME` and `gymnasium.make`.
+    """Decorate a reward function: it becomes an environment, for `--env NAME` and `gymnasium.make`.
 
     The function takes samples (B, *sample_shape) and a list of B contexts and returns (B,), or a
     `RewardOutput` with named components.

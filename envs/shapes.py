@@ -56,7 +56,7 @@ class Scene:
     """Contents of a picture; ``None`` leaves an attribute open.
 
     Attributes:
-        count: How many objects, 1 to 4.
+        count: Number of objects, 1 to 4.
         colour: A key of ``COLOURS``.
         shape: One of ``SHAPES``.
         background: A key of ``BACKGROUNDS``, never the same as ``colour``.
@@ -91,12 +91,12 @@ class Scene:
 
     @property
     def is_full(self) -> bool:
-        """Whether every attribute is asked."""
+        """Whether every attribute is given."""
         return all(getattr(self, field.name) is not None for field in fields(self))
 
 
 def parse_prompt(text: str) -> Scene:
-    """Reads "[number] [colour] shape(s) [on background]".
+    """Parse "[number] [colour] shape(s) [on background]".
 
     Raises:
         ValueError: For a word outside the vocabulary (names it and the closest one) or in the wrong place.
@@ -130,18 +130,18 @@ def all_scenes() -> list[Scene]:
 
 
 def full_prompts() -> list[str]:
-    """Prompts that ask for everything: what ``sd3-count`` trains on."""
+    """List the prompts that ask for everything: ``sd3-count`` trains on them."""
     return [scene.prompt for scene in all_scenes()]
 
 
 def open_prompts() -> list[str]:
-    """Prompts that leave at least colour and background open: for rewards on what is not asked."""
+    """List prompts that leave at least colour and background open: for rewards on what is not asked."""
     counts = (None, *NUMBERS.values())
     return [Scene(count, None, shape, None).prompt for count in counts for shape in (None, *SHAPES)]
 
 
 def complete(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Fills the open attributes of ``scene`` at random, uniformly."""
+    """Fill the open attributes of ``scene`` at random, uniformly."""
     count = scene.count or int(rng.choice(list(NUMBERS.values())))
     shape = scene.shape or str(rng.choice(SHAPES))
     colour, background = scene.colour, scene.background
@@ -153,12 +153,12 @@ def complete(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def draw(scene: Scene, rng: np.random.Generator, size: int = 64, *, free: bool = False) -> NDArray[np.uint8]:
-    """Draws one picture of ``scene``; open attributes, positions and sizes are random.
+    """Draw one picture of ``scene``; open attributes, positions and sizes are random.
 
     Objects neither touch each other nor leave the picture; edges are anti-aliased.
 
     Args:
-        scene: What to draw.
+        scene: The scene to draw.
         rng: Source of all randomness; the same state draws the same picture.
         size: Height and width in pixels.
         free: Any positions and sizes, instead of one object in each quadrant at most.
@@ -186,7 +186,7 @@ class Placed(NamedTuple):
 
 
 def paint(objects: Sequence[Placed], background: str, size: int = 64) -> NDArray[np.uint8]:
-    """Draws objects that do not touch each other, with anti-aliased edges.
+    """Draw objects that do not touch each other, with anti-aliased edges.
 
     Returns:
         Array (size, size, 3), uint8 RGB.
@@ -209,7 +209,7 @@ def _noun(shape: str, plural: bool) -> str:
 
 
 def _place(count: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Circles (x, y, radius) in random quadrants, all of one size."""
+    """Draw circles (x, y, radius) in random quadrants, all of one size."""
     radius = rng.uniform(*_RADII)
     quadrants = rng.choice(4, size=count, replace=False)
     jitter = rng.uniform(-_JITTER, _JITTER, size=(count, 2))
@@ -217,7 +217,7 @@ def _place(count: int, rng: np.random.Generator) -> list[tuple[float, float, flo
 
 
 def _place_freely(count: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Random circles (x, y, radius) in the 64-pixel square that keep their distance."""
+    """Draw random circles (x, y, radius) in the 64-pixel square that keep their distance."""
     while True:
         base = rng.uniform(*_FREE_RADII[count])
         placed: list[tuple[float, float, float]] = []
@@ -231,7 +231,7 @@ def _place_freely(count: int, rng: np.random.Generator) -> list[tuple[float, flo
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float) -> None:
-    """Draws ``shape`` within the circle around (x, y)."""
+    """Draw ``shape`` within the circle around (x, y)."""
     if shape == "circle":
         r = 0.9 * radius
         pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
@@ -241,7 +241,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius
 
 
 def _outlines() -> dict[str, NDArray[np.float64]]:
-    """Corners (n, 2) of every shape but the circle, in the unit circle, y downwards."""
+    """Compute the corners (n, 2) of every shape but the circle, in the unit circle, y downwards."""
 
     def on_circle(degrees: list[float], radii: list[float]) -> NDArray[np.float64]:
         angle = np.deg2rad(degrees)

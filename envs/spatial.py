@@ -17,7 +17,7 @@ from flowrl.envs.prompts import Prompt
 from flowrl.envs.shapes import Placed, paint
 
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""Where the first thing lies, seen from the second: steps to the right and down."""
+"""Place of the first thing, seen from the second: steps to the right and down."""
 OPPOSITE: dict[str, str] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 COLOURS: tuple[str, ...] = ("red", "yellow", "green", "blue")
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
@@ -63,17 +63,17 @@ class Pair:
 
     @property
     def things(self) -> tuple[Thing, Thing]:
-        """Both."""
+        """Both things."""
         return self.first, self.second
 
     @property
     def reversed(self) -> Pair:
-        """The same things the other way round: what the prompt does not ask for."""
+        """The same things the other way round, which the prompt does not ask for."""
         return Pair(self.first, OPPOSITE[self.relation], self.second)
 
 
 def parse_pair(text: str) -> Pair:
-    """Reads "a [colour] shape RELATION a [colour] shape".
+    """Parse "a [colour] shape RELATION a [colour] shape".
 
     Raises:
         ValueError: For any other text; says the form and the words.
@@ -100,7 +100,7 @@ def all_pairs() -> list[Pair]:
 
 
 def pair_prompts() -> list[str]:
-    """Prompts that ask for everything: what ``sd3-spatial`` trains on.
+    """List the prompts that ask for everything: ``sd3-spatial`` trains on them.
 
     All eight of the same two things are a group: when it is held out, training sees the two together in no order.
     """
@@ -108,12 +108,12 @@ def pair_prompts() -> list[str]:
 
 
 def draw_pair(pair: Pair, rng: np.random.Generator, size: int = 64) -> NDArray[np.uint8]:
-    """Draws one picture of ``pair``, whose colours are given; sizes and places are random.
+    """Draw one picture of ``pair``, whose colours are given; sizes and places are random.
 
     The things neither touch each other nor leave the picture.
 
     Args:
-        pair: What to draw.
+        pair: The pair to draw.
         rng: Source of all randomness; the same state draws the same picture.
         size: Height and width in pixels.
 

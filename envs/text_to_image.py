@@ -40,7 +40,7 @@ class TextToImageConfig:
     stabilityai/stable-diffusion-3.5-medium, which "auto" takes where there is a CUDA device and its files can be had
     (in the cache, or the hub answers for them), and else a shipped one."""
     reward: str = "auto"
-    """What to score: "auto" is the reward in the environment's name; or another registered one, module:name,
+    """Reward: "auto" is the one in the environment's name; or another registered one, module:name,
     winrate(NAME) (share of the samples of the same prompt that are beaten), or a weighted sum of them written
     NAME[:WEIGHT[:NORMALISATION]]+..., as clip:0.7+aesthetic:0.3; NORMALISATION is fixed, running or group."""
     reward_options: tuple[str, ...] = ()
@@ -70,13 +70,13 @@ class TextToImageConfig:
 
 
 class TextToImageEnv(GenerationEnv):
-    """The sample is an image (3, H, W) with values in [0, 1], the context a prompt.
+    """A text-to-image task: the sample is an image (3, H, W) with values in [0, 1], the context a prompt.
 
     Args:
         flow: Source of the flow, see `source_of`.
         prompts: Prompts to draw contexts from.
         reward: `(images (B, 3, H, W) in [0, 1], B prompts) -> (B,)`, or a `RewardOutput`.
-        reward_name: What the head of a run says of the reward.
+        reward_name: Description of the reward for the head of a run.
         held_out: Prompts that are never drawn, for evaluation.
     """
 
@@ -105,12 +105,12 @@ class TextToImageEnv(GenerationEnv):
         self.reward_name = reward_name or getattr(reward, "description", getattr(reward, "__name__", "custom"))
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward of images (B, 3, H, W)."""
+        """Reward images (B, 3, H, W)."""
         output = self.reward_function(samples, contexts)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward of images (B, 3, H, W) of training, after a mixture's running statistics have taken them in."""
+        """Reward images (B, 3, H, W) of training, after a mixture's running statistics have taken them in."""
         if isinstance(self.reward_function, MixtureReward):
             return self.reward_function.observe(samples, contexts)
         return self.reward(samples, contexts)
@@ -121,11 +121,11 @@ class TextToImageEnv(GenerationEnv):
             self.reward_function.all_gather = all_gather
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Running statistics of a mixture."""
+        """Give the running statistics of a mixture."""
         return self.reward_function.extra_state() if isinstance(self.reward_function, MixtureReward) else {}
 
     def describe(self) -> list[str]:
-        """Lines for the head of a run."""
+        """Write lines for the head of a run."""
         prompts = f"prompts: {len(self.contexts)}"
         prompts += f" to train on, {len(self.held_out)} held out" if self.held_out else ""
         prompts += "" if self.shares is None else ", drawn in proportion to their weights"
@@ -149,7 +149,7 @@ def embedded_for(reward: str) -> str:
 
 
 def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str] | str:
-    """Prompts that suit the reward: the small worlds' own for embedded flows and for counting."""
+    """Choose prompts that suit the reward: the small worlds' own for embedded flows and for counting."""
     from flowrl.envs.shapes import full_prompts, open_prompts
     from flowrl.envs.spatial import pair_prompts
     from flowrl.envs.words import word_prompts
@@ -195,7 +195,7 @@ def _factory(reward: str) -> Callable[..., TextToImageEnv]:
 
 
 def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
-    """Algorithm settings that suit a text-to-image flow, the embedded one or a large one, and a reward."""
+    """Recommend algorithm settings for a text-to-image flow, the embedded one or a large one, and a reward."""
     name = chosen_sd3(embedded_for(reward))[0] if flow in ("auto", "sd3") else flow
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
     if name in OWN:

@@ -58,17 +58,17 @@ def all_signs() -> list[Sign]:
 
 
 def word_prompts() -> list[str]:
-    """Prompts that ask for everything: what ``sd3-ocr`` trains on."""
+    """List the prompts that ask for everything: ``sd3-ocr`` trains on them."""
     return [sign.prompt for sign in all_signs()]
 
 
 def draw_sign(sign: Sign, rng: np.random.Generator, size: int = 64) -> NDArray[np.uint8]:
-    """Draws one picture of ``sign``, whose colours are given; the line that the letters stand on is random.
+    """Draw one picture of ``sign``, whose colours are given; the line that the letters stand on is random.
 
     The letters are Pillow's own font.
 
     Args:
-        sign: What to draw.
+        sign: The sign to draw.
         rng: Source of all randomness; the same state draws the same picture.
         size: Height and width in pixels.
 

@@ -41,7 +41,7 @@ def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
     Args:
         cls: A dataclass.
         values: By the name of the field; unknown names are passed over.
-        what: Put before the name in the message.
+        what: Prefix of the name in the message.
 
     Raises:
         ConfigError: One does not, or is NaN, or larger than numbers are here.

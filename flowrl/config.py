@@ -1,4 +1,4 @@
-"""Settings that every algorithm has. A subclass of `FlowConfig` adds its own, each stated once."""
+"""Settings of every algorithm. A subclass of `FlowConfig` adds its own, each stated once."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class FlowConfig:
             raise ConfigError(message)
 
     def parts(self) -> int:
-        """Entries of a sample that minibatches are made of: 1, or the recorded steps of its path."""
+        """Count the entries of minibatches that a sample makes: 1, or the recorded steps of its path."""
         return 1
 
     def entries_per_epoch(self) -> int:
@@ -144,13 +144,13 @@ class FlowConfig:
             )
 
     def of_one_rank(self, count: int) -> FlowConfig:
-        """Settings under which a single process holds what each of `count` ranks does, or a group's samples more."""
+        """Make the settings for predicting one rank's memory."""
         n_samples = -(-self.n_samples // (count * self.group_size)) * self.group_size
         chunk = self.rollout_batch_size // count
         chunk = next(n for n in range(chunk, n_samples + 1) if n_samples % n == 0) if chunk else 0
         return replace(self, n_samples=n_samples, rollout_batch_size=chunk, batch_size=self.batch_size // count)
 
     def updates_per_iteration(self) -> int:
-        """Gradient steps per iteration."""
+        """Count the gradient steps per iteration."""
         minibatches = self.n_epochs * -(-self.entries_per_epoch() // self.batch_size)
         return -(-minibatches // self.accumulation)

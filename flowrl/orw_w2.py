@@ -78,7 +78,7 @@ class ORWCFMW2(FlowAlgorithm):
         return copies | {"behaviour"} if config.target == "residual" else copies
 
     def weigh(self, rollout: Batch) -> torch.Tensor:
-        """Weights `w = exp(tau r)` (B,)."""
+        """Compute weights `w = exp(tau r)` (B,)."""
         n = len(self.env.core.contexts)
         reward = standardise(rollout.reward, self.config.standardise, rollout.context_ids, n)
         return reward_weights(reward, self.config.tau, self.config.weight_normalisation, rollout.context_ids, n)
@@ -96,11 +96,11 @@ class ORWCFMW2(FlowAlgorithm):
         return {"ess": text + (wide if config.standardise == "none" else "") + "."}
 
     def penalty(self, t: torch.Tensor) -> torch.Tensor:
-        """Coefficient (B,) of `|v - v_ref|^2` at times t."""
+        """Compute the coefficient (B,) of `|v - v_ref|^2` at times t."""
         return torch.full_like(t, self.config.alpha)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Eq. 12 of the paper, or its residual form, on fresh noise and times."""
+        """Compute eq. 12 of the paper, or its residual form, on fresh noise and times."""
         batch, x_0 = self.couple(batch)
         pair = self.pair(batch, x_0)
         v, w, penalty = self.velocity(pair), batch.weight, self.penalty(pair.t)
@@ -163,5 +163,5 @@ class ORWCFMKL(ORWCFMW2):
     kind = "endpoint-kl"
 
     def penalty(self, t: torch.Tensor) -> torch.Tensor:
-        """`alpha t / (1 - t)`, clipped near t = 1."""
+        """Compute `alpha t / (1 - t)`, clipped near t = 1."""
         return self.config.alpha * kl_time_weight(t)

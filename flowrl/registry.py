@@ -1,4 +1,4 @@
-"""Names of algorithms and environments, and how a name on the command line becomes a class.
+"""Names of algorithms and environments, and their look-up.
 
 A name is either registered ("orw_w2") or points into any importable module
 ("mypkg.algos:MyAlgo", "mypkg.envs:my-env"), so that third parties need no fork.
@@ -23,14 +23,14 @@ class EnvSpec:
     """A registered environment.
 
     Attributes:
-        name: What `--env` takes; Gymnasium's id is `flowrl/NAME-vVERSION`.
+        name: Name for `--env`; Gymnasium's id is `flowrl/NAME-vVERSION`.
         factory: `factory(config) -> GenerationEnv`.
         config: A frozen dataclass instance; its fields are the `--env.X` settings.
         recommended: `recommended(config) -> {setting: value}`: algorithm settings that suit this environment,
             used for every setting that the user does not give. A key is a setting's name, or `"KIND.setting"` for
             algorithms of one kind (docs/how-to/algorithm.md), so that a new one starts with them; shipped environments
             name no algorithm, but `"ALGO.setting"` works too.
-        total_timesteps: How many samples `flowrl.run` trains on unless told otherwise.
+        total_timesteps: Default number of samples of a `flowrl.run`.
         summary: One line for the list of environments.
         differentiable: Whether its own reward has a gradient by the samples, as methods that learn from it need; None
             where that is not known.
@@ -70,7 +70,7 @@ ENVIRONMENTS: dict[str, EnvSpec] = {}
 
 
 def register_algorithm(name: str) -> Callable[[type], type]:
-    """Class decorator: `@register_algorithm("my_algo")` makes the class known as `--algo my_algo`."""
+    """Decorate a class: `@register_algorithm("my_algo")` makes it known as `--algo my_algo`."""
 
     def register(cls: type) -> type:
         if ALGORITHMS.get(name, cls).__qualname__ != cls.__qualname__:
@@ -83,7 +83,7 @@ def register_algorithm(name: str) -> Callable[[type], type]:
 
 
 def algorithm_class(name: str) -> type:
-    """Class of a registered name or of `module:Class`.
+    """Look up the class of a registered name or of `module:Class`.
 
     Raises:
         UnknownNameError: No such name; the message names the closest.
@@ -100,7 +100,7 @@ def algorithm_class(name: str) -> type:
 
 
 def environment_spec(name: str) -> EnvSpec:
-    """Spec of a registered name, of `module:name` (the module registers it), or of a Gymnasium id.
+    """Look up the spec of a registered name, of `module:name` (the module registers it), or of a Gymnasium id.
 
     Raises:
         UnknownNameError: No such name; the message names the closest.
@@ -123,8 +123,8 @@ def named_by_a_file(file: str, remedy: str) -> Iterator[None]:
     """Make a context in which names come from a file, which may be somebody else's: nothing new is imported.
 
     Args:
-        file: Which, for the message of the error.
-        remedy: How a user says that a module is to be imported.
+        file: Name of the file, for the message of the error.
+        remedy: Way for a user to have a module imported, for that message.
     """
     token = _NAMED_BY.set((file, remedy))
     try:

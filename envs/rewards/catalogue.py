@@ -1,4 +1,4 @@
-"""Rewards by name: `register_reward`, and `make_reward` for what `--env.reward` takes."""
+"""Rewards by name: `register_reward`, and `make_reward` for `--env.reward`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RewardEntry:
     """A registered reward.
 
     Attributes:
-        name: What `--env.reward` takes.
+        name: Name for `--env.reward`.
         factory: Makes the reward; its keyword parameters are the reward's options.
         summary: One line for people.
     """
@@ -44,7 +44,7 @@ REWARDS: dict[str, RewardEntry] = {}
 
 
 def register_reward(name: str) -> Callable[[Any], Any]:
-    """Decorator that makes a reward known to `--env.reward NAME`.
+    """Decorate a reward: it becomes known to `--env.reward NAME`.
 
     On a class, the constructor's parameters (all with defaults, of type str, int, float, bool or Path) are its
     options: `--env.reward-options NAME.PARAMETER=VALUE`. On a function, the function itself is the reward.
@@ -70,7 +70,7 @@ def register_reward(name: str) -> Callable[[Any], Any]:
 
 
 def reward_entry(name: str) -> RewardEntry:
-    """Entry of a registered name, or of `module:name` (the module registers it).
+    """Look up the entry of a registered name, or of `module:name` (the module registers it).
 
     Raises:
         UnknownNameError: No such name; names the closest.
@@ -89,7 +89,7 @@ def reward_entry(name: str) -> RewardEntry:
 
 
 def make_reward(name: str, options: Mapping[str, str] | None = None) -> RewardFunction:
-    """Reward of a registered name.
+    """Make the reward of a registered name.
 
     Args:
         name: "aesthetic", or "module:name".
@@ -111,7 +111,7 @@ def make_reward(name: str, options: Mapping[str, str] | None = None) -> RewardFu
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, dict[str, str]]:
-    """`("aesthetic.head=a.pth", "clip.model=b")` -> `{"aesthetic": {"head": "a.pth"}, "clip": {"model": "b"}}`.
+    """Parse `("aesthetic.head=a.pth", "clip.model=b")` to `{"aesthetic": {"head": "a.pth"}, "clip": {"model": "b"}}`.
 
     Raises:
         ConfigError: Not of the form REWARD.OPTION=VALUE.
@@ -135,7 +135,7 @@ def check_options(options: Iterable[str], chosen: Iterable[str]) -> None:
 
 
 def _converted(text: str, kind: Any, name: str) -> Any:
-    """`text` as the first of the types of an annotation (`int`, `str | None`, ...) that it can be read as."""
+    """Convert `text` to the first type of an annotation (`int`, `str | None`, ...) that it can be read as."""
     kinds = [k for k in get_args(kind) or (kind,) if k is not type(None)]
     for k in (bool, int, float, Path, str):
         if k not in kinds:
@@ -163,7 +163,7 @@ class ModelReward(ABC):
     _device: torch.device | None = None
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1] with their prompts."""
+        """Reward images (B, 3, H, W) in [0, 1] with their prompts."""
         if images.device != self._device:
             for module in self.modules:
                 module.to(images.device).requires_grad_(False)

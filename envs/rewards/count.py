@@ -1,4 +1,4 @@
-"""Does a picture show what its prompt asks for? Count, colour, shape and background by image analysis.
+"""Agreement of a picture with its prompt: count, colour, shape and background by image analysis.
 
 For pictures of the world of ``flowrl.envs.shapes``: flat objects of one colour on a flat background.
 """
@@ -61,13 +61,13 @@ class CountReward:
     takes = UNIT
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], in [0, 1]; see `count_components`."""
+        """Reward images (B, 3, H, W) in [0, 1], with values in [0, 1]; see `count_components`."""
         parts = count_components(images, prompts)
         return RewardOutput(parts.pop("score"), parts)
 
 
 def count_components(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Scores pictures attribute by attribute.
+    """Score pictures attribute by attribute.
 
     Args:
         images: (B, 3, H, W) in [0, 1], any device.
@@ -94,7 +94,7 @@ def count_components(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor
 
 
 def analyse(images: Tensor) -> list[Finding]:
-    """Finds background and objects in each of the ``images`` (B, 3, H, W) in [0, 1]."""
+    """Find background and objects in each of the ``images`` (B, 3, H, W) in [0, 1]."""
     pixels = images.detach().float().cpu().clamp(0, 1).mul(255).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
     _templates()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -102,7 +102,7 @@ def analyse(images: Tensor) -> list[Finding]:
 
 
 def _judge(finding: Finding, asked: Scene) -> tuple[bool, bool, bool, bool]:
-    """Background, colour, count and shape right or not; objects must all agree."""
+    """Judge whether background, colour, count and shape are right; objects must all agree."""
     return (
         asked.background in (None, finding.background),
         asked.colour is None or set(finding.colours) == {asked.colour},
@@ -112,7 +112,7 @@ def _judge(finding: Finding, asked: Scene) -> tuple[bool, bool, bool, bool]:
 
 
 def _find(pixels: FloatArray) -> Finding:
-    """Analyses one picture, (H, W, 3) in [0, 255]."""
+    """Analyse one picture, (H, W, 3) in [0, 255]."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
     objects, stray = _objects(pixels, ground)
@@ -133,7 +133,7 @@ Object = tuple[FloatArray, FloatArray, tuple[float, float]]
 
 
 def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[Object], int]:
-    """Colour (3,), cover (h, w) in [0, 1] and centre of each object, and the number of stray foreground pixels."""
+    """Find colour (3,), cover (h, w) in [0, 1] and centre of each object, and the number of stray foreground pixels."""
     from scipy import ndimage  # here: importing it takes longer than all of flowrl does
 
     min_area = _MIN_AREA * pixels.shape[0] * pixels.shape[1] / 64**2
@@ -164,7 +164,7 @@ def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[Object], int]
 
 
 def _components(mask: NDArray[np.bool_]) -> list[tuple[tuple[slice, slice], NDArray[np.bool_]]]:
-    """Bounding box and mask within it of every connected part of ``mask``."""
+    """Find bounding box and mask within it of every connected part of ``mask``."""
     from scipy import ndimage
 
     labels, _ = ndimage.label(mask)
@@ -185,7 +185,7 @@ def _on_grid(cover: FloatArray) -> FloatArray:
 
 
 def _classify(covers: list[FloatArray]) -> tuple[list[str], FloatArray]:
-    """Shape of each cover, and its correlation (n,) with the mean look of that shape."""
+    """Classify the shape of each cover, with its correlation (n,) with the mean look of that shape."""
     if not covers:
         return [], np.zeros(0, dtype=np.float32)
     templates, directions, offsets = _templates()
@@ -196,7 +196,7 @@ def _classify(covers: list[FloatArray]) -> tuple[list[str], FloatArray]:
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Linear discriminant analysis of drawn examples, sharp and blurred.
+    """Fit a linear discriminant analysis to drawn examples, sharp and blurred.
 
     Returns:
         The mean look of each shape (n shapes, n cells), norm 1, and the directions (n shapes, n cells) and

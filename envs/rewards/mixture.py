@@ -1,4 +1,4 @@
-"""Weighted sums of rewards: what `--env.reward "clip:0.5+aesthetic:0.5"` means."""
+"""Weighted sums of rewards: the meaning of `--env.reward "clip:0.5+aesthetic:0.5"`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PartSpec:
         name: Name of the reward, without `winrate(...)`.
         win_rate: Whether shares of wins take the place of its values.
         weight: None where none was written.
-        normalisation: What its values are divided by.
+        normalisation: Normalisation of its values.
     """
 
     name: str
@@ -49,7 +49,7 @@ class PartSpec:
 
 
 def parse_mixture(text: str) -> list[PartSpec]:
-    """Parts of what `--env.reward` takes. The first field of a part that is a number is its weight.
+    """Parse the parts of an `--env.reward`. The first field of a part that is a number is its weight.
 
     Raises:
         ConfigError: Not of that form, or a reward twice.
@@ -78,7 +78,7 @@ def _parse_part(part: str, text: str) -> PartSpec:
 
 
 def make_mixture(text: str, options: Mapping[str, Mapping[str, str]] | None = None) -> RewardFunction:
-    """Reward of what `--env.reward` takes: a mixture, or for a single name without weight the reward itself.
+    """Make the reward of an `--env.reward`: a mixture, or for a single name without weight the reward itself.
 
     Args:
         text: "clip", "clip:0.7+aesthetic:0.3:running", "winrate(clip)", ...
@@ -129,13 +129,13 @@ class RunningStatistics:
         self.state = torch.stack([n + m, mean + gap * m / (n + m), squares])
 
     def standard_score(self, values: torch.Tensor) -> torch.Tensor:
-        """`(values - mean) / standard deviation`; 0 where all that was seen is equal to the mean."""
+        """Compute `(values - mean) / standard deviation`; 0 where all that was seen is equal to the mean."""
         n, mean, squares = self.state
         return _divided(values - mean, (squares / n).sqrt())
 
 
 def _divided(deviation: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Deviations by their standard deviation, which in float64 is exactly 0 for equal float32 values."""
+    """Divide deviations by their standard deviation, which in float64 is exactly 0 for equal float32 values."""
     return deviation / torch.where(spread > 0, spread, 1.0)
 
 
@@ -185,7 +185,7 @@ class MixtureReward:
         )
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], with the running statistics as they are.
+        """Reward images (B, 3, H, W) in [0, 1], with the running statistics as they are.
 
         Raises:
             RewardError: A part is not one finite number per sample.
@@ -198,7 +198,7 @@ class MixtureReward:
         return self._mixed(images, prompts, observe=True)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Running statistics (3,) float64 by the name of the part; a checkpoint writes into them."""
+        """Give running statistics (3,) float64 by the name of the part; a checkpoint writes into them."""
         return {label: statistics.state for label, statistics in self.running.items()}
 
     def _mixed(self, images: torch.Tensor, prompts: Sequence[str], observe: bool) -> RewardOutput:

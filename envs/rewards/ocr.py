@@ -1,4 +1,4 @@
-"""Does a picture show the asked text? By a recogniser of text, without a detector."""
+"""Legibility of the asked text in a picture, by a text recogniser without a detector."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class OCRReward:
         self.description = "log-likelihood per letter of the asked text (PP-OCRv6), best of overlapping strips"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Reward of images (B, 3, H, W) in [0, 1], in [log(1e-7), 0], on the CPU.
+        """Reward images (B, 3, H, W) in [0, 1], with values in [log(1e-7), 0], on the CPU.
 
         Raises:
             ConfigError: A prompt that asks for no text, or for letters that the recogniser does not know.
@@ -109,7 +109,7 @@ class OCRReward:
         return torch.tensor([self.index[letter] for letter in text])
 
     def _spelled(self, probability: torch.Tensor) -> list[str]:
-        """Likeliest letter of each frame, repetitions and blanks left out: probabilities (N, T, letters) -> N texts."""
+        """Spell the likeliest letters of frames (N, T, letters), repetitions and blanks left out: N texts."""
         best = probability.argmax(2)
         keep = best != 0
         keep[:, 1:] &= best[:, 1:] != best[:, :-1]
@@ -134,7 +134,7 @@ def asked_text(prompt: str) -> str:
 
 
 def log_likelihood(probability: torch.Tensor, targets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Log-likelihood per letter (N,) of texts under frames of probabilities (N, T, letters); letter 0 is the blank."""
+    """Compute the log-likelihood per letter (N,) of texts under frames (N, T, letters); letter 0 is the blank."""
     lengths = torch.tensor([len(target) for target in targets])
     log_p = probability.clamp_min(LEAST).log().transpose(0, 1)  # (T, N, letters)
     frames = torch.full((len(targets),), len(log_p))
@@ -143,7 +143,7 @@ def log_likelihood(probability: torch.Tensor, targets: Sequence[torch.Tensor]) -
 
 
 def _recogniser() -> tuple[Any, list[str]]:
-    """Session of the recogniser, and its letters: the blank first."""
+    """Load the recogniser: its session and its letters, the blank first."""
     try:
         import onnxruntime
         import rapidocr

@@ -22,7 +22,7 @@ MODES: dict[int, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
 
 
 def from_pretrained(cls: Any, name: str, option: str, hint: str = "", **kwargs: Any) -> Any:
-    """`cls.from_pretrained(name)` of a transformers class.
+    """Call `cls.from_pretrained(name)` of a transformers class.
 
     Args:
         cls: Class of a model, processor, tokenizer or config.
@@ -42,7 +42,7 @@ def from_pretrained(cls: Any, name: str, option: str, hint: str = "", **kwargs: 
 
 
 def load_model(cls: Any, name: str, option: str, hint: str = "") -> Any:
-    """Frozen float32 network of a folder or hub name, read from safetensors; the arguments of `from_pretrained`.
+    """Load a frozen float32 network of a folder or hub name from safetensors; arguments as of `from_pretrained`.
 
     Raises:
         ModelLoadError: It cannot be had, or lacks weights (transformers would draw those at random).
@@ -57,7 +57,7 @@ def load_model(cls: Any, name: str, option: str, hint: str = "") -> Any:
 
 
 def published_file(repository: str, file: str, option: str, hint: str = "") -> str:
-    """Path of a file of a hub repository, downloaded where it is not in the cache.
+    """Fetch a file of a hub repository, downloaded where it is not in the cache; gives its path.
 
     Raises:
         ModelLoadError: It cannot be had.
@@ -69,7 +69,7 @@ def published_file(repository: str, file: str, option: str, hint: str = "") -> s
 
 
 def read_state(file: str | Path) -> dict[str, Any]:
-    """Content of a file of weights: safetensors, or a .pt or .pth of which weights only are read.
+    """Read a file of weights: safetensors, or a .pt or .pth, of which only weights are read.
 
     Raises:
         ModelLoadError: Missing, damaged, or holding anything but weights.
@@ -111,7 +111,7 @@ def _message(what: str, error: Exception, option: str, kind: str, hint: str) -> 
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """Resize, crop and normalise images on their device.
+    """Resizing, cropping and normalisation of images, on their device.
 
     Attributes:
         resize: Height and width in pixels; or the length of the shorter side (with `pad`, of the longer side).
@@ -160,7 +160,7 @@ class ImagePreprocessing:
         return preprocessing
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] as the network takes them, float32."""
+        """Prepare images (B, 3, H, W) in [0, 1] for the network, float32."""
         size = self._resized(*images.shape[2:])
         pixels = nn.functional.interpolate(
             images.float(), size=size, mode=self.mode, antialias=True, align_corners=False
@@ -184,7 +184,7 @@ class ImagePreprocessing:
         return max(int(height * scale), self.resize), max(int(width * scale), self.resize)
 
     def _compare(self, processor: Any, name: str) -> None:
-        """Ramps in all directions, through both: flips, other crops, channels and scales show."""
+        """Compare with the processor on ramps in all directions: flips, other crops, channels and scales show."""
         y, x = np.mgrid[0:300, 0:340] / 340
         picture = (255 * np.stack([y, x, (1 - x) * (1 - y)], axis=2)).round().astype(np.uint8)
         theirs = processor(images=[Image.fromarray(picture)], return_tensors="pt")["pixel_values"].float()

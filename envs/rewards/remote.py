@@ -35,7 +35,7 @@ _JITTER = random.Random()  # of its own: training's random numbers stay as seede
 
 
 class _TransientError(Exception):
-    """An attempt that failed in a way that may pass; `wait` is what the server asked for, in seconds."""
+    """An attempt that failed in a way that may pass; `wait`: the seconds that the server asked for."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -97,7 +97,7 @@ class RemoteReward:
             self._headers["Authorization"] = f"Bearer {token}"
 
     def __call__(self, samples: torch.Tensor, contexts: Sequence[Any]) -> RewardOutput:
-        """Reward of samples (B, *sample_shape), with the components that the server gives.
+        """Reward samples (B, *sample_shape), with the components that the server gives.
 
         Args:
             samples: On any device.
@@ -125,7 +125,7 @@ class RemoteReward:
         return self._joined([future.result() for future in futures])
 
     def _client(self) -> httpx2.Client:
-        """Connections of one call: no proxies and no credentials of the environment, and redirects are not followed."""
+        """Open connections for one call: no proxies or credentials of the environment; redirects are not followed."""
         import httpx2
 
         return httpx2.Client(
@@ -136,7 +136,7 @@ class RemoteReward:
         )
 
     def _score(self, samples: torch.Tensor, contexts: Sequence[Any], start: int, ask: _Asking) -> RewardOutput:
-        """Reward of one batch, which begins at `start`."""
+        """Ask for the reward of one batch, which begins at `start`."""
         end = min(start + self.batch_size, len(samples))
         encoding = self.encoding
         if encoding == "auto":
@@ -194,7 +194,7 @@ class RemoteReward:
         raise RewardError(f"The reward server {self.url} answered with {said}, at attempt {attempt}. {remedy}")
 
     def _post(self, body: bytes, client: httpx2.Client) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers, and as much of the body as is read at most.
+        """Send the request; give status, headers, and the body, cut at the most that is read.
 
         Raises:
             _TransientError: There is no whole answer within the time.
@@ -232,7 +232,7 @@ class RemoteReward:
         return response.status_code, response.headers, bytes(data)
 
     def _joined(self, outputs: list[RewardOutput]) -> RewardOutput:
-        """Batches as one."""
+        """Join batches to one."""
         names = outputs[0].components.keys()
         for output in outputs:
             if output.components.keys() != names:
@@ -290,7 +290,7 @@ def _check_url(url: str) -> None:
 
 @lru_cache(maxsize=1)
 def _tls() -> ssl.SSLContext:
-    """Checks of certificates, by the system's authorities (or those that SSL_CERT_FILE names)."""
+    """Make a context that checks certificates by the system's authorities (or those that SSL_CERT_FILE names)."""
     return ssl.create_default_context()
 
 
@@ -312,7 +312,7 @@ def _reason(error: Exception, begun: bool) -> str:
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds that a Retry-After header (seconds, or a date) asks to wait; None when there is no sense in it."""
+    """Read the seconds to wait from a Retry-After header (seconds, or a date); None where it makes no sense."""
     if text is None:
         return None
     if text.strip().isdecimal():

@@ -38,7 +38,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def encode_request(samples: torch.Tensor, contexts: Sequence[Any], encoding: str) -> bytes:
-    """Samples with their contexts as the body of a request.
+    """Encode samples with their contexts as the body of a request.
 
     Args:
         samples: (B, *sample_shape), on any device; for "png" (B, 3, H, W) with values in [0, 1].
@@ -58,7 +58,7 @@ def encode_request(samples: torch.Tensor, contexts: Sequence[Any], encoding: str
 
 
 def decode_request(body: bytes, max_batch: int) -> tuple[torch.Tensor, list[Any]]:
-    """Samples (B, *sample_shape) as float32 on the CPU, and B contexts; trusts nothing in the body.
+    """Decode samples (B, *sample_shape) as float32 on the CPU, and B contexts; trusts nothing in the body.
 
     Raises:
         RewardError: Not of this format, or beyond its limits. The message is fit to be sent to the client.
@@ -82,13 +82,13 @@ def decode_request(body: bytes, max_batch: int) -> tuple[torch.Tensor, list[Any]
 
 
 def encode_reply(output: RewardOutput) -> bytes:
-    """Reward and components (B,) as the body of a reply."""
+    """Encode reward and components (B,) as the body of a reply."""
     components = {name: values.tolist() for name, values in output.components.items()}
     return json.dumps({"reward": output.reward.tolist(), "components": components}, allow_nan=False).encode()
 
 
 def decode_reply(body: bytes, n_samples: int) -> RewardOutput:
-    """Reward and components, float32 (n_samples,) on the CPU.
+    """Decode reward and components, float32 (n_samples,) on the CPU.
 
     Raises:
         RewardError: Not of this format, or not one finite number per sample.
@@ -173,7 +173,7 @@ def _decode_sample(text: Any, encoding: str, shape: tuple[int, ...], name: str) 
 
 
 def _decode_png(data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """Pixels (3, H, W) in [0, 1]. The header is compared with the shape before anything is decompressed."""
+    """Decode pixels (3, H, W) in [0, 1]. The header is compared with the shape before anything is decompressed."""
     if len(data) < _PNG_HEADER.size:
         raise RewardError(f"{name} is no PNG file.")
     signature, chunk, width, height, depth, colour = _PNG_HEADER.unpack_from(data)

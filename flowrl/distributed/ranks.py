@@ -1,8 +1,8 @@
 """Ranks: the processes of a job that train one flow together, each on a device of its own, through accelerate.
 
-Settings count over all ranks: with twice the ranks each does half of every batch, and the run is the same run. What
-is random is drawn alike on every rank (`SharedGenerator`) for the rows of all; each rank takes its own. Rows of a
-batch are divided in consecutive parts, one a rank.
+Settings count over all ranks: with twice the ranks each does half of every batch, and the run is the same run. Every
+rank draws the same random numbers (`SharedGenerator`), for the rows of all, and keeps its own. Rows of a batch are
+sharded in consecutive parts, one a rank.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from flowrl.errors import ConfigError
 
 
 class Ranks:
-    """This process among those that train together. One alone gives every method's argument back as it is.
+    """This process among those that train together. Alone, every method gives its argument back.
 
     Args:
-        accelerator: accelerate's, where there are several.
+        accelerator: The `Accelerator` of accelerate, where there are several ranks.
 
     Attributes:
-        index: Which rank this is.
-        count: How many there are.
+        rank: Number of this rank, from 0.
+        world_size: Number of ranks.
     """
 
     def __init__(self, accelerator: Any = None) -> None:
@@ -39,7 +39,7 @@ class Ranks:
 
     @property
     def device(self) -> torch.device | None:
-        """Where this rank computes; None for a single process, which may choose."""
+        """The device of this rank; None for a single process, which may choose."""
         device = None if self.accelerator is None else self.accelerator.device
         return torch.device("cpu") if device is not None and device.type == "cpu" else device  # not "cpu:0"
 
@@ -125,7 +125,7 @@ class Ranks:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank keeps a part of every weight (FSDP), not all weights."""
+        """Whether weights are sharded over ranks (FSDP), not replicated."""
         return self.world_size > 1 and self.accelerator.distributed_type.name == "FSDP"
 
     def prepare(
@@ -133,8 +133,8 @@ class Ranks:
     ) -> nn.Module:
         """Wrap the network to train through: gradients of its backward pass are means over all ranks.
 
-        With FSDP the network and its copies (other networks, that are not trained) are divided among the ranks, in
-        place; their parameters, and the optimizer's, are others then.
+        With FSDP the network and its copies (further networks that are not trained) are sharded over the ranks, in
+        place; their parameters, and the optimizer's, are new objects then.
 
         Raises:
             ConfigError: accelerate was configured for a way of training that is not supported.
@@ -160,7 +160,7 @@ class Ranks:
         return nullcontext() if self.world_size == 1 or self.is_sharded else self.accelerator.no_sync(network)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients left to each rank -> their means over all."""
+        """Average gradients over all ranks, after backward passes within `no_sync`."""
         for parameter in parameters:
             if parameter.grad is not None and not is_sharded(parameter.grad):
                 self.mean_(parameter.grad)
@@ -223,7 +223,7 @@ def join(device: torch.device | str = "auto") -> Ranks:
 
 
 def place_in_job() -> str:
-    """ " (process 3 of 8)" for messages; nothing for a single process."""
+    """Describe this process's place for messages, " (process 3 of 8)"; empty for a single process."""
     return f" (process {int(os.environ.get('RANK', '0')) + 1} of {os.environ['WORLD_SIZE']})" if is_launched() else ""
 
 

@@ -101,12 +101,12 @@ def evaluate(
         model: A trained (or loaded) algorithm; or a policy, with its environment as `env`.
         env: Environment of a policy, or its name.
         n_samples: Samples of each flow.
-        prompts: What to condition on: "train", the contexts that training draws; "held_out", those it never draws; a
+        prompts: Prompts to condition on: "train", the contexts that training draws; "held_out", those it never draws; a
             prompt file or a shipped set (all of it); or prompts themselves. Weights count as in training.
         seed: Seed of noise and contexts.
         batch_size: Samples drawn at once.
         samples_per_context: Samples of each drawn context, for diversity and for rewards that compare them.
-        role: Which copy to evaluate; None takes the moving average where there is one.
+        role: Copy to evaluate; None takes the moving average where there is one.
         n_kept: Samples to keep in the result; None keeps 64 images or 1024 points.
         steering: Choose the trained flow's samples by their reward; the reference's are left as they are.
         eval_rewards: Rewards that training did not see, by name, for both; `warnings` says which of them fell while the
@@ -196,7 +196,7 @@ def check_eval_samples(n_samples: int, judges: Iterable[Any], samples_per_contex
 
 
 def _ess(model: FlowAlgorithm | FlowPolicy) -> float:
-    """Effective share of the samples of the last iteration, where there are weights."""
+    """Give the effective share of the samples of the last iteration, where there are weights."""
     figures = model.rollout_figures if isinstance(model, FlowAlgorithm) else {}
     return float(figures.get("rollout/ess", math.nan))
 
@@ -269,7 +269,7 @@ def _drift(
 def _statistics(
     env: Any,
     samples: torch.Tensor,
-    contexts: torch.Tensor,
+    context_ids: torch.Tensor,
     reward: torch.Tensor,
     components: dict[str, torch.Tensor],
     seed: int,
@@ -280,17 +280,17 @@ def _statistics(
         reward_ci=metrics.mean_interval(reward),
         reward_std=reward.std(correction=0).item(),
         components={key: value.mean().item() for key, value in components.items()},
-        diversity=metrics.diversity(samples[:n_pairs], contexts[:n_pairs]).item(),
+        diversity=metrics.diversity(samples[:n_pairs], context_ids[:n_pairs]).item(),
         w2_to_optimum=math.nan if env.oracle is None else _w2_to_optimum(env, samples, seed),
     )
 
 
 def _per_prompt(
-    env: GenerationEnv, contexts: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    env: GenerationEnv, context_ids: torch.Tensor, before: torch.Tensor, after: torch.Tensor
 ) -> list[dict[str, Any]]:
     if env.contexts == [None]:
         return []
-    drawn, index = contexts.unique(return_inverse=True)
+    drawn, index = context_ids.unique(return_inverse=True)
     n = torch.bincount(index)
     means = [torch.zeros_like(n, dtype=r.dtype).index_add_(0, index, r) / n for r in (before, after)]
     rows = zip(drawn.tolist(), n.tolist(), means[0].tolist(), means[1].tolist())
@@ -301,12 +301,12 @@ def _side(
     env: GenerationEnv,
     eval_rewards: Mapping[str, RewardFunction],
     samples: torch.Tensor,
-    contexts: torch.Tensor,
+    context_ids: torch.Tensor,
     batch_size: int,
 ) -> dict[str, torch.Tensor]:
-    """Held-out rewards and looks (n_samples,) by name; in batches, as networks and large images need."""
+    """Compute held-out rewards and looks (n_samples,) by name; in batches, as networks and large images need."""
     parts: list[dict[str, torch.Tensor]] = []
-    for batch, indices in zip(samples.split(batch_size), contexts.split(batch_size)):
+    for batch, indices in zip(samples.split(batch_size), context_ids.split(batch_size)):
         asked = [env.contexts[i] for i in indices.tolist()]
         parts.append((looks(batch) if env.flow.is_image else {}) | held_out(eval_rewards, batch, asked))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,4 +1,4 @@
-"""What an evaluation gives: figures of the trained flow beside its reference."""
+"""Results of an evaluation: figures of the trained flow beside its reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SampleStatistics:
 
 @dataclass(frozen=True)
 class EvaluationResult(SampleStatistics):
-    """Statistics of the trained flow, and how they compare with the reference.
+    """Statistics of the trained flow beside those of the reference.
 
     Attributes:
         drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
@@ -46,13 +46,13 @@ class EvaluationResult(SampleStatistics):
         ess: Effective share of the samples under the weights of training's last iteration, in (0, 1]; NaN for methods
             without weights, flows that no algorithm trains, and prompts that training does not draw.
         n_samples: Samples of each flow.
-        prompts: What they were conditioned on: "train", "held_out", a file or set, or "given".
-        n_prompts: How many prompts these are; 0 for an unconditional flow.
+        prompts: Source of their prompts: "train", "held_out", a file or set, or "given".
+        n_prompts: Number of prompts; 0 for an unconditional flow.
         evaluations_per_sample: Network evaluations that a sample of the trained flow cost.
-        per_prompt: Of each prompt that was drawn: how many samples, and the mean reward of the reference and of the
+        per_prompt: For each prompt drawn, the number of samples and the mean rewards of the reference and of the
             trained flow; empty for an unconditional flow.
         reference: The same statistics of the reference, at the same noise and contexts.
-        w2_floor: W2 of two independent sets of exact samples of that size: what `w2_to_optimum` can reach.
+        w2_floor: W2 of two independent sets of exact samples of that size: the least that `w2_to_optimum` can reach.
         samples: A few samples of the trained flow (for grids), decoded, on the CPU.
         reference_samples: The reference's samples at the same noise.
         sample_contexts: Their contexts.

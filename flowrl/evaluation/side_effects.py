@@ -1,4 +1,4 @@
-"""What training did besides raising its reward: rewards that it never saw, looks of images, size of velocities.
+"""Side effects of training: rewards that it never saw, looks of images, size of velocities.
 
 A reward that rises while these fall is the usual face of a reward that is exploited instead of met. A flow that has
 diverged or collapsed is one whatever its reward did.
@@ -31,7 +31,7 @@ diverged: twice the reference's velocity in another direction is far beyond any 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means of what was measured beside the reward, of the reference and of the trained flow.
+    """Means of the side measures, of the reference and of the trained flow.
 
     Attributes:
         before: Name -> mean, of the reference's samples.
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones.
+    """Compute statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones.
 
     Grey images (B, 1, H, W) have no colourfulness.
     """
@@ -56,7 +56,7 @@ def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
 def held_out(
     rewards: Mapping[str, RewardFunction], samples: torch.Tensor, contexts: Contexts
 ) -> dict[str, torch.Tensor]:
-    """Values (B,) of rewards, by name.
+    """Compute values (B,) of rewards, by name.
 
     Raises:
         RewardError: A reward is not one finite number per sample.
@@ -81,8 +81,8 @@ def compare(
 
     Args:
         reward: The trained reward, (B,) each.
-        measured: What `looks` and `held_out` gave.
-        diversity: Of the samples.
+        measured: Results of `looks` and `held_out`.
+        diversity: Diversity of the samples.
         velocity_ratio: `E|v| / E|v_ref|`; NaN where it was not measured.
         drift_share: `E|v - v_ref|^2 / E|v_ref|^2`; NaN where it was not measured.
         w2: Distances to the known optimum; NaN where there is none.
@@ -125,7 +125,7 @@ def _of_the_flow(
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Difference of two means in standard errors (Welch)."""
+    """Compute the difference of two means in standard errors (Welch)."""
     difference = (after.mean() - before.mean()).item()
     error = math.sqrt(sum(x.var().item() / len(x) for x in (before, after))) if len(before) > 1 else math.inf
     return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0

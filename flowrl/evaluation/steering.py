@@ -1,4 +1,4 @@
-"""Reward at inference time, without training: what a trained flow must beat at equal cost."""
+"""Steering: reward at inference time, without training, which a trained flow must beat at equal cost."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def steer(
     """Draw latents (B, *latent_shape), one for each of the context indices (B,).
 
     Args:
-        policy: Whose flow is steered.
-        env: By whose reward.
-        steering: How.
+        policy: The flow to steer.
+        env: The environment that rewards.
+        steering: Method and settings.
         context_ids: (B,) int64.
         generator: Source of all randomness, on the policy's device.
-        role: Which copy of the flow.
+        role: Role of the network that draws.
         **sampling: `steps`, `guidance_scale`, and for best-of-n `solver`.
     """
     repeated = context_ids.repeat_interleave(steering.n)

@@ -9,30 +9,30 @@ import torch
 from flowrl.errors import ConfigError
 
 DIVERSITY_SAMPLES = 256
-"""How many samples of an iteration the logged diversity looks at."""
+"""Number of samples of an iteration that the logged diversity looks at."""
 ASSIGNED = 1024
 """Points of a cloud up to which scipy takes less time than importing POT."""
 
 
-def diversity(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-    """Mean Euclidean distance between two samples of the same context; a scalar tensor.
+def diversity(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+    """Compute the mean Euclidean distance between two samples of the same context; a scalar tensor.
 
-    Samples (B, ...) are flattened; contexts (B,). NaN when no two samples share a context.
+    Samples (B, ...) are flattened; context_ids (B,). NaN when no two samples share a context.
     """
-    total, n_pairs = pair_distances(samples, contexts)
+    total, n_pairs = pair_distances(samples, context_ids)
     return total / n_pairs
 
 
-def pair_distances(samples: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-    """Sum of the Euclidean distances between two samples of the same context, and how many pairs there are: (2,)."""
+def pair_distances(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+    """Sum the Euclidean distances between two samples of the same context, and count the pairs: (2,)."""
     flat = samples.flatten(1).float()
     distance = torch.cdist(flat, flat)
-    pairs = (contexts[:, None] == contexts[None, :]).float().triu(1).to(distance.device)
+    pairs = (context_ids[:, None] == context_ids[None, :]).float().triu(1).to(distance.device)
     return torch.stack([(distance * pairs).sum(), pairs.sum()])
 
 
 def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Exact W2 distance between two clouds of points of equal size (N, ...), flattened.
+    """Compute the exact W2 distance between two clouds of points of equal size (N, ...), flattened.
 
     Optimal transport of equal weights is an assignment: scipy finds it for small clouds, POT faster for large ones.
     """
@@ -51,14 +51,14 @@ def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
-    """Luma (B, H, W) of images (B, 3, H, W), ITU-R BT.601; the values of grey images (B, 1, H, W)."""
+    """Compute luma (B, H, W) of images (B, 3, H, W), ITU-R BT.601; grey images (B, 1, H, W) keep their values."""
     if images.shape[1] == 1:
         return images[:, 0].float()
     return (images.float() * images.new_tensor([0.299, 0.587, 0.114]).float()[:, None, None]).sum(1)
 
 
 def entropy(images: torch.Tensor) -> torch.Tensor:
-    """Shannon entropy in bits of the histogram of 256 grey levels, 0 to 8: images (B, C, H, W) in [0, 1] -> (B,)."""
+    """Compute the Shannon entropy in bits, 0 to 8, of 256 grey levels: images (B, C, H, W) in [0, 1] -> (B,)."""
     levels = (255 * grey(images).clamp(0, 1)).round().long().flatten(1)
     one = torch.full_like(levels, 1 / levels.shape[1], dtype=torch.float32)
     share = torch.zeros(len(images), 256, device=images.device).scatter_add_(1, levels, one)
@@ -66,14 +66,14 @@ def entropy(images: torch.Tensor) -> torch.Tensor:
 
 
 def edge_density(images: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
-    """Share of pixels where grey changes by more than `threshold` per pixel: images (B, 3, H, W) in [0, 1] -> (B,)."""
+    """Compute the share of pixels where grey changes by over `threshold`: images (B, 3, H, W) in [0, 1] -> (B,)."""
     values = grey(images)
     right, down = values[:, :-1, 1:] - values[:, :-1, :-1], values[:, 1:, :-1] - values[:, :-1, :-1]
     return ((right.square() + down.square()).sqrt() > threshold).float().mean((1, 2))
 
 
 def mean_interval(values: torch.Tensor) -> tuple[float, float]:
-    """95 % confidence interval of the mean of independent values (B,), normal approximation."""
+    """Compute the 95 % confidence interval of the mean of independent values (B,), by the normal approximation."""
     if len(values) < 2:
         return math.nan, math.nan
     mean, error = values.mean().item(), values.std().item() / math.sqrt(len(values))

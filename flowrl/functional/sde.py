@@ -32,7 +32,7 @@ class GaussianStep(NamedTuple):
         return self.mean + expand(self.std, noise) * noise
 
     def mean_log_prob(self, x_next: torch.Tensor) -> torch.Tensor:
-        """Logarithm of the density of `x_next`, *mean* over dimensions: (B,).
+        """Compute the logarithm of the density of `x_next`, *mean* over dimensions: (B,).
 
         The mean, as the field's public code has it: clip ranges of the order of 1e-4 belong to it.
         """
@@ -40,7 +40,7 @@ class GaussianStep(NamedTuple):
         return -0.5 * squares / self.std.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
 
     def kl(self, other: GaussianStep) -> torch.Tensor:
-        """KL divergence to a step with the same std, *mean* over dimensions: (B,)."""
+        """Compute the KL divergence to a step with the same std, *mean* over dimensions: (B,)."""
         return 0.5 * (self.mean - other.mean).square().flatten(1).mean(1) / self.std.square()
 
 
@@ -67,7 +67,7 @@ class SDE:
             raise ConfigError(f"noise_level must be positive (at most 1 for cps), not {self.noise_level}.")
 
     def diffusion(self, t: torch.Tensor, t_next: torch.Tensor) -> torch.Tensor:
-        """`g` (B,) of a step from `t` to `t_next`; at t = 0 that of "flow" is taken as `a / sqrt(t_next)`."""
+        """Compute `g` (B,) of a step from `t` to `t_next`; at t = 0 that of "flow" is taken as `a / sqrt(t_next)`."""
         if self.kind == "constant":
             return torch.full_like(t, self.noise_level)
         start = t == 0

@@ -19,7 +19,7 @@ class VelocityModel(nn.Module):
     Time runs from 0 (noise) to 1 (data). Subclasses convert other conventions in `forward` and nowhere else.
 
     Attributes:
-        network: What is fine-tuned, copied and saved. Frozen parts (text encoders, autoencoder) must not be
+        network: The network that is fine-tuned, copied and saved. Frozen parts (text encoders, autoencoder) must not be
             registered as submodules: they are shared by all copies.
         latent_shape: Shape of one `x_t`, the space the flow works in.
         sample_shape: Shape of one decoded sample, the space the reward sees.
@@ -35,15 +35,15 @@ class VelocityModel(nn.Module):
     distilled_guidance: bool = False
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """Velocity (B, *latent_shape), float32, at `x_t` (B, *latent_shape) and `t` (B,)."""
+        """Compute the velocity (B, *latent_shape), float32, at `x_t` (B, *latent_shape) and `t` (B,)."""
         return self.network(x_t, t, *cond)
 
     def encode(self, contexts: Contexts) -> Condition:
-        """Condition of each context, first dimension `len(contexts)`. Called once per run for all contexts."""
+        """Encode contexts: first dimension `len(contexts)`. Called once per run for all contexts."""
         return ()
 
     def null_condition(self) -> Condition:
-        """Condition of one empty context, for classifier-free guidance."""
+        """Give the condition of one empty context, for classifier-free guidance."""
         raise ConfigError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
@@ -51,11 +51,11 @@ class VelocityModel(nn.Module):
         return cond
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
-        """Latents (B, *latent_shape) -> samples (B, *sample_shape)."""
+        """Decode latents (B, *latent_shape) to samples (B, *sample_shape)."""
         return x_1
 
     def times(self, steps: int) -> torch.Tensor:
-        """Sampling times (steps + 1,) from 0 to 1."""
+        """Give the sampling times (steps + 1,) from 0 to 1."""
         return time_grid(steps)
 
     def with_network(self, network: nn.Module) -> VelocityModel:

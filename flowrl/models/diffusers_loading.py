@@ -1,4 +1,4 @@
-"""Pipelines of diffusers from a folder or the hub: which adapter, which files, what is missing."""
+"""Pipelines of diffusers from a folder or the hub: choice of the adapter, checks of the files."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ ADAPTERS: dict[str, type[PipelineFlow]] = {adapter.PIPELINE: adapter for adapter
 CLIP_TOKENS = 77
 LIBRARIES = ("diffusers", "transformers")
 LARGEST_SIDE, LARGEST_SIZE, MOST_LAYERS = 2**16, 2**20, 1000
-"""Of what a configuration says: pixels, any whole number, layers. Larger ones would take all memory, or for ever."""
+"""Limits of a configuration: pixels, any whole number, layers. Larger ones would take all memory, or for ever."""
 DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError)
-"""What code raises when it is given other numbers than it expects."""
+"""Errors of code that is given other numbers than it expects."""
 
 
 def pipeline_source(location: str, description: str, name: str, options: PipelineOptions) -> FlowSource:
-    """Source of a text-to-image pipeline; reads small configuration files, no weights.
+    """Make the source of a text-to-image pipeline from its small configuration files; no weights are read.
 
     Args:
         location: Folder or hub name.
         description: One line for people; `{}` stands for the pipeline's class.
-        name: What to record as the flow's name.
-        options: How the pipeline is used.
+        name: Name of the flow, as it is recorded.
+        options: Options of the pipeline.
 
     Raises:
         ModelLoadError: Files are missing, the hub cannot be reached, or the pipeline is of another kind.
@@ -130,7 +130,7 @@ def _shapes(
 
 
 def _length(file: Path, what: str) -> int | None:
-    """Tokens of the T5 context that a pipeline's folder asks for; optional."""
+    """Read the number of tokens of the T5 context from a pipeline's folder; None where it does not say."""
     if not file.exists():
         return None
     length = read_json(file, what).get("max_sequence_length")

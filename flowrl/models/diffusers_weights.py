@@ -1,4 +1,4 @@
-"""Weights of pipelines from a folder or the hub: read by diffusers and transformers, and looked through after that."""
+"""Weights of pipelines from a folder or the hub: read by diffusers and transformers, then checked."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def load_pipeline(
     dtype: Any,
     **components: None,
 ) -> Any:
-    """Load the pipeline, or what of it is not set to None.
+    """Load the pipeline, but for the parts that are set to None.
 
     Args:
         location: Folder or hub name.
-        name: What to call it in messages.
+        name: Name in messages.
         index: Its list of parts.
         adapter: Its adapter.
-        options: How it is used.
+        options: Options of the pipeline.
         dtype: Type of the weights, or a mapping of parts ("default" for all others) to types.
         **components: Parts to do without, as None.
 
@@ -133,7 +133,7 @@ def _variants(folder: Path, name: str, absent: Mapping[str, None]) -> dict[str, 
 
 
 def _variant_of(file: str) -> str | None:
-    """`model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors` -> "fp16"; None for `model.safetensors`."""
+    """Read the variant from a file's name: "fp16" of `model.fp16.safetensors`; None of `model.safetensors`."""
     parts = file.removesuffix(".safetensors").split(".")
     return parts[1].split("-")[0] if len(parts) > 1 else None
 
@@ -159,7 +159,7 @@ def quiet() -> Iterator[None]:
 
 
 def _absent_components(location: str, name: str) -> dict[str, None]:
-    """Components that a local pipeline says it does not have; those that it has must be there.
+    """Find the components that a local pipeline declares absent, and check that all others are there.
 
     Raises:
         ModelLoadError: A component's folder is missing or empty (transformers would make an empty tokenizer).

@@ -33,7 +33,7 @@ class FluxFlow(PipelineFlow):
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:
-        """Latents before they are packed into tokens: a quarter of the transformer's channels."""
+        """Compute the shapes of latents before they are packed: a quarter of the transformer's channels."""
         size = square(resolution, LATENTS, scale, 2)
         return Shapes((int(transformer["in_channels"]) // 4, size, size), (3, size * scale, size * scale))
 
@@ -46,7 +46,7 @@ class FluxFlow(PipelineFlow):
         return (*cond[:2], torch.full_like(cond[2], scale))
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """Velocity of the latents."""
+        """Compute the velocity of the latents."""
         prompt_embeds, pooled, guidance = cond
         height, width = self.latent_shape[1] // 2, self.latent_shape[2] // 2
         noise_minus_data = self.network(
@@ -62,7 +62,7 @@ class FluxFlow(PipelineFlow):
         return -unpack(noise_minus_data.float(), height, width)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        """T5 embeddings (B, tokens, dim), pooled CLIP embeddings (B, dim), and guidance scales (B,) of 1."""
+        """Encode prompts: T5 embeddings (B, tokens, dim), pooled CLIP embeddings (B, dim), guidance scales 1 (B,)."""
         prompt_embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
@@ -75,30 +75,30 @@ class FluxFlow(PipelineFlow):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of one image."""
+        """Number of tokens of one image."""
         _, height, width = self.latent_shape
         return (height // 2) * (width // 2)
 
     def sigmas(self, steps: int, config: Mapping[str, Any]) -> np.ndarray | None:
-        """Equally spaced down to 1 / steps, before the shift."""
+        """Space noise levels equally, down to 1 / steps, before the shift."""
         return None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
 
 
 def pack(x: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, H, W) -> tokens (B, H W / 4, 4 C), one per 2 x 2 patch."""
+    """Pack latents (B, C, H, W) into tokens (B, H W / 4, 4 C), one per 2 x 2 patch."""
     n, c, h, w = x.shape
     return x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
 
 
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Tokens (B, height width, 4 C) -> latents (B, C, 2 height, 2 width)."""
+    """Unpack tokens (B, height width, 4 C) into latents (B, C, 2 height, 2 width)."""
     n, _, c = tokens.shape
     patches = tokens.view(n, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(n, c // 4, 2 * height, 2 * width)
 
 
 def _positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Position of each token (height width, 3): 0, row, column."""
+    """Give the position of each token (height width, 3): 0, row, column."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     grid = torch.cartesian_prod(rows, columns).float()
     return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)

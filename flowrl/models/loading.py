@@ -1,4 +1,4 @@
-"""Where a flow comes from: a shipped name, a folder, a hub name, or a factory."""
+"""Sources of flows by name: a shipped name, a folder, a hub name, or a factory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def source_of(
         flow: "sd3" or "auto" (see `chosen_sd3`), a shipped name, a folder, a hub name, or a factory
             `() -> VelocityModel | nn.Module`.
         sample_shape: Needed when a factory returns a plain module.
-        pipeline: How a text-to-image pipeline is used.
+        pipeline: Options of a text-to-image pipeline.
         embedded: The shipped pipeline that "auto" takes where it does not take Stable Diffusion 3.5.
 
     Raises:

@@ -88,7 +88,7 @@ def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any
 
 
 def count_parameters(model: VelocityModel, lora: LoRA | None) -> tuple[int, int]:
-    """Frozen and trained parameters of the velocity network; `model` may be on the meta device."""
+    """Count the frozen and the trained parameters of the network; `model` may be on the meta device."""
     if lora is not None:
         add_adapters(model, ["current"], lora)
     parameters = list(model.network.parameters())

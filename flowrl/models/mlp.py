@@ -13,7 +13,7 @@ from flowrl.types import Condition
 
 
 class TimeFeatures(nn.Module):
-    """t (B,) -> (B, 2 n): sines and cosines of t at frequencies 1/2, 1, 2, ... half turns."""
+    """Features of times, t (B,) -> (B, 2 n): sines and cosines of t at frequencies 1/2, 1, 2, ... half turns."""
 
     frequencies: torch.Tensor
 
@@ -22,13 +22,13 @@ class TimeFeatures(nn.Module):
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-1, n - 1), persistent=False)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Features of flow times."""
+        """Compute features of flow times."""
         angle = t[:, None] * self.frequencies
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class MLP(nn.Module):
-    """`(x (B, dim), t (B,)) -> v (B, dim)`: SiLU layers with residual connections.
+    """Velocity network `(x (B, dim), t (B,)) -> v (B, dim)`: SiLU layers with residual connections.
 
     Args:
         dim: Dimension of x.
@@ -48,7 +48,7 @@ class MLP(nn.Module):
             nn.init.zeros_(self.output.bias)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Velocity at `x` and `t`."""
+        """Compute the velocity at `x` and `t`."""
         h = self.inputs(torch.cat([x, self.time(t)], dim=1))
         for layer in self.hidden:
             h = h + layer(nn.functional.silu(h))

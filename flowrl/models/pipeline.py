@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of diffusers as velocity models: what Stable Diffusion 3 and FLUX share.
+"""Text-to-image pipelines of diffusers as velocity models: the base of Stable Diffusion 3 and FLUX.
 
 diffusers runs time backwards (sigma = 1 - t) and predicts noise - data = -v. Adapters convert both, here and in
 the subclasses, and nowhere else.
@@ -66,12 +66,12 @@ class Shapes:
 
 
 class PipelineFlow(VelocityModel):
-    """A text-to-image pipeline; its transformer is what is fine-tuned.
+    """A text-to-image pipeline; its transformer is fine-tuned.
 
     Args:
         pipeline: A loaded diffusers pipeline.
         shapes: Shapes of its latents and images.
-        options: How it is used.
+        options: Options of the pipeline.
         max_sequence_length: Tokens of the T5 context; as in the pipeline's own call when None.
         load_encoders: Loads a pipeline that holds text encoders and tokenizers only. Without it they cannot be had
             again, so they are moved to the host instead of being released.
@@ -117,14 +117,14 @@ class PipelineFlow(VelocityModel):
     @classmethod
     @abstractmethod
     def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:
-        """Shapes from the transformer's configuration and the autoencoder's reduction of height and width."""
+        """Compute shapes from the transformer's configuration and the autoencoder's reduction of height and width."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Embeddings of prompts, by the pipeline's own text encoders."""
+        """Encode prompts by the pipeline's own text encoders."""
 
     def imitate_prompts(self, prompts: list[str]) -> Condition:
-        """Embeddings without meaning, of the shapes and types that `encode_prompts` gives, at the same cost."""
+        """Make meaningless embeddings, of the shapes and types that `encode_prompts` gives, at the same cost."""
         for encoder in self._encoders().values():
             length = self.max_sequence_length if "T5" in type(encoder).__name__ else self.pipeline.tokenizer_max_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
@@ -136,22 +136,22 @@ class PipelineFlow(VelocityModel):
 
     @abstractmethod
     def condition_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the parts of one encoded prompt; single numbers are in float32."""
+        """Give the shapes of the parts of one encoded prompt; single numbers are in float32."""
 
     @property
     @abstractmethod
     def sequence_length(self) -> int:
-        """Tokens of one image in the transformer; a schedule may be shifted by it."""
+        """Number of tokens of one image in the transformer; a schedule may be shifted by it."""
 
     @torch.no_grad()
     def encode(self, contexts: Contexts) -> Condition:
-        """Embeddings of prompts by the pipeline's own text encoders."""
+        """Encode prompts by the pipeline's own text encoders."""
         for prompt in contexts:
             if not isinstance(prompt, str):
                 raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
         self._place_encoders()
         warn_of_cut(contexts, self.tokenizers(), "the flow's text encoders")
-        with silenced():  # each library says of each prompt what was just said of all
+        with silenced():  # each library warns of each prompt again
             chunks = [
                 self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
                 for i in range(0, len(contexts), PROMPTS_AT_ONCE)
@@ -170,7 +170,7 @@ class PipelineFlow(VelocityModel):
         return list(found.values())
 
     def null_condition(self) -> Condition:
-        """Embeddings of the empty prompt, as the pipeline's own guidance uses it."""
+        """Encode the empty prompt, as the pipeline's own guidance uses it."""
         return self.encode([""])
 
     def _place_encoders(self) -> None:
@@ -195,7 +195,7 @@ class PipelineFlow(VelocityModel):
         return {name: part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
-        """Latents -> images (B, 3, H, W), float32 in [0, 1]."""
+        """Decode latents to images (B, 3, H, W), float32 in [0, 1]."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
         scale, shift = (vae.config.get(key) for key in ("scaling_factor", "shift_factor"))  # older ones have no shift
@@ -224,7 +224,7 @@ class PipelineFlow(VelocityModel):
         return times_of(copy.deepcopy(self.pipeline.scheduler), steps, self.sigmas(steps, config), mu)
 
     def sigmas(self, steps: int, config: Mapping[str, Any]) -> np.ndarray | None:
-        """Noise levels that the pipeline's call hands to its scheduler; None leaves them to the scheduler."""
+        """Give the noise levels that the pipeline's call hands to its scheduler; None leaves them to the scheduler."""
         return None
 
     def move_frozen(self, device: torch.device) -> None:
@@ -232,7 +232,7 @@ class PipelineFlow(VelocityModel):
         self.device = device
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
-        """LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
+        """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
         if lora_state is None:
             network: Any = self.network
             network.save_pretrained(folder / "transformer", safe_serialization=True)
@@ -241,14 +241,14 @@ class PipelineFlow(VelocityModel):
 
 
 def square(size: int | None, default: int, scale: int, patch: int, most: int | None = None) -> int:
-    """Height (and width) of the latents for images of `size` pixels, or `default` where no size is asked for.
+    """Compute the height (and width) of the latents for images of `size` pixels; `default` without a size.
 
     Args:
         size: Height and width in pixels.
-        default: Of the latents.
-        scale: Pixels of a latent.
-        patch: Latents of a patch, along each side.
-        most: Patches along a side that the transformer has positions for; None for any number.
+        default: Height of the latents without a size.
+        scale: Pixels per latent, along each side.
+        patch: Latents per patch, along each side.
+        most: Largest number of patches along a side that the transformer has positions for; None without limit.
 
     Raises:
         ConfigError: The transformer cannot cut such images into patches, or has no positions for so many.

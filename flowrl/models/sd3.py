@@ -26,13 +26,13 @@ class SD3Flow(PipelineFlow):
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:
-        """Latents as the transformer takes them."""
+        """Compute the shapes of latents, as the transformer takes them."""
         most = int(transformer.get("pos_embed_max_size") or POSITIONS)
         size = square(resolution, int(transformer["sample_size"]), scale, int(transformer["patch_size"]), most)
         return Shapes((int(transformer["in_channels"]), size, size), (3, size * scale, size * scale))
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """Velocity of the latents."""
+        """Compute the velocity of the latents."""
         prompt_embeds, pooled = cond
         noise_minus_data = self.network(
             hidden_states=x_t.to(prompt_embeds.dtype),
@@ -44,7 +44,7 @@ class SD3Flow(PipelineFlow):
         return -noise_minus_data.float()
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Prompt embeddings (B, tokens, dim) and pooled embeddings (B, dim); zeros stand in for an absent T5."""
+        """Encode prompts: embeddings (B, tokens, dim), pooled embeddings (B, dim); zeros stand in for an absent T5."""
         prompt_embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts,
             prompt_2=None,
@@ -63,7 +63,7 @@ class SD3Flow(PipelineFlow):
 
     @property
     def sequence_length(self) -> int:
-        """Patches of one image."""
+        """Number of patches of one image."""
         _, height, width = self.latent_shape
         patch = self.pipeline.transformer.config.patch_size
         return (height // patch) * (width // patch)

@@ -1,4 +1,4 @@
-"""A flow that is not loaded yet, and what every place that flows come from shares."""
+"""Sources of flows: everything known of a flow before it is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EMBEDDED = (*SMALL, "mini-sd3", "mini-words", "mini-spatial")
 
 @dataclass(frozen=True)
 class FlowSource:
-    """A flow that is not loaded yet: what `load` will give, known before any weight is read.
+    """A flow that is not loaded yet, with what is known of it before any weight is read.
 
     Attributes:
         source: A shipped name (`EMBEDDED`), a folder, a hub name (OWNER/NAME or OWNER/NAME@REVISION), or "" for a
@@ -47,7 +47,7 @@ class FlowSource:
 
     @property
     def is_embedded(self) -> bool:
-        """Whether it is a small model that ships with flowrl."""
+        """Whether it is a small model shipped with flowrl."""
         return self.source in EMBEDDED
 
 

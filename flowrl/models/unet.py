@@ -110,13 +110,13 @@ class UNetFlow(VelocityModel):
         self.network = network
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """Velocity (B, channels, size, size)."""
+        """Compute the velocity (B, channels, size, size)."""
         x = nn.functional.pixel_unshuffle(x_t, self.shape.patch)
         v = self.network(x, 1000 * t, class_labels=cond[0] if cond else None, return_dict=False)[0]
         return nn.functional.pixel_shuffle(v.float(), self.shape.patch)
 
     def encode(self, contexts: Contexts) -> Condition:
-        """Indices (n,) of classes; nothing for an unconditional flow.
+        """Encode classes by their indices (n,); an unconditional flow has an empty condition.
 
         Raises:
             ConfigError: There is no such class.
@@ -133,7 +133,7 @@ class UNetFlow(VelocityModel):
         return (torch.tensor([index[c] for c in contexts], device=self.device),)
 
     def null_condition(self) -> Condition:
-        """Any class."""
+        """Encode None, which stands for any class."""
         return self.encode([None]) if self.shape.classes else super().null_condition()
 
     def move_frozen(self, device: torch.device) -> None:
@@ -141,10 +141,10 @@ class UNetFlow(VelocityModel):
         self.device = device
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
-        """Pictures with values in [0, 1]."""
+        """Decode to pictures with values in [0, 1]."""
         return (x_1 / 2 + 0.5).clamp(0, 1)
 
 
 def to_latents(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures with values in [0, 1] as the flow takes them: `decode` turned round."""
+    """Encode pictures with values in [0, 1] as the flow takes them, the inverse of `decode`."""
     return 2 * pictures - 1

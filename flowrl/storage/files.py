@@ -1,4 +1,4 @@
-"""Files of checkpoints and results: JSON and safetensors, never a pickle; what cannot be read gives a clear error."""
+"""Files of checkpoints and results: JSON and safetensors, never a pickle; unreadable ones give clear errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 ASIDE = "-old-"
-"""In the name of a folder that was moved aside."""
+"""Mark in the name of a backup: the old folder, renamed while a new one takes its place."""
 
 
 def _sync(path: Path) -> None:
@@ -73,7 +73,7 @@ def clear_away(folder: Path) -> None:
 
 
 def host_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the host, which share no memory."""
+    """Copy tensors to the host, sharing no memory."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -98,7 +98,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """Content of a file, which may have so many bytes at most.
+    """Read a file of at most `most` bytes.
 
     Raises:
         OSError: Missing, unreadable, longer, or no file: a device can be endless, and a pipe silent for ever.
@@ -114,7 +114,7 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def parsed_json(data: bytes) -> Any:
-    """JSON in UTF-8.
+    """Parse JSON in UTF-8.
 
     Raises:
         ValueError: It is none, or nested too deeply to be read.
@@ -187,7 +187,7 @@ def _number(text: str) -> int | float | str:
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
         CheckpointError: Missing or damaged; names the file.

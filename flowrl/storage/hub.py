@@ -65,7 +65,7 @@ def push(folder: Path, name: str, *, private: bool = True, dry_run: bool = False
     """Upload an exported folder to a model repository, which is made where there is none.
 
     Args:
-        folder: What `flowrl.export` wrote.
+        folder: A folder that `flowrl.export` wrote.
         name: OWNER/NAME; without OWNER the token's own account.
         private: Only the owner sees the repository.
         dry_run: Say what would be uploaded and where to; no network is used.

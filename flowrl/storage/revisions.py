@@ -12,7 +12,7 @@ READ: dict[str, str] = {}
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """`OWNER/NAME@REVISION` (a commit, tag or branch) as repository and revision; None where it names none."""
+    """Split `OWNER/NAME@REVISION` (a commit, tag or branch) into repository and revision; None without one."""
     repository, _, revision = name.partition("@")
     return repository, revision or None
 
@@ -44,7 +44,7 @@ def fetch(name: str, file: str) -> tuple[Path, str | None]:
 
 
 def pinned(name: str) -> tuple[str, str | None]:
-    """Repository and revision to load a folder or hub name with: the commit where it can be found out.
+    """Find repository and revision to load a folder or hub name with: the commit where it can be found out.
 
     So all files of a model are of one commit, whatever happens on the hub meanwhile.
     """

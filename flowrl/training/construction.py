@@ -1,4 +1,4 @@
-"""What an algorithm is made from, resolved and checked: its environment, its settings, its device."""
+"""Construction of an algorithm: its environment, its settings and its device, resolved and checked."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def sampling_config(env: GenerationEnv) -> FlowConfig:
 
 
 def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Types of the network's weights and of the frozen parts around it: weights that are trained stay in float32."""
+    """Choose the types of the network's weights and of the frozen parts: weights that are trained stay in float32."""
     dtype = getattr(torch, config.precision)
     return (dtype if config.lora_rank else torch.float32), dtype
 

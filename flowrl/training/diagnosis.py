@@ -64,7 +64,7 @@ def check_updates(model: FlowAlgorithm) -> None:
 
 
 def _facts(model: FlowAlgorithm) -> list[str]:
-    """Loss of a minibatch, weights, samples, settings, and the first parameters that are not finite."""
+    """List loss of a minibatch, weights, samples, settings, and the first parameters that are not finite."""
     loss, _ = model.loss(next(model.minibatches()))
     loss.backward()
     parameters, rollout = model.policy.parameters_of("current"), model.buffer.all()

@@ -55,7 +55,7 @@ def load_checkpoint(
     to_train: bool = True,
     **kwargs: Any,
 ) -> FlowAlgorithm:
-    """Algorithm with the state of a checkpoint folder, or of a run folder's newest one; see `FlowAlgorithm.load`.
+    """Load an algorithm from a checkpoint folder, or a run folder's newest checkpoint; see `FlowAlgorithm.load`.
 
     `to_train`: with random states, which only training needs.
     """
@@ -113,12 +113,12 @@ def load_checkpoint(
 
 
 def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back, with tuples where there were tuples."""
+    """Turn lists in settings from JSON back into tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def pinned_settings(env: Any, settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Stored settings, if any, in which a flow from the hub is of the commit that was trained on."""
+    """Pin a hub flow in stored settings to the commit that was trained on; None without settings."""
     if settings is None:
         return None
     flow, read = config.get("flow"), config.get("hub")

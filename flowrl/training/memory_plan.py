@@ -1,4 +1,4 @@
-"""How much memory a run will take: its own code, run on tensors that have shapes and types but no storage."""
+"""The memory plan of a run: its own code, run on tensors that have shapes and types but no storage."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def ways_to_save(config: FlowConfig) -> list[str]:
-    """Settings that lower the memory of a run, in the order to try them: first what costs time only."""
+    """List settings that lower the memory of a run, in the order to try them: first what costs time only."""
     large = config.batch_size > 1
     ways = {
         "--algo.precision bfloat16": config.precision == "float32",
@@ -78,7 +78,7 @@ def ways_to_save(config: FlowConfig) -> list[str]:
 
 
 def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv) -> MemoryPlan:
-    """Memory of a run with these settings, from the flow's configuration alone: no weight is read.
+    """Predict the memory of a run with these settings, from the flow's configuration alone: no weight is read.
 
     One iteration is tried: prompts encoded, a batch drawn and decoded, a gradient step. Work that depends on the
     values of tensors (adaptive solvers, optimal transport) cannot be tried; `missing` says so.
@@ -233,7 +233,7 @@ class _Tracker(TorchDispatchMode):
 
 
 def _replace_tensors(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """`Module._apply` that puts new tensors into a module; torch's own swaps fake ones in place, or refuses to."""
+    """Put new tensors into a module, as `Module._apply` does; torch's own swaps fake ones in place, or refuses to."""
     for child in module.children() if recurse else ():
         _replace_tensors(child, fn)
     for name, parameter in module._parameters.items():
@@ -248,7 +248,7 @@ def _replace_tensors(module: torch.nn.Module, fn: Any, recurse: bool = True) -> 
 
 
 def _copy_of(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-    """`deepcopy` of a tensor without storage; torch's own reads the storage that is not there."""
+    """Copy a tensor without storage, as `deepcopy` does; torch's own reads the storage that is not there."""
     copied = torch.empty_like(tensor, requires_grad=False)
     if isinstance(tensor, torch.nn.Parameter):
         copied = torch.nn.Parameter(copied, tensor.requires_grad)
@@ -258,7 +258,7 @@ def _copy_of(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _without_storage() -> Iterator[None]:
-    """Tensors are made without storage; modules can be converted and copied all the same."""
+    """Make tensors without storage; modules can be converted and copied all the same."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     with (

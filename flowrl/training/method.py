@@ -28,7 +28,7 @@ class Method(ABC):
 
     Attributes:
         policy: The flow in its roles.
-        buffer: What the iteration has drawn.
+        buffer: Samples of the iteration.
         generator: Source of all randomness of training.
         ranks: The processes that train together.
         iteration: Iterations so far.
@@ -58,7 +58,7 @@ class Method(ABC):
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:
-        """Copies of the network that these settings need; a subclass adds its own."""
+        """Name the copies of the network that these settings need; a subclass adds its own."""
         copies: set[Role] = {"reference"}
         if config.refresh_every > 1:
             copies.add("behaviour")
@@ -116,14 +116,14 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Scalar loss of a minibatch, and scalar metrics as tensors (never `.item()` here)."""
+        """Compute the scalar loss of a minibatch, and scalar metrics as tensors (never `.item()` here)."""
 
     def refresh(self) -> None:
         """Refresh the behaviour policy, after every `refresh_every` iterations."""
         self.policy.networks.update_copy("behaviour", self.refresh_decay())
 
     def refresh_decay(self) -> float:
-        """Share of the behaviour policy that a refresh keeps; 0 makes it a copy of the current one."""
+        """Give the share of the behaviour policy that a refresh keeps; 0 makes it a copy of the current one."""
         return 0.0
 
     def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
@@ -137,15 +137,15 @@ class Method(ABC):
         return Pair(x_0, t, *interpolate(x_0, batch.x_1, t), self.policy.condition(batch.context_ids))
 
     def velocity(self, pair: Pair, role: Role = "current") -> torch.Tensor:
-        """Velocity (B, *latent_shape) of a role at the points of a pair."""
+        """Compute the velocity (B, *latent_shape) of a role at the points of a pair."""
         return self.policy.velocity(pair.x_t, pair.t, pair.cond, role)
 
     def error(self, pair: Pair, role: Role = "current") -> torch.Tensor:
-        """Flow-matching error `|v - u|^2` (B,) of a role, mean over dimensions."""
+        """Compute the flow-matching error `|v - u|^2` (B,) of a role, mean over dimensions."""
         return squared_error(self.velocity(pair, role), pair.u)
 
     def reward_of(self, x_1: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
-        """Reward (B,) of latents with its gradient by them; zero gradient for samples that "drop" leaves out.
+        """Reward latents (B,) with the gradient by them; zero gradient for samples that "drop" leaves out.
 
         Raises:
             ConfigError: The reward has no gradient; names it.
@@ -196,7 +196,7 @@ class Method(ABC):
 
     @torch.no_grad()
     def drift(self) -> torch.Tensor:
-        """`E|v - v_ref|^2`, mean over dimensions, estimated on one minibatch; a scalar tensor."""
+        """Estimate `E|v - v_ref|^2`, mean over dimensions, on one minibatch; a scalar tensor."""
         order = torch.randperm(self.buffer.size, generator=self.generator, device=self.device) * self.buffer.parts
         batch = next(self.buffer.batches(order, self.config.batch_size))
         t = sample_time(len(batch.x_1), self.config.time_sampling, self.generator)

@@ -17,9 +17,9 @@ class TrainedNetwork:
     """A network with an optimizer of its own; `FlowAlgorithm.add_network` makes it.
 
     Args:
-        module: On the training device; the same on every rank.
-        learning_rate: Of Adam.
-        ranks: The processes that train together; gradients are means over them.
+        module: The network, on the training device; the same on every rank.
+        learning_rate: Learning rate of Adam.
+        ranks: The ranks that train together; gradients are averaged over them.
     """
 
     def __init__(self, module: nn.Module, learning_rate: float, ranks: Ranks) -> None:
@@ -40,13 +40,13 @@ class TrainedNetwork:
         step_unless((~norm.isfinite()).float(), self.optimizer)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Weights by their names, and the optimizer's as `moments.INDEX.NAME`."""
+        """Collect the weights by their names, and the optimizer's moments as `moments.INDEX.NAME`."""
         moments = self.optimizer.state_dict()["state"]
         state = {f"moments.{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}
         return {**self.module.state_dict(), **state}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `state` gave.
+        """Load what `state` gave.
 
         Raises:
             CheckpointError: It is of another network.
@@ -67,7 +67,7 @@ class TrainedNetwork:
 
 
 class ExtraState:
-    """Whatever an algorithm keeps beside its policy, registered once by name: tensors, and trained networks.
+    """State of an algorithm beside its policy, registered once by name: tensors, and trained networks.
 
     A checkpoint stores it and gives it back: tensors in place, which must keep their shapes.
     """
@@ -82,7 +82,7 @@ class ExtraState:
         return {**self.tensors, **own}
 
     def load(self, stored: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `state` gave.
+        """Load what `state` gave.
 
         Raises:
             CheckpointError: Something is missing or of another shape; names it.
@@ -93,6 +93,6 @@ class ExtraState:
             tensor.copy_(stored[name])
         for name, network in self.networks.items():
             own = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
-            if len(self.networks) == 1:  # as checkpoints of version 0.1.0 have them
+            if len(self.networks) == 1:  # checkpoints of version 0.1.0
                 own |= {key: t for key, t in stored.items() if key.startswith("moments.")}
             network.load(own)

@@ -116,7 +116,7 @@ class FlowPolicy(SB3Policy):
         )
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role = "current") -> torch.Tensor:
-        """Velocity (B, *latent_shape) of a role's network.
+        """Compute the velocity (B, *latent_shape) of a role's network.
 
         Only the current role's weights carry gradients; for `x_t` that asks for its own, every role gives them.
 
@@ -132,7 +132,7 @@ class FlowPolicy(SB3Policy):
         return self.model.with_guidance(encoded, self.guidance_scale)
 
     def condition(self, context_ids: torch.Tensor) -> Condition:
-        """Encoded contexts for indices (B,)."""
+        """Look up encoded contexts by their indices (B,)."""
         return tuple(part[context_ids] for part in self._condition)
 
     def conditioned_on(self, contexts: Sequence[Any]) -> FlowPolicy:
@@ -142,7 +142,7 @@ class FlowPolicy(SB3Policy):
         return view
 
     def field(self, cond: Condition, n: int, role: Role = "current", guidance_scale: float | None = None) -> Field:
-        """Velocity field of `n` samples with their condition bound, with guidance.
+        """Make the velocity field of `n` samples with their condition bound, with guidance.
 
         Classifier-free guidance takes both halves in one forward pass; see `guided_velocity`.
         """
@@ -163,7 +163,7 @@ class FlowPolicy(SB3Policy):
         return "ema" if "ema" in self.roles else "current"
 
     def noise(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Standard normal latents (n, *latent_shape)."""
+        """Draw standard normal latents (n, *latent_shape)."""
         return normal(n, self.model.latent_shape, generator or self.generator)
 
     def sample_latents(
@@ -178,7 +178,7 @@ class FlowPolicy(SB3Policy):
         x_0: torch.Tensor | None = None,
         grad_steps: int = 0,
     ) -> torch.Tensor:
-        """Latents `x_1` (B, *latent_shape) by the ODE for context indices (B,), from `x_0` or fresh noise.
+        """Draw latents `x_1` (B, *latent_shape) by the ODE for context indices (B,), from `x_0` or fresh noise.
 
         `grad_steps`: the last steps of the solver that gradients flow through.
         """
@@ -202,14 +202,14 @@ class FlowPolicy(SB3Policy):
         generator: torch.Generator | None = None,
         x_0: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents by the SDE, the states of its noisy steps, and their log-probabilities: see `sde_sample`."""
+        """Draw latents by the SDE, with the states of its noisy steps and their log-probabilities: see `sde_sample`."""
         generator = generator or self.generator
         x_0 = self.noise(len(context_ids), generator) if x_0 is None else x_0
         field = self.field(self.condition(context_ids), len(context_ids), role)
         return sde_sample(field, x_0, self.times(), sde, generator, window)
 
     def times(self, steps: int | None = None) -> torch.Tensor:
-        """Times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
+        """Give the times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
         if steps is not None and steps != self.steps:
             return self.model.times(steps).to(self.device)
         if self.steps not in self._times:
@@ -232,7 +232,7 @@ class FlowPolicy(SB3Policy):
         return self.decode(self.sample_latents(contexts, **kwargs))
 
     def _indices(self, contexts: Sequence[Any]) -> torch.Tensor:
-        """Indices (B,) of contexts, of which new ones are encoded and kept."""
+        """Give the indices (B,) of contexts; new ones are encoded and kept."""
         known = {repr(c): i for i, c in enumerate(self.contexts)}
         new = [c for c in dict.fromkeys(contexts) if repr(c) not in known]
         if new:
@@ -247,7 +247,7 @@ class FlowPolicy(SB3Policy):
         return self.model.decode(x_1)
 
     def evaluations_per_sample(self) -> int:
-        """Network evaluations that one sample costs with the default settings."""
+        """Count the network evaluations that one sample costs with the default settings."""
         halves = 1 if self.guidance_scale == 1 or self.model.distilled_guidance else 2
         return evaluations_per_sample(self.solver, self.steps) * halves
 

@@ -19,7 +19,7 @@ SIZES = {5056: "cpu", 16: "cuda"}
 
 
 def random_states(model: FlowAlgorithm) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """States of all generators: tensors, and what JSON holds of them."""
+    """Collect the states of all generators: tensors, and the part of them that JSON holds."""
     numpy_state: Any = np.random.get_state(legacy=False)
     tensors = {
         "training": model.generator.get_state(),

@@ -1,4 +1,4 @@
-"""What is logged of an iteration: its samples while they are drawn, and the figures in the end."""
+"""The record of an iteration for the log: its samples while they are drawn, and the figures in the end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RolloutRecord:
             self.shown.append((samples, context_ids))
 
     def figures(self, model: FlowAlgorithm) -> dict[str, torch.Tensor]:
-        """Scalars by name, still on the device; those of components are of this rank."""
+        """Compute scalars by name, still on the device; those of components are of this rank."""
         reward = model.buffer.all().reward
         if model.learns_from == "contexts":  # drawn for each update, not kept
             reward = model.ranks.gather_uneven(torch.cat(self.rewards))
@@ -59,7 +59,7 @@ class RolloutRecord:
         return figures | {f"{REWARD}{key}": torch.cat(values).mean() for key, values in self.components.items()}
 
     def _diversity(self, model: FlowAlgorithm) -> torch.Tensor:
-        """Diversity of some samples of each rank, from pairs within the ranks: images are not sent; a scalar."""
+        """Compute the diversity of some samples of each rank; a scalar. Images are not sent: pairs are within ranks."""
         samples, context_ids = (torch.cat(parts)[: metrics.DIVERSITY_SAMPLES] for parts in zip(*self.shown))
         total, n_pairs = model.ranks.all_reduce_(metrics.pair_distances(samples, context_ids))
         return total / n_pairs
@@ -74,7 +74,7 @@ def velocities(
     generator: torch.Generator,
     role: Role = "current",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Velocities of a role and of the reference (B, *latent_shape) between samples and fresh noise, at times t (B,)."""
+    """Compute velocities (B, *latent_shape) of a role and the reference between samples and noise, at times t (B,)."""
     x_t, _ = interpolate(policy.noise(len(x_1), generator), x_1, t)
     cond = policy.condition(context_ids)
     return policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")

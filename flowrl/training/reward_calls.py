@@ -1,4 +1,4 @@
-"""Rewards of training samples from a reward that may fail: stop, ask again, or leave samples out; never make one up."""
+"""Rewards of training samples from a reward that may fail: stop, ask again, or leave samples out; never invent one."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ FIRST_PAUSE = 1.0
 
 
 class RewardCalls:
-    """Calls of an environment's reward, and what happens when one fails.
+    """Calls of an environment's reward, with a choice of what happens when one fails.
 
     Args:
         env: The environment.
         on_error: "raise" passes errors on; "retry" asks again first, after pauses; "drop" finds the samples that the
             reward fails for, by halves, and leaves them out.
-        retries: How often "retry" asks again.
+        retries: Number of times that "retry" asks again.
         timeout: Seconds after which a reward that gives no answer has failed; 0 waits for ever.
 
     Attributes:
-        errors: How many errors there were so far.
+        errors: Number of errors so far.
         last_error: The last of them.
     """
 
@@ -44,9 +44,9 @@ class RewardCalls:
     def __call__(
         self, samples: torch.Tensor, context_ids: torch.Tensor, *, grad: bool = False
     ) -> tuple[RewardOutput, torch.Tensor]:
-        """Reward samples of training (B, *sample_shape), and say which of them it is: indices (M,), in order.
+        """Reward training samples (B, *sample_shape), and give the indices (M,) of those kept, in order.
 
-        Rows of the reward and its components are those indices; only "drop" leaves any out. `grad`: keep the graph.
+        The reward and its components have a row for each of these; only "drop" leaves any out. `grad`: keep the graph.
 
         Raises:
             RewardError: The reward fails; with "drop" for every sample.
@@ -80,31 +80,31 @@ class RewardCalls:
             )
         return total
 
-    def _persistently(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
+    def _persistently(self, samples: torch.Tensor, context_ids: torch.Tensor) -> RewardOutput:
         for attempt in range(self.retries if self.on_error == "retry" else 0):
             try:
-                return self._ask(samples, contexts)
+                return self._ask(samples, context_ids)
             except RewardError:
                 time.sleep(FIRST_PAUSE * 2**attempt)
-        return self._ask(samples, contexts)
+        return self._ask(samples, context_ids)
 
     def _halves(
-        self, samples: torch.Tensor, contexts: torch.Tensor, index: torch.Tensor
+        self, samples: torch.Tensor, context_ids: torch.Tensor, index: torch.Tensor
     ) -> list[tuple[RewardOutput, torch.Tensor]]:
         try:
-            return [(self._ask(samples[index], contexts[index]), index)]
+            return [(self._ask(samples[index], context_ids[index]), index)]
         except RewardError:
             if len(index) == 1:
                 return []
         middle = len(index) // 2
-        return self._halves(samples, contexts, index[:middle]) + self._halves(samples, contexts, index[middle:])
+        return self._halves(samples, context_ids, index[:middle]) + self._halves(samples, context_ids, index[middle:])
 
-    def _ask(self, samples: torch.Tensor, contexts: torch.Tensor) -> RewardOutput:
+    def _ask(self, samples: torch.Tensor, context_ids: torch.Tensor) -> RewardOutput:
         """Ask once; running statistics are put back where it fails and training may go on."""
         state = {} if self.on_error == "raise" else self.env.extra_state()
         before = {name: tensor.clone() for name, tensor in state.items()}
         try:
-            return self._within_time(lambda: self.env.evaluate(samples, contexts, observe=True), len(samples))
+            return self._within_time(lambda: self.env.evaluate(samples, context_ids, observe=True), len(samples))
         except RewardError as error:
             self.errors, self.last_error = self.errors + 1, error
             if before:
@@ -135,16 +135,16 @@ class RewardCalls:
         return result["output"]
 
 
-def stand_ins(contexts: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def stand_ins(context_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Give for every sample (B,) its own index where it was kept, else that of a kept one, of its own context if any.
 
-    Batches and groups so keep their size: what was left out is stood in for by copies, of several samples in turn.
+    Batches and groups thus keep their size: copies stand in for the samples left out, of several samples in turn.
     """
-    index = torch.arange(len(contexts), device=contexts.device)
-    lost = torch.ones(len(contexts), dtype=torch.bool, device=contexts.device)
+    index = torch.arange(len(context_ids), device=context_ids.device)
+    lost = torch.ones(len(context_ids), dtype=torch.bool, device=context_ids.device)
     lost[kept] = False
     for place, i in enumerate(lost.nonzero()[:, 0].tolist()):
-        same = kept[contexts[kept] == contexts[i]]
+        same = kept[context_ids[kept] == context_ids[i]]
         pool = same if len(same) else kept
         index[i] = pool[place % len(pool)]
     return index

@@ -63,7 +63,7 @@ class RoleNetworks(nn.Module):
             raise ConfigError("This flow has no trainable parameters.")
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role) -> torch.Tensor:
-        """Velocity (B, *latent_shape), float32, of a role's network: see `FlowPolicy.velocity`."""
+        """Compute the velocity (B, *latent_shape), float32, of a role's network: see `FlowPolicy.velocity`."""
         if role not in self.available:
             raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(self.available)}.")
         with_grad = torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
@@ -118,7 +118,7 @@ class RoleNetworks(nn.Module):
         return {**self.parameters_of(role), **self.buffers_of(role)}
 
     def frozen_state(self) -> dict[str, torch.Tensor]:
-        """Everything that no role trains: what a flow from a factory cannot give again.
+        """Give everything that no role trains: a flow from a factory cannot be loaded again.
 
         With LoRA the base network; in full fine-tuning the reference network.
         """
@@ -129,7 +129,7 @@ class RoleNetworks(nn.Module):
 
     @torch.no_grad()
     def update_copy(self, role: Role, decay: float = 0.0) -> None:
-        """`copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
+        """Set `copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
         if role not in self.roles:
             return
         target, source = ([local_shard(p.data) for p in self._parameters_of[r].values()] for r in (role, "current"))

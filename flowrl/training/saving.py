@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is written: a folder of JSON and safetensors, atomically, never a pickle.
+"""Writing of checkpoints: a folder of JSON and safetensors, written atomically, never a pickle.
 
 config.json         algorithm, settings, environment, seed
 state.json          counters, optimizer settings, shapes of what the tensors mean
@@ -158,7 +158,7 @@ def algorithm_name(cls: type) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that JSON can hold; a factory or any other object is left out (the caller gives it again)."""
+    """Keep the settings that JSON can hold; a factory or any other object is left out (the caller gives it again)."""
     plain = {}
     for key, value in settings.items():
         try:

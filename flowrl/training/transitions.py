@@ -1,4 +1,4 @@
-"""What policy gradients on the steps of an SDE sampler share: recording the steps, and their ratios.
+"""Transitions: policy gradients on the steps of an SDE sampler, which are recorded and compared by their ratios.
 
 Each noisy step of the sampler is an action of a Markov decision process: state `(x_k, t_k, c)`, Gaussian policy, the
 reward at the end (Black et al. 2024, Fan et al. 2023).
@@ -41,12 +41,12 @@ class TransitionConfig(FlowConfig):
         SDE(self.sde, self.noise_level)  # raises for settings without meaning
 
     def parts(self) -> int:
-        """Noisy steps per sample."""
+        """Count the noisy steps per sample."""
         return self.rollout_steps - 1
 
 
 class TransitionAlgorithm(FlowAlgorithm):
-    """A `FlowAlgorithm` whose minibatches are steps of the sampler, see `recorded`, not samples."""
+    """A `FlowAlgorithm` on steps of the sampler: minibatches consist of steps (see `recorded`), not of samples."""
 
     Config: ClassVar[type[FlowConfig]] = TransitionConfig
     kind = "steps"
@@ -63,11 +63,11 @@ class TransitionAlgorithm(FlowAlgorithm):
         return range(self.config.parts())
 
     def draw_noise(self, n: int) -> torch.Tensor:
-        """Noise (n, *latent_shape) at the start of `n` samples."""
+        """Draw noise (n, *latent_shape) for the start of `n` samples."""
         return self.policy.noise(n, self.generator)
 
     def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
-        """Draw latents by the SDE, with the states of their noisy steps and the log-probabilities of these."""
+        """Draw latents by the SDE, with the states and log-probabilities of their noisy steps."""
         window = self.window()
         x_1, states, log_prob = self.policy.sample_path(
             context_ids,
@@ -81,7 +81,7 @@ class TransitionAlgorithm(FlowAlgorithm):
         return x_1, {"states": states, "log_prob": log_prob, "first_step": first}
 
     def read(self, rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
-        """Read of each step the state before and after it, and its log-probability."""
+        """Read the state before and after each step, and its log-probability."""
         return {
             "x_1": rows["x_1"][sample],
             "x_k": rows["states"][sample, part],
@@ -95,12 +95,12 @@ class TransitionAlgorithm(FlowAlgorithm):
         return Transitions(extra["x_k"], extra["x_next"], extra["first_step"] + extra["part"], extra["log_prob"])
 
     def step(self, steps: Transitions, context_ids: torch.Tensor, role: Role = "current") -> GaussianStep:
-        """Law of recorded steps under a role's network now, with the sampler's own times and guidance."""
+        """Compute the law of recorded steps under a role's network now, with the sampler's own times and guidance."""
         policy, times = self.policy, self.policy.times()
         t, t_next = times[steps.k], times[steps.k + 1]
         v = policy.field(policy.condition(context_ids), len(context_ids), role)(steps.x_k, t)
         return self.sde.step(v, steps.x_k, t, t_next)
 
     def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
-        """Ratio (B,) of each step's probability now to when it was drawn."""
+        """Compute the ratio (B,) of each step's probability now to when it was drawn."""
         return (step.mean_log_prob(steps.x_next) - steps.log_prob).exp()

@@ -43,7 +43,7 @@ def unwrapped(env: Any) -> Any:
 
 
 def _own_classes(cls: type) -> list[type]:
-    """Classes of a wrapper that are not known to change nothing."""
+    """List the classes of a wrapper that are not known to change nothing."""
     return [
         parent
         for parent in cls.__mro__
