@@ -13,6 +13,7 @@ from test_architecture import code_lines
 
 import flowrl
 from flowrl.errors import ConfigError
+from flowrl.runs.callbacks import HeldOutCallback
 from flowrl.training.memory_plan import predict_memory
 from flowrl.types import RewardOutput
 
@@ -158,3 +159,8 @@ def test_draft_is_the_derivative_through_a_linear_flow() -> None:
         one_step = torch.eye(2) + w / steps
         expected = sum((torch.linalg.matrix_power(one_step, i).T @ torch.tensor([1.0, 0.0])) / steps for i in range(k))
         torch.testing.assert_close(-gradient, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_held_out_rewards_leave_methods_that_draw_in_their_updates_alone() -> None:
+    callback = HeldOutCallback({"x": lambda samples, contexts: RewardOutput(samples[:, 0])}, every=1)
+    make("draft:DRaFT").learn(64, callback=callback)

@@ -107,7 +107,7 @@ class HeldOutCallback(BaseCallback):
         self._left = self.n if self.rewards and self.model.iteration % self.every == 0 else 0  # type: ignore[attr-defined]
 
     def _on_step(self) -> bool:
-        if self._left > 0:
+        if self._left > 0 and self.locals["samples"] is not None:  # methods on contexts draw in their updates
             samples, contexts = self.locals["samples"], self.locals["contexts"]
             known = self.model.env.core.contexts  # type: ignore[union-attr]
             self._values.append(held_out(self.rewards, samples, [known[i] for i in contexts.tolist()]))
