@@ -34,15 +34,14 @@ class Signal:
         word = "weights" if model.has_weights else "advantages"
         if not model.compares or len(coefficient) < 2:
             return
-        n, reward = len(coefficient), rollout.reward
-        of_context = (reward - group_mean(reward, rollout.context_ids, int(model.env.core.observation_space.n))).abs()  # type: ignore[attr-defined]
-        spread = coefficient.max() - coefficient.min()
-        facts = (spread, coefficient.abs().max(), reward.max() - reward.min(), of_context.max())
-        # one transfer to the host an iteration
-        spread_, largest, of_rewards, within = torch.stack(facts).tolist()
-        self.silent = self.silent + 1 if spread_ <= 1e-6 * largest else 0
+        # one transfer to the host an iteration; what explains a silence is measured in a silence
+        spread, largest = torch.stack((coefficient.max() - coefficient.min(), coefficient.abs().max())).tolist()
+        self.silent = self.silent + 1 if spread <= 1e-6 * largest else 0
         if not self.silent:
             return
+        n, reward = len(coefficient), rollout.reward
+        of_context = (reward - group_mean(reward, rollout.context_ids, len(model.env.core.contexts))).abs()
+        of_rewards, within = torch.stack((reward.max() - reward.min(), of_context.max())).tolist()
         equal = f"the {word} of all {n} samples are {'zero' if largest == 0 else 'equal'}"
         settings = {getattr(model.config, name, None) for name in ("weight_normalisation", "standardise")} - {None}
         by_group = not settings or "group" in settings
