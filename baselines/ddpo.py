@@ -41,6 +41,7 @@ class DDPOConfig(TransitionConfig):
 class DDPO(TransitionAlgorithm):
     """Denoising diffusion policy optimisation."""
 
+    replayable = True
     Config: ClassVar[type[FlowConfig]] = DDPOConfig
     kind = "steps-free"
     config: DDPOConfig

@@ -79,6 +79,7 @@ class FlowGRPOConfig(TransitionConfig):
 class FlowGRPO(TransitionAlgorithm):
     """Group-relative policy optimisation of a flow's SDE sampler."""
 
+    replayable = True
     Config: ClassVar[type[FlowConfig]] = FlowGRPOConfig
     config: FlowGRPOConfig
 

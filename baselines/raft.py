@@ -55,6 +55,7 @@ class RAFTConfig(ORWCFMW2Config):
 class RAFT(ORWCFMW2):
     """Reward-ranked fine-tuning."""
 
+    replayable = True
     Config: ClassVar[type[FlowConfig]] = RAFTConfig
     kind = "selection"
     config: RAFTConfig

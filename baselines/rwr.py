@@ -44,6 +44,7 @@ class RWRConfig(ORWConfig):
 class RWR(ORWCFMW2):
     """Reward-weighted regression."""
 
+    replayable = True
     Config: ClassVar[type[FlowConfig]] = RWRConfig
     kind = "offline"
     config: RWRConfig

@@ -8,7 +8,9 @@ from typing import Literal, get_args
 from flowrl.checks import check_types, take_python_values
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import TimeSampling
-from flowrl.functional.solvers import GUIDANCES, SOLVERS, Guidance, Solver
+from flowrl.functional.guidance import GUIDANCES, Guidance
+from flowrl.functional.solvers import SOLVERS, Solver
+from flowrl.types import Compile
 
 Precision = Literal["float32", "bfloat16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
@@ -20,6 +22,7 @@ CHOICES = {
     "guidance": GUIDANCES,
     "optimizer": get_args(OptimizerKind),
     "precision": get_args(Precision),
+    "compile": get_args(Compile),
     "on_reward_error": get_args(OnRewardError),
 }
 
@@ -77,8 +80,11 @@ class FlowConfig:
     kept in it too."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, one more forward pass for each backward."""
-    compile: bool = False
-    """Compile the networks with torch.compile."""
+    compile: Compile = "off"
+    """Compile the networks for speed: "blocks", each kind of block that a network repeats (a minute or two at the first
+    iteration); "whole", at once (longer); "off"; "auto", the blocks of large networks that train on CUDA."""
+    cuda_graphs: bool = False
+    """Capture updates and samplers of small networks on CUDA, and replay them: the same numbers with few launches."""
     offload: bool = False
     """Keep the autoencoder on the host while the network trains."""
     half_buffer: bool = False
@@ -96,6 +102,8 @@ class FlowConfig:
     """Share of an iteration's samples that "drop" may leave out; more stop the run."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.compile, bool):  # as of version 0.1.0
+            object.__setattr__(self, "compile", "blocks" if self.compile else "off")
         take_python_values(self)
         check_types(type(self), {field.name: getattr(self, field.name) for field in fields(self)})
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")

@@ -68,6 +68,7 @@ class ORWCFMW2Config(FlowConfig):
 class ORWCFMW2(FlowAlgorithm):
     """Online reward-weighted conditional flow matching with Wasserstein-2 regularisation."""
 
+    replayable = True
     Config: ClassVar[type[FlowConfig]] = ORWCFMW2Config
     config: ORWCFMW2Config
 
@@ -152,6 +153,7 @@ class ORWConfig(ORWCFMW2Config):
 class ORWCFM(ORWCFMW2):
     """Online reward-weighted conditional flow matching without regularisation; collapses in the end."""
 
+    replayable = True
     Config: ClassVar[type[FlowConfig]] = ORWConfig
     kind = "endpoint-free"
 
@@ -160,6 +162,7 @@ class ORWCFM(ORWCFMW2):
 class ORWCFMKL(ORWCFMW2):
     """ORW-CFM whose penalty is the Kullback-Leibler divergence: the same, weighted by t / (1 - t)."""
 
+    replayable = True
     kind = "endpoint-kl"
 
     def penalty(self, t: torch.Tensor) -> torch.Tensor:

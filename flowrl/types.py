@@ -18,6 +18,9 @@ Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Role = Literal["current", "reference", "behaviour", "ema"]
 """Role of a copy of the velocity network: trained, frozen, lagged sampler, moving average."""
 
+Compile = Literal["auto", "off", "blocks", "whole"]
+"""What of a network is compiled."""
+
 Contexts = Sequence[Any]
 """Contexts of samples, one entry per sample: prompts, labels, or None."""
 

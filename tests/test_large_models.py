@@ -115,23 +115,31 @@ def test_a_network_without_gradient_checkpointing_says_so() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or sys.platform == "win32", reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora"])
-def test_a_compiled_network_gives_the_same_velocities(lora_rank: int) -> None:
+@pytest.mark.parametrize(("kind", "lora_rank"), [("blocks", 0), ("blocks", 2), ("whole", 2)])
+def test_a_compiled_network_gives_the_same_velocities(kind: str, lora_rank: int) -> None:
     models = [
         flowrl.ORWCFMW2(
             "FlowPolicy", "gaussians-linear", device="cpu", seed=0, compile=c, lora_rank=lora_rank, refresh_every=2
         )
-        for c in (False, True)
+        for c in ("off", kind)
     ]
     for model in models:
         with torch.no_grad():
             for parameter in model.policy.parameters_of("current").values():
                 parameter.add_(0.1)
     x, t = torch.randn(5, 2), torch.rand(5)
+    gradients = []
     for role in ("current", "reference", "behaviour"):
         a, b = (model.policy.velocity(x, t, (), role) for model in models)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert models[1].policy.model.network._compiled_call_impl is not None
+    for model in models:
+        model.policy.velocity(x, t, ()).square().mean().backward()
+        gradients.append([p.grad for p in model.policy.parameters_of("current").values() if p.grad is not None])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    network = models[1].policy.model.network
+    compiled = [name for name, module in network.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == ([""] if kind == "whole" else [f"hidden.{i}" for i in range(3)])
 
 
 def test_offloading_moves_the_autoencoder_between_phases(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,16 +180,17 @@ def test_lora_dropout_is_for_the_trained_adapter_in_updates_only(folder: Path) -
         for role in policy.roles:
             for parameter in policy.parameters_of(role).values():
                 parameter.add_(0.1)
-    for training, role, same in (
-        (True, "current", False),
-        (True, "behaviour", True),
-        (True, "reference", True),
-        (False, "current", True),
+    for training, role, with_grad, same in (
+        (True, "current", True, False),
+        (True, "current", False, True),
+        (True, "behaviour", True, True),
+        (True, "reference", True, True),
+        (False, "current", True, True),
     ):
         policy.set_training_mode(training)
-        with torch.no_grad():
+        with torch.set_grad_enabled(with_grad):
             a, b = (policy.velocity(*point(policy), role) for _ in range(2))
-        assert torch.equal(a, b) == same, (training, role)
+        assert torch.equal(a, b) == same, (training, role, with_grad)
 
 
 def test_lora_targets(folder: Path) -> None:
@@ -241,7 +250,7 @@ def test_a_missing_8_bit_optimizer_names_the_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_cfg_zero_by_hand() -> None:
-    from flowrl.functional.solvers import guided_velocity
+    from flowrl.functional.guidance import guided_velocity
 
     v, v_null = torch.tensor([[3.0, 1.0], [3.0, 1.0]]), torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     t = torch.tensor([0.0, 0.5])

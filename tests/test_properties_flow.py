@@ -22,8 +22,9 @@ from properties import (
 
 import flowrl
 from flowrl.functional import flow
+from flowrl.functional.guidance import guided_velocity
 from flowrl.functional.sde import SDE, GaussianStep, sde_sample
-from flowrl.functional.solvers import guided_velocity, ode_sample, time_grid
+from flowrl.functional.solvers import ode_sample, time_grid
 from flowrl.types import Batch
 
 

@@ -8,12 +8,9 @@ from typing import Literal
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.functional.flow import expand
 from flowrl.types import Field
 
 Solver = Literal["euler", "heun", "midpoint", "rk4"]
-Guidance = Literal["cfg", "cfg_zero"]
-GUIDANCES = ("cfg", "cfg_zero")
 Step = Callable[[Field, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -28,34 +25,6 @@ def time_grid(steps: int, shift: float = 1.0, device: torch.device | str = "cpu"
     sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     return (1 - sigma).float().to(device)
-
-
-def guided_velocity(
-    v: torch.Tensor, v_null: torch.Tensor, scale: float, t: torch.Tensor, guidance: Guidance = "cfg"
-) -> torch.Tensor:
-    """Guide a velocity (B, ...) by that of the empty context at times `t` (B,): classifier-free guidance.
-
-    - "cfg": `v_null + scale (v - v_null)` (Ho and Salimans 2022).
-    - "cfg_zero": CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): `v_null` is first multiplied by the
-      `s = <v, v_null> / |v_null|^2` of each sample that brings it nearest to `v`, and the step from t = 0 is left out
-      (velocity zero).
-    """
-    if guidance == "cfg":
-        return v_null + scale * (v - v_null)
-    inner, square = (v * v_null).flatten(1).sum(1), v_null.square().flatten(1).sum(1)
-    nearest = expand(inner / square.clamp_min(torch.finfo(v.dtype).tiny), v) * v_null
-    guided = nearest + scale * (v - nearest)
-    return torch.where(expand(t == 0, v), torch.zeros_like(v), guided)
-
-
-def guided_field(v_of_both: Field, scale: float, guidance: Guidance = "cfg") -> Field:
-    """Make the field of guided velocities from a field that takes both halves, with context and without: (2 B, ...)."""
-
-    def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        v, v_null = v_of_both(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
-        return guided_velocity(v, v_null, scale, t, guidance)
-
-    return guided
 
 
 def euler_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,8 @@ class VelocityModel(nn.Module):
         lora_targets: Names (or a regular expression) of the modules that LoRA adapts, as peft takes them;
             None adapts every linear layer.
         distilled_guidance: The guidance scale is part of the condition; see `with_guidance`.
+        casts_inputs: `forward` brings inputs into the type of the network's weights, which can then compute in it
+            throughout, without autocast.
     """
 
     network: nn.Module
@@ -33,6 +35,7 @@ class VelocityModel(nn.Module):
     sample_shape: tuple[int, ...]
     lora_targets: list[str] | str | None = None
     distilled_guidance: bool = False
+    casts_inputs: bool = False
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Compute the velocity (B, *latent_shape), float32, at `x_t` (B, *latent_shape) and `t` (B,)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,8 +40,23 @@ class LoRA:
         return LoRA(rank, config.lora_alpha or 2.0 * rank, config.lora_dropout, config.lora_targets)
 
 
-def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any]:
+class Factor(nn.Module):
+    """A factor of an adapter: kept in float32, used in the type of what it is given, so that no activation is cast."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by the factor."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> dict[str, Any]:
     """Put LoRA adapters into the network (in place); only the first is trainable.
+
+    Returns:
+        The adapted layers by name.
 
     Raises:
         ConfigError: There are no such modules, or LoRA cannot adapt them.
@@ -73,11 +88,9 @@ def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any
                 inject_adapter_in_model(config, model.network, adapter_name=name)
             except ValueError as error:
                 raise ConfigError(f"LoRA cannot be put on this network: {error}") from error
-    adapters = [m for m in model.network.modules() if isinstance(m, BaseTunerLayer)]
-    _activate(adapters, "current")
-    for layer in adapters:  # in float32, whatever the base network's type
-        for part in (layer.lora_A, layer.lora_B):
-            part.float()
+    adapters: dict[str, Any] = {n: m for n, m in model.network.named_modules() if isinstance(m, BaseTunerLayer)}
+    _activate(adapters.values(), "current")
+    _keep_factors_in_float32(adapters.values())
     state = {n: p for n, p in model.network.named_parameters()}
     with torch.no_grad():
         for name, parameter in state.items():
@@ -85,6 +98,17 @@ def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> list[Any
                 if f".{other}." in name:
                     parameter.copy_(state[name.replace(f".{other}.", ".current.")])
     return adapters
+
+
+def _keep_factors_in_float32(adapters: Iterable[Any]) -> None:
+    """Keep adapters in float32, whatever the base network's type, without casts of activations."""
+    for layer in adapters:
+        layer.cast_input_dtype_enabled = False
+        for factors in (layer.lora_A, layer.lora_B):
+            factors.float()
+            for name, factor in factors.items():
+                if type(factor) is nn.Linear:
+                    factors[name] = Factor(factor.weight)
 
 
 def count_parameters(model: VelocityModel, lora: LoRA | None) -> tuple[int, int]:
@@ -100,7 +124,7 @@ def _linear_layers(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _activate(adapters: list[Any], name: str) -> None:
+def _activate(adapters: Iterable[Any], name: str) -> None:
     for layer in adapters:
         layer.set_adapter(name)
 
@@ -111,7 +135,7 @@ class switched:
     `before_change` is called before flags change: where weights are sharded, flags belong to the shards.
     """
 
-    def __init__(self, adapters: list[Any], role: Role, before_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, adapters: Iterable[Any], role: Role, before_change: Callable[[], None] = lambda: None) -> None:
         self.adapters, self.role, self.before_change = adapters, role, before_change
 
     def __enter__(self) -> None:

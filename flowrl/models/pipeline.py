@@ -87,6 +87,7 @@ class PipelineFlow(VelocityModel):
     """Tokens of the T5 context in the pipeline's own call."""
     MAX_SHIFT: ClassVar[float]
     """The pipeline's own default of `max_shift` in a schedule that depends on the resolution."""
+    casts_inputs = True
 
     def __init__(
         self,

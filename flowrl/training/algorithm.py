@@ -23,7 +23,7 @@ from flowrl.training.diagnosis import BadUpdates, check_updates
 from flowrl.training.hooks import HookChecks, NoChecks, check_names
 from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
-from flowrl.training.optimizers import gradient_step, make_optimizer
+from flowrl.training.optimizers import gradient_step
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, stand_ins, without_strays
@@ -123,12 +123,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
                 **self.policy_kwargs,
             )
         self.lr_schedule = lambda progress_remaining: config.learning_rate
-        self.policy.optimizer = make_optimizer(config, self.policy.parameters_of("current").values())
-        if self.ranks.is_sharded:
-            construction.check_sharded(self.name, self.unpredictable, config.optimizer)
-        networks = self.policy.networks
-        trained = self.ranks.prepare(self.policy.model.network, self.policy.optimizer, networks.copies.values())
-        networks.train_through(trained, self.ranks.is_sharded)
+        construction.prepare_training(self)
         self.buffer = RolloutBuffer(
             config.n_samples,
             self.policy.model.latent_shape if self.learns_from != "contexts" else (0,),
@@ -249,30 +244,35 @@ class FlowAlgorithm(Method, SB3Algorithm):
         policy.set_training_mode(True)
         if config.offload and self.learns_from != "contexts":
             policy.model.offload()
-        parameters = list(policy.parameters_of("current").values())
         is_last = config.accumulation - 1  # of the minibatches of a step; the ranks agree on its gradient there
+        replays = self.replay.are_replayed
         totals: dict[str, torch.Tensor] = {}
         norms: list[torch.Tensor] = []
         n_minibatches = n_pending = 0
         for _ in range(config.n_epochs):
             for batch in self.minibatches():
                 with nullcontext() if n_pending == is_last else self.ranks.no_sync(policy.networks.trained):
-                    result = self.loss(batch)
-                    self.checks.loss(result)
-                    loss, parts = result
-                    (loss / config.accumulation).backward()
+                    figures = self.replay.gradient(batch, n_pending) if replays else self.gradient(batch)
                 n_minibatches, n_pending = n_minibatches + 1, n_pending + 1
                 if n_pending == config.accumulation:
-                    norms.append(gradient_step(self, parameters))
+                    norms.append(gradient_step(self))
                     n_pending = 0
-                for key, value in {"loss": loss, **parts}.items():
-                    totals[key] = totals.get(key, 0) + value.detach()
+                for key, value in figures.items():
+                    totals[key] = totals.get(key, 0) + value
         if n_pending:
-            self.ranks.average_gradients(parameters)
-            norms.append(gradient_step(self, parameters))
+            self.ranks.average_gradients(policy.parameters_of("current").values())
+            norms.append(gradient_step(self))
         means = {key: value / n_minibatches for key, value in totals.items()}
         means["grad_norm"] = torch.stack(norms).mean()
         return means if "drift" in means or self.learns_from == "contexts" else {"drift": self.drift(), **means}
+
+    def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Add the gradient of a minibatch's loss to those of before; the loss and its figures."""
+        result = self.loss(batch)
+        self.checks.loss(result)
+        loss, parts = result
+        (loss / self.config.accumulation).backward()
+        return {"loss": loss.detach(), **{key: part.detach() for key, part in parts.items()}}
 
 
 def _iteration_ended(callback: BaseCallback) -> bool:

@@ -13,10 +13,14 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
 from flowrl.errors import ConfigError, DeviceError, UnknownNameError
+from flowrl.models.compiling import default_compile
+from flowrl.training.optimizers import make_optimizer
+from flowrl.training.replay import Minibatches
 from flowrl.training.wrappers import unwrapped
 from flowrl.types import Condition
 
 if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
     from flowrl.training.method import Method
 
 
@@ -183,3 +187,19 @@ def check_reward_errors(on_error: str, timeout: float, env: GenerationEnv, n_ran
         raise ConfigError("on_reward_error 'drop' cannot tell which of the samples that are compared failed: 'retry'.")
     if on_error != "raise" and n_ranks > 1 and env.extra_state():
         raise ConfigError("Running statistics of a reward over several processes need on_reward_error 'raise'.")
+
+
+def prepare_training(model: FlowAlgorithm) -> None:
+    """Make the optimizer, compile what is to be compiled, and join the network with those of the other ranks."""
+    config, policy, ranks = model.config, model.policy, model.ranks
+    networks = policy.networks
+    policy.optimizer = make_optimizer(config, policy.parameters_of("current").values())
+    if config.compile == "auto":
+        networks.compile(default_compile(networks.model.network, model.device))
+    if ranks.is_sharded:
+        check_sharded(model.name, model.unpredictable, config.optimizer)
+    trained = ranks.prepare(policy.model.network, policy.optimizer, networks.copies.values())
+    networks.train_through(trained, ranks.is_sharded)
+    policy.graphs.generators = [policy.generator, model.generator]
+    policy.graphs.is_on &= ranks.world_size == 1
+    model.replay = Minibatches(model)

@@ -22,23 +22,23 @@ class BadUpdates:
         total: So far.
         in_a_row: Until now, as far as looked at.
         zeros: Gradient steps so far whose gradient was zero.
+        steps: Gradient steps since the last look.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         self.total = self.in_a_row = self.zeros = 0
-        self._steps = 0  # since the last look
-        self._bad = torch.zeros(3, device=device)  # of them: all bad ones, those in a row until now, and zeros
+        self.steps = 0
+        self._bad = torch.zeros(3, device=device)  # of these steps: all bad ones, those in a row until now, and zeros
 
     def note(self, bad: torch.Tensor, norm: torch.Tensor) -> None:
         """Take in a step and its gradient's norm; `bad` is a scalar, 0 or 1. No host synchronisation."""
-        self._steps += 1
         self._bad[:2] += bad
         self._bad[2] += norm == 0
         self._bad[1] *= bad
 
     def look(self) -> int:
         """Count the bad ones since the last look."""
-        steps, self._steps = self._steps, 0
+        steps, self.steps = self.steps, 0
         bad, in_a_row, zeros = (int(n) for n in self._bad.tolist())
         self._bad.zero_()
         self.total, self.zeros = self.total + bad, self.zeros + zeros

@@ -84,7 +84,7 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     values of tensors (adaptive solvers, optimal transport) cannot be tried; `missing` says so.
     """
     tracker = _Tracker()
-    config = replace(config, on_reward_error="raise")
+    config = replace(config, on_reward_error="raise", compile="off", cuda_graphs=False)
     random_state = torch.get_rng_state()
     gc.collect()
     gc.freeze()  # looking for what is left between two phases then looks at the prediction's own objects
@@ -183,6 +183,7 @@ def _parts(model: Any) -> dict[str, int]:
         "frozen weights": _bytes(policy.parameters()) - sum(sizes.values()),
         "trained weights": sizes.pop("current"),
         "copies of them": sum(sizes.values()),
+        "copies to compute with": policy.networks.working_bytes,
         "gradients": _bytes(policy.parameters_of("current").values()),
         "optimizer": _bytes(v for state in policy.optimizer.state.values() for v in state.values()),
         "further networks and tensors": _bytes(model.extra_state.state().values()),

@@ -19,6 +19,7 @@ from flowrl.training.construction import configured, without_gradient
 from flowrl.training.networks import ExtraState, TrainedNetwork
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord, velocities
+from flowrl.training.replay import Minibatches
 from flowrl.training.reward_calls import RewardCalls
 from flowrl.types import Batch, Pair, RewardOutput, Role, Rows
 
@@ -43,6 +44,9 @@ class Method(ABC):
     gradients; or samples of a data set, so that nothing is drawn."""
     unpredictable: ClassVar[str] = ""
     """Work whose memory a dry run cannot try, since it depends on the values of tensors."""
+    replayable: ClassVar[bool] = False
+    """Whether CUDA graphs may hold `loss` (for small networks): it does the same on the device in every call, takes no
+    number off it, and reads nothing on the host that changes in training. A class says so for itself alone."""
     config: Any
     policy: FlowPolicy
     env: GenerationVecEnv
@@ -55,6 +59,7 @@ class Method(ABC):
     reward_calls: RewardCalls
     record: RolloutRecord
     extra_state: ExtraState
+    replay: Minibatches
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:

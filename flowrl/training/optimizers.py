@@ -57,6 +57,8 @@ def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer, is_sharded:
     """
     if optimizer.defaults.get("fused") and not is_sharded:
         optimizer.found_inf = bad  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            group["capturable"] = bad.is_cuda and torch.cuda.is_current_stream_capturing()
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
     elif not bool(bad):
@@ -88,23 +90,34 @@ BLOCK = 256
 """Values that share a scale in bitsandbytes' 8-bit moments."""
 
 
-def gradient_step(model: FlowAlgorithm, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+def gradient_step(model: FlowAlgorithm) -> torch.Tensor:
     """Take one optimizer step of the trained network, with warm-up, clipping and moving average.
 
     Returns:
         The gradient's norm before clipping, a scalar tensor; a step whose norm is not finite changes nothing.
     """
     config, policy = model.config, model.policy
+    parameters = list(policy.parameters_of("current").values())
     rate = model.lr_schedule(model._current_progress_remaining)
     if config.warmup_updates:
         rate *= min(1.0, (model._n_updates + 1) / config.warmup_updates)
     check_rate(model, rate)
     for group in policy.optimizer.param_groups:
         group["lr"] = rate
-    norm = unsharded(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-    bad = (~norm.isfinite()).float()
-    step_unless(bad, policy.optimizer, model.ranks.is_sharded)
-    model.bad_updates.note(bad, norm)
+
+    def step() -> tuple[torch.Tensor]:
+        norm = unsharded(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+        bad = (~norm.isfinite()).float()
+        step_unless(bad, policy.optimizer, model.ranks.is_sharded)
+        model.bad_updates.note(bad, norm)
+        return (norm,)
+
+    if policy.graphs.is_on and policy.optimizer.defaults.get("fused"):
+        places = tuple(0 if p.grad is None else p.grad.data_ptr() for p in parameters)
+        (norm,) = policy.graphs.run("A gradient step", (rate, hash(places)), step)
+    else:
+        (norm,) = step()
+    model.bad_updates.steps += 1
     policy.networks.weights_changed("current")
     policy.optimizer.zero_grad(set_to_none=True)
     model._n_updates += 1

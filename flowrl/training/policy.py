@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.utils import get_device
-from torch import nn
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.functional.flow import normal
+from flowrl.functional.guidance import guided_field
 from flowrl.functional.sde import SDE, sde_sample
-from flowrl.functional.solvers import Solver, evaluations_per_sample, guided_field, ode_sample
+from flowrl.functional.solvers import Solver, evaluations_per_sample, ode_sample
 from flowrl.models.base import VelocityModel
 from flowrl.models.lora import LoRA
 from flowrl.training.construction import as_generation_env, check_device, on_device, sampling_config, weight_dtypes
+from flowrl.training.graphs import Graphs
 from flowrl.training.role_networks import RoleNetworks
 from flowrl.training.sb3_policy import SB3Policy
 from flowrl.types import Condition, Field, Role
@@ -72,10 +73,11 @@ class FlowPolicy(SB3Policy):
         self.generator.manual_seed(torch.seed() if seed is None else seed)
         self.networks = RoleNetworks(model, copies, self.lora, getattr(torch, config.precision))
         self.roles = self.networks.roles
+        self.graphs = Graphs(self.networks, device, config.cuda_graphs)
         if config.gradient_checkpointing:
-            model.checkpoint_gradients()
-        if config.compile:
-            self.networks.compile_each()
+            self.networks.checkpoint_gradients()
+        if config.compile != "auto":
+            self.networks.compile(config.compile)
 
     @classmethod
     def of(
@@ -115,15 +117,19 @@ class FlowPolicy(SB3Policy):
             **kwargs,
         )
 
-    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role = "current") -> torch.Tensor:
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role = "current", exact: bool = False
+    ) -> torch.Tensor:
         """Compute the velocity (B, *latent_shape) of a role's network.
 
         Only the current role's weights carry gradients; for `x_t` that asks for its own, every role gives them.
+        Without gradients adapters are merged into the weights, which rounds otherwise; `exact` leaves them apart, as in
+        the pass that is trained.
 
         Raises:
             ConfigError: The role was not asked for when the policy was made.
         """
-        return self.networks.velocity(x_t, t, cond, role)
+        return self.networks.velocity(x_t, t, cond, role, exact)
 
     def encode(self, contexts: Sequence[Any]) -> Condition:
         """Encode contexts, with the default scale where guidance is distilled; what encodes them does not stay."""
@@ -141,26 +147,28 @@ class FlowPolicy(SB3Policy):
         view.contexts, view._condition = list(contexts), self.encode(contexts)
         return view
 
-    def field(self, cond: Condition, n: int, role: Role = "current", guidance_scale: float | None = None) -> Field:
+    def field(
+        self,
+        cond: Condition,
+        n: int,
+        role: Role = "current",
+        guidance_scale: float | None = None,
+        exact: bool = False,
+    ) -> Field:
         """Make the velocity field of `n` samples with their condition bound, with guidance.
 
-        Classifier-free guidance takes both halves in one forward pass; see `guided_velocity`.
+        Classifier-free guidance takes both halves in one forward pass; see `guided_velocity`. `exact`: see `velocity`.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if self.model.distilled_guidance:
             cond, scale = self.model.with_guidance(cond, scale), 1.0
         if scale == 1:
-            return lambda x, t: self.velocity(x, t, cond, role)
+            return lambda x, t: self.velocity(x, t, cond, role, exact)
         if self._null is None:
             self._null = on_device(self.model.null_condition(), self._home)
             self.model.release_encoders()
         both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
-        return guided_field(lambda x, t: self.velocity(x, t, both, role), scale, self.guidance)
-
-    @property
-    def sampling_role(self) -> Role:
-        """The role that `sample` and `predict` use: the moving average where there is one."""
-        return "ema" if "ema" in self.roles else "current"
+        return guided_field(lambda x, t: self.velocity(x, t, both, role, exact), scale, self.guidance)
 
     def noise(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw standard normal latents (n, *latent_shape)."""
@@ -184,11 +192,16 @@ class FlowPolicy(SB3Policy):
         """
         x = self.noise(len(context_ids), generator) if x_0 is None else x_0
         times, solver = self.times(steps), solver or self.solver
-        cond = self.condition(context_ids.to(x.device))
-        field = self.field(cond, len(x), role or self.sampling_role, guidance_scale)
+        cond, role = self.condition(context_ids.to(x.device)), role or self.sampling_role
         first = max(0, len(times) - 1 - grad_steps)
+
+        def solve(x: torch.Tensor, *cond: torch.Tensor) -> tuple[torch.Tensor]:
+            return (ode_sample(self.field(cond, len(x), role, guidance_scale), x, times[: first + 1], solver),)
+
+        key = role, solver, len(times), first, guidance_scale or self.guidance_scale
         with torch.no_grad():
-            x = ode_sample(field, x, times[: first + 1], solver)
+            (x,) = self.graphs.run("Sampling", key, solve, x, *cond)
+        field = self.field(cond, len(x), role, guidance_scale)
         return ode_sample(field, x, times[first:], solver) if grad_steps else x
 
     @torch.no_grad()
@@ -202,19 +215,21 @@ class FlowPolicy(SB3Policy):
         generator: torch.Generator | None = None,
         x_0: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw latents by the SDE, with the states of its noisy steps and their log-probabilities: see `sde_sample`."""
+        """Draw latents by the SDE, with the states of its noisy steps and their log-probabilities: see `sde_sample`.
+
+        Velocities are `exact`: log-probabilities are compared with those of the network in training.
+        """
         generator = generator or self.generator
         x_0 = self.noise(len(context_ids), generator) if x_0 is None else x_0
-        field = self.field(self.condition(context_ids), len(context_ids), role)
+        field = self.field(self.condition(context_ids), len(context_ids), role, exact=True)
         return sde_sample(field, x_0, self.times(), sde, generator, window)
 
     def times(self, steps: int | None = None) -> torch.Tensor:
         """Give the times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
-        if steps is not None and steps != self.steps:
-            return self.model.times(steps).to(self.device)
-        if self.steps not in self._times:
-            self._times = {self.steps: self.model.times(self.steps).to(self.device)}
-        return self._times[self.steps]
+        steps = self.steps if steps is None else steps
+        if steps not in self._times:
+            self._times[steps] = self.model.times(steps).to(self.device)
+        return self._times[steps]
 
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
         """Draw samples (B, *sample_shape), decoded.
@@ -238,6 +253,7 @@ class FlowPolicy(SB3Policy):
         if new:
             encoded = self.encode(new)
             self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, encoded))
+            self.graphs.forget()
             self.contexts += new
             known = {repr(c): i for i, c in enumerate(self.contexts)}
         return torch.tensor([known[repr(c)] for c in contexts])
@@ -250,7 +266,3 @@ class FlowPolicy(SB3Policy):
         """Count the network evaluations that one sample costs with the default settings."""
         halves = 1 if self.guidance_scale == 1 or self.model.distilled_guidance else 2
         return evaluations_per_sample(self.solver, self.steps) * halves
-
-    def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
-        """Give a role's own parameters by name: the whole network's, or the adapter's."""
-        return self.networks.parameters_of(role)

@@ -13,15 +13,18 @@ from torch import nn
 from flowrl.distributed.sharding import local_shard, reshard
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
+from flowrl.models.compiling import compile_network
 from flowrl.models.lora import LoRA, add_adapters, switched
-from flowrl.types import Condition, Role
+from flowrl.training.working_copies import CastCopy, MergedCopy, WorkingCopy, sharing_copy
+from flowrl.types import Compile, Condition, Role
 
 
 class RoleNetworks(nn.Module):
     """One flow, and a velocity network for each of its roles.
 
     Full fine-tuning keeps a network per role, made only for the roles asked for. With LoRA there is one base network:
-    the reference is the adapter switched off, behaviour and ema are further adapters.
+    the reference is the adapter switched off, behaviour and ema are further adapters. Passes without gradients by the
+    weights go through the plain base network, or a working copy with the adapter merged.
 
     Args:
         model: The flow; its network becomes the current role.
@@ -34,6 +37,7 @@ class RoleNetworks(nn.Module):
         available: These, and the reference where it is kept.
         copies: Networks that are not trained, by role (full fine-tuning).
         spent: Network evaluations so far, in a list of one.
+        asked: Roles that passes without gradients went through; whoever wants to know empties it first.
     """
 
     def __init__(
@@ -52,31 +56,65 @@ class RoleNetworks(nn.Module):
         self.spent = [0]  # network evaluations; in a list, as attributes of modules are slow to set
         self.copies = nn.ModuleDict()
         self._models: dict[Role, VelocityModel] = dict.fromkeys(self.available, model)
+        self._working: dict[Role, WorkingCopy] = {}
+        self.asked: set[Role] = set()
+        self._compile: Compile = "off"
         if lora is None:
             for role in (*lagged, *frozen):
                 self.copies[role] = copy.deepcopy(model.network).requires_grad_(False).eval()
                 self._models[role] = model.with_network(self.copies[role])
         else:
-            self._adapters = add_adapters(model, list(self.roles), lora)
+            self._plain = (model.with_network(sharing_copy(model.network)),)  # in a tuple: no submodule of its own
+            self._adapted = add_adapters(model, list(self.roles), lora)
         self.train_through(model.network)
         if not self._parameters_of["current"]:
             raise ConfigError("This flow has no trainable parameters.")
 
-    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role) -> torch.Tensor:
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, role: Role, exact: bool = False
+    ) -> torch.Tensor:
         """Compute the velocity (B, *latent_shape), float32, of a role's network: see `FlowPolicy.velocity`."""
         if role not in self.available:
             raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(self.available)}.")
         with_grad = torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
         self.spent[0] += len(x_t) * (3 if with_grad else 1)
-        low = self.precision != torch.float32
-        switch = self.lora is not None and role != "current"
+        trains = with_grad and role == "current"
+        works = not (trains or exact or self.is_sharded)
+        model = self._trained[0] if trains else self.working(role) if works else self._models[role]
+        in_own_type = self.precision == torch.float32 or (model.casts_inputs and (works or self.lora is not None))
+        switches = self.lora is not None and role != "current" and not works
         with (
             torch.set_grad_enabled(with_grad),
-            torch.autocast(x_t.device.type, self.precision) if low else nullcontext(),
-            switched(self._adapters, role, lambda: self.weights_changed(role)) if switch else nullcontext(),
+            nullcontext() if in_own_type else torch.autocast(x_t.device.type, self.precision),
+            switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
-            model = self._trained[0] if with_grad and role == "current" else self.model_of(role)
             return model(x_t, t, cond).float()
+
+    def working(self, role: Role) -> VelocityModel:
+        """Give the flow around the network that passes without gradients by the weights use for a role, up to date."""
+        self.asked.add(role)
+        if role not in self._working:
+            made = self._made_working(role)
+            if made is None:
+                return self._models[role]
+            compile_network(made.model.network, self._compile)
+            self._working[role] = made
+        return self._working[role].fresh()
+
+    @property
+    def working_bytes(self) -> int:
+        """Size of the working copies so far, in bytes."""
+        return sum(made.nbytes for made in self._working.values())
+
+    def _made_working(self, role: Role) -> WorkingCopy | None:
+        """Make the working copy of a role; None where its own network serves."""
+        if self.lora is not None:
+            plain = self._plain[0]
+            if role == "reference":
+                return WorkingCopy(plain, ())
+            return MergedCopy(plain, self._adapted, role, list(self._parameters_of[role].values()))
+        model = self._models[role]
+        return CastCopy(model, self.precision) if model.casts_inputs and self.precision != torch.float32 else None
 
     def train_through(self, network: nn.Module, is_sharded: bool = False) -> None:
         """Compute gradients of the current role through `network`, which wraps its network.
@@ -140,13 +178,21 @@ class RoleNetworks(nn.Module):
 
     def weights_changed(self, role: Role) -> None:
         """Take note that a role's weights were changed from outside."""
+        if role in self._working:
+            self._working[role].expire()
         if self.is_sharded:
             reshard(self.model_of(role).network)
 
-    def compile_each(self) -> None:
-        """Compile the networks with torch.compile."""
-        for network in {id(m.network): m.network for m in (self.model, *self._models.values())}.values():
-            network.compile(dynamic=True)
+    def compile(self, kind: Compile) -> None:
+        """Compile the networks, and every working copy that will be made: see `compile_network`."""
+        self._compile = kind
+        for network in {id(model.network): model.network for model in (self.model, *self._models.values())}.values():
+            compile_network(network, kind)
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations again in backward passes instead of keeping them."""
+        for model in (self.model, *(self._plain if self.lora is not None else ())):
+            model.checkpoint_gradients()
 
     def export(self, folder: Path, role: Role, adapter: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write a role's weights as the flow's own library loads them, where the flow can; see `VelocityModel.export`.

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.policies import BasePolicy
+from torch import nn
 
 from flowrl.errors import ConfigError
 from flowrl.training.role_networks import RoleNetworks
+from flowrl.types import Role
 
 
 class SB3Policy(BasePolicy):
@@ -20,9 +22,11 @@ class SB3Policy(BasePolicy):
 
     Attributes:
         networks: The velocity network in its roles.
+        roles: Roles that have weights of their own.
     """
 
     networks: RoleNetworks
+    roles: tuple[Role, ...]
 
     @abstractmethod
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
@@ -36,6 +40,15 @@ class SB3Policy(BasePolicy):
     @evaluations.setter
     def evaluations(self, spent: int) -> None:
         self.networks.spent[0] = spent
+
+    @property
+    def sampling_role(self) -> Role:
+        """The role that `sample` and `predict` use: the moving average where there is one."""
+        return "ema" if "ema" in self.roles else "current"
+
+    def parameters_of(self, role: Role) -> dict[str, nn.Parameter]:
+        """Give a role's own parameters by name: the whole network's, or the adapter's."""
+        return self.networks.parameters_of(role)
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

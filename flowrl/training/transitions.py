@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from flowrl.config import FlowConfig
+from flowrl.errors import ConfigError
 from flowrl.functional.sde import SDE, GaussianStep, SDEKind
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.types import Batch, Role, Rows, Transitions
@@ -98,8 +99,35 @@ class TransitionAlgorithm(FlowAlgorithm):
         """Compute the law of recorded steps under a role's network now, with the sampler's own times and guidance."""
         policy, times = self.policy, self.policy.times()
         t, t_next = times[steps.k], times[steps.k + 1]
-        v = policy.field(policy.condition(context_ids), len(context_ids), role)(steps.x_k, t)
+        field = policy.field(policy.condition(context_ids), len(context_ids), role, exact=role != "reference")
+        v = field(steps.x_k, t)
         return self.sde.step(v, steps.x_k, t, t_next)
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """Take gradient steps on the recorded steps; in low precision, measure first how far ratios start from one.
+
+        Raises:
+            ConfigError: They start farther from it than the clip range.
+        """
+        if self.config.precision == "float32":
+            return super().update()
+        floor = self.ratio_floor()
+        if self.iteration == 0 and float(floor) > self.config.clip_range:
+            raise ConfigError(
+                f"clip_range = {self.config.clip_range:g} is below {float(floor):.1g}, by which ratios in "
+                f"{self.config.precision} differ from one before anything is learnt: rounding alone would clip them. "
+                "Take precision float32, or a wider clip_range."
+            )
+        return {**super().update(), "ratio_floor": floor}
+
+    @torch.no_grad()
+    def ratio_floor(self) -> torch.Tensor:
+        """Measure `|log p - log p_old|` before any update, the mean over a minibatch of steps; a scalar tensor."""
+        n = self.buffer.size * self.buffer.parts
+        batch = next(self.buffer.batches(torch.arange(n, device=self.device), self.config.batch_size))
+        steps = self.recorded(batch)
+        with self.policy.uncounted():
+            return (self.step(steps, batch.context_ids).mean_log_prob(steps.x_next) - steps.log_prob).abs().mean()
 
     def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
         """Compute the ratio (B,) of each step's probability now to when it was drawn."""

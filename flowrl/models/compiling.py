@@ -1,0 +1,63 @@
+"""Compilation of velocity networks by torch.compile, block by block or whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flowrl.types import Compile
+
+VARIANTS = 64
+"""Compiled variants of one block: kinds of blocks, times batch sizes, times passes with and without gradients."""
+LARGE = 300_000_000
+"""Parameters from which a network is worth the minute or two that compiling takes."""
+
+
+def default_compile(network: nn.Module, device: torch.device | str) -> Compile:
+    """Choose what "auto" means for a network in training: blocks of large networks on CUDA, "off" anywhere else."""
+    is_large = sum(p.numel() for p in network.parameters()) >= LARGE
+    return "blocks" if torch.device(device).type == "cuda" and is_large else "off"
+
+
+def compile_network(network: nn.Module, kind: Compile) -> None:
+    """Compile a network in place, for fixed shapes; the first pass of each shape does the work.
+
+    Args:
+        network: Its names and weights stay as they are.
+        kind: "blocks" compiles the blocks that a network repeats, each kind of block once; "whole" all of it at once.
+    """
+    if kind == "off":
+        return
+    _prepare()
+    for module in repeated_blocks(network) if kind == "blocks" else [network]:
+        module.compile(dynamic=False)
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """Find the blocks that a network repeats: those that it names itself, or the outermost entries of its lists.
+
+    A network without any is its own block.
+    """
+    names = getattr(network, "_repeated_blocks", None) or ()
+    named = [module for module in network.modules() if type(module).__name__ in names]
+    return named or _listed(network) or [network]
+
+
+def _listed(network: nn.Module) -> list[nn.Module]:
+    blocks: list[nn.Module] = []
+    for child in network.children():
+        blocks += list(child) if isinstance(child, nn.ModuleList) else _listed(child)
+    return blocks
+
+
+def _prepare() -> None:
+    """Let the compiler keep enough variants, and what it made for the next run."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowrl" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    import torch._dynamo
+
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
