@@ -10,6 +10,8 @@ import torch
 
 from flowrl.functional import flow
 
+pytestmark = pytest.mark.on_device
+
 
 @pytest.mark.parametrize("shape", [(2,), (3, 4, 4)])
 def test_interpolate_is_the_straight_path(shape: tuple[int, ...]) -> None:

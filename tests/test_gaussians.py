@@ -22,6 +22,8 @@ from flowrl.errors import ConfigError
 from flowrl.functional.solvers import ode_sample, time_grid
 from flowrl.models.mlp import FieldFlow
 
+pytestmark = pytest.mark.on_device
+
 
 def mixture(dim: int) -> GaussianMixture:
     """Three components of unequal weight with full covariances."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
@@ -11,6 +12,8 @@ from flowrl.functional.solvers import evaluations_per_sample
 from flowrl.models.base import VelocityModel
 from flowrl.models.loading import source_of
 from flowrl.training.policy import FlowPolicy, LoRA
+
+pytestmark = pytest.mark.on_device
 
 PROMPTS = ("red stars on black", "two blue circles", "stars")
 TINY = {"rollout_steps": 2, "ema_decay": 0.9, "refresh_every": 2, "learning_rate": 1e-2, "warmup_updates": 0}
@@ -27,12 +30,12 @@ KINDS = {
 def algorithm(kind: str, lora_rank: int = 0, **settings: object) -> flowrl.ORWCFMW2:
     env, env_settings, sizes = KINDS[kind]
     settings = {**sizes, **TINY, "lora_rank": lora_rank, **settings}
-    return flowrl.ORWCFMW2("FlowPolicy", env, env_settings=env_settings, seed=0, device="cpu", **settings)
+    return flowrl.ORWCFMW2("FlowPolicy", env, env_settings=env_settings, seed=0, device=DEVICE, **settings)
 
 
 def point(policy: FlowPolicy, n: int = 3) -> tuple:
     """Some x_t, t and condition."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     x = torch.randn(n, *policy.model.latent_shape, generator=generator)
     return x, torch.rand(n, generator=generator), policy.condition(torch.arange(n) % len(policy.contexts))
 
@@ -217,9 +220,9 @@ def test_sample_with_new_prompts() -> None:
 
 def test_sample_without_contexts_and_with_a_generator() -> None:
     policy = algorithm("gaussians").policy
-    first = policy.sample(n=5, generator=torch.Generator().manual_seed(3))
+    first = policy.sample(n=5, generator=torch.Generator(DEVICE).manual_seed(3))
     assert first.shape == (5, 2)
-    assert torch.equal(policy.sample(n=5, generator=torch.Generator().manual_seed(3)), first)
+    assert torch.equal(policy.sample(n=5, generator=torch.Generator(DEVICE).manual_seed(3)), first)
     assert not torch.equal(policy.sample(n=5), policy.sample(n=5))
     observations = torch.zeros(5, dtype=torch.long).numpy()
     assert policy.predict(observations)[0].shape == (5, 2)

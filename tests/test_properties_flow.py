@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from properties import (
@@ -25,6 +26,8 @@ from flowrl.functional import flow
 from flowrl.functional.sde import SDE, GaussianStep, sde_sample
 from flowrl.functional.solvers import guided_velocity, ode_sample, time_grid
 from flowrl.types import Batch
+
+pytestmark = pytest.mark.on_device
 
 
 @given(shapes, st.integers(0, 5), seeds)
@@ -198,7 +201,7 @@ def test_optimal_transport_permutes_within_contexts_and_costs_least(n, dim, seed
 @pytest.fixture(scope="module")
 def coupled() -> dict[str, flowrl.ORWCFMW2]:
     return {
-        kind: flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", target="plain", coupling=kind, seed=0, device="cpu")
+        kind: flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", target="plain", coupling=kind, seed=0, device=DEVICE)
         for kind in ("independent", "ot")
     }
 

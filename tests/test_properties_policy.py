@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import (
@@ -17,11 +18,13 @@ from properties import (
 import flowrl
 from flowrl.sample import draw, seeded_noise
 
+pytestmark = pytest.mark.on_device
+
 
 @pytest.fixture(scope="module")
 def model() -> flowrl.ORWCFMW2:
     settings = {"n_samples": 8, "batch_size": 4, "rollout_steps": 3, "ema_decay": 0.9}
-    return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+    return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
 
 
 @given(numbers(0, 1), seeds)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import nn
 
 import flowrl
@@ -17,6 +18,8 @@ from flowrl.functional.metrics import wasserstein2
 from flowrl.functional.sde import SDE, GaussianStep, sde_sample
 from flowrl.functional.solvers import time_grid
 from flowrl.types import Batch
+
+pytestmark = pytest.mark.on_device
 
 KINDS = [SDE("flow", 0.7), SDE("flow", math.sqrt(2)), SDE("constant", 0.7), SDE("cps", 0.6)]
 ALGORITHMS = (flowrl.DDPO, flowrl.DPOK, flowrl.FlowGRPO)
@@ -132,7 +135,7 @@ def test_sde_settings(settings: tuple) -> None:
 
 def recorded(cls: type, env: str, **settings: object) -> flowrl.FlowAlgorithm:
     """An algorithm whose buffer holds a rollout, and that has made no update since."""
-    model = cls("FlowPolicy", env, seed=0, device="cpu", **settings)
+    model = cls("FlowPolicy", env, seed=0, device=DEVICE, **settings)
     model._setup_learn(1, None, True, "", False)
     _, callback = model._setup_learn(1, None, True, "", False)
     model.collect(callback)
@@ -221,7 +224,7 @@ def test_policy_gradient_is_the_gradient_of_the_expected_reward(cls: type, own: 
         field = Shift(until)
         field.b.data.fill_(b)
         with torch.no_grad():
-            x_0 = torch.randn(n, 1, generator=(generator := torch.Generator().manual_seed(1)))
+            x_0 = torch.randn(n, 1, generator=(generator := torch.Generator(DEVICE).manual_seed(1)))
             x_1, _, _ = sde_sample(field, x_0, time_grid(n_steps), SDE("flow", 0.7), generator)
         return -0.5 * (x_1 - 1).square().mean()
 
@@ -307,7 +310,7 @@ def batch_of(context_ids: torch.Tensor, reward: torch.Tensor) -> Batch:
 
 
 def test_ddpo_statistics_are_those_of_all_rewards_of_a_context() -> None:
-    model = flowrl.DDPO("FlowPolicy", "sd3-count", seed=0, device="cpu", n_samples=8)
+    model = flowrl.DDPO("FlowPolicy", "sd3-count", seed=0, device=DEVICE, n_samples=8)
     contexts, rewards = torch.randint(3, (5, 40)), torch.randn(5, 40) + 2
     for c, r in zip(contexts, rewards):
         advantage = model.advantage(batch_of(c, r))
@@ -329,12 +332,12 @@ def test_score_function_needs_one_update_per_iteration() -> None:
     with pytest.raises(ConfigError, match="needs one gradient step per iteration, these settings make 36"):
         flowrl.DDPO("FlowPolicy", "gaussians-linear", variant="sf", batch_size=128)
     settings = {"variant": "sf", "batch_size": 128, "accumulation": 36}
-    flowrl.DDPO("FlowPolicy", "gaussians-linear", device="cpu", **settings).learn(512)
+    flowrl.DDPO("FlowPolicy", "gaussians-linear", device=DEVICE, **settings).learn(512)
 
 
 def test_grpo_window_slides_and_returns() -> None:
     settings = {"window": 3, "window_start": 1, "window_stride": 2, "n_samples": 16, "rollout_steps": 8}
-    model = flowrl.FlowGRPO("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+    model = flowrl.FlowGRPO("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
     seen = []
     for _ in range(5):
         seen.append(model.window().start)
