@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 DEVICE = os.environ.get("FLOWRL_TEST_DEVICE") or "cpu"
-TESTS, TORCH = (str(Path(file).resolve().parent) + os.sep for file in (__file__, torch.__file__))
+TESTS = str(Path(__file__).resolve().parent) + os.sep
 FACTORIES = {
     torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.normal, torch.ones, torch.rand,
     torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros,
@@ -23,23 +22,17 @@ if DEVICE != "cuda":  # before torch looks for GPUs, and for the programs that t
 
 
 class TensorsOfTests(TorchFunctionMode):
-    """Makes tensors that a test makes without a device on that of the tests.
+    """Makes the tensors that files in tests/ make, where these name no device, on that of the tests.
 
-    Those of the library stay where it puts them: a tensor that it forgets to put on the device is found.
+    Those of the library, and the layers of networks, stay where it puts them: one that it forgets to move is found.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in FACTORIES and kwargs.get("device") is None and _by_a_test(sys._getframe(1)):
-            kwargs = {**kwargs, "device": DEVICE}
+        if func in FACTORIES and kwargs.get("device") is None:
+            if sys._getframe(1).f_code.co_filename.startswith(TESTS):
+                kwargs = {**kwargs, "device": DEVICE}
         return func(*args, **kwargs)
-
-
-def _by_a_test(frame: FrameType | None) -> bool:
-    """Tell whether a file in tests/ makes the call, itself or through torch (as layers do)."""
-    while frame is not None and frame.f_code.co_filename.startswith(TORCH):
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.startswith(TESTS)
 
 
 def set_device() -> None:
@@ -50,6 +43,8 @@ def set_device() -> None:
         if not torch.cuda.is_available():
             raise pytest.UsageError("FLOWRL_TEST_DEVICE=cuda, but torch finds no CUDA device here.")
         torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as `--deterministic`: sums in any order differ
+        torch.use_deterministic_algorithms(True, warn_only=True)
         TensorsOfTests().__enter__()  # for the whole process: modules of tests make tensors when they are imported
 
 

@@ -363,7 +363,7 @@ class Random2D(MLP):
         super().__init__(2, 8, 2)
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=GENERATOR))
+                parameter.normal_(generator=GENERATOR)
 
 
 class WithBuffer(nn.Module):
@@ -380,7 +380,7 @@ class WithBuffer(nn.Module):
         return self.network(self.norm(x), t)
 
 
-GENERATOR = torch.Generator(DEVICE).manual_seed(0)
+GENERATOR = torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_rewards_that_draw_from_numpy_resume_exactly(tmp_path: Path) -> None:
     from flowrl.envs.gaussians import GaussiansEnv, eight_gaussians
 
     def noisy(x: torch.Tensor) -> torch.Tensor:
-        return x[:, 0] + torch.from_numpy(np.random.normal(size=len(x))).float()
+        return x[:, 0] + torch.from_numpy(np.random.normal(size=len(x))).to(x)
 
     env = GaussiansEnv(eight_gaussians(), noisy, "gaussians")
     make = lambda: flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, **SETTINGS)  # noqa: E731
