@@ -29,9 +29,9 @@ class TensorsOfTests(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in FACTORIES and kwargs.get("device") is None:
-            if sys._getframe(1).f_code.co_filename.startswith(TESTS):
-                kwargs = {**kwargs, "device": DEVICE}
+        by_a_test = func in FACTORIES and sys._getframe(1).f_code.co_filename.startswith(TESTS)
+        if by_a_test and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": DEVICE}
         return func(*args, **kwargs)
 
 
