@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 DEVICE = os.environ.get("FLOWRL_TEST_DEVICE") or "cpu"
-TESTS = str(Path(__file__).resolve().parent) + os.sep
+TESTS = str(Path(__file__).resolve().parent)
 FACTORIES = {
     torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.normal, torch.ones, torch.rand,
     torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros,
@@ -29,7 +29,7 @@ class TensorsOfTests(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        by_a_test = func in FACTORIES and sys._getframe(1).f_code.co_filename.startswith(TESTS)
+        by_a_test = func in FACTORIES and os.path.dirname(sys._getframe(1).f_code.co_filename) == TESTS
         if by_a_test and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": DEVICE}
         return func(*args, **kwargs)
