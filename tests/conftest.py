@@ -16,6 +16,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE, runs_here, set_device
 from filelock import FileLock
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: one thread for each, and for the programs they start
@@ -24,6 +25,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: one thread for each,
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    set_device()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    only = "" if DEVICE == "cpu" else "; only tests marked on_device run, the others are of the CPU (CONTRIBUTING.md)"
+    return f"FLOWRL_TEST_DEVICE: {DEVICE}{only}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if not runs_here(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if runs_here(item)]
 
 
 @contextmanager
@@ -69,13 +86,14 @@ def _seeded() -> None:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator(DEVICE).manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def program_environment() -> dict[str, str]:
-    """Variables for a subprocess: wide plain output, so that messages are not broken over lines."""
-    return {**os.environ, "COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+    """Variables for a subprocess: on the CPU, with wide plain output, so that messages are not broken over lines."""
+    plain = {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
+    return {**os.environ, **plain, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "FLOWRL_TEST_DEVICE": "cpu"}
 
 
 @pytest.fixture(scope="session")

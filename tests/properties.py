@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from conftest import DEVICE
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,7 @@ def tensors(low: float, high: float, min_size: int = 1, max_size: int = 30) -> s
 
 
 def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import warnings
 import gymnasium
 import pytest
 import torch
+from conftest import DEVICE
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CheckpointCallback,
@@ -24,11 +25,13 @@ from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
 from flowrl.errors import ConfigError, DeviceError, NonFiniteError, UnknownNameError
 from flowrl.registry import ALGORITHMS
 
+pytestmark = pytest.mark.on_device
+
 SMALL = {"n_samples": 64, "batch_size": 32, "rollout_steps": 4}
 
 
 def small(algo: str = "orw_w2", **settings) -> flowrl.FlowAlgorithm:
-    return ALGORITHMS[algo]("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **{**SMALL, **settings})
+    return ALGORITHMS[algo]("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **{**SMALL, **settings})
 
 
 def weights(model: flowrl.FlowAlgorithm) -> torch.Tensor:
@@ -74,7 +77,7 @@ def test_network_evaluations_are_counted():
 
 
 def test_same_seed_same_weights_and_another_seed_others():
-    a, b, c = small(), small(), ALGORITHMS["orw_w2"]("FlowPolicy", "gaussians-linear", seed=1, device="cpu", **SMALL)
+    a, b, c = small(), small(), ALGORITHMS["orw_w2"]("FlowPolicy", "gaussians-linear", seed=1, device=DEVICE, **SMALL)
     for model in (a, b, c):
         model.learn(3 * 64)
     assert torch.equal(weights(a), weights(b))
@@ -115,7 +118,7 @@ def test_accumulated_minibatches_have_the_gradient_of_a_large_one():
     norms = []
     for batch_size, accumulation in ((64, 1), (16, 4)):
         settings = {**SMALL, "batch_size": batch_size, "accumulation": accumulation}
-        model = Squares("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings).learn(64)
+        model = Squares("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings).learn(64)
         norms.append(model.last_logged["train/grad_norm"])
     assert norms[0] > 0
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
@@ -163,7 +166,7 @@ def test_warm_up_raises_the_learning_rate_linearly():
 
 
 def test_callbacks_of_stable_baselines3(tmp_path):
-    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", tau=2.0, alpha=0.0)
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, tau=2.0, alpha=0.0)
     stop = StopTrainingOnRewardThreshold(reward_threshold=0.4, verbose=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training and evaluation environments are of different types, as meant
@@ -181,7 +184,7 @@ def test_callbacks_of_stable_baselines3(tmp_path):
     assert evaluation.best_mean_reward >= 0.4
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert saved[0] == "rl_model_1024_steps"
-    best = flowrl.ORWCFMW2.load(tmp_path / "best" / "best_model", device="cpu")
+    best = flowrl.ORWCFMW2.load(tmp_path / "best" / "best_model", device=DEVICE)
     assert best.num_timesteps > 0
 
 
@@ -291,7 +294,7 @@ def test_contexts_come_in_groups_and_cover_all():
     def nothing(samples, contexts):
         return samples[:, 0]
 
-    model = flowrl.ORWCFMW2("FlowPolicy", "grouped", seed=0, device="cpu", n_samples=24, group_size=4)
+    model = flowrl.ORWCFMW2("FlowPolicy", "grouped", seed=0, device=DEVICE, n_samples=24, group_size=4)
     contexts = model.contexts()
     assert (contexts.reshape(6, 4) == contexts.reshape(6, 4)[:, :1]).all()  # groups of four
     assert set(contexts[:20].tolist()) == set(range(5))  # each once before any again

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 from safetensors.torch import save_file
 
 import flowrl
@@ -17,13 +18,15 @@ from flowrl.functional.likelihood import log_prob
 from flowrl.functional.metrics import wasserstein2
 from flowrl.types import Batch
 
+pytestmark = pytest.mark.on_device
+
 N = 2000
 FIT = {"n_samples": 1024, "batch_size": 512, "n_epochs": 4, "rollout_steps": 10, "solver": "midpoint"}
 FIT |= {"learning_rate": 1e-3, "ema_decay": 0.98}
 
 
 def assert_matches(model, exact) -> None:
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     floor = wasserstein2(exact(N, generator), exact(N, generator))
     samples = model.policy.sample(n=N, steps=20, solver="midpoint")
     assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
@@ -33,14 +36,14 @@ def assert_matches(model, exact) -> None:
 def test_offline_rwr_gives_the_tilt(target: str) -> None:
     """C6: q_ref e^{tau r} / Z, however long it goes on."""
     env = flowrl.make("gaussians-linear")
-    model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", tau=0.8, target=target, baseline="mean", **FIT)
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, tau=0.8, target=target, baseline="mean", **FIT)
     model.learn(30 * 1024)
     assert_matches(model, env.mixture.tilt(0.8, linear=(1.0, 0.0)).sample)
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_who_draws_for_rwr(mode: str) -> None:
-    model = flowrl.RWR("FlowPolicy", "gaussians-linear", seed=0, device="cpu", mode=mode, rollout_steps=4)
+    model = flowrl.RWR("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, mode=mode, rollout_steps=4)
     with torch.no_grad():
         for weight in model.policy.parameters_of("current").values():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -57,7 +60,7 @@ def test_who_draws_for_rwr(mode: str) -> None:
 def test_online_rwr_goes_on_tilting() -> None:
     env = flowrl.make("gaussians-linear")
     settings = {**FIT, "n_samples": 2048, "refresh_every": 20}
-    model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", mode="online", tau=0.4, **settings)
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, mode="online", tau=0.4, **settings)
     model.learn(2 * 20 * 2048)
     assert_matches(model, env.mixture.tilt(2 * 0.4, linear=(1.0, 0.0)).sample)
 
@@ -68,7 +71,7 @@ def test_rwr_fits_given_samples(tmp_path) -> None:
     file = tmp_path / "samples.safetensors"
     n = 20_000
     save_file({"x_1": other.sample(n), "contexts": torch.zeros(n, dtype=torch.long)}, file)
-    model = flowrl.RWR("FlowPolicy", env, seed=0, device="cpu", tau=0.5, data=str(file), **FIT)
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, tau=0.5, data=str(file), **FIT)
     model.learn(75 * 1024)
     assert_matches(model, other.tilt(0.5, linear=(1.0, 0.0)).sample)
     assert model.policy.evaluations <= 75 * 1024 * 4 * 4  # updates and drift, no rollout
@@ -79,7 +82,7 @@ def test_given_samples_keep_their_contexts(tmp_path) -> None:
     x_1 = contexts.float().view(40, 1, 1, 1).repeat(1, 16, 8, 8)
     save_file({"x_1": x_1, "contexts": contexts}, tmp_path / "samples.safetensors")
     settings = {"n_samples": 16, "group_size": 1, "data": str(tmp_path / "samples.safetensors")}
-    model = flowrl.RWR("FlowPolicy", "sd3-count", seed=0, device="cpu", **settings)
+    model = flowrl.RWR("FlowPolicy", "sd3-count", seed=0, device=DEVICE, **settings)
     drawn = model.contexts()
     assert len(drawn.unique()) > 8
     assert torch.equal(model.draw(drawn)[0][:, 0, 0, 0], drawn.float())
@@ -96,7 +99,7 @@ def test_given_samples_keep_their_contexts(tmp_path) -> None:
 def test_rwr_says_what_is_wrong_with_given_samples(tmp_path, tensors: dict, message: str) -> None:
     save_file(tensors, tmp_path / "samples.safetensors")
     with pytest.raises(ConfigError, match=message):
-        flowrl.RWR("FlowPolicy", "gaussians-linear", device="cpu", data=str(tmp_path / "samples.safetensors"))
+        flowrl.RWR("FlowPolicy", "gaussians-linear", device=DEVICE, data=str(tmp_path / "samples.safetensors"))
 
 
 def test_rwr_settings_that_contradict_each_other() -> None:
@@ -111,7 +114,7 @@ def test_raft_moves_as_far_as_the_best_of_k(target: str) -> None:
     k = 4
     env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
     settings = {**FIT, "n_samples": 2048, "refresh_every": 10**6, "target": target, "baseline": "mean"}
-    model = flowrl.RAFT("FlowPolicy", env, seed=0, device="cpu", group_size=k, **settings)
+    model = flowrl.RAFT("FlowPolicy", env, seed=0, device=DEVICE, group_size=k, **settings)
     model.learn(40 * 2048)
     best = torch.randn(N, k).amax(1, keepdim=True)
     samples = model.policy.sample(n=N, steps=20, solver="midpoint")
@@ -124,7 +127,7 @@ def test_raft_moves_as_far_as_the_best_of_k(target: str) -> None:
 
 
 def test_raft_weights_by_hand() -> None:
-    model = flowrl.RAFT("FlowPolicy", "gaussians-linear", device="cpu", group_size=4, n_best=2, threshold=0.5)
+    model = flowrl.RAFT("FlowPolicy", "gaussians-linear", device=DEVICE, group_size=4, n_best=2, threshold=0.5)
     reward = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.1, 0.2, 0.3, 0.6])
     ids, group = torch.zeros(8, dtype=torch.long), torch.arange(8) // 4
     weight = model.weigh(Batch(torch.zeros(8, 2), ids, reward, reward, group))
@@ -132,7 +135,7 @@ def test_raft_weights_by_hand() -> None:
 
 
 def test_raft_fits_only_what_it_keeps() -> None:
-    model = flowrl.RAFT("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=64, group_size=8)
+    model = flowrl.RAFT("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=64, group_size=8)
     model.learn(64)
     kept = torch.cat([batch.reward for batch in model.minibatches()])
     assert sorted(kept.tolist()) == sorted(model.buffer.reward.view(8, 8).amax(1).tolist())
@@ -142,11 +145,11 @@ def test_raft_with_the_penalty_goes_a_known_part_of_the_way() -> None:
     """A kept sample weighs K: where kept samples pass, the best velocity lies K / (K + alpha) of the way to RAFT's."""
     moves = []
     for alpha in (0.0, 8.0):
-        settings = {**FIT, "refresh_every": 10**6, "n_epochs": 8, "seed": 0, "device": "cpu"}
+        settings = {**FIT, "refresh_every": 10**6, "n_epochs": 8, "seed": 0, "device": DEVICE}
         model = flowrl.RAFT("FlowPolicy", "gaussians-linear", group_size=8, alpha=alpha, **settings)
         model.learn(10 * 1024)
         kept = torch.cat([batch.x_1 for batch in model.minibatches()]).repeat(20, 1)
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator(DEVICE).manual_seed(5)
         x_0, t = torch.randn(kept.shape, generator=generator), torch.rand(len(kept), generator=generator)
         x_t, _ = interpolate(x_0, kept, t)
         with torch.no_grad():
@@ -163,8 +166,8 @@ def test_raft_must_choose(n_best: int) -> None:
 
 
 def steered(env, steering: Steering, n: int) -> torch.Tensor:
-    model = flowrl.ORWCFM("FlowPolicy", env, seed=0, device="cpu", rollout_steps=30)
-    generator = torch.Generator().manual_seed(3)
+    model = flowrl.ORWCFM("FlowPolicy", env, seed=0, device=DEVICE, rollout_steps=30)
+    generator = torch.Generator(DEVICE).manual_seed(3)
     return steer(model.policy, model.env.core, steering, torch.zeros(n, dtype=torch.long), generator)
 
 
@@ -184,7 +187,7 @@ def test_smc_reaches_the_tilt() -> None:
     env = flowrl.make("gaussians-linear")
     exact = env.mixture.tilt(1 / 1.25, linear=(1.0, 0.0)).sample
     samples = steered(env, Steering("smc", 16, temperature=1.25), N)
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     floor = wasserstein2(exact(N, generator), exact(N, generator))
     assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
     best = steered(env, Steering("best_of_n", 16), N)
@@ -195,7 +198,7 @@ def test_steering_of_one_is_no_steering() -> None:
     env = flowrl.make("gaussians-linear")
     for method in ("best_of_n", "smc"):
         samples = steered(env, Steering(method, 1), N)
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator(DEVICE).manual_seed(7)
         exact = env.mixture.sample
         assert (
             wasserstein2(samples, exact(N, generator))
@@ -204,7 +207,7 @@ def test_steering_of_one_is_no_steering() -> None:
 
 
 def test_steering_keeps_contexts_apart() -> None:
-    model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device="cpu", rollout_steps=4)
+    model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device=DEVICE, rollout_steps=4)
     contexts = torch.tensor([3, 7, 11])
     for method in ("best_of_n", "smc"):
         x_1 = steer(
@@ -212,7 +215,7 @@ def test_steering_keeps_contexts_apart() -> None:
             model.env.core,
             Steering(method, 3, 0.1),
             contexts,
-            torch.Generator().manual_seed(0),
+            torch.Generator(DEVICE).manual_seed(0),
             guidance_scale=2.0,
         )
         assert x_1.shape == (3, *model.policy.model.latent_shape)
@@ -226,7 +229,7 @@ def test_steering_settings(settings: dict) -> None:
 
 
 def test_evaluation_of_steering_counts_its_cost() -> None:
-    model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device="cpu", rollout_steps=10)
+    model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, rollout_steps=10)
     result = flowrl.evaluate(model, n_samples=256, steering=Steering("best_of_n", 5))
     assert result.evaluations_per_sample == 50
     assert result.reward_mean > result.reference.reward_mean + 0.5
@@ -237,11 +240,11 @@ def test_evaluation_of_steering_counts_its_cost() -> None:
 def test_log_prob_of_the_exact_field() -> None:
     """Against the mixture's own density; exact divergence and Hutchinson's estimate."""
     mixture = GaussianMixture([[0.0, 1.0], [1.5, -0.5]], [[[0.3, 0.1], [0.1, 0.4]], [[0.2, 0.0], [0.0, 0.5]]])
-    x = mixture.sample(500, torch.Generator().manual_seed(0))
+    x = mixture.sample(500, torch.Generator(DEVICE).manual_seed(0))
     field = lambda x, t: mixture.velocity(t, x)  # noqa: E731
     exact = log_prob(field, x, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(exact, mixture.log_prob(x), atol=2e-3, rtol=0)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     estimate = log_prob(field, x, divergence="hutchinson", n_probes=200, generator=generator)
     assert (estimate - exact).mean().abs() < 0.02
     assert (estimate - exact).std() < 0.2
@@ -267,7 +270,7 @@ def test_likelihoods_give_the_divergence_between_mixtures() -> None:
     p = GaussianMixture([[-1.0], [1.5]], [[[0.3]], [[0.2]]], [0.4, 0.6])
     q = p.tilt(0.7, linear=(1.0,))
     n = 20_000
-    x = p.sample(n, torch.Generator().manual_seed(0))
+    x = p.sample(n, torch.Generator(DEVICE).manual_seed(0))
     values = [log_prob(lambda x, t, m=m: m.velocity(t, x), x[:4000]) for m in (p, q)]
     true = (p.log_prob(x) - q.log_prob(x)).mean().item()
     assert (values[0] - values[1]).mean().item() == pytest.approx(true, abs=0.03)
@@ -279,7 +282,7 @@ def test_likelihoods_give_the_divergence_between_mixtures() -> None:
 
 def test_exact_kl_is_taken_off_the_reward() -> None:
     """`r - beta (log p_theta - log p_ref)`, the first of the policy that drew the samples."""
-    model = flowrl.ExactKL("FlowPolicy", "gaussians-linear", seed=0, device="cpu", beta=0.5)
+    model = flowrl.ExactKL("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, beta=0.5)
     x_1, contexts, reward = torch.randn(64, 2), torch.zeros(64, dtype=torch.long), torch.randn(64)
     with torch.no_grad():
         for weight in model.policy.parameters_of("behaviour").values():
@@ -300,7 +303,7 @@ def test_exact_kl_agrees_with_the_cheap_one() -> None:
     """`kl` with beta stops at q_ref e^{r / beta}."""
     env = flowrl.make("gaussians-linear")
     settings = {**FIT, "n_samples": 512, "n_epochs": 8}
-    model = flowrl.ExactKL("FlowPolicy", env, seed=0, device="cpu", beta=1.25, tau=0.5, **settings)
+    model = flowrl.ExactKL("FlowPolicy", env, seed=0, device=DEVICE, beta=1.25, tau=0.5, **settings)
     model.learn(20 * 512)
     assert_matches(model, env.mixture.tilt(1 / 1.25, linear=(1.0, 0.0)).sample)
 
@@ -319,7 +322,7 @@ def test_regularisation_trades_reward_for_closeness(cls: type, strength: str, va
     settings = {"n_samples": 256, "batch_size": 256, "n_epochs": 2, "learning_rate": 1e-3, "rollout_steps": 8, **own}
     drifts, rewards = [], []
     for value in values:
-        model = cls("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **{strength: value}, **settings)
+        model = cls("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **{strength: value}, **settings)
         result = flowrl.evaluate(model.learn(10 * 256), n_samples=512)
         drifts.append(result.drift)
         rewards.append(result.reward_mean)
@@ -342,7 +345,7 @@ def test_regularisation_trades_reward_for_closeness(cls: type, strength: str, va
 def test_without_regularisation_the_best_point_is_found(cls: type, own: dict) -> None:
     """`gaussians-quadratic` is best at one point, (1, 1), with reward 0; the reference's mean reward is -3."""
     settings = {"n_samples": 256, "batch_size": 256, "learning_rate": 1e-3, "rollout_steps": 8, **own}
-    model = cls("FlowPolicy", "gaussians-quadratic", seed=0, device="cpu", **settings)
+    model = cls("FlowPolicy", "gaussians-quadratic", seed=0, device=DEVICE, **settings)
     result = flowrl.evaluate(model.learn(40 * 256), n_samples=512)
     assert result.reference.reward_mean == pytest.approx(-3.0, abs=0.3)
     assert result.reward_mean > -0.1
@@ -351,6 +354,6 @@ def test_without_regularisation_the_best_point_is_found(cls: type, own: dict) ->
 def test_raft_plans_the_updates_it_makes() -> None:
     for target in ("plain", "residual"):
         settings = {"group_size": 8, "batch_size": 16, "target": target}
-        model = flowrl.RAFT("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+        model = flowrl.RAFT("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
         model.learn(512)
         assert model._n_updates == model.config.updates_per_iteration() == (4 if target == "plain" else 32)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import flowrl
 from flowrl.training.buffer import RolloutBuffer
 
+pytestmark = pytest.mark.on_device
+
 
 def filled() -> RolloutBuffer:
-    buffer = RolloutBuffer(10, (2, 3), "cpu")
+    buffer = RolloutBuffer(10, (2, 3), DEVICE)
     for start, end in ((0, 6), (6, 10)):
         index = torch.arange(start, end)
         buffer.add(index[:, None, None].expand(-1, 2, 3).float(), index % 4, 10.0 * index)
@@ -29,7 +32,7 @@ def test_contents_in_order() -> None:
 
 
 def test_only_what_is_in_it_comes_out() -> None:
-    buffer = RolloutBuffer(10, (1,), "cpu")
+    buffer = RolloutBuffer(10, (1,), DEVICE)
     buffer.add(torch.ones(3, 1), torch.zeros(3), torch.ones(3))
     assert not buffer.full
     assert len(buffer.all().x_1) == 3
@@ -53,7 +56,7 @@ def test_minibatches_cover_everything_once(batch_size: int, generator: torch.Gen
 
 def test_minibatches_are_in_random_but_seeded_order() -> None:
     def order(seed: int) -> list[float]:
-        shuffled = torch.randperm(10, generator=torch.Generator().manual_seed(seed))
+        shuffled = torch.randperm(10, generator=torch.Generator(DEVICE).manual_seed(seed))
         batches = filled().batches(shuffled, 4)
         return torch.cat([b.reward for b in batches]).tolist()
 
@@ -62,7 +65,7 @@ def test_minibatches_are_in_random_but_seeded_order() -> None:
 
 
 def test_overflow_is_an_error_and_changes_nothing() -> None:
-    buffer = RolloutBuffer(4, (1,), "cpu")
+    buffer = RolloutBuffer(4, (1,), DEVICE)
     buffer.add(torch.ones(3, 1), torch.zeros(3), torch.ones(3))
     with pytest.raises(IndexError, match="holds 4 samples, 3 are in it; 2 do not fit"):
         buffer.add(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
@@ -70,7 +73,7 @@ def test_overflow_is_an_error_and_changes_nothing() -> None:
 
 
 def test_nbytes() -> None:
-    assert RolloutBuffer(100, (8, 16, 16), "cpu").nbytes == 100 * (8 * 16 * 16 * 4 + 8 + 4 + 4 + 8)
+    assert RolloutBuffer(100, (8, 16, 16), DEVICE).nbytes == 100 * (8 * 16 * 16 * 4 + 8 + 4 + 4 + 8)
 
 
 def test_nbytes_does_not_depend_on_sampler_steps() -> None:
@@ -85,7 +88,7 @@ def test_nbytes_does_not_depend_on_sampler_steps() -> None:
 
 def with_rows(n: int = 12, **options: object) -> RolloutBuffer:
     """Samples i with rows of several shapes and types that all say i."""
-    buffer = RolloutBuffer(n, (2,), "cpu", group_size=3, **options)
+    buffer = RolloutBuffer(n, (2,), DEVICE, group_size=3, **options)
     for index in torch.arange(n).split(4):
         rows = {
             "number": 10.0 * index,
@@ -113,7 +116,7 @@ def test_rows_stay_with_their_samples(half: bool, generator: torch.Generator) ->
 
 
 def test_rows_count_as_storage() -> None:
-    assert with_rows().nbytes - RolloutBuffer(12, (2,), "cpu").nbytes == 12 * (4 + 1 + 3 * 2 * 4 + 8)
+    assert with_rows().nbytes - RolloutBuffer(12, (2,), DEVICE).nbytes == 12 * (4 + 1 + 3 * 2 * 4 + 8)
 
 
 def test_entries_are_parts_of_samples(generator: torch.Generator) -> None:
@@ -122,7 +125,7 @@ def test_entries_are_parts_of_samples(generator: torch.Generator) -> None:
     def read(rows: dict, sample: torch.Tensor, part: torch.Tensor) -> dict:
         return {"x_1": rows["x_1"][sample], "cell": rows["table"][sample, part, 0]}
 
-    buffer = RolloutBuffer(4, (1,), "cpu", parts=3, read=read)
+    buffer = RolloutBuffer(4, (1,), DEVICE, parts=3, read=read)
     table = torch.arange(12.0).view(4, 3, 1)
     buffer.add(torch.arange(4.0)[:, None], torch.zeros(4), torch.arange(4.0), {"table": table})
     seen = []

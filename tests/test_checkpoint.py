@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import DEVICE, REPOSITORY
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,6 +20,8 @@ from flowrl.models.mlp import MLP
 from flowrl.storage import files
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import checkpoint_folder
+
+pytestmark = pytest.mark.on_device
 
 N = 32
 SETTINGS = {
@@ -35,7 +37,7 @@ KINDS = {"full": 0, "lora": 2}
 
 def algorithm(lora_rank: int = 0, **settings: object) -> flowrl.ORWCFMW2:
     settings = {**SETTINGS, "lora_rank": lora_rank, **settings}
-    return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+    return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
 
 
 def weights(model: FlowAlgorithm) -> dict[str, torch.Tensor]:
@@ -71,7 +73,7 @@ def test_round_trip(trained: flowrl.ORWCFMW2, tmp_path: Path) -> None:
     trained.save(tmp_path / "a")
     assert all(torch.equal(a, b) for a, b in zip(states, random_states(trained)))  # saving draws nothing
     torch.randn(5)
-    loaded = flowrl.ORWCFMW2.load(tmp_path / "a", device="cpu")
+    loaded = flowrl.ORWCFMW2.load(tmp_path / "a", device=DEVICE)
     assert all(torch.equal(a, b) for a, b in zip(states, random_states(loaded)))
     assert_same_state(trained, loaded)
     assert (loaded.num_timesteps, loaded.iteration) == (3 * N, 3)
@@ -86,14 +88,14 @@ def test_three_and_three_iterations_are_six(kind: str, tmp_path: Path) -> None:
     """Bit for bit, with a copy of the sampler that is refreshed every second iteration."""
     whole = algorithm(KINDS[kind]).learn(6 * N)
     algorithm(KINDS[kind]).learn(3 * N).save(tmp_path / "half")
-    resumed = flowrl.ORWCFMW2.load(tmp_path / "half", device="cpu").learn(3 * N, reset_num_timesteps=False)
+    resumed = flowrl.ORWCFMW2.load(tmp_path / "half", device=DEVICE).learn(3 * N, reset_num_timesteps=False)
     assert_same_state(whole, resumed)
     assert all(torch.equal(a, b) for a, b in zip(random_states(whole), random_states(resumed)))
 
 
 def test_the_base_class_loads_what_is_registered(trained: flowrl.ORWCFMW2, tmp_path: Path) -> None:
     trained.save(tmp_path / "a")
-    assert type(FlowAlgorithm.load(tmp_path / "a", device="cpu")) is flowrl.ORWCFMW2
+    assert type(FlowAlgorithm.load(tmp_path / "a", device=DEVICE)) is flowrl.ORWCFMW2
 
 
 def test_zip_suffix_is_dropped(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_zip_suffix_is_dropped(tmp_path: Path) -> None:
     model.save(tmp_path / "model.zip")
     assert (tmp_path / "model" / "state.json").exists()
     assert not (tmp_path / "model.zip").exists()
-    assert_same_state(model, flowrl.ORWCFMW2.load(tmp_path / "model.zip", device="cpu"))
+    assert_same_state(model, flowrl.ORWCFMW2.load(tmp_path / "model.zip", device=DEVICE))
 
 
 def test_only_json_and_safetensors(trained: flowrl.ORWCFMW2, tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     model.learn(N)
     model.save(tmp_path / "a")
     assert not (tmp_path / "a" / "left-over.json").exists()
-    assert flowrl.ORWCFMW2.load(tmp_path / "a", device="cpu").num_timesteps == N
+    assert flowrl.ORWCFMW2.load(tmp_path / "a", device=DEVICE).num_timesteps == N
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +165,7 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> FlowAlgorithm:
-    return flowrl.ORWCFMW2.load(folder, device="cpu")
+    return flowrl.ORWCFMW2.load(folder, device=DEVICE)
 
 
 FILES = ["config.json", "state.json", "policy.safetensors", "optimizer.safetensors", "random.safetensors"]
@@ -276,7 +278,7 @@ def test_another_format(folder: Path) -> None:
 
 def test_another_algorithm(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="'orw_w2', not with 'orw'"):
-        flowrl.ORWCFM.load(folder, device="cpu")
+        flowrl.ORWCFM.load(folder, device=DEVICE)
 
 
 def test_code_named_by_a_checkpoint_is_not_imported(
@@ -287,7 +289,7 @@ def test_code_named_by_a_checkpoint_is_not_imported(
     rewrite(folder / "config.json", lambda c: c.update(algorithm="hostile_module:Algo"))
     for cls in (FlowAlgorithm, flowrl.ORWCFMW2):
         with pytest.raises(CheckpointError, match="hostile_module:Algo"):
-            cls.load(folder, device="cpu")
+            cls.load(folder, device=DEVICE)
     assert "hostile_module" not in sys.modules
 
 
@@ -298,7 +300,7 @@ def test_environments_named_by_a_checkpoint_are_not_imported_either(
     (tmp_path / "hostile_environment.py").write_text("")
     rewrite(folder / "config.json", lambda c: c["environment"].update(name="hostile_environment:gaussians-linear"))
     with pytest.raises(CheckpointError, match="hostile_environment"):
-        FlowAlgorithm.load(folder, device="cpu")
+        FlowAlgorithm.load(folder, device=DEVICE)
     assert "hostile_environment" not in sys.modules
 
 
@@ -335,17 +337,17 @@ def test_environment_objects_are_given_again(tmp_path: Path) -> None:
     from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
 
     env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)))
-    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", **SETTINGS).learn(N)
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, **SETTINGS).learn(N)
     model.save(tmp_path / "a")
     with pytest.raises(CheckpointError, match="env="):
         load(tmp_path / "a")
-    assert_same_state(model, flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device="cpu"))
+    assert_same_state(model, flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device=DEVICE))
 
 
 def test_environment_settings_come_back(tmp_path: Path) -> None:
     settings = {"flow": "mini-sd3", "prompts": ("stars", "two red circles")}
     sizes = {"n_samples": 2, "group_size": 1, "batch_size": 2, "rollout_steps": 1, "ema_decay": 0.0}
-    model = flowrl.ORWCFMW2("FlowPolicy", "sd3-compress", env_settings=settings, seed=0, device="cpu", **sizes)
+    model = flowrl.ORWCFMW2("FlowPolicy", "sd3-compress", env_settings=settings, seed=0, device=DEVICE, **sizes)
     model.save(tmp_path / "a")
     loaded = load(tmp_path / "a")
     assert loaded.env.core.contexts == list(settings["prompts"])
@@ -361,7 +363,7 @@ class Random2D(MLP):
         super().__init__(2, 8, 2)
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=GENERATOR))
+                parameter.normal_(generator=GENERATOR)
 
 
 class WithBuffer(nn.Module):
@@ -395,9 +397,9 @@ def test_the_weights_of_a_factory_come_back(flow: Callable, lora_rank: int, tmp_
 
     env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), flow)
     settings = {**SETTINGS, "lora_rank": lora_rank, "ema_decay": 0.0}
-    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", **settings).learn(N)
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, **settings).learn(N)
     model.save(tmp_path / "a")
-    loaded = flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device="cpu")
+    loaded = flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device=DEVICE)
     x_0 = torch.randn(4, 2)
     for role in ("current", "reference"):
         for m in (model, loaded):
@@ -412,19 +414,19 @@ def test_rewards_that_draw_from_numpy_resume_exactly(tmp_path: Path) -> None:
     from flowrl.envs.gaussians import GaussiansEnv, eight_gaussians
 
     def noisy(x: torch.Tensor) -> torch.Tensor:
-        return x[:, 0] + torch.from_numpy(np.random.normal(size=len(x))).float()
+        return x[:, 0] + torch.from_numpy(np.random.normal(size=len(x))).to(x)
 
     env = GaussiansEnv(eight_gaussians(), noisy, "gaussians")
-    make = lambda: flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", **SETTINGS)  # noqa: E731
+    make = lambda: flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, **SETTINGS)  # noqa: E731
     whole = make().learn(4 * N)
     make().learn(2 * N).save(tmp_path / "half")
-    resumed = flowrl.ORWCFMW2.load(tmp_path / "half", env=env, device="cpu").learn(2 * N, reset_num_timesteps=False)
+    resumed = flowrl.ORWCFMW2.load(tmp_path / "half", env=env, device=DEVICE).learn(2 * N, reset_num_timesteps=False)
     assert_same_state(whole, resumed)
 
 
 def test_a_checkpoint_of_before_algorithms_registered_their_networks_goes_on_as_it_would_have() -> None:
     """tests/data/dpok-before-rows: DPOK with its critic after two iterations, by the version that first wrote any."""
-    model = flowrl.DPOK.load(REPOSITORY / "tests" / "data" / "dpok-before-rows", device="cpu")
+    model = flowrl.DPOK.load(REPOSITORY / "tests" / "data" / "dpok-before-rows", device=DEVICE)
     assert model.iteration == 2
     model.learn(8, reset_num_timesteps=False)
     assert model.last_logged["train/critic_error"] == pytest.approx(0.99999845, rel=1e-5)

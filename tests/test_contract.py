@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.registry import ALGORITHMS
+
+pytestmark = pytest.mark.on_device
 
 SMALL = {
     "gaussians-linear": {"n_samples": 32, "group_size": 8, "batch_size": 16, "rollout_steps": 4},
@@ -23,7 +26,7 @@ def make(name: str, env: str, **settings: object) -> flowrl.FlowAlgorithm:
     own: dict[str, object] = {}
     if name == "kl" and env == "sd3-count":  # likelihoods take long
         own = {"tolerance": 0.3, "n_samples": 4, "group_size": 2}
-    return flowrl.algorithm_class(name)("FlowPolicy", env, seed=0, device="cpu", **{**SMALL[env], **own, **settings})
+    return flowrl.algorithm_class(name)("FlowPolicy", env, seed=0, device=DEVICE, **{**SMALL[env], **own, **settings})
 
 
 def weights(model: flowrl.FlowAlgorithm) -> list[torch.Tensor]:
@@ -41,7 +44,7 @@ def test_trains_saves_resumes_and_evaluates(name: str, env: str, lora_rank: int,
     model.learn(n, reset_num_timesteps=False)
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(model)))
     assert all(bool(w.isfinite().all()) for w in weights(model))
-    again = type(model).load(tmp_path / "saved", device="cpu")
+    again = type(model).load(tmp_path / "saved", device=DEVICE)
     again.learn(n, reset_num_timesteps=False)
     assert again.num_timesteps == model.num_timesteps == 2 * n
     assert again.policy.evaluations == model.policy.evaluations

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import NonFiniteError
 from flowrl.training.optimizers import step_unless
+
+pytestmark = pytest.mark.on_device
 
 
 class Sometimes(flowrl.ORWCFMW2):
@@ -50,7 +53,7 @@ def test_a_resumed_run_knows_of_them(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="2 gradient steps"):
         trained.learn(64)
     trained.save(tmp_path / "a")
-    loaded = Sometimes.load(tmp_path / "a", device="cpu")
+    loaded = Sometimes.load(tmp_path / "a", device=DEVICE)
     assert (loaded.bad_updates.total, loaded.bad_updates.in_a_row) == (2, 2)
 
 

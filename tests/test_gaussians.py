@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 
 from flowrl.envs.gaussians import (
     REWARDS,
@@ -22,19 +23,21 @@ from flowrl.errors import ConfigError
 from flowrl.functional.solvers import ode_sample, time_grid
 from flowrl.models.mlp import FieldFlow
 
+pytestmark = pytest.mark.on_device
+
 
 def mixture(dim: int) -> GaussianMixture:
     """Three components of unequal weight with full covariances."""
     rng = np.random.default_rng(dim)
     factors = rng.normal(size=(3, dim, dim)) * 0.4
     covariances = factors @ factors.transpose(0, 2, 1) + 0.1 * np.eye(dim)
-    return GaussianMixture(1.5 * rng.normal(size=(3, dim)), covariances, [1.0, 3.0, 2.0])
+    return GaussianMixture(1.5 * rng.normal(size=(3, dim)), covariances, [1.0, 3.0, 2.0]).to(DEVICE)
 
 
 def numpy_density(q: GaussianMixture, x: np.ndarray) -> np.ndarray:
     """Density at x (B, D), component by component."""
     total = np.zeros(len(x))
-    for weight, mean, covariance in zip(q.weights.numpy(), q.means.numpy(), q.covariances.double().numpy()):
+    for weight, mean, covariance in zip(*(p.cpu().double().numpy() for p in (q.weights, q.means, q.covariances))):
         offset = x - mean
         exponent = -0.5 * np.sum(offset @ np.linalg.inv(covariance) * offset, axis=1)
         total += weight * np.exp(exponent) / np.sqrt(np.linalg.det(2 * np.pi * covariance))
@@ -51,7 +54,7 @@ def moments(q: GaussianMixture) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_log_prob(dim: int) -> None:
     q, x = mixture(dim), torch.randn(50, dim, dtype=torch.float64)
-    np.testing.assert_allclose(q.log_prob(x), np.log(numpy_density(q, x.numpy())), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(q.log_prob(x).cpu(), np.log(numpy_density(q, x.cpu().numpy())), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -124,7 +127,7 @@ def assert_tilted(tilted: GaussianMixture, q: GaussianMixture, exponent: np.ndar
     """The density of `tilted` is q e^exponent, normalised by the sum over the grid."""
     expected = numpy_density(q, points) * np.exp(exponent)
     expected /= expected.sum() * cell
-    got = tilted.log_prob(torch.from_numpy(points)).exp().numpy()
+    got = tilted.log_prob(torch.from_numpy(points).to(DEVICE)).exp().cpu().numpy()
     assert got.sum() * cell == pytest.approx(1, abs=2e-3)
     np.testing.assert_allclose(got, expected, atol=2e-3 * expected.max())
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
+
+pytestmark = pytest.mark.on_device
 
 
 def subclass(name: str, method: Any) -> type[flowrl.FlowAlgorithm]:
@@ -17,7 +20,7 @@ def subclass(name: str, method: Any) -> type[flowrl.FlowAlgorithm]:
 
 
 def learn(cls: type[flowrl.FlowAlgorithm], iterations: int = 1) -> flowrl.FlowAlgorithm:
-    return cls("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=32, batch_size=16).learn(
+    return cls("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=32, batch_size=16).learn(
         32 * iterations
     )
 
@@ -95,7 +98,7 @@ def test_the_behaviour_policy_can_move_by_a_share() -> None:
         def refresh_decay(self) -> float:
             return 0.25
 
-    model = Slow("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=32, batch_size=16)
+    model = Slow("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=32, batch_size=16)
     old = [p.detach().clone() for p in model.policy.parameters_of("behaviour").values()]
     model.learn(32)
     roles = (model.policy.parameters_of(role).values() for role in ("behaviour", "current"))
@@ -106,9 +109,9 @@ def test_the_behaviour_policy_can_move_by_a_share() -> None:
 def test_a_policy_needs_no_algorithm() -> None:
     """It samples, is evaluated and steered; the same figures as those of an untrained algorithm."""
     env = flowrl.make("gaussians-linear")
-    policy = flowrl.FlowPolicy.of(env, seed=1, device="cpu")
+    policy = flowrl.FlowPolicy.of(env, seed=1, device=DEVICE)
     alone = flowrl.evaluate(policy, env, n_samples=64)
-    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu")
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE)
     within = flowrl.evaluate(model, n_samples=64)
     assert alone.reward_mean == within.reward_mean == alone.reference.reward_mean
     assert alone.drift == 0
@@ -123,7 +126,7 @@ def test_a_policy_needs_no_algorithm() -> None:
 
 
 def test_a_string_is_one_prompt() -> None:
-    policy = flowrl.FlowPolicy.of("sd3-count", env_settings={"flow": "mini-sd3"}, seed=0, device="cpu")
+    policy = flowrl.FlowPolicy.of("sd3-count", env_settings={"flow": "mini-sd3"}, seed=0, device=DEVICE)
     assert policy.sample("three red stars", steps=1).shape[0] == 1
     assert policy.sample(["three red stars", "two circles"], steps=1).shape[0] == 2
 
@@ -138,7 +141,7 @@ def test_rewards_may_take_gradients_of_their_own() -> None:
         return flowrl.RewardOutput(gradient[:, 0])
 
     env.reward = sharpness  # type: ignore[method-assign]
-    learn_on = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", n_samples=32, batch_size=16)
+    learn_on = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, n_samples=32, batch_size=16)
     learn_on.learn(32)
     assert not learn_on.buffer.reward.requires_grad
     flowrl.evaluate(learn_on, n_samples=16)
@@ -150,7 +153,7 @@ def test_a_reward_with_a_graph_leaves_none_behind() -> None:
     env.reward = lambda samples, contexts: flowrl.RewardOutput(  # type: ignore[method-assign,misc]
         samples[:, 0] * weight, {"part": samples[:, 1] * weight}
     )
-    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", n_samples=32, batch_size=16)
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, n_samples=32, batch_size=16)
     model.learn(64)
     assert not model.buffer.reward.requires_grad
     assert weight.grad is None
@@ -179,7 +182,7 @@ def test_a_group_whose_samples_all_failed_carries_no_weight(contexts: list[int])
         env = flowrl.make(name)
         env.flow = flowrl.models.loading.source_of(Field, sample_shape=(1,))
         model = flowrl.FlowGRPO(
-            "FlowPolicy", env, seed=0, device="cpu", n_samples=8, group_size=4, batch_size=8, rollout_steps=3,
+            "FlowPolicy", env, seed=0, device=DEVICE, n_samples=8, group_size=4, batch_size=8, rollout_steps=3,
             on_reward_error="drop", max_dropped=0.9,
         )  # fmt: skip
         model.contexts = lambda: torch.tensor(contexts)  # type: ignore[method-assign]

@@ -10,6 +10,8 @@ import torch
 from flowrl.errors import NonFiniteError
 from flowrl.functional import losses
 
+pytestmark = pytest.mark.on_device
+
 GROUPS = torch.tensor([0, 1, 0, 1, 3])  # group 2 is empty
 REWARD = torch.tensor([1.0, -2.0, 3.0, 0.5, 7.0])
 

@@ -11,6 +11,8 @@ import torch
 from flowrl.errors import ConfigError
 from flowrl.functional.metrics import diversity, edge_density, entropy, mean_interval, wasserstein2
 
+pytestmark = pytest.mark.on_device
+
 
 def test_diversity_by_brute_force() -> None:
     samples, contexts = torch.randn(20, 3, 2, 2), torch.randint(4, (20,))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward, eight_gaussians
@@ -14,6 +15,8 @@ from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import kl_time_weight, residual_baseline, residual_weighted_loss, reward_weighted_loss
 from flowrl.functional.metrics import wasserstein2
 from flowrl.types import Batch
+
+pytestmark = pytest.mark.on_device
 
 N = 2000  # points in a comparison by optimal transport
 
@@ -32,13 +35,13 @@ def trained(cls, env, iterations, *, refresh_every=1, n_samples=1024, n_epochs=4
         refresh_every=refresh_every,
         **{"baseline": "mean", **settings},
     )
-    model = cls("FlowPolicy", env, config=config, seed=seed, device="cpu")
+    model = cls("FlowPolicy", env, config=config, seed=seed, device=DEVICE)
     return model.learn(iterations * n_samples)
 
 
 def assert_matches(model, exact):
     """W2 within 1.5 x of what equally many exact samples give against each other, plus 0.05."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     floor = wasserstein2(exact(N, generator), exact(N, generator))
     samples = model.policy.sample(n=N, steps=20, solver="midpoint")
     assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
@@ -96,7 +99,7 @@ def test_fixed_point_of_a_linear_weight(target):
 
 def minimiser_on_a_grid(target: str, alpha: float) -> tuple[torch.Tensor, ...]:
     """At t = 1/2 in bins of x: free minimiser of the loss, C1, and C1 with the residual target's own error term."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     mixture = GaussianMixture([[-1.0], [1.5]], [[[0.3]], [[0.2]]], [0.4, 0.6])
     n, t = 400_000, torch.full((400_000,), 0.5)
     x_1 = mixture.sample(n, generator)
@@ -163,7 +166,7 @@ def test_errors_of_the_field_grow_with_the_mean_baseline_only(alpha):
 def test_many_refreshes(baseline, bounded):
     """60 refreshes with alpha + w < 1 for many samples: exact tilts run away in the end, clipped ones stay."""
     settings = {"tau": 0.5, "alpha": 0.3, "learning_rate": 1e-3, "n_epochs": 2, "rollout_steps": 8}
-    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", baseline=baseline, **settings)
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, baseline=baseline, **settings)
     try:
         model.learn(60 * 512)
     except NonFiniteError:  # what running away comes to
@@ -186,7 +189,7 @@ def test_flattened_weight_example():
 def test_kl_penalty_integrates_to_the_exact_kl():
     p = GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.6 * torch.eye(2), [0.3, 0.7])
     q = GaussianMixture([[-0.5, 0.3], [1.0, -0.5]], 0.8 * torch.eye(2), [0.6, 0.4])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     x = p.sample(200_000, generator)
     exact = (p.log_prob(x) - q.log_prob(x)).mean().item()
     t = (torch.arange(400_000) + 0.5) / 400_000  # stratified
@@ -196,7 +199,7 @@ def test_kl_penalty_integrates_to_the_exact_kl():
 
 
 def test_orw_kl_weights_the_same_penalty_by_time():
-    model = flowrl.ORWCFMKL("FlowPolicy", "gaussians-linear", alpha=0.7, seed=0, device="cpu")
+    model = flowrl.ORWCFMKL("FlowPolicy", "gaussians-linear", alpha=0.7, seed=0, device=DEVICE)
     t = torch.tensor([0.25, 0.5, 0.75])
     torch.testing.assert_close(model.penalty(t), 0.7 * torch.tensor([1 / 3, 1.0, 3.0]))
 
@@ -212,7 +215,7 @@ def test_the_loss_is_that_of_the_three_networks(target):
         refresh_every=2,
         baseline="mean",
         seed=0,
-        device="cpu",
+        device=DEVICE,
     )
     for role in ("current", "behaviour"):
         for weight in model.policy.parameters_of(role).values():
@@ -247,7 +250,7 @@ def reward_signal(model: flowrl.ORWCFMW2) -> float:
     x[0] and the field of the unweighted samples; so its first coordinate shows whether weight and sample
     still belong together.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     mixture, pulls = model.env.core.mixture, []
     for _ in range(40):
         x_1 = mixture.sample(256, generator)
@@ -268,7 +271,7 @@ class PairedAgain(flowrl.ORWCFMW2):
 
 
 def make_pairing(cls: type[flowrl.ORWCFMW2], coupling: str) -> flowrl.ORWCFMW2:
-    return cls("FlowPolicy", "gaussians-linear", target="plain", coupling=coupling, seed=0, device="cpu")
+    return cls("FlowPolicy", "gaussians-linear", target="plain", coupling=coupling, seed=0, device=DEVICE)
 
 
 @pytest.mark.parametrize("coupling", ["independent", "ot"])
@@ -283,9 +286,9 @@ def test_the_loss_carries_the_reward(coupling):
 def test_optimal_transport_keeps_the_noise_standard_normal():
     """Weights are spent on drawing samples, so the noise paired with good samples is not tilted."""
     model = flowrl.ORWCFMW2(
-        "FlowPolicy", "gaussians-linear", target="plain", coupling="ot", tau=2.0, seed=0, device="cpu"
+        "FlowPolicy", "gaussians-linear", target="plain", coupling="ot", tau=2.0, seed=0, device=DEVICE
     )
-    x_1 = model.env.core.mixture.sample(256, torch.Generator().manual_seed(1))
+    x_1 = model.env.core.mixture.sample(256, torch.Generator(DEVICE).manual_seed(1))
     weight = (2 * x_1[:, 0]).exp()
     weighted = []
     drawn = Batch(x_1, torch.zeros(256, dtype=torch.long), x_1[:, 0], weight / weight.mean(), torch.arange(256))
@@ -306,7 +309,7 @@ def movement(target: str, *, lora_rank: int = 0) -> float:
         "FlowPolicy",
         "constant",
         seed=0,
-        device="cpu",
+        device=DEVICE,
         target=target,
         alpha=0.1,
         tau=1.0,
@@ -337,7 +340,7 @@ def test_constant_reward_moves_the_plain_target():
 @pytest.mark.parametrize("target", ["plain", "residual"])
 def test_expected_gradient_of_a_constant_reward(target):
     """On a rough field v_old, the residual gradient vanishes exactly for each minibatch, the plain one does not."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     x_1, x_0 = torch.randn(2, 64, 2, generator=generator)
     t = torch.rand(64, generator=generator)
     x_t, u = interpolate(x_0, x_1, t)

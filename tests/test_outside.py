@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from outside import adjoint, awm, dpo, draft, fpo, nft, tilt
 from test_architecture import code_lines
 
@@ -17,6 +18,8 @@ from flowrl.runs.callbacks import HeldOutCallback
 from flowrl.training.memory_plan import predict_memory
 from flowrl.types import RewardOutput
 
+pytestmark = pytest.mark.on_device
+
 MOST_LINES = {nft: 28, awm: 25, dpo: 30, draft: 20, fpo: 35, adjoint: 45, tilt: 70}
 GROUPS: dict[str, Any] = {"n_samples": 64, "batch_size": 32, "group_size": 8, "learning_rate": 1e-3}
 OWN: dict[str, dict[str, Any]] = {"tilt:Tilt": {"pool": 64}, "dpo:DPO": {"batch_size": 16}}
@@ -25,7 +28,7 @@ NAMES = ("nft:NFT", "awm:AWM", "dpo:DPO", "draft:DRaFT", "fpo:FPO", "adjoint:Adj
 
 def make(name: str, env: Any = "gaussians-linear", **settings: Any) -> flowrl.FlowAlgorithm:
     cls = flowrl.algorithm_class(f"outside.{name}")
-    return cls("FlowPolicy", env, seed=0, device="cpu", **{**GROUPS, **OWN.get(name, {}), **settings})
+    return cls("FlowPolicy", env, seed=0, device=DEVICE, **{**GROUPS, **OWN.get(name, {}), **settings})
 
 
 def weights(model: flowrl.FlowAlgorithm) -> list[torch.Tensor]:
@@ -65,7 +68,7 @@ def test_each_resumes_exactly(name: str, tmp_path: Path) -> None:
     model.learn(2 * 64)
     model.save(tmp_path / "saved")
     model.learn(2 * 64, reset_num_timesteps=False)
-    again = type(model).load(tmp_path / "saved", device="cpu")
+    again = type(model).load(tmp_path / "saved", device=DEVICE)
     again.learn(2 * 64, reset_num_timesteps=False)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(again)))
     ours, theirs = (m.extra_state.state() for m in (model, again))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
 from flowrl.functional.solvers import evaluations_per_sample
 from flowrl.models.base import VelocityModel
 from flowrl.models.loading import source_of
+from flowrl.training.construction import on_device
 from flowrl.training.policy import FlowPolicy, LoRA
+
+pytestmark = pytest.mark.on_device
 
 PROMPTS = ("red stars on black", "two blue circles", "stars")
 TINY = {"rollout_steps": 2, "ema_decay": 0.9, "refresh_every": 2, "learning_rate": 1e-2, "warmup_updates": 0}
@@ -27,14 +32,22 @@ KINDS = {
 def algorithm(kind: str, lora_rank: int = 0, **settings: object) -> flowrl.ORWCFMW2:
     env, env_settings, sizes = KINDS[kind]
     settings = {**sizes, **TINY, "lora_rank": lora_rank, **settings}
-    return flowrl.ORWCFMW2("FlowPolicy", env, env_settings=env_settings, seed=0, device="cpu", **settings)
+    return flowrl.ORWCFMW2("FlowPolicy", env, env_settings=env_settings, seed=0, device=DEVICE, **settings)
 
 
 def point(policy: FlowPolicy, n: int = 3) -> tuple:
     """Some x_t, t and condition."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     x = torch.randn(n, *policy.model.latent_shape, generator=generator)
     return x, torch.rand(n, generator=generator), policy.condition(torch.arange(n) % len(policy.contexts))
+
+
+def loaded(model: flowrl.ORWCFMW2) -> VelocityModel:
+    """The flow of the environment as it was before training."""
+    flow = model.env.core.flow.load()
+    flow.move_frozen(torch.device(DEVICE))
+    flow.network.to(DEVICE)
+    return flow
 
 
 def change(policy: FlowPolicy, size: float = 0.1) -> None:
@@ -52,9 +65,9 @@ def model(request: pytest.FixtureRequest) -> flowrl.ORWCFMW2:
 @torch.no_grad()
 def test_every_role_starts_as_the_untouched_flow(model: flowrl.ORWCFMW2) -> None:
     policy = model.policy
-    untouched = model.env.core.flow.load()
+    untouched = loaded(model)
     x, t, _ = point(policy)
-    cond = untouched.encode(policy.contexts[:3])
+    cond = on_device(untouched.encode(policy.contexts[:3]), DEVICE)
     expected = untouched(x, t, cond)
     assert policy.roles == ("current", "behaviour", "ema")
     for role in (*policy.roles, "reference"):
@@ -134,13 +147,13 @@ def test_the_lora_reference_is_the_adapter_switched_off() -> None:
     model = algorithm("gaussians", 2)
     policy = model.policy
     x, t, cond = point(policy)
-    base = model.env.core.flow.load()(x, t, cond).detach()
+    base = loaded(model)(x, t, cond).detach()
     change(policy, size=1.0)
     assert torch.equal(policy.velocity(x, t, cond, "reference"), base)
     assert (policy.velocity(x, t, cond) - base).abs().max() > 0.1
     assert "reference" not in policy.networks.copies
     frozen = sum(p.numel() for n, p in policy.named_parameters() if "lora_" not in n)
-    assert frozen == sum(p.numel() for p in model.env.core.flow.load().parameters())
+    assert frozen == sum(p.numel() for p in loaded(model).parameters())
 
 
 def test_lora_formula() -> None:
@@ -188,7 +201,7 @@ def test_guidance() -> None:
     """v_null + s (v - v_null), from two separate evaluations."""
     policy = algorithm("mini-sd3").policy
     x, t, cond = point(policy)
-    null = tuple(part.expand(3, *part.shape[1:]) for part in policy.model.encode([""]))
+    null = tuple(part.expand(3, *part.shape[1:]) for part in on_device(policy.model.encode([""]), DEVICE))
     v, v_null = policy.velocity(x, t, cond), policy.velocity(x, t, null)
     for scale in (1.0, 0.0, 4.5):
         guided = policy.field(cond, 3, guidance_scale=scale)(x, t)
@@ -217,11 +230,11 @@ def test_sample_with_new_prompts() -> None:
 
 def test_sample_without_contexts_and_with_a_generator() -> None:
     policy = algorithm("gaussians").policy
-    first = policy.sample(n=5, generator=torch.Generator().manual_seed(3))
+    first = policy.sample(n=5, generator=torch.Generator(DEVICE).manual_seed(3))
     assert first.shape == (5, 2)
-    assert torch.equal(policy.sample(n=5, generator=torch.Generator().manual_seed(3)), first)
+    assert torch.equal(policy.sample(n=5, generator=torch.Generator(DEVICE).manual_seed(3)), first)
     assert not torch.equal(policy.sample(n=5), policy.sample(n=5))
-    observations = torch.zeros(5, dtype=torch.long).numpy()
+    observations = np.zeros(5, dtype=np.int64)
     assert policy.predict(observations)[0].shape == (5, 2)
     assert policy.predict(observations[0])[0].shape == (2,)
 
@@ -276,6 +289,6 @@ def test_a_flow_of_ones_own_goes_where_training_is() -> None:
     """All of it but the network, which the policy moves itself."""
     flow = source_of(Scaled).load()
     flow.move_frozen(torch.device("meta"))
-    assert flow.network.weight.device.type == "cpu"
+    assert flow.network.weight.device.type != "meta"
     flow.network.to("meta")
     assert flow(torch.empty(3, 2, device="meta"), torch.empty(3, device="meta"), ()).device.type == "meta"

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import (
@@ -24,6 +25,8 @@ from flowrl.training.buffer import RolloutBuffer
 from flowrl.training.reward_calls import stand_ins
 from flowrl.training.transitions import TransitionAlgorithm
 
+pytestmark = pytest.mark.on_device
+
 
 def numbered(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Samples (B, *shape) that can be told apart, exactly representable in float16."""
@@ -32,7 +35,7 @@ def numbered(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 @given(st.integers(1, 60), st.integers(1, 70), shapes, st.booleans(), seeds, st.data())
 def test_an_epoch_has_every_sample_once_with_what_belongs_to_it(n, batch_size, shape, half, seed, data) -> None:
-    buffer, index = RolloutBuffer(n + data.draw(st.integers(0, 3)), shape, "cpu", half=half), torch.arange(n)
+    buffer, index = RolloutBuffer(n + data.draw(st.integers(0, 3)), shape, DEVICE, half=half), torch.arange(n)
     for part in index.split(data.draw(splits(n))):
         buffer.add(numbered(part, shape), part % 7, 3.0 * part, {"half": part + 0.5, "row": numbered(part, (2, 1))})
     batches = list(buffer.batches(torch.randperm(n, generator=seeded(seed)), batch_size))
@@ -52,7 +55,7 @@ def test_an_epoch_has_every_sample_once_with_what_belongs_to_it(n, batch_size, s
 @given(st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=1, max_size=4), st.integers(1, 20))
 def test_a_buffer_holds_what_was_added_since_the_last_reset_and_never_more(rounds, capacity) -> None:
     """Batches that do not fit are refused whole; nothing from before a reset comes out again."""
-    buffer, counter = RolloutBuffer(capacity, (2,), "cpu"), 0
+    buffer, counter = RolloutBuffer(capacity, (2,), DEVICE), 0
     for sizes in rounds:
         buffer.reset()
         expected: list[float] = []
@@ -72,7 +75,7 @@ def test_a_buffer_holds_what_was_added_since_the_last_reset_and_never_more(round
 
 @given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 40), st.integers(0, 9), seeds, st.data())
 def test_an_epoch_has_every_recorded_step_once(n, steps, batch_size, first, seed, data) -> None:
-    buffer = RolloutBuffer(n, (1,), "cpu", parts=steps, read=read_steps)
+    buffer = RolloutBuffer(n, (1,), DEVICE, parts=steps, read=read_steps)
     for part in torch.arange(n).split(data.draw(splits(n))):
         add_paths(buffer, part, first)
     seen: list[tuple[int, int]] = []

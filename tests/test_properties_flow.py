@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from properties import (
@@ -26,6 +27,8 @@ from flowrl.functional.guidance import guided_velocity
 from flowrl.functional.sde import SDE, GaussianStep, sde_sample
 from flowrl.functional.solvers import ode_sample, time_grid
 from flowrl.types import Batch
+
+pytestmark = pytest.mark.on_device
 
 
 @given(shapes, st.integers(0, 5), seeds)
@@ -84,7 +87,7 @@ def test_recorded_steps_are_those_that_were_taken(sde, n_steps, n, shape, seed, 
     """Shapes, the ODE outside the window, and log-probabilities that belong to the recorded states."""
     start = data.draw(st.integers(0, n_steps - 2))
     window = range(start, data.draw(st.integers(start + 1, n_steps - 1)))
-    x_0, times = normal(seed, n, *shape), time_grid(n_steps)
+    x_0, times = normal(seed, n, *shape), time_grid(n_steps).to(DEVICE)
     x_1, states, log_probs = sde_sample(curved, x_0, times, sde, seeded(seed), window)
     assert states.shape == (n, len(window) + 1, *shape)
     assert log_probs.shape == (n, len(window))
@@ -141,7 +144,7 @@ def test_a_gaussian_step_is_most_probable_at_its_mean(shape, std, seed) -> None:
 
 @given(st.integers(1, 30), numbers(0.125, 8))
 def test_times_rise_from_0_to_1_and_the_shift_can_be_taken_back(steps, shift) -> None:
-    times = time_grid(steps, shift)
+    times = time_grid(steps, shift).to(DEVICE)
     assert times.shape == (steps + 1,)
     assert times.dtype == torch.float32
     assert times[[0, -1]].tolist() == [0, 1]
@@ -149,9 +152,9 @@ def test_times_rise_from_0_to_1_and_the_shift_can_be_taken_back(steps, shift) ->
     sigma = 1 - times.double()
     before = sigma / (shift - (shift - 1) * sigma)  # solves sigma = shift s / (1 + (shift - 1) s)
     torch.testing.assert_close(1 - before, torch.linspace(0, 1, steps + 1).double(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(time_grid(2 * steps, shift)[::2], times)
+    torch.testing.assert_close(time_grid(2 * steps, shift).to(DEVICE)[::2], times)
     # reversed in time, a shift is the shift by its inverse
-    torch.testing.assert_close(1 - time_grid(steps, 1 / shift).flip(0), times, atol=1e-5, rtol=0)
+    torch.testing.assert_close(1 - time_grid(steps, 1 / shift).to(DEVICE).flip(0), times, atol=1e-5, rtol=0)
 
 
 @given(shapes, st.integers(1, 6), numbers(-4, 8), seeds)
@@ -199,7 +202,7 @@ def test_optimal_transport_permutes_within_contexts_and_costs_least(n, dim, seed
 @pytest.fixture(scope="module")
 def coupled() -> dict[str, flowrl.ORWCFMW2]:
     return {
-        kind: flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", target="plain", coupling=kind, seed=0, device="cpu")
+        kind: flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", target="plain", coupling=kind, seed=0, device=DEVICE)
         for kind in ("independent", "ot")
     }
 

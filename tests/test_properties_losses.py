@@ -26,6 +26,8 @@ from flowrl.errors import NonFiniteError
 from flowrl.functional import losses
 from flowrl.types import Batch
 
+pytestmark = pytest.mark.on_device
+
 
 @given(grouped(), numbers(0, 2), numbers(-64, 64), seeds)
 def test_normalised_weights(rewards, tau, shift, seed) -> None:

@@ -25,6 +25,8 @@ from flowrl.functional import losses
 from flowrl.functional.likelihood import log_prob
 from flowrl.functional.metrics import diversity, entropy, mean_interval, pair_distances, wasserstein2
 
+pytestmark = pytest.mark.on_device
+
 
 @given(st.integers(2, 20), shapes, seeds, numbers(0.125, 8))
 def test_diversity_is_a_mean_distance(n, shape, seed, factor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import (
@@ -17,11 +18,13 @@ from properties import (
 import flowrl
 from flowrl.sample import draw, seeded_noise
 
+pytestmark = pytest.mark.on_device
+
 
 @pytest.fixture(scope="module")
 def model() -> flowrl.ORWCFMW2:
     settings = {"n_samples": 8, "batch_size": 4, "rollout_steps": 3, "ema_decay": 0.9}
-    return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+    return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
 
 
 @given(numbers(0, 1), seeds)
@@ -46,7 +49,7 @@ def test_a_sample_is_that_of_its_seed_whatever_the_batches(model, seeds, batch_s
     drawn = torch.cat(list(draw(model.policy, contexts, seeds, batch_size, role="reference")))
     singly = [next(draw(model.policy, [None], [seed], role="reference")) for seed in seeds]
     torch.testing.assert_close(drawn, torch.cat(singly), atol=1e-5, rtol=1e-5)
-    x_0 = seeded_noise(seeds, (2,))
+    x_0 = seeded_noise(seeds, (2,)).to(DEVICE)
     indices = torch.zeros(len(seeds), dtype=torch.long)
     whole = model.policy.sample_latents(indices, x_0=x_0, solver=solver, role="reference")
     parts = zip(indices.split(batch_size), x_0.split(batch_size))

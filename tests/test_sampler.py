@@ -10,6 +10,8 @@ import torch
 from flowrl.errors import ConfigError
 from flowrl.functional.solvers import SOLVERS, evaluations_per_sample, ode_sample, time_grid
 
+pytestmark = pytest.mark.on_device
+
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 
 

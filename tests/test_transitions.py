@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import nn
 
 import flowrl
@@ -17,6 +18,8 @@ from flowrl.functional.metrics import wasserstein2
 from flowrl.functional.sde import SDE, GaussianStep, sde_sample
 from flowrl.functional.solvers import time_grid
 from flowrl.types import Batch
+
+pytestmark = pytest.mark.on_device
 
 KINDS = [SDE("flow", 0.7), SDE("flow", math.sqrt(2)), SDE("constant", 0.7), SDE("cps", 0.6)]
 ALGORITHMS = (flowrl.DDPO, flowrl.DPOK, flowrl.FlowGRPO)
@@ -86,7 +89,7 @@ def test_sde_keeps_the_marginals(sde: SDE, generator: torch.Generator) -> None:
     """With the exact field and 100 steps the samples are those of the mixture, within sampling error."""
     mixture, n = eight_gaussians(), 2000
     x_0 = torch.randn(n, 2, generator=generator)
-    samples, _, _ = sde_sample(lambda x, t: mixture.velocity(t, x), x_0, time_grid(100), sde, generator)
+    samples, _, _ = sde_sample(lambda x, t: mixture.velocity(t, x), x_0, time_grid(100).to(DEVICE), sde, generator)
     floor = wasserstein2(mixture.sample(n, generator), mixture.sample(n, generator))
     assert wasserstein2(samples, mixture.sample(n, generator)) <= 1.5 * floor + 0.05
 
@@ -96,7 +99,7 @@ def test_sde_keeps_the_spread_of_a_gaussian(sde: SDE, generator: torch.Generator
     """Too much or too little drift for the noise shows here first."""
     target = GaussianMixture([[1.0]], [[0.25]])
     x_0 = torch.randn(20_000, 1, generator=generator)
-    samples, _, _ = sde_sample(lambda x, t: target.velocity(t, x), x_0, time_grid(200), sde, generator)
+    samples, _, _ = sde_sample(lambda x, t: target.velocity(t, x), x_0, time_grid(200).to(DEVICE), sde, generator)
     assert samples.mean().item() == pytest.approx(1.0, abs=0.02)
     assert samples.std().item() == pytest.approx(0.5, rel=0.03)
 
@@ -109,7 +112,7 @@ def test_noise_only_in_the_window(generator: torch.Generator) -> None:
         return torch.ones_like(x)
 
     x_0 = torch.randn(3, 2, generator=generator)
-    times = time_grid(10)
+    times = time_grid(10).to(DEVICE)
     x_1, states, log_prob = sde_sample(field, x_0, times, SDE(), generator, window=range(4, 6))
     assert states.shape == (3, 3, 2)
     assert log_prob.shape == (3, 2)
@@ -121,7 +124,7 @@ def test_noise_only_in_the_window(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("window", [range(0), range(-1, 2), range(8, 10)])
 def test_window_must_fit(window: range, generator: torch.Generator) -> None:
     with pytest.raises(ConfigError, match="can be noisy in steps 0 to 8"):
-        sde_sample(lambda x, t: x, torch.ones(1, 1), time_grid(10), SDE(), generator, window)
+        sde_sample(lambda x, t: x, torch.ones(1, 1), time_grid(10).to(DEVICE), SDE(), generator, window)
 
 
 @pytest.mark.parametrize("settings", [("flow", 0.0), ("cps", 1.5), ("brown", 0.5)])
@@ -132,7 +135,7 @@ def test_sde_settings(settings: tuple) -> None:
 
 def recorded(cls: type, env: str, **settings: object) -> flowrl.FlowAlgorithm:
     """An algorithm whose buffer holds a rollout, and that has made no update since."""
-    model = cls("FlowPolicy", env, seed=0, device="cpu", **settings)
+    model = cls("FlowPolicy", env, seed=0, device=DEVICE, **settings)
     model._setup_learn(1, None, True, "", False)
     _, callback = model._setup_learn(1, None, True, "", False)
     model.collect(callback)
@@ -203,7 +206,7 @@ class Shift(nn.Module):
 def test_policy_gradient_is_the_gradient_of_the_expected_reward(cls: type, own: dict) -> None:
     """Against finite differences over the same noise, on a 1-D flow; the last step, which has no noise, is fixed."""
     n, n_steps = 40_000, 5
-    until = time_grid(n_steps)[-2].item()
+    until = time_grid(n_steps).to(DEVICE)[-2].item()
     env = GaussiansEnv(
         GaussianMixture([[0.0]], [[0.25]]), QuadraticReward(((1.0,),), (1.0,)), flow=lambda: Shift(until)
     )
@@ -221,8 +224,8 @@ def test_policy_gradient_is_the_gradient_of_the_expected_reward(cls: type, own: 
         field = Shift(until)
         field.b.data.fill_(b)
         with torch.no_grad():
-            x_0 = torch.randn(n, 1, generator=(generator := torch.Generator().manual_seed(1)))
-            x_1, _, _ = sde_sample(field, x_0, time_grid(n_steps), SDE("flow", 0.7), generator)
+            x_0 = torch.randn(n, 1, generator=(generator := torch.Generator(DEVICE).manual_seed(1)))
+            x_1, _, _ = sde_sample(field, x_0, time_grid(n_steps).to(DEVICE), SDE("flow", 0.7), generator)
         return -0.5 * (x_1 - 1).square().mean()
 
     difference = ((expected(0.35) - expected(0.25)) / 0.1).item()
@@ -307,7 +310,7 @@ def batch_of(context_ids: torch.Tensor, reward: torch.Tensor) -> Batch:
 
 
 def test_ddpo_statistics_are_those_of_all_rewards_of_a_context() -> None:
-    model = flowrl.DDPO("FlowPolicy", "sd3-count", seed=0, device="cpu", n_samples=8)
+    model = flowrl.DDPO("FlowPolicy", "sd3-count", seed=0, device=DEVICE, n_samples=8)
     contexts, rewards = torch.randint(3, (5, 40)), torch.randn(5, 40) + 2
     for c, r in zip(contexts, rewards):
         advantage = model.advantage(batch_of(c, r))
@@ -329,12 +332,12 @@ def test_score_function_needs_one_update_per_iteration() -> None:
     with pytest.raises(ConfigError, match="needs one gradient step per iteration, these settings make 36"):
         flowrl.DDPO("FlowPolicy", "gaussians-linear", variant="sf", batch_size=128)
     settings = {"variant": "sf", "batch_size": 128, "accumulation": 36}
-    flowrl.DDPO("FlowPolicy", "gaussians-linear", device="cpu", **settings).learn(512)
+    flowrl.DDPO("FlowPolicy", "gaussians-linear", device=DEVICE, **settings).learn(512)
 
 
 def test_grpo_window_slides_and_returns() -> None:
     settings = {"window": 3, "window_start": 1, "window_stride": 2, "n_samples": 16, "rollout_steps": 8}
-    model = flowrl.FlowGRPO("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+    model = flowrl.FlowGRPO("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
     seen = []
     for _ in range(5):
         seen.append(model.window().start)

@@ -45,8 +45,9 @@ class AdjointMatching(flowrl.FlowAlgorithm):
 
     def loss(self, batch):
         states, n = batch.extra["states"], len(batch.x_1)
-        k = drawn(lambda m: torch.randint(states.shape[1], (m,), generator=self.generator), n, self.generator)
-        rows, t, cond = torch.arange(n), self.policy.times()[k + 1], self.policy.condition(batch.context_ids)
+        g, d = self.generator, self.device
+        k = drawn(lambda m: torch.randint(states.shape[1], (m,), generator=g, device=d), n, g)
+        rows, t, cond = torch.arange(n, device=d), self.policy.times()[k + 1], self.policy.condition(batch.context_ids)
         v, v_ref = (self.policy.velocity(states[rows, k], t, cond, role) for role in ("current", "reference"))
         eta = (1 - t) / t
         target = v_ref - expand(eta, v) * batch.extra["adjoints"][rows, k]
