@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="another checkout of flowrl to compare with")
     parser.add_argument("--baseline-set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of its rows")
     parser.add_argument("--only-flowrl", action="store_true", help="leave out bare loops and pipelines")
+    parser.add_argument("--eager-only", action="store_true", help="leave out compiled bare loops and pipelines")
     return parser.parse_args()
 
 
@@ -66,7 +67,7 @@ def main() -> None:
         sys.exit(f"There is no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}.")
     torch.manual_seed(0)
     settings = dict(map(setting, args.set))
-    lab = Lab(device, args.tiny, args.quick, args.only_flowrl, settings, say)
+    lab = Lab(device, args.tiny, args.quick, args.only_flowrl, args.eager_only, settings, say)
     figures: Figures = {**about(device), "settings": settings, "tiny": args.tiny, "quick": args.quick, "rows": {}}
     write(args.out, figures)
     for name in rows:

@@ -84,6 +84,7 @@ class Lab:
     tiny: bool = False
     quick: bool = False
     only_flowrl: bool = False
+    eager_only: bool = False
     settings: Figures = field(default_factory=dict)
     say: Callable[..., None] = print
     ceiling: float | None = None

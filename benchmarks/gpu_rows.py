@@ -1,4 +1,4 @@
-"""The rows of the GPU benchmark: each measures one thing, says its lines as soon as they are known, gives its figures."""
+"""The rows of the GPU benchmark: each measures one thing, says its lines as it knows them, and gives its figures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,11 @@ def _rollout(
     works["flowrl"] = lambda: model.policy.sample_latents(ids, role=model.behaviour_role)
     seconds |= lab.in_turn(works, repeats)
     _speeds(lab, row, figures, seconds, n, "images/s", figures.get("flops_per_image"))
-    if not lab.only_flowrl and together:
+    if together and not (lab.only_flowrl or lab.eager_only):
         del works["flowrl"], model
         lab.free()
         seconds |= lab.in_turn({"pipeline, blocks compiled": compiled}, repeats)
-        _speeds(lab, row, figures, seconds, n, "images/s", figures["flops_per_image"], "pipeline, eager")
+        _speeds(lab, row, figures, seconds, n, "images/s", figures["flops_per_image"])
     return figures
 
 
@@ -153,7 +154,6 @@ def _speeds(
     n: int,
     unit: str,
     flops: float | None,
-    base: str | None = None,
 ) -> None:
     """Say and note what is new: speeds, ratios to the bare variant, shares of the ceiling, compile times."""
     done = figures.setdefault("variants", {})
@@ -195,9 +195,10 @@ def sd35_update(lab: Lab) -> Figures:
     works.clear()
     del model
     lab.free()
-    compile_blocks(bare.network)
-    seconds |= lab.in_turn({"bare, blocks compiled": update}, lab.repeats(5))
-    _speeds(lab, "sd35-update", figures, seconds, n, "samples/s", flops)
+    if not lab.eager_only:
+        compile_blocks(bare.network)
+        seconds |= lab.in_turn({"bare, blocks compiled": update}, lab.repeats(5))
+        _speeds(lab, "sd35-update", figures, seconds, n, "samples/s", flops)
     del bare, update
     lab.free()
     _, update, _ = _bare_update(lab, env, n, batch, autocast=False)
@@ -245,7 +246,7 @@ def sd35_iteration(lab: Lab) -> Figures:
     if lab.on_gpu:
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         lab.say(row, "peak of the device's memory", figures["peak_bytes"] / GIB, "GiB")
-    phases = {"rollout and decoding": lambda: _collect(model), "update": model.update}
+    phases = {"rollout and decoding": partial(_collect, model), "update": model.update}
     figures["phases"] = {k: v["median"] for k, v in lab.in_turn(phases, lab.repeats(4)).items()}
     for phase, part in figures["phases"].items():
         lab.say(row, f"flowrl, {phase}", part, "s")
