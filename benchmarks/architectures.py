@@ -124,9 +124,12 @@ PIPELINES: dict[str, Configs] = {
 }
 
 
-def write(name: str, folder: Path) -> str:
-    """Write a pipeline's configuration as a folder that `--env.flow` reads; the folder."""
+def write(name: str, folder: Path, changes: Configs | None = None) -> str:
+    """Write a pipeline's configuration as a folder that `--env.flow` reads; the folder.
+
+    `changes`: by file, what it is to say instead.
+    """
     for file, config in PIPELINES[name].items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(json.dumps(config))
+        (folder / file).write_text(json.dumps({**config, **(changes or {}).get(file, {})}))
     return str(folder)

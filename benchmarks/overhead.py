@@ -12,7 +12,6 @@ Three comparisons:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bare_loops import BareLoop
 
 import flowrl
 from flowrl.envs.rewards.aesthetic import colourfulness
@@ -47,52 +47,6 @@ def in_turn(
             if i:
                 seconds[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-class BareLoop:
-    """ORW-CFM-W2 with the residual target and nothing around it: no classes, checks, metrics or logs."""
-
-    def __init__(self, model: flowrl.ORWCFMW2, call: Callable, reward: Callable, decode: Callable) -> None:
-        self.config, self.call, self.reward, self.decode = model.config, call, reward, decode
-        self.network = copy.deepcopy(model.policy.model.network).train()
-        self.v_ref = copy.deepcopy(self.network).requires_grad_(False).eval()
-        self.v_old = copy.deepcopy(self.network).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=model.config.learning_rate, weight_decay=0.0, fused=True
-        )
-        self.shape = model.policy.model.latent_shape
-        self.cond = model.policy.condition(torch.arange(len(model.env.core.contexts)))
-        self.times = model.policy.model.times(model.config.rollout_steps)
-
-    def iteration(self) -> None:
-        c, n = self.config, self.config.n_samples
-        index = torch.arange(n) // c.group_size % max(1, len(self.cond[0]) if self.cond else 1)
-        cond = tuple(part[index] for part in self.cond)
-        with torch.inference_mode():
-            x = torch.randn(n, *self.shape)
-            for k in range(c.rollout_steps):
-                x = x + (self.times[k + 1] - self.times[k]) * self.call(self.v_old, x, self.times[k].expand(n), cond)
-            reward = self.reward(self.decode(x))
-        x_1, reward = x.clone(), reward.clone()
-        weight = (c.tau * (reward - reward.max())).exp()
-        weight = weight / weight.mean()
-        for _ in range(c.n_epochs):
-            for i in torch.randperm(n).split(c.batch_size):
-                t = torch.rand(len(i))
-                x_0, t_ = torch.randn(len(i), *self.shape), t.view(-1, *[1] * len(self.shape))
-                u = x_1[i] - x_0
-                x_t, part = x_0 + t_ * u, tuple(p[i] for p in cond)
-                v = self.call(self.network, x_t, t, part)
-                with torch.no_grad():
-                    ref, old = self.call(self.v_ref, x_t, t, part), self.call(self.v_old, x_t, t, part)
-                fit, keep, drift = ((v - other).square().flatten(1).mean(1) for other in (u, old, ref))
-                loss = ((weight[i] - 1) * fit + keep + c.alpha * drift).mean()
-                self.optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.max_grad_norm)
-                self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.v_old.parameters()), list(self.network.parameters()))
 
 
 def whole_iteration(model: flowrl.ORWCFMW2) -> Callable[[], object]:

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -174,3 +175,15 @@ def test_settings_of_digits() -> None:
 def test_cost_by_arithmetic() -> None:
     ratio = script("weighting_cost").arithmetic(n_epochs=1, rollout_steps=16)["ratio"]
     assert list(ratio.values()) == pytest.approx([1, 1, 4 / 3, 5 / 3, 21 / 3])
+
+
+def test_the_gpu_benchmark_on_small_networks(tmp_path: Path) -> None:
+    """The table on the standard output, all figures in the JSON."""
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), "--tiny", "--rows", "mlp", "ceiling"]
+    out = tmp_path / "gpu.json"
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    figures = json.loads(out.read_text())
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"mlp", "ceiling"}
+    assert figures["rows"]["mlp"]["flowrl / bare"] > 0
+    assert figures["rows"]["ceiling"]["flops"] > 0
+    assert figures["device"] == "CPU"

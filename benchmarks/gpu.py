@@ -1,0 +1,165 @@
+"""What flowrl reaches on one GPU, beside bare loops and diffusers' own pipeline in the same process.
+
+    python benchmarks/gpu.py --out gpu.json
+    python benchmarks/gpu.py --quick --out gpu.json                      # about two minutes
+    python benchmarks/gpu.py --baseline ../older --set compile=true      # also an older checkout, in a child process
+    python benchmarks/gpu.py --tiny                                      # on the CPU, to try the script
+
+Networks are of full size with random weights; nothing is downloaded. A row that fails says so, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, Any]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows, in this order")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, and the main rows only")
+    parser.add_argument("--tiny", action="store_true", help="small networks, on the CPU")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures; rewritten after every row")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of flowrl's rows")
+    parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="another checkout of flowrl to compare with")
+    parser.add_argument("--baseline-set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of its rows")
+    parser.add_argument("--only-flowrl", action="store_true", help="leave out bare loops and pipelines")
+    parser.add_argument("--eager-only", action="store_true", help="leave out compiled bare loops and pipelines")
+    return parser.parse_args()
+
+
+def setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def say(row: str, what: str, value: float | None, unit: str, note: str = "") -> None:
+    """Print a line of the table: it can be cut off after any."""
+    figure = "" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    print(f"{row:<15} {what:<58} {figure:>9} {unit:<9} {note}".rstrip(), flush=True)
+
+
+def main() -> None:
+    args = arguments()
+    import torch
+    from gpu_lab import Lab
+    from gpu_rows import COMPARED, QUICK, ROWS
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
+    if device.type == "cpu" and not args.tiny:
+        sys.exit("There is no CUDA device: --tiny tries the script on the CPU.")
+    rows = args.rows or (QUICK if args.quick else list(ROWS))
+    if unknown := set(rows) - set(ROWS):
+        sys.exit(f"There is no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}.")
+    torch.manual_seed(0)
+    settings = dict(map(setting, args.set))
+    lab = Lab(device, args.tiny, args.quick, args.only_flowrl, args.eager_only, settings, say)
+    figures: Figures = {**about(device), "settings": settings, "tiny": args.tiny, "quick": args.quick, "rows": {}}
+    write(args.out, figures)
+    for name in rows:
+        figures["rows"][name] = measured(name, ROWS[name], lab)
+        write(args.out, figures)
+    if args.baseline:
+        compared = [name for name in rows if name in COMPARED]
+        figures["baseline"] = baseline(args, compared)
+        figures["new / old"] = {name: against(name, figures) for name in compared}
+        write(args.out, figures)
+
+
+def measured(name: str, row: Any, lab: Any) -> Figures:
+    """Run a row; what it raises is its result."""
+    started = time.perf_counter()
+    try:
+        figures = row(lab)
+    except Exception as error:
+        traceback.print_exc()
+        say(name, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", None, "")
+        figures = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    lab.free()
+    return {**figures, "took_seconds": time.perf_counter() - started}
+
+
+def about(device: Any) -> Figures:
+    """Say what was measured with, and on what."""
+    import torch
+
+    import flowrl
+
+    on_gpu = device.type == "cuda"
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft", "transformers")}
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if on_gpu else None,
+        **versions,
+        "cuda": torch.version.cuda,
+        "flowrl": flowrl.__version__,
+        "flowrl_folder": str(Path(flowrl.__file__).resolve().parent),
+        "python": sys.version.split()[0],
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def write(out: Path | None, figures: Figures) -> None:
+    if out is not None:
+        part = out.with_name(out.name + ".part")
+        part.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+        part.replace(out)
+
+
+def baseline(args: argparse.Namespace, rows: list[str]) -> Figures:
+    """Run rows with the flowrl of another checkout, in a process of its own; its lines are printed as they come."""
+    folder = args.baseline.resolve()
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "old.json"
+        command = [sys.executable, str(Path(__file__).resolve()), "--only-flowrl", "--out", str(out), "--rows", *rows]
+        command += [option for option in ("--tiny", "--quick") if getattr(args, option.strip("-"))]
+        command += ["--set", *args.baseline_set] if args.baseline_set else []
+        child = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": str(folder)}, stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        for line in child.stdout:
+            print(f"old: {line}", end="", flush=True)
+        if child.wait() or not out.exists():
+            say("baseline", f"failed: the process ended with {child.returncode}", None, "")
+        figures = json.loads(out.read_text()) if out.exists() else {"rows": {}}
+    if folder not in Path(figures.get("flowrl_folder", folder / "flowrl")).parents:
+        say("baseline", f"failed: flowrl came from {figures['flowrl_folder']}, not from the baseline", None, "")
+        figures["rows"] = {}
+    return figures
+
+
+def against(name: str, figures: Figures) -> float | None:
+    """Compare flowrl's speed in a row with the baseline's; above 1 the newer is faster."""
+    new, old = (speed(part["rows"].get(name, {})) for part in (figures, figures["baseline"]))
+    if new is None or old is None:
+        return None
+    say(name, "speed, new / old", new / old, "")
+    return new / old
+
+
+def speed(row: Figures) -> float | None:
+    """Read flowrl's speed from the figures of a row: what it does in a second."""
+    if "variants" in row:
+        return row["variants"].get("flowrl", {}).get("per_second")
+    seconds = row.get("seconds")
+    seconds = seconds.get("flowrl") if isinstance(seconds, dict) else seconds
+    return None if seconds is None else 1 / seconds
+
+
+if __name__ == "__main__":
+    main()
