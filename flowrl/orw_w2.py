@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.flow import Coupling, ot_permutation
 from flowrl.functional.losses import (
     Baseline,
     Normalisation,
@@ -26,6 +25,7 @@ from flowrl.functional.losses import (
     squared_error,
     standardise,
 )
+from flowrl.functional.transport import Coupling, ot_permutation
 from flowrl.registry import register_algorithm
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.types import Batch, Role

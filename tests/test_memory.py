@@ -75,7 +75,6 @@ def test_gradient_checkpointing_and_precision_show() -> None:
 
 
 def test_what_cannot_be_tried_is_said() -> None:
-    pytest.importorskip("ot")
     plan = predict("orw_w2", "gaussians-linear", coupling="ot", target="plain")
     assert "DataDependent" in plan.missing
     assert plan.parts["trained weights"] > 0
