@@ -413,18 +413,12 @@ MUTATIONS = (
     Mutation(
         "accumulation",
         ALGORITHM,
-        "(loss / config.accumulation).backward()",
+        "(loss if config.accumulation == 1 else loss / config.accumulation).backward()",
         "loss.backward()",
         ("test_algorithm.py::test_accumulated_minibatches_have_the_gradient_of_a_large_one",),
     ),
     Mutation("diversity-pairs", "flowrl/functional/metrics.py", ".triu(1)", ".triu(0)", OF_METRICS),
-    Mutation(
-        "exact-w2",
-        "flowrl/functional/metrics.py",
-        'compute_mode="donot_use_mm_for_euclid_dist").square()',
-        'compute_mode="donot_use_mm_for_euclid_dist")',
-        OF_METRICS,
-    ),
+    Mutation("exact-w2", "flowrl/functional/metrics.py", "(a[index] - b).square()", "(a[index] - b).abs()", OF_METRICS),
     # environments and adapters
     Mutation(
         "mixture-velocity",
