@@ -41,12 +41,12 @@ class ADRPOConfig(EndpointConfig):
 
     def caution(self) -> str:
         """Say that refreshes can run away, where they can: `v - v_ref` grows by E[A | x_t] / beta in each."""
-        if self.beta > self.max_advantage:
+        if self.beta > self.max_advantage or self.critic_learning_rate > 0:
             return ""
         return (
             f"Refreshes can run away: what v has beyond v_ref comes back E[A | x_t] / beta times as large, which with "
             f"beta = {self.beta:g} and advantages up to {self.max_advantage:g} can be more than 1. Set beta above "
-            "max_advantage, or max_advantage below beta."
+            "max_advantage, max_advantage below beta, or take a critic (critic_learning_rate)."
         )
 
 
@@ -61,11 +61,12 @@ class ADRPO(EndpointAlgorithm):
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `A |v - u|^2 + (beta - A) |v - v_ref|^2`, as a regression with the same gradient."""
         batch, pair = self.noised(batch)
-        return self.follow(self.config.row(), pair, batch.advantage, {"current": self.velocity(pair)})
+        return self.follow(self.config.row(), batch, pair, batch.advantage, {"current": self.velocity(pair)})
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Give None: it stops where `(beta - E[A | x_t]) (v - v_ref) = Cov(A, u | x_t)`, which is no tilt.
 
-        To first order in A / beta that is the tilt by `dA/dr / beta`.
+        To first order in A / beta that is the tilt by `dA/dr / beta`; with a critic it is that itself, for a linear
+        reward on a Gaussian.
         """
-        return None
+        return super().tilt_of(reward_std)

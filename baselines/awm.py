@@ -97,7 +97,7 @@ class AWM(EndpointAlgorithm):
             figures["clip_fraction"] = clip_fraction(ratio, config.clip_range)
         if config.time_weighting == "ghuber":
             a = a * (1 - pair.t) * (miss + 1e-10).pow(config.ghuber_power - 1)
-        loss, others = self.follow(config.row(), pair, a, velocities)
+        loss, others = self.follow(config.row(), batch, pair, a, velocities)
         return loss, {**figures, **others}
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:

@@ -84,7 +84,7 @@ class NFT(EndpointAlgorithm):
             good, bad = (share / (near * miss).clamp_min(1e-5) for share, miss in zip((good, bad), misses))
         rho = (good - bad) * config.max_advantage  # in the row's unit, that of the advantage
         anchors = {**row.anchors, "behaviour": (good + bad) * row.anchors["behaviour"]}
-        return self.follow(row._replace(anchors=anchors), pair, rho, {"current": v, "behaviour": v_old})
+        return self.follow(row._replace(anchors=anchors), batch, pair, rho, {"current": v, "behaviour": v_old})
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Give lambda of the tilt at which it stops: `dA/dr / beta_ref`, over max_advantage unless scaled by it.

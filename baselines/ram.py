@@ -75,7 +75,7 @@ class RAM(EndpointAlgorithm):
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the regression on the detached target."""
         batch, pair = self.noised(batch)
-        return self.follow(self.config.row(), pair, batch.advantage, {"current": self.velocity(pair)})
+        return self.follow(self.config.row(), batch, pair, batch.advantage, {"current": self.velocity(pair)})
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Give lambda of the tilt that it aims at: `strength dA/dr`.

@@ -59,4 +59,4 @@ class RVM(EndpointAlgorithm):
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the signed matching, as a regression with the same gradient."""
         batch, pair = self.noised(batch)
-        return self.follow(self.config.row(), pair, batch.advantage, {"current": self.velocity(pair)})
+        return self.follow(self.config.row(), batch, pair, batch.advantage, {"current": self.velocity(pair)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, NonFiniteError
 from flowrl.functional import endpoint
 from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import clipped_objective, residual_weighted_loss, reward_weighted_loss
@@ -150,6 +151,33 @@ def test_one_refresh_ends_at_the_minimiser_of_the_row(case: str) -> None:
         torch.testing.assert_close(from_table, expected, rtol=1e-9, atol=1e-9)
 
 
+class Knows:
+    """A critic that knows the expected advantage in each bin."""
+
+    def __init__(self, given: Expectations, a: torch.Tensor) -> None:
+        self.value = given.mean(a)[given.bins]
+
+    def __call__(self, *state: torch.Tensor) -> torch.Tensor:
+        return self.value
+
+    def improve(self, loss: torch.Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_critic_leaves_the_covariance_and_holds_every_row(name: str) -> None:
+    """With E[A | x_t] taken off a refresh ends at the anchors plus gain Cov(A, u | x_t), whatever v_old and v are."""
+    held = {"adrpo": {"beta": 1.5}, "awm": {"beta_ref": 0.2, "beta_old": 0.1}, "nft": {"beta_ref": 0.3}, "ram": {}}
+    held["rvm"] = {"beta_ref": 0.05, "beta_old": 0.02}
+    given = Expectations(0.3, 20_000)
+    model, a = make(name, critic_learning_rate=1e-3, **held[name]), advantages(given, 1.8)
+    model.critic = Knows(given, a)
+    row = model.config.row()
+    covariance = given.mean(a[:, None] * given.u) - given.mean(a[:, None]) * given.mean(given.u)
+    pulled = sum(gain * given.v[role] for role, gain in row.anchors.items()) + row.gain * covariance
+    torch.testing.assert_close(minimiser(model, given, a), pulled / sum(row.anchors.values()), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("target", ["plain", "residual"])
 def test_orw_w2_is_a_row(target: str) -> None:
     """The gradient of the loss that `orw_w2` computes, term by term, is that of the kernel."""
@@ -253,6 +281,7 @@ def test_training_one_refresh_moves_the_mean(name: str) -> None:
 
 
 HELD: dict[str, dict[str, Any]] = {
+    "adrpo": {"beta": 2.5, "critic_learning_rate": 1e-3},
     "awm": {"beta_ref": 0.4},
     "nft": {"beta_ref": 0.7},
     "nft, paper": {"beta_ref": 0.7, "scale_by_clip": False},
@@ -274,7 +303,10 @@ def test_the_stated_tilt_stands_still_for_a_linear_reward(case: str, spread: str
     given = Given(mean, VARIANCE, t)
     slope = endpoint.advantage_slope(std, spread, 8)
     v_old, v_ref = (gaussian_field(m, VARIANCE, t, given.x_t) for m in (mean, MEAN))
-    found = given.minimiser(model.config.row(), slope * SLOPE * (given.x_1 - mean), v_old, v_ref)
+    a = slope * SLOPE * (given.x_1 - mean)
+    if model.critic is not None:
+        a = a - given.mean(a)[:, None]
+    found = given.minimiser(model.config.row(), a, v_old, v_ref)
     torch.testing.assert_close(found, v_old, rtol=1e-8, atol=1e-8)
 
 
@@ -513,13 +545,48 @@ class Constant:
 
 
 @pytest.mark.filterwarnings("ignore:Nothing was learnt")
-@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora_rank": 4}, {"critic_learning_rate": 1e-2}], ids=["full", "lora", "critic"]
+)
 @pytest.mark.parametrize("name", FAMILY)
-def test_a_constant_reward_moves_nothing(name: str, lora_rank: int) -> None:
-    model = make(name, GaussiansEnv(MIXTURE, Constant()), lora_rank=lora_rank)
+def test_a_constant_reward_moves_nothing(name: str, settings: dict[str, Any]) -> None:
+    model = make(name, GaussiansEnv(MIXTURE, Constant()), **settings)
     before = [p.detach().clone() for p in model.policy.parameters_of("current").values()]
     model.learn(3 * 64)
     assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters_of("current").values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", [0.0, 5e-3], ids=["as published", "critic"])
+def test_errors_grow_from_refresh_to_refresh_without_a_critic(critic: float) -> None:
+    """40 refreshes towards the tilt that evaluation compares with."""
+    settings = {"n_samples": 512, "batch_size": 128, "rollout_steps": 16, "learning_rate": 1e-3, "ema_decay": 0.98}
+    held = {"beta_ref": 7 / 80, "beta_old": 0.5, "spread": "none"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = make("rvm", critic_learning_rate=critic, **settings, **held)
+        assert model.tilt_of(torch.tensor(1.0)).item() == pytest.approx(1)
+        try:
+            model.learn(40 * 512)
+        except NonFiniteError:
+            assert critic == 0
+            return
+    assert (flowrl.evaluate(model, n_samples=1024).w2_to_optimum < 0.5) == (critic > 0)
+
+
+def test_a_critic_is_saved_and_its_updates_are_not_replayed(tmp_path: Path) -> None:
+    model = make("awm", critic_learning_rate=1e-2).learn(64)
+    model.save(tmp_path / "saved")
+    again = type(model).load(tmp_path / "saved", device=DEVICE)
+    for trained in (model, again):
+        trained.policy.graphs.is_on = True
+        assert not trained.replay.are_replayed
+        trained.policy.graphs.is_on = False
+        trained.learn(64, reset_num_timesteps=False)
+    ours, theirs = (m.extra_state.state() for m in (model, again))
+    assert ours
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert model.last_logged["train/critic_error"] > 0
 
 
 def test_ram_without_centred_rewards_is_moved_by_a_constant() -> None:

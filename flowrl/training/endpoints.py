@@ -21,6 +21,7 @@ from flowrl.functional.endpoint import (
 )
 from flowrl.functional.losses import squared_error
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.critic import Critic
 from flowrl.types import Batch, Pair, Role
 
 FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
@@ -48,6 +49,11 @@ class EndpointConfig(FlowConfig):
     """By how much the share that a refresh keeps of the old policy grows per iteration; 0 copies the trained one."""
     decay_hold: float = 0.0
     """Largest share of the old policy that a refresh keeps."""
+    critic_learning_rate: float = 0.0
+    """Learning rate of a critic that learns E[A | x_t] and takes it off the advantages, in no method as published: then
+    errors of the field do not grow from refresh to refresh. 0 has none."""
+    critic_width: int = 128
+    """Width of the critic, a perceptron with two hidden layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +61,9 @@ class EndpointConfig(FlowConfig):
             self.group_size > 1,
             "group_size must be at least 2: rewards are compared within a group (--algo.group-size 8).",
         )
-        for name in ("max_advantage", "noisings"):
+        for name in ("max_advantage", "noisings", "critic_width"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
-        for name in ("decay_flat", "decay_rate"):
+        for name in ("decay_flat", "decay_rate", "critic_learning_rate"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         self.require(0 <= self.decay_hold < 1, f"decay_hold must be in [0, 1), not {self.decay_hold}.")
 
@@ -74,7 +80,7 @@ class EndpointConfig(FlowConfig):
         """Say why the loss need not have a minimum, and the remedy; nothing where it has one."""
         row = self.row()
         most, anchors = row.gain * self.max_advantage, sum(row.anchors.values())
-        if anchors > 0 and row.curvature(-self.max_advantage) > -1e-9 * most:
+        if anchors > 0 and (self.critic_learning_rate > 0 or row.curvature(-self.max_advantage) > -1e-9 * most):
             return ""
         held = f"only {anchors:g}" if anchors else "nothing"
         return (
@@ -101,6 +107,11 @@ class EndpointAlgorithm(FlowAlgorithm):
         if (text := self.config.caution()) and self.ranks.is_main:
             warnings.warn(text, stacklevel=4)
         super()._setup_model()
+        config, dim = self.config, torch.Size(self.policy.model.latent_shape).numel()
+        self.critic = None
+        if config.critic_learning_rate > 0:
+            critic = Critic(dim, len(self.env.core.contexts), config.critic_width)
+            self.critic = self.add_network("critic", critic, config.critic_learning_rate)
 
     def refresh_decay(self) -> float:
         """Give the share of the old policy that a refresh keeps, which grows from `decay_flat` on to `decay_hold`."""
@@ -123,12 +134,18 @@ class EndpointAlgorithm(FlowAlgorithm):
         return batch, self.pair(batch, t=t)
 
     def follow(
-        self, row: Row, pair: Pair, advantage: torch.Tensor, velocities: Mapping[Role, torch.Tensor]
+        self,
+        row: Row,
+        batch: Batch,
+        pair: Pair,
+        advantage: torch.Tensor,
+        velocities: Mapping[Role, torch.Tensor],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the loss whose gradient is a row's, and its figures.
 
         Args:
             row: Base, anchors and gain; anchors of gain zero are left out.
+            batch: The samples.
             pair: The noised samples.
             advantage: A (B,).
             velocities: "current", with its gradient, and whatever else is known already, by role.
@@ -140,6 +157,11 @@ class EndpointAlgorithm(FlowAlgorithm):
                 known[role] = self.velocity(pair, self.behaviour_role if role == "behaviour" else role)
         v = known["current"]
         figures = {name: squared_error(v, known[role]).mean() for role, name in FIGURES.items() if role in known}
+        if self.critic is not None:
+            value = self.critic(pair.x_t, pair.t, batch.context_ids)
+            figures["critic_error"] = (advantage - value).square().mean()
+            self.critic.improve(figures["critic_error"])
+            advantage = advantage - value.detach()
         return endpoint_loss(v, row.gradient(pair.u, advantage, known)).mean(), figures
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
@@ -151,14 +173,15 @@ class EndpointAlgorithm(FlowAlgorithm):
             lambda = gain dA/dr / beta_ref
 
         (for concave rewards early times are tilted less, see docs/algorithms/ram.md). dA/dr is that of
-        `advantage_slope`, where nothing is clipped. Without beta_ref each refresh tilts on.
+        `advantage_slope`, where nothing is clipped. Without beta_ref each refresh tilts on. With a critic that knows
+        E[A | x_t] it is so for rows around the reference, too.
 
         Args:
             reward_std: Standard deviation of the rewards of a context.
         """
         row = self.config.row()
         held = row.anchors.get("reference", 0.0)
-        if not held or row.base == "reference":
+        if not held or (row.base == "reference" and not self.config.critic_learning_rate):
             return None
         slope = advantage_slope(reward_std, self.config.spread, self.config.group_size)
         return row.gain * slope / held
