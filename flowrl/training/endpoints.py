@@ -123,7 +123,7 @@ class EndpointAlgorithm(FlowAlgorithm):
         return advantages(rollout.reward, rollout.group, self.config.spread, self.config.max_advantage)
 
     def noised(self, batch: Batch) -> tuple[Batch, Pair]:
-        """Noise the samples of a minibatch, each `noisings` times; gives the rows of the pairs, too."""
+        """Pair the samples of a minibatch with noise, each `noisings` times; gives the rows of the pairs, too."""
         config, n = self.config, len(batch.x_1)
         kind = "early" if config.early_times else config.time_sampling
         t = stratified_times(n, config.noisings, kind, self.generator)
