@@ -25,6 +25,7 @@ from flowrl.evaluation.measure import EvaluationResult, evaluate
 from flowrl.models.base import VelocityModel
 from flowrl.orw_w2 import ORWCFM, ORWCFMKL, ORWCFMW2
 from flowrl.registry import algorithm_class, register_algorithm
+from flowrl.tilt import Tilt
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.policy import FlowPolicy
 from flowrl.types import Batch, RewardOutput
@@ -57,6 +58,7 @@ __all__ = [
     "GenerationVecEnv",
     "Prompt",
     "RewardOutput",
+    "Tilt",
     "VelocityModel",
     "algorithm_class",
     "evaluate",
