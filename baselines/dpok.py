@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from flowrl.config import FlowConfig
 from flowrl.functional.losses import Standardisation, clip_fraction, clipped_objective, standardise
 from flowrl.registry import register_algorithm
-from flowrl.training.critic import Critic
 from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig
 from flowrl.types import Batch
 
@@ -41,6 +41,24 @@ class DPOKConfig(TransitionConfig):
         for name in ("reward_weight", "critic_width", "critic_learning_rate"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         self.require(self.beta >= 0, f"beta must not be negative, not {self.beta}.")
+
+
+class Critic(nn.Module):
+    """Expected reward of a state: `(x_k (B, ...), t (B,), context_ids (B,)) -> (B,)`; zero at first."""
+
+    def __init__(self, dim: int, n_contexts: int, width: int) -> None:
+        super().__init__()
+        self.context = nn.Embedding(n_contexts, width)
+        self.state = nn.Linear(dim + 1, width)
+        last = nn.Linear(width, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+        """Estimate the expected reward (B,)."""
+        state = self.state(torch.cat([x.flatten(1), t[:, None]], dim=1))
+        return self.head(state + self.context(context_ids)).squeeze(1)
 
 
 @register_algorithm("dpok")

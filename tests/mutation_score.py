@@ -470,6 +470,13 @@ MUTATIONS = (
         ("test_endpoint.py::test_a_critic_leaves_the_covariance_and_holds_every_row",),
     ),
     Mutation(
+        "endpoint-strays",
+        ENDPOINTS,
+        'if "stray" in batch.extra:',
+        'if "others" in batch.extra:',
+        ("test_endpoint.py::test_samples_that_stand_in_for_others_carry_nothing",),
+    ),
+    Mutation(
         "endpoint-noisings",
         ENDPOINTS,
         "vectors = [rows.repeat_interleave(config.noisings, 0)",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
+from test_graphs import Tape, assert_same, trained
 
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward
@@ -18,6 +19,7 @@ from flowrl.errors import ConfigError, NonFiniteError
 from flowrl.functional import endpoint
 from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import clipped_objective, residual_weighted_loss, reward_weighted_loss
+from flowrl.training import graphs
 from flowrl.types import Batch, Pair
 
 pytestmark = pytest.mark.on_device
@@ -574,19 +576,40 @@ def test_errors_grow_from_refresh_to_refresh_without_a_critic(critic: float) -> 
     assert (flowrl.evaluate(model, n_samples=1024).w2_to_optimum < 0.5) == (critic > 0)
 
 
-def test_a_critic_is_saved_and_its_updates_are_not_replayed(tmp_path: Path) -> None:
+def test_a_critic_is_saved(tmp_path: Path) -> None:
     model = make("awm", critic_learning_rate=1e-2).learn(64)
     model.save(tmp_path / "saved")
     again = type(model).load(tmp_path / "saved", device=DEVICE)
-    for trained in (model, again):
-        trained.policy.graphs.is_on = True
-        assert not trained.replay.are_replayed
-        trained.policy.graphs.is_on = False
-        trained.learn(64, reset_num_timesteps=False)
+    for one in (model, again):
+        one.learn(64, reset_num_timesteps=False)
     ours, theirs = (m.extra_state.state() for m in (model, again))
     assert ours
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert model.last_logged["train/critic_error"] > 0
+
+
+@pytest.mark.on_device(False)
+def test_updates_with_a_critic_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "CudaGraph", Tape)
+    settings = {"batch_size": 12, "critic_learning_rate": 1e-2}
+    eager, replayed = (trained(flowrl.NFT, "gaussians-linear", 6, is_on, **settings) for is_on in (False, True))
+    assert any("An update" in key for key in replayed.policy.graphs._captured)
+    assert_same(eager, replayed)
+    ours, theirs = (m.extra_state.state() for m in (eager, replayed))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_samples_that_stand_in_for_others_carry_nothing() -> None:
+    given = Expectations(0.3, 2000)
+    model, a = make("nft", adaptive=True, critic_learning_rate=1e-3, beta_ref=0.0), advantages(given, 2.0)
+    model.critic = Knows(given, a)
+    stray = torch.ones(2000, dtype=torch.bool, device=DEVICE)
+    v = given.v["behaviour"][given.bins].clone().requires_grad_()
+    batch = Batch(given.x_1, torch.zeros_like(given.bins), a, a, given.bins, {"stray": stray})
+    pair = Pair(given.x_1, given.t, given.x_t, given.u, ())
+    velocities = {"current": v, "behaviour": v.detach()}
+    loss, _ = model.follow(model.config.row(), batch, pair, a, velocities)
+    assert not torch.autograd.grad(loss, v)[0].any()
 
 
 def test_ram_without_centred_rewards_is_moved_by_a_constant() -> None:

@@ -20,8 +20,8 @@ from flowrl.functional.endpoint import (
     stratified_times,
 )
 from flowrl.functional.losses import squared_error
+from flowrl.models.critic import StateCritic
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.critic import Critic
 from flowrl.types import Batch, Pair, Role
 
 FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
@@ -110,7 +110,7 @@ class EndpointAlgorithm(FlowAlgorithm):
         config, dim = self.config, torch.Size(self.policy.model.latent_shape).numel()
         self.critic = None
         if config.critic_learning_rate > 0:
-            critic = Critic(dim, len(self.env.core.contexts), config.critic_width)
+            critic = StateCritic(dim, len(self.env.core.contexts), config.critic_width)
             self.critic = self.add_network("critic", critic, config.critic_learning_rate)
 
     def refresh_decay(self) -> float:
@@ -162,6 +162,8 @@ class EndpointAlgorithm(FlowAlgorithm):
             figures["critic_error"] = (advantage - value).square().mean()
             self.critic.improve(figures["critic_error"])
             advantage = advantage - value.detach()
+        if "stray" in batch.extra:  # no advantage is to carry nothing
+            advantage = advantage.masked_fill(batch.extra["stray"], 0)
         return endpoint_loss(v, row.gradient(pair.u, advantage, known)).mean(), figures
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:

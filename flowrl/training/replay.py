@@ -23,8 +23,8 @@ class Minibatches:
 
     @property
     def are_replayed(self) -> bool:
-        """Whether they are: what a class says need not hold for a subclass, nor where a critic learns in the loss."""
-        said = vars(type(self.model)).get("replayable", False) and not self.model.extra_state.networks
+        """Whether they are: what a class says of its loss need not hold for that of a subclass."""
+        said = vars(type(self.model)).get("replayable", False)
         return said and self.model.policy.graphs.is_on and isinstance(self.model.checks, NoChecks)
 
     def gradient(self, batch: Batch, n_pending: int) -> dict[str, torch.Tensor]:
