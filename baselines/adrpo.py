@@ -55,6 +55,7 @@ class ADRPO(EndpointAlgorithm):
     """Velocity matching with a W2 regulariser that adapts to each sample's advantage (ADRPO)."""
 
     replayable = True
+    tilt_setting = ("beta", -1)
     Config: ClassVar[type[FlowConfig]] = ADRPOConfig
     config: ADRPOConfig
 

@@ -72,6 +72,7 @@ class AWM(EndpointAlgorithm):
     """Advantage-weighted matching: policy gradients with the flow-matching error as a log-likelihood."""
 
     replayable = True
+    tilt_setting = ("beta_ref", -1)
     Config: ClassVar[type[FlowConfig]] = AWMConfig
     config: AWMConfig
 

@@ -66,6 +66,7 @@ class NFT(EndpointAlgorithm):
     """Contrast of a positive and a negative policy around the old one (DiffusionNFT)."""
 
     replayable = True
+    tilt_setting = ("beta_ref", -1)
     Config: ClassVar[type[FlowConfig]] = NFTConfig
     config: NFTConfig
 

@@ -64,6 +64,7 @@ class RAM(EndpointAlgorithm):
     """Regression on the reference's velocity plus a step of reward (RAM)."""
 
     replayable = True
+    tilt_setting = ("strength", 1)
     Config: ClassVar[type[FlowConfig]] = RAMConfig
     config: RAMConfig
 

@@ -53,6 +53,7 @@ class RVM(EndpointAlgorithm):
     """Signed velocity matching: good samples attract, bad ones repel (RVM)."""
 
     replayable = True
+    tilt_setting = ("beta_ref", -1)
     Config: ClassVar[type[FlowConfig]] = RVMConfig
     config: RVMConfig
 

@@ -401,8 +401,8 @@ MUTATIONS = (
     Mutation(
         "advantages-slope",
         ENDPOINT,
-        "return (1 - 1 / n) / (reward_std + 1e-4)",
-        "return 1 / (reward_std + 1e-4)",
+        "return (1 - 1 / n) / (std + 1e-4)",
+        "return 1 / (std + 1e-4)",
         ("test_endpoint.py::test_the_slope_of_advantages",),
     ),
     Mutation(

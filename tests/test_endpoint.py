@@ -321,6 +321,16 @@ def test_methods_without_an_optimum_state_none() -> None:
     assert make("ram", spread="none", strength=2.0).tilt_of(std).item() == pytest.approx(2 * 7 / 8)
 
 
+@pytest.mark.parametrize("spread", ["group", "global", "none"])
+@pytest.mark.parametrize("case", HELD)
+def test_the_tilt_can_be_asked_for(case: str, spread: str) -> None:
+    settings = {**HELD[case], "base": "behaviour"} if case.startswith("ram") else HELD[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = make(case.split(",")[0], spread=spread, target_lambda=0.3, **settings).learn(64)
+    assert model.last_logged["rollout/target_lambda"] == pytest.approx(0.3, rel=1e-4)
+
+
 @pytest.mark.parametrize(("t", "share"), [(0.0, 0.641), (0.1, 0.64), (0.5, 0.78), (0.9, 0.993)])
 def test_ram_tilts_early_times_too_little_for_a_concave_reward(t: float, share: float) -> None:
     """r = -k x^2 / 2 on N(0, s^2): at the tilt, its step over the tilt's is what the docstring says."""
@@ -480,7 +490,8 @@ def test_the_slope_of_advantages(spread: str) -> None:
     reward = 3 * torch.randn(80_000, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE) + 2
     a = endpoint.advantages(reward, torch.arange(80_000, device=DEVICE) // 8, spread, 50.0)
     found = ((reward - reward.mean()) * a).mean() / reward.var()
-    assert found.item() == pytest.approx(endpoint.advantage_slope(reward.std(), spread, 8).item(), rel=0.01)
+    within = reward.view(-1, 8).var(1, correction=0).mean().sqrt()
+    assert found.item() == pytest.approx(endpoint.advantage_slope(within, spread, 8).item(), rel=0.01)
 
 
 @pytest.mark.parametrize(("kind", "mean"), [("uniform", 1 / 2), ("early", 1 / 3), ("logit_normal", 1 / 2)])

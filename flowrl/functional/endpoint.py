@@ -138,17 +138,24 @@ def advantages(
 
 
 def advantage_slope(reward_std: torch.Tensor, spread: Spread, group_size: int) -> torch.Tensor:
-    """Compute how much the expected advantage of a sample rises per unit of its reward, unclipped; scalar or (B,).
+    """Compute how much the expected advantage of a sample rises per unit of its reward, where nothing is clipped.
 
-    Its own share of its group's mean takes `1 / group_size` off. "group" is of normal rewards, where the regression of
-    A on r is `E[std_g] / std^2`, and `E[std_g] / std = sqrt(2 / n) Gamma(n / 2) / Gamma((n - 1) / 2)`.
+    Its own share of its group's mean takes `1 / n` off. With "global" all contexts are taken to have the same rewards.
+    With "group" rewards are taken to be normal: the regression of A on r is then `E[std_g] / std^2`, where
+    `E[std_g] / std = sqrt(2 / n) Gamma(n / 2) / Gamma((n - 1) / 2)`.
+
+    Args:
+        reward_std: Standard deviation of the rewards within their groups, pooled; a scalar tensor, or (B,).
+        spread: Unit of the advantages.
+        group_size: n.
     """
     n = group_size
+    std = reward_std / math.sqrt(1 - 1 / n)  # of all rewards of a context
     if spread == "none":
         return torch.full_like(reward_std, 1 - 1 / n)
     if spread == "global":
-        return (1 - 1 / n) / (reward_std + 1e-4)
-    return math.sqrt(2 / n) * math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) / (reward_std + 1e-4)
+        return (1 - 1 / n) / (std + 1e-4)
+    return math.sqrt(2 / n) * math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) / (std + 1e-4)
 
 
 def stratified_times(

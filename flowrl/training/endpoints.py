@@ -179,7 +179,7 @@ class EndpointAlgorithm(FlowAlgorithm):
         E[A | x_t] it is so for rows around the reference, too.
 
         Args:
-            reward_std: Standard deviation of the rewards of a context.
+            reward_std: Standard deviation of the rewards within their groups, pooled; a scalar tensor.
         """
         row = self.config.row()
         held = row.anchors.get("reference", 0.0)
