@@ -51,10 +51,6 @@ class AWMConfig(EndpointConfig):
         super().__post_init__()
         for name in ("beta_ref", "beta_old", "clip_range"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
-        known = ("uniform", "ghuber")
-        self.require(
-            self.time_weighting in known, f"time_weighting must be one of {known}, not '{self.time_weighting}'."
-        )
         self.require(0 < self.ghuber_power <= 1, f"ghuber_power must be in (0, 1], not {self.ghuber_power}.")
 
     def row(self) -> Row:

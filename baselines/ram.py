@@ -45,9 +45,6 @@ class RAMConfig(EndpointConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.strength > 0, f"strength must be positive, not {self.strength}.")
-        self.require(
-            self.base in ("behaviour", "current"), f"base must be 'behaviour' or 'current', not '{self.base}'."
-        )
 
     def row(self) -> Row:
         """Give `(v - v_ref) - lambda A (u - base)`."""
