@@ -53,7 +53,6 @@ class NFTConfig(EndpointConfig):
         super().__post_init__()
         self.require(self.beta > 0, f"beta must be positive, not {self.beta}.")
         self.require(self.beta_ref >= 0, f"beta_ref must not be negative, not {self.beta_ref}.")
-        self.require(self.error in ("velocity", "x1_hat"), f"error must be 'velocity' or 'x1_hat', not '{self.error}'.")
 
     def row(self) -> Row:
         """Give `beta (v - v_old) + beta_ref (v - v_ref) - rho (u - v_old)`, the first and the last scaled."""
