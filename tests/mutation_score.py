@@ -173,7 +173,7 @@ MUTATIONS = (
     Mutation("heun", SAMPLER, "return x + h / 2 * (v_0 + v_1)", "return x + h * v_1", ("test_sampler.py",)),
     Mutation(
         "guidance",
-        SAMPLER,
+        "flowrl/functional/guidance.py",
         "return v_null + scale * (v - v_null)",
         "return v + scale * (v - v_null)",
         ("test_policy.py::test_guidance",),
@@ -564,7 +564,7 @@ MUTATIONS = (
     Mutation(
         "accumulation",
         ALGORITHM,
-        "(loss if config.accumulation == 1 else loss / config.accumulation).backward()",
+        "(loss if self.config.accumulation == 1 else loss / self.config.accumulation).backward()",
         "loss.backward()",
         ("test_algorithm.py::test_accumulated_minibatches_have_the_gradient_of_a_large_one",),
     ),

@@ -75,18 +75,22 @@ class ReferencePool:
         model, old = self.model, int(self.context[slot])
         if old >= 0:
             self.slot[old] = -1
-        parts = torch.full((self.size // model.ranks.world_size,), context, device=model.device)
-        drawn_parts, rewards = [], []
-        for ids in parts.split(model.env.num_envs):
-            x_1 = model.policy.sample_latents(ids, role="reference", generator=model.generator)
-            output, kept = model.reward(model.policy.decode(x_1), ids)
-            stand_in = kept[torch.arange(len(ids), device=model.device) % len(kept)]
-            row = torch.arange(len(ids), device=model.device) % len(kept)
-            drawn_parts.append(x_1[stand_in])
-            rewards.append(output.reward[row])
-        self.x_1[slot].copy_(model.ranks.all_gather(torch.cat(drawn_parts), self.size))
-        self.reward[slot].copy_(model.ranks.all_gather(torch.cat(rewards), self.size))
+        done = 0
+        for ids in torch.full((self.size,), context, device=model.device).split(model.env.num_envs):
+            x_1, reward = self._rewarded(model.ranks.shard(ids))
+            chunk = slice(done, done + len(ids))
+            self.x_1[slot, chunk].copy_(model.ranks.all_gather(x_1, len(ids)))
+            self.reward[slot, chunk].copy_(model.ranks.all_gather(reward, len(ids)))
+            done += len(ids)
         self.slot[context], self.context[slot] = slot, context
+
+    def _rewarded(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw samples of the reference (B, *latent_shape), and their rewards (B,); others stand in for dropped ones."""
+        model = self.model
+        x_1 = model.policy.sample_latents(context_ids, role="reference", generator=model.generator)
+        output, kept = model.reward(model.policy.decode(x_1), context_ids)
+        row = torch.arange(len(x_1), device=model.device) % len(kept)
+        return x_1[kept[row]], output.reward[row]
 
     def rewards_of(self, context_ids: torch.Tensor) -> torch.Tensor:
         """Look up the rewards (B, size) of the samples of contexts (B,) that it holds."""
