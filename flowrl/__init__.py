@@ -1,8 +1,12 @@
 """flowrl fine-tunes flow-matching generators with rewards, and compares the ways to do it."""
 
+from flowrl.baselines.crd import CRD
 from flowrl.baselines.ddpo import DDPO
+from flowrl.baselines.dgpo import DGPO
 from flowrl.baselines.dpok import DPOK
+from flowrl.baselines.flow_dpo import FlowDPO
 from flowrl.baselines.flow_grpo import FlowGRPO
+from flowrl.baselines.fpo import FPO
 from flowrl.baselines.kl import ExactKL
 from flowrl.baselines.raft import RAFT
 from flowrl.baselines.rwr import RWR
@@ -29,8 +33,11 @@ for _spec in (*_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *
     register(_spec)
 
 __all__ = [
+    "CRD",
     "DDPO",
+    "DGPO",
     "DPOK",
+    "FPO",
     "ORWCFM",
     "ORWCFMKL",
     "ORWCFMW2",
@@ -41,6 +48,7 @@ __all__ = [
     "ExactKL",
     "FlowAlgorithm",
     "FlowConfig",
+    "FlowDPO",
     "FlowGRPO",
     "FlowPolicy",
     "GenerationEnv",

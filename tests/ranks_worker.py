@@ -57,6 +57,10 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     found["branches"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"branch": True, "window": 2, "ratio": "guard"})
     found["pictures"] = ("orw_w2", "sd3-count", {}, PICTURES)
     found["pictures, LoRA"] = ("flow_grpo", "sd3-count", {}, PICTURES | {"lora_rank": 4})
+    found["shared draws"] = ("fpo", "gaussians-linear", {}, SMALL | {"shared": True, "draws": 3})
+    found["masked"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"mask": "dppo", "dppo_delta": 1e-4})
+    two = {"reward": "colourfulness:1+count:0.5"}
+    found["several rewards"] = ("dgpo", "sd3-count", two, PICTURES | {"reward_aggregation": "gdpo", "lora_rank": 4})
     mixture = {"reward": "colourfulness:1:running+winrate(count):0.5"}
     found["mixture"] = ("raft", "sd3-count", mixture, PICTURES | {"group_size": 2, "n_best": 1, "lora_rank": 4})
     return found
