@@ -31,7 +31,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer repeats, and the main rows only")
     parser.add_argument("--tiny", action="store_true", help="small networks, on the CPU")
     parser.add_argument("--out", type=Path, help="JSON file for the figures; rewritten after every row")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of flowrl's rows")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of flowrl's rows; ROW.NAME=VALUE for one of them",
+    )
     parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="another checkout of flowrl to compare with")
     parser.add_argument("--baseline-set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of its rows")
     parser.add_argument("--only-flowrl", action="store_true", help="leave out bare loops and pipelines")
@@ -69,6 +75,10 @@ def main() -> None:
     settings = dict(map(setting, args.set))
     lab = Lab(device, args.tiny, args.quick, args.only_flowrl, args.eager_only, settings, say)
     figures: Figures = {**about(device), "settings": settings, "tiny": args.tiny, "quick": args.quick, "rows": {}}
+    if args.only_flowrl:  # as a baseline
+        import flowrl
+
+        figures["flowrl_folder"] = str(Path(flowrl.__file__).resolve().parent)
     write(args.out, figures)
     for name in rows:
         figures["rows"][name] = measured(name, ROWS[name], lab)
@@ -82,12 +92,12 @@ def main() -> None:
 
 def measured(name: str, row: Any, lab: Any) -> Figures:
     """Run a row; what it raises is its result."""
-    started = time.perf_counter()
+    started, lab.row = time.perf_counter(), name
     try:
         figures = row(lab)
     except Exception as error:
         traceback.print_exc()
-        say(name, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", None, "")
+        lab.failed("", error)
         figures = {"error": f"{type(error).__name__}: {error}"[:2000]}
     lab.free()
     return {**figures, "took_seconds": time.perf_counter() - started}
@@ -107,7 +117,6 @@ def about(device: Any) -> Figures:
         **versions,
         "cuda": torch.version.cuda,
         "flowrl": flowrl.__version__,
-        "flowrl_folder": str(Path(flowrl.__file__).resolve().parent),
         "python": sys.version.split()[0],
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
@@ -137,8 +146,9 @@ def baseline(args: argparse.Namespace, rows: list[str]) -> Figures:
         if child.wait() or not out.exists():
             say("baseline", f"failed: the process ended with {child.returncode}", None, "")
         figures = json.loads(out.read_text()) if out.exists() else {"rows": {}}
-    if folder not in Path(figures.get("flowrl_folder", folder / "flowrl")).parents:
-        say("baseline", f"failed: flowrl came from {figures['flowrl_folder']}, not from the baseline", None, "")
+    came = Path(figures.pop("flowrl_folder", folder / "flowrl"))
+    if folder not in came.parents:
+        say("baseline", f"failed: flowrl came from {came}, not from the baseline", None, "")
         figures["rows"] = {}
     return figures
 

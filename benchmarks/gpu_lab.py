@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,13 +87,22 @@ class Lab:
     quick: bool = False
     only_flowrl: bool = False
     eager_only: bool = False
-    settings: Figures = field(default_factory=dict)
+    given: Figures = field(default_factory=dict)
+    """Settings by name, or by ROW.NAME."""
     say: Callable[..., None] = print
+    row: str = ""
     ceiling: float | None = None
     """FLOP/s of a matrix product on this device, once it is measured."""
 
     def __post_init__(self) -> None:
         self.sizes = Sizes.tiny() if self.tiny else Sizes()
+
+    @property
+    def settings(self) -> Figures:
+        """What flowrl gets in this row beside the row's own settings."""
+        common = {name: value for name, value in self.given.items() if "." not in name}
+        own = {name: value for name, value in self.given.items() if name.startswith(f"{self.row}.")}
+        return {**common, **{name.rpartition(".")[2]: value for name, value in own.items()}}
 
     @property
     def on_gpu(self) -> bool:
@@ -125,6 +136,20 @@ class Lab:
             name: {"median": statistics.median(values), "first": first[name], "all": values}
             for name, values in later.items()
         }
+
+    @contextlib.contextmanager
+    def guarded(self, variant: str, figures: Figures) -> Iterator[None]:
+        """Keep what a row has, where a variant of it fails."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failed(f"{variant}, ", error)
+            figures.setdefault("failed", {})[variant] = f"{type(error).__name__}: {error}"[:2000]
+
+    def failed(self, what: str, error: Exception) -> None:
+        line = (str(error).strip().splitlines() or [""])[0][:200]
+        self.say(self.row, f"{what}failed: {type(error).__name__}: {line}", None, "")
 
     def free(self) -> None:
         """Give back the memory of models that nothing refers to any more, and of compiled code."""

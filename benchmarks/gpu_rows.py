@@ -76,8 +76,9 @@ def _rollout(
     if together and not (lab.only_flowrl or lab.eager_only):
         del works["flowrl"], model
         lab.free()
-        seconds |= lab.in_turn({"pipeline, blocks compiled": compiled}, repeats)
-        _speeds(lab, row, figures, seconds, n, "images/s", figures["flops_per_image"])
+        with lab.guarded("pipeline, blocks compiled", figures):
+            seconds |= lab.in_turn({"pipeline, blocks compiled": compiled}, repeats)
+            _speeds(lab, row, figures, seconds, n, "images/s", figures["flops_per_image"])
     return figures
 
 
@@ -196,9 +197,10 @@ def sd35_update(lab: Lab) -> Figures:
     del model
     lab.free()
     if not lab.eager_only:
-        compile_blocks(bare.network)
-        seconds |= lab.in_turn({"bare, blocks compiled": update}, lab.repeats(5))
-        _speeds(lab, "sd35-update", figures, seconds, n, "samples/s", flops)
+        with lab.guarded("bare, blocks compiled", figures):
+            compile_blocks(bare.network)
+            seconds |= lab.in_turn({"bare, blocks compiled": update}, lab.repeats(5))
+            _speeds(lab, "sd35-update", figures, seconds, n, "samples/s", flops)
     del bare, update
     lab.free()
     _, update, _ = _bare_update(lab, env, n, batch, autocast=False)
@@ -374,7 +376,7 @@ def _waits(lab: Lab) -> Iterator[collections.Counter[str]]:
             if lab.on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
-        if "synchroniz" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):
             counts["/".join(Path(warning.filename).parts[-2:]) + f":{warning.lineno}"] += 1
 
 

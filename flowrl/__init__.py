@@ -24,6 +24,7 @@ from flowrl.evaluation.measure import EvaluationResult, evaluate
 from flowrl.models.base import VelocityModel
 from flowrl.orw_w2 import ORWCFM, ORWCFMKL, ORWCFMW2
 from flowrl.registry import algorithm_class, register_algorithm
+from flowrl.tilt import Tilt
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.policy import FlowPolicy
 from flowrl.types import Batch, RewardOutput
@@ -55,6 +56,7 @@ __all__ = [
     "GenerationVecEnv",
     "Prompt",
     "RewardOutput",
+    "Tilt",
     "VelocityModel",
     "algorithm_class",
     "evaluate",

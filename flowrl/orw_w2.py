@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.flow import Coupling, ot_permutation
 from flowrl.functional.losses import (
     Baseline,
     Normalisation,
@@ -26,6 +25,7 @@ from flowrl.functional.losses import (
     squared_error,
     standardise,
 )
+from flowrl.functional.transport import Coupling, ot_permutation
 from flowrl.registry import register_algorithm
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.types import Batch, Role
@@ -108,13 +108,15 @@ class ORWCFMW2(FlowAlgorithm):
         v_ref = self.velocity(pair, "reference") if self.config.alpha > 0 else None
         if self.config.target == "residual":
             v_old = self.velocity(pair, self.behaviour_role)
-            baseline = residual_baseline(w, self.buffer.all().weight.mean(), penalty, self.config.baseline)
+            mean = self.buffer.coefficient[: self.buffer.size].mean()
+            baseline = residual_baseline(w, mean, penalty, self.config.baseline)
             if "stray" in batch.extra:  # no weight is to carry nothing: not even a push away
                 baseline = baseline.masked_fill(batch.extra["stray"], 0)
             loss = residual_weighted_loss(v, pair.u, w, baseline, v_old, v_ref, penalty)
         else:
             loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)
 
+        v = v.detach()
         drift = {} if v_ref is None else {"drift": squared_error(v, v_ref).mean()}
         return loss.mean(), {"fit": (w * squared_error(v, pair.u)).mean(), **drift}
 

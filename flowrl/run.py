@@ -17,7 +17,6 @@ from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation.measure import check_eval_samples, evaluate
-from flowrl.pages.run_page import write_report
 from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
 from flowrl.runs.callbacks import HeldOutCallback, KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.runs.commandline import (
@@ -253,6 +252,8 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
         return 0
     write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
+    from flowrl.pages.run_page import write_report
+
     report = write_report(folder)
     say(f"{result.table()}\n\nreport: {report}")
     return 0

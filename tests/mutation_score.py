@@ -52,7 +52,7 @@ class Mutation(NamedTuple):
 
 LOSSES, SAMPLER, FLOW = "flowrl/functional/losses.py", "flowrl/functional/solvers.py", "flowrl/functional/flow.py"
 ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/evaluation/steering.py", "flowrl/training/algorithm.py"
-SDE = "flowrl/functional/sde.py"
+SDE, TRANSPORT = "flowrl/functional/sde.py", "flowrl/functional/transport.py"
 OF_LOSSES, OF_FLOW, OF_METRICS = ("test_losses.py",), ("test_flow.py",), ("test_metrics.py",)
 GRADIENT = "test_transitions.py::test_policy_gradient_is_the_gradient_of_the_expected_reward"
 LOSS_BY_HAND = "test_transitions.py::test_losses_by_hand"
@@ -152,14 +152,15 @@ MUTATIONS = (
         "one-step-estimate", FLOW, "return x_t + (1 - expand(t, x_t)) * v", "return x_t + expand(t, x_t) * v", OF_FLOW
     ),
     Mutation("score-sign", FLOW, "return (t * v - x_t) / (1 - t)", "return (x_t - t * v) / (1 - t)", OF_FLOW),
-    Mutation("ot-contexts", FLOW, "cost = cost.masked_fill(forbidden", "cost.masked_fill(forbidden", OF_FLOW),
+    Mutation("ot-contexts", TRANSPORT, "own = (context_ids == context)", "own = (context_ids >= 0)", OF_FLOW),
     Mutation(
         "ot-direction",
-        FLOW,
-        "plan.argmax(dim=1)",
-        "plan.argmax(dim=0)",
+        TRANSPORT,
+        "linear_sum_assignment(costs.numpy())",
+        "linear_sum_assignment(costs.numpy().T)",
         OF_FLOW,
     ),
+    Mutation("ot-scale", TRANSPORT, "scale = (same @ x.square().mean", "scale = (x.square().mean", OF_FLOW),
     Mutation(
         "timestep-shift",
         SAMPLER,
@@ -412,18 +413,12 @@ MUTATIONS = (
     Mutation(
         "accumulation",
         ALGORITHM,
-        "(loss / config.accumulation).backward()",
+        "(loss if config.accumulation == 1 else loss / config.accumulation).backward()",
         "loss.backward()",
         ("test_algorithm.py::test_accumulated_minibatches_have_the_gradient_of_a_large_one",),
     ),
     Mutation("diversity-pairs", "flowrl/functional/metrics.py", ".triu(1)", ".triu(0)", OF_METRICS),
-    Mutation(
-        "exact-w2",
-        "flowrl/functional/metrics.py",
-        'compute_mode="donot_use_mm_for_euclid_dist").square()',
-        'compute_mode="donot_use_mm_for_euclid_dist")',
-        OF_METRICS,
-    ),
+    Mutation("exact-w2", "flowrl/functional/metrics.py", "(a[index] - b).square()", "(a[index] - b).abs()", OF_METRICS),
     # environments and adapters
     Mutation(
         "mixture-velocity",

@@ -129,11 +129,10 @@ def write_all(folder: Path) -> None:
 def main(folder: Path, port: str) -> int:
     """Both processes, as a launcher would start them; forked when everything is imported, which takes longest."""
     import accelerate
-    import ot
     import peft
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-    assert all((accelerate, ot, peft, AutoencoderKL, SD3Transformer2DModel))
+    assert all((accelerate, peft, AutoencoderKL, SD3Transformer2DModel))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     other = os.fork()
     os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "1" if other == 0 else "0")

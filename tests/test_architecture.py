@@ -311,7 +311,6 @@ def test_import_is_light() -> None:
         "accelerate",
         "sklearn",
         "matplotlib",
-        "ot",
         "tyro",
         "scipy",
         "httpx2",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowrl.functional import flow
+from flowrl.functional import flow, transport
 
 pytestmark = pytest.mark.on_device
 
@@ -66,21 +66,42 @@ def _cost(x_0: torch.Tensor, x_1: torch.Tensor) -> float:
     return float(((x_0 - x_1) ** 2).sum())
 
 
-def test_ot_permutation_is_optimal_by_brute_force() -> None:
-    x_0, x_1 = torch.randn(6, 2), torch.randn(6, 2)
-    index = flow.ot_permutation(x_0, x_1, torch.zeros(6, dtype=torch.long))
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 50.0])
+def test_ot_permutation_is_optimal_by_brute_force(offset: float, spread: float) -> None:
+    x_0, x_1 = torch.randn(6, 2).double(), offset + spread * torch.randn(6, 2).double()
+    index = transport.ot_permutation(x_0, x_1, torch.zeros(6, dtype=torch.long))
     assert sorted(index.tolist()) == list(range(6))
-    best = min(_cost(x_0[list(p)], x_1) for p in itertools.permutations(range(6)))
-    assert _cost(x_0[index], x_1) == pytest.approx(best, rel=1e-5)
+    gain = max(float((x_0[list(p)] * (x_1 - offset)).sum()) for p in itertools.permutations(range(6)))
+    assert float((x_0[index] * (x_1 - offset)).sum()) == pytest.approx(gain, rel=1e-6)  # the rest of the cost is fixed
 
 
 def test_ot_permutation_stays_within_contexts() -> None:
-    contexts = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
-    x_0, x_1 = torch.randn(8, 3), 50 * torch.randn(8, 3)
-    index = flow.ot_permutation(x_0, x_1, contexts)
-    assert sorted(index.tolist()) == list(range(8))
+    contexts = torch.tensor([7, 1, 2, 7, 1, 2, 7, 1, 0])  # one has a single sample
+    x_0, x_1 = torch.randn(9, 3), 50 * torch.randn(9, 3) * (1 + contexts[:, None]) + 100 * contexts[:, None]
+    index = transport.ot_permutation(x_0, x_1, contexts)
+    assert sorted(index.tolist()) == list(range(9))
     assert contexts[index].tolist() == contexts.tolist()
-    for c in range(3):  # and is optimal within each
+    for c in contexts.unique():  # and is optimal within each
         mine = (contexts == c).nonzero()[:, 0]
         best = min(_cost(x_0[mine[list(p)]], x_1[mine]) for p in itertools.permutations(range(len(mine))))
-        assert _cost(x_0[index[mine]], x_1[mine]) == pytest.approx(best, rel=1e-4)
+        assert _cost(x_0[index[mine]], x_1[mine]) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_ot_permutation_of_many_samples_is_optimal() -> None:
+    """In one dimension the best coupling is in order."""
+    x_0, x_1 = torch.randn(3500, 1), 3 * torch.randn(3500, 1) + 1
+    index = transport.ot_permutation(x_0, x_1, torch.zeros(3500, dtype=torch.long))
+    assert torch.equal(x_0[index][x_1[:, 0].argsort()], x_0.sort(0).values)
+
+
+def test_ot_permutation_of_what_is_not_finite_still_permutes() -> None:
+    """So that the loss is not finite either, which training counts and leaves out."""
+    x_1 = torch.randn(6, 2)
+    x_1[2] = torch.nan
+    index = transport.ot_permutation(torch.randn(6, 2), x_1, torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert sorted(index.tolist()) == list(range(6))
+    assert (index[3:] > 2).all()
+    same = transport.ot_permutation(torch.randn(3, 2), torch.ones(3, 2), torch.zeros(3))
+    assert sorted(same.tolist()) == [0, 1, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -75,7 +76,6 @@ def test_gradient_checkpointing_and_precision_show() -> None:
 
 
 def test_what_cannot_be_tried_is_said() -> None:
-    pytest.importorskip("ot")
     plan = predict("orw_w2", "gaussians-linear", coupling="ot", target="plain")
     assert "DataDependent" in plan.missing
     assert plan.parts["trained weights"] > 0
@@ -159,3 +159,19 @@ def test_the_peak_is_within_15_percent_of_the_measured_one() -> None:
         values.append(int(done.stdout.split()[-1]))
     predicted, measured = values
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+FAULTS = """
+import resource, flowrl
+model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=512, batch_size=512)
+model.learn(5 * 512)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+model.learn(10 * 512, reset_num_timesteps=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc keeps of freed memory")
+def test_an_iteration_asks_the_system_for_no_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120, check=True)
+    assert float(done.stdout) < 200  # thousands where freed memory is given back

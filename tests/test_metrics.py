@@ -52,6 +52,19 @@ def test_wasserstein2_in_one_dimension_couples_in_order() -> None:
     assert wasserstein2(a, b) == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_wasserstein2_is_optimal_by_brute_force(offset: float) -> None:
+    a, b = torch.randn(6, 3) + offset, 5 * torch.randn(6, 3)
+    best = min((a[list(p)] - b).double().square().sum(1).mean().sqrt().item() for p in itertools.permutations(range(6)))
+    assert wasserstein2(a, b) == pytest.approx(best, rel=1e-6)
+
+
+def test_wasserstein2_of_many_points_is_exact() -> None:
+    a, b = torch.randn(1500, 1), torch.rand(1500, 1)
+    expected = (a.double().sort(0).values - b.double().sort(0).values).square().mean().sqrt()
+    assert wasserstein2(a, b) == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_wasserstein2_refuses_unequal_clouds() -> None:
     with pytest.raises(ConfigError, match=r"\(4, 2\).*\(5, 2\)"):
         wasserstein2(torch.zeros(4, 2), torch.zeros(5, 2))

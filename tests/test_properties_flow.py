@@ -22,7 +22,7 @@ from properties import (
 )
 
 import flowrl
-from flowrl.functional import flow
+from flowrl.functional import flow, transport
 from flowrl.functional.guidance import guided_velocity
 from flowrl.functional.sde import SDE, GaussianStep, sde_sample
 from flowrl.functional.solvers import ode_sample, time_grid
@@ -183,7 +183,7 @@ def test_optimal_transport_permutes_within_contexts_and_costs_least(n, dim, seed
     if ties:
         x_0, x_1 = x_0.round(), (x_1 / 10).round()
     contexts = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
-    index = flow.ot_permutation(x_0, x_1, contexts)
+    index = transport.ot_permutation(x_0, x_1, contexts)
     assert sorted(index.tolist()) == list(range(n))
     assert torch.equal(contexts[index], contexts)
 

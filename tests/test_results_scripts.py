@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,8 @@ def test_the_gpu_benchmark_on_small_networks(tmp_path: Path) -> None:
     """The table on the standard output, all figures in the JSON."""
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), "--tiny", "--rows", "mlp", "ceiling"]
     out = tmp_path / "gpu.json"
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, env=environment, check=True)
     figures = json.loads(out.read_text())
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"mlp", "ceiling"}
     assert figures["rows"]["mlp"]["flowrl / bare"] > 0

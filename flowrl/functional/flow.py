@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 TimeSampling = Literal["uniform", "logit_normal"]
-Coupling = Literal["independent", "ot"]
 
 
 def expand(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -61,24 +60,3 @@ def sample_time(n: int, kind: TimeSampling, generator: torch.Generator) -> torch
 def normal(n: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Draw standard normal noise (n, *shape), float32, on the generator's device."""
     return drawn(lambda rows: torch.randn(rows, *shape, generator=generator, device=generator.device), n, generator)
-
-
-def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
-    """Find indices (B,) that reorder the noise so that `x_0[index]` is optimally coupled with `x_1`.
-
-    Exact minibatch optimal transport (Tong et al. 2023) by POT, on the host: one copy to the CPU a call.
-    The noise moves, never the samples, so each sample keeps its own weight and context; and it moves only among
-    samples of the same context, so that it stays standard normal given the context.
-
-    Args:
-        x_0: Noise (B, ...).
-        x_1: Samples (B, ...).
-        context_ids: (B,) int64.
-    """
-    import ot
-
-    cost = torch.cdist(x_1.flatten(1).double(), x_0.flatten(1).double()).square()
-    forbidden = context_ids[:, None] != context_ids[None, :]
-    cost = cost.masked_fill(forbidden, float(len(cost)) * (1 + cost.max().item()))
-    plan = torch.from_numpy(ot.emd([], [], cost.cpu().numpy()))
-    return plan.argmax(dim=1).to(x_0.device)

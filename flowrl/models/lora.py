@@ -129,6 +129,16 @@ def _activate(adapters: Iterable[Any], name: str) -> None:
         layer.set_adapter(name)
 
 
+def activate_in_copy(network: nn.Module, role: Role) -> None:
+    """Switch another adapter on in a copy that shares its parameters; whether these are trained stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    _activate((layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)), role)
+    for parameter, is_trained in trained:
+        parameter.requires_grad_(is_trained)
+
+
 class switched:
     """Context in which another adapter is active, or none ("reference"), with gradients' flags as before.
 

@@ -119,6 +119,8 @@ def import_own_modules(args: Sequence[str]) -> None:
     Raises:
         UnknownNameError: A module cannot be imported.
     """
+    if not any(arg.startswith("--modules") for arg in args):  # without a parser, which takes longer than a listing
+        return
     found, _ = tyro.cli(OwnCode, args=args, add_help=False, return_unknown_args=True)
     for name in found.modules:
         own_module(name)

@@ -81,6 +81,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         core = construction.as_generation_env(env, env_settings)
         self.config = self.configure(config, core.recommended, settings)
         construction.check_run(core, self.config, self.ranks.world_size)
+        construction.keep_freed_memory()
         if self.ranks.world_size > 1 and seed is None:
             seed = int(self.ranks.broadcast(str(torch.seed() % 2**31)))
         super().__init__(
@@ -110,8 +111,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self.set_random_seed(self.seed)
         self.reward_calls = RewardCalls(core, config.on_reward_error, config.reward_retries, config.reward_timeout)
         core.gather_with(lambda rows: self.ranks.all_gather(rows, len(rows) * self.ranks.world_size))
-        self.bad_updates = BadUpdates(self.device)
-        self.generator = SharedGenerator(self.device, self.ranks)
+        self.bad_updates, self.generator = BadUpdates(), SharedGenerator(self.device, self.ranks)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
         with self.ranks.main_first():
             self.policy = cast(type[FlowPolicy], self.policy_class).of(
@@ -271,7 +271,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         result = self.loss(batch)
         self.checks.loss(result)
         loss, parts = result
-        (loss / self.config.accumulation).backward()
+        (loss if self.config.accumulation == 1 else loss / self.config.accumulation).backward()
         return {"loss": loss.detach(), **{key: part.detach() for key, part in parts.items()}}
 
 

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: counted on the device, looked at once an iteration, explained when they do not end."""
+"""Gradients that are not finite: looked at once an iteration, and explained when they do not end."""
 
 from __future__ import annotations
 
@@ -22,27 +22,25 @@ class BadUpdates:
         total: So far.
         in_a_row: Until now, as far as looked at.
         zeros: Gradient steps so far whose gradient was zero.
-        steps: Gradient steps since the last look.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self) -> None:
         self.total = self.in_a_row = self.zeros = 0
-        self.steps = 0
-        self._bad = torch.zeros(3, device=device)  # of these steps: all bad ones, those in a row until now, and zeros
+        self._noted: list[torch.Tensor] = []  # since the last look, of each step whether it is bad, and its norm
 
     def note(self, bad: torch.Tensor, norm: torch.Tensor) -> None:
         """Take in a step and its gradient's norm; `bad` is a scalar, 0 or 1. No host synchronisation."""
-        self._bad[:2] += bad
-        self._bad[2] += norm == 0
-        self._bad[1] *= bad
+        self._noted += (bad, norm)
 
     def look(self) -> int:
         """Count the bad ones since the last look."""
-        steps, self.steps = self.steps, 0
-        bad, in_a_row, zeros = (int(n) for n in self._bad.tolist())
-        self._bad.zero_()
-        self.total, self.zeros = self.total + bad, self.zeros + zeros
-        self.in_a_row = self.in_a_row + steps if in_a_row == steps else in_a_row
+        noted = torch.stack(self._noted).tolist() if self._noted else []
+        self._noted.clear()
+        marks, norms = noted[::2], noted[1::2]
+        for mark in marks:
+            self.in_a_row = self.in_a_row + 1 if mark else 0
+        bad = int(sum(marks))
+        self.total, self.zeros = self.total + bad, self.zeros + norms.count(0)
         return bad
 
 

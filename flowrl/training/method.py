@@ -146,8 +146,11 @@ class Method(ABC):
         return Pair(x_0, t, *interpolate(x_0, batch.x_1, t), self.policy.condition(batch.context_ids))
 
     def velocity(self, pair: Pair, role: Role = "current") -> torch.Tensor:
-        """Compute the velocity (B, *latent_shape) of a role at the points of a pair."""
-        return self.policy.velocity(pair.x_t, pair.t, pair.cond, role)
+        """Compute the velocity (B, *latent_shape) of a role at the points of a pair.
+
+        Where roles have the same weights it is the same, to the last bit: adapters are not merged here.
+        """
+        return self.policy.velocity(pair.x_t, pair.t, pair.cond, role, exact=True)
 
     def error(self, pair: Pair, role: Role = "current") -> torch.Tensor:
         """Compute the flow-matching error `|v - u|^2` (B,) of a role, mean over dimensions."""

@@ -105,19 +105,18 @@ def gradient_step(model: FlowAlgorithm) -> torch.Tensor:
     for group in policy.optimizer.param_groups:
         group["lr"] = rate
 
-    def step() -> tuple[torch.Tensor]:
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
         norm = unsharded(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
         bad = (~norm.isfinite()).float()
         step_unless(bad, policy.optimizer, model.ranks.is_sharded)
-        model.bad_updates.note(bad, norm)
-        return (norm,)
+        return norm, bad
 
     if policy.graphs.is_on and policy.optimizer.defaults.get("fused"):
         places = tuple(0 if p.grad is None else p.grad.data_ptr() for p in parameters)
-        (norm,) = policy.graphs.run("A gradient step", (rate, hash(places)), step)
+        norm, bad = policy.graphs.run("A gradient step", (rate, hash(places)), step)
     else:
-        (norm,) = step()
-    model.bad_updates.steps += 1
+        norm, bad = step()
+    model.bad_updates.note(bad, norm)
     policy.networks.weights_changed("current")
     policy.optimizer.zero_grad(set_to_none=True)
     model._n_updates += 1

@@ -41,19 +41,16 @@ class RolloutRecord:
 
     def figures(self, model: FlowAlgorithm) -> dict[str, torch.Tensor]:
         """Compute scalars by name, still on the device; those of components are of this rank."""
-        reward = model.buffer.all().reward
+        rollout = model.buffer.all()
+        reward = rollout.reward
         if model.learns_from == "contexts":  # drawn for each update, not kept
             reward = model.ranks.gather_uneven(torch.cat(self.rewards))
-        figures = {
-            "rollout/reward_mean": reward.mean(),
-            "rollout/reward_std": reward.std(correction=0),
-            "rollout/reward_min": reward.min(),
-            "rollout/reward_max": reward.max(),
-        }
+        figures = {"rollout/reward_mean": reward.mean(), "rollout/reward_std": reward.std(correction=0)}
+        figures["rollout/reward_min"], figures["rollout/reward_max"] = reward.aminmax()
         if self.shown:
             figures["rollout/diversity"] = self._diversity(model)
         if model.has_weights:
-            figures["rollout/ess"] = effective_sample_size(model.buffer.all().weight) / len(reward)
+            figures["rollout/ess"] = effective_sample_size(rollout.weight) / len(reward)
         if model.config.on_reward_error == "drop":
             figures["rollout/dropped"] = torch.tensor(float(model.n_dropped), device=reward.device)
         return figures | {f"{REWARD}{key}": torch.cat(values).mean() for key, values in self.components.items()}

@@ -14,7 +14,7 @@ from flowrl.distributed.sharding import local_shard, reshard
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
 from flowrl.models.compiling import compile_network
-from flowrl.models.lora import LoRA, add_adapters, switched
+from flowrl.models.lora import LoRA, activate_in_copy, add_adapters, switched
 from flowrl.training.working_copies import CastCopy, MergedCopy, WorkingCopy, sharing_copy
 from flowrl.types import Compile, Condition, Role
 
@@ -57,6 +57,7 @@ class RoleNetworks(nn.Module):
         self.copies = nn.ModuleDict()
         self._models: dict[Role, VelocityModel] = dict.fromkeys(self.available, model)
         self._working: dict[Role, WorkingCopy] = {}
+        self._apart: dict[Role, VelocityModel] = {}  # structures with another adapter switched on; weights are shared
         self.asked: set[Role] = set()
         self._compile: Compile = "off"
         if lora is None:
@@ -79,16 +80,28 @@ class RoleNetworks(nn.Module):
         with_grad = torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
         self.spent[0] += len(x_t) * (3 if with_grad else 1)
         trains = with_grad and role == "current"
-        works = not (trains or exact or self.is_sharded)
-        model = self._trained[0] if trains else self.working(role) if works else self._models[role]
-        in_own_type = self.precision == torch.float32 or (model.casts_inputs and (works or self.lora is not None))
-        switches = self.lora is not None and role != "current" and not works
+        merges = not (trains or exact or self.is_sharded)
+        model = self._trained[0] if trains else self.working(role) if merges else self._exact(role)
+        in_own_type = self.precision == torch.float32 or (model.casts_inputs and (merges or self.lora is not None))
+        switches = self.lora is not None and role != "current" and self.is_sharded
         with (
             torch.set_grad_enabled(with_grad),
             nullcontext() if in_own_type else torch.autocast(x_t.device.type, self.precision),
             switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
             return model(x_t, t, cond).float()
+
+    def _exact(self, role: Role) -> VelocityModel:
+        """Give the flow around the network that computes a role as the trained one does, with its adapter apart."""
+        if self.lora is None or role == "current" or self.is_sharded:
+            return self._models[role]
+        if role == "reference":
+            return self.working(role)
+        if role not in self._apart:
+            self._apart[role] = self.model.with_network(sharing_copy(self.model.network))
+            activate_in_copy(self._apart[role].network, role)
+            compile_network(self._apart[role].network, self._compile)
+        return self._apart[role]
 
     def working(self, role: Role) -> VelocityModel:
         """Give the flow around the network that passes without gradients by the weights use for a role, up to date."""

@@ -35,8 +35,9 @@ class Signal:
         if not model.compares or len(coefficient) < 2:
             return
         # one transfer to the host an iteration; what explains a silence is measured in a silence
-        spread, largest = torch.stack((coefficient.max() - coefficient.min(), coefficient.abs().max())).tolist()
-        self.silent = self.silent + 1 if spread <= 1e-6 * largest else 0
+        low, high = torch.stack(coefficient.aminmax()).tolist()
+        largest = max(-low, high)
+        self.silent = self.silent + 1 if high - low <= 1e-6 * largest else 0
         if not self.silent:
             return
         n, reward = len(coefficient), rollout.reward

@@ -1,0 +1,164 @@
+"""Self-consistent tilting: regression on samples of the reference and of the policy, weighted as at the optimum.
+
+With `rho = e^(tau r) / Z`, `Z` the reference's mean of `e^(tau r)` in each context, a mixture of a share `1 - pi` of
+reference samples and `pi` of the policy's own is weighted by `w = rho / (1 + pi (rho - 1))`. If the policy were the
+tilt `q* = q_ref e^(tau r) / Z` already, these would be the importance weights of `q*` over the mixture: so `q*` is the
+fixed point, and the only one, for any reward and without a likelihood. Weights never exceed `1 / pi`, and at the
+optimum they are worth at least a share `pi` of the samples. With `pi -> 0` this is reward-weighted regression on the
+reference alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+import torch
+
+from flowrl.config import FlowConfig
+from flowrl.functional.flow import sample_time
+from flowrl.functional.losses import residual_weighted_loss, squared_error
+from flowrl.functional.tilting import mixture_weight, tilt_ratio
+from flowrl.models.critic import StateCritic
+from flowrl.registry import register_algorithm
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.reference_pool import ReferencePool
+from flowrl.types import Batch, Pair, Role
+
+TIME_BINS = 16
+
+
+@dataclass(frozen=True)
+class TiltConfig(FlowConfig):
+    """Settings of self-consistent tilting."""
+
+    tau: float = 1.0
+    """Inverse temperature: the optimum is q_ref e^(tau r) / Z, for any reward."""
+    reward_units: Literal["raw", "std"] = "raw"
+    """Give tau in units of the reward ("raw"), or of the spread of the first reference samples' rewards within their
+    contexts ("std"), which stays the unit for good."""
+    own_share: float = 0.3
+    """Share pi of the policy's own samples in the mixture with the reference's; weights are at most 1 / pi."""
+    pool: int = 4096
+    """Reference samples that are kept, of all contexts together: drawn and rewarded once."""
+    pool_group: int = 16
+    """Of one context, at least."""
+    control_variate: Literal["critic", "one"] = "critic"
+    """What is taken off the weights: their expectation given the noisy state, learnt by a critic, with which errors of
+    the policy contract everywhere; or 1, their mean over the mixture."""
+    critic_width: int = 128
+    """Width of the critic, a perceptron with two hidden layers."""
+    critic_learning_rate: float = 2e-3
+    """Learning rate of the critic."""
+    time_weighting: Literal["none", "variance"] = "none"
+    """"variance" weights times by the inverse of E|u - base|^2 there, a running mean: noise is even, the optimum is
+    the same."""
+    max_time: float = 1.0
+    """Largest time of the loss: beyond, towards the sample, there may be noise without signal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tau", "pool", "pool_group", "critic_width", "critic_learning_rate"):
+            self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        self.require(0 < self.own_share < 1, f"own_share must be between 0 and 1, not {self.own_share}.")
+        self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
+        for name in ("reward_units", "control_variate", "time_weighting"):
+            known, value = get_args(get_type_hints(TiltConfig)[name]), getattr(self, name)
+            self.require(value in known, f"{name} must be one of {', '.join(known)}, not '{value}'.")
+
+
+@register_algorithm("tilt")
+class Tilt(FlowAlgorithm):
+    """Self-consistent tilting."""
+
+    Config: ClassVar[type[FlowConfig]] = TiltConfig
+    kind = "tilt"
+    replayable = True
+    config: TiltConfig
+
+    @classmethod
+    def copies_for(cls, config: Any) -> set[Role]:
+        """Keep `v_old`, on which the errors of own samples are carried."""
+        return super().copies_for(config) | {"behaviour"}
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        config, n = self.config, len(self.env.core.contexts)
+        dim = torch.Size(self.policy.model.latent_shape).numel()
+        self.pool = ReferencePool(self, config.pool, config.pool_group)
+        self.unit = self.keep("unit", torch.full((), torch.nan))  # of tau, in the reward's own units
+        self.noise_at = self.keep("noise_at", torch.zeros(2, TIME_BINS))  # sums of |u - base|^2 by time, and counts
+        critic = StateCritic(dim, n, config.critic_width, start=1.0)
+        self.critic = self.add_network("critic", critic, config.critic_learning_rate)
+
+    def contexts(self) -> torch.Tensor:
+        """Draw contexts, and reference samples of those that the pool holds none of."""
+        context_ids = super().contexts()
+        self.pool.hold(context_ids)
+        if bool(self.unit.isnan()):
+            self.unit.copy_(self.pool.spread() + 1e-4 if self.config.reward_units == "std" else torch.ones(()))
+        return context_ids
+
+    def weights_of(self, reward: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+        """Compute the weights w (B,) of samples in the mixture, between 0 and 1 / pi."""
+        rho = tilt_ratio(reward, self.pool.rewards_of(context_ids), self.config.tau / self.unit)
+        return mixture_weight(rho, self.config.own_share)
+
+    def weigh(self, rollout: Batch) -> torch.Tensor:
+        """Compute the weights (B,) of own samples."""
+        return self.weights_of(rollout.reward, rollout.context_ids)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the residual loss of own samples and as many of the reference, in their shares of the mixture.
+
+        Its gradient is that of `w (v - base) - (w - b) (u - base)`; the base is the velocity that drew the sample.
+        """
+        pi, ids, n = self.config.own_share, batch.context_ids, len(batch.x_1)
+        x_1, reward = self.pool.draw(ids)
+        own, reference = self.noised(batch.x_1, ids), self.noised(x_1, ids)
+        base = torch.cat([self.velocity(own, "behaviour"), self.velocity(reference, "reference")])
+        pair = joined(own, reference)
+        w = torch.cat([batch.weight, self.weights_of(reward, ids)])
+        b = self.expected_weight(pair, ids.repeat(2), w)
+        if "stray" in batch.extra:  # no weight is to carry nothing: not even a push away
+            b = torch.cat([b[:n].masked_fill(batch.extra["stray"], 0), b[n:]])
+        v = torch.cat([self.velocity(own), self.velocity(reference)])  # each as its base: where nothing pulls, v = base
+        error = residual_weighted_loss(v, pair.u, w, b, base, None, torch.zeros_like(w))
+        if self.config.time_weighting == "variance":
+            error = error * self.time_weight(pair.t, squared_error(pair.u, base))
+        loss = pi * error[:n].mean() + (1 - pi) * error[n:].mean()
+        return loss, {"drift": squared_error(v, base)[n:].mean(), "reference_weight": w[n:].mean()}
+
+    def noised(self, x_1: torch.Tensor, context_ids: torch.Tensor) -> Pair:
+        """Pair samples with fresh noise at times up to the largest."""
+        t = self.config.max_time * sample_time(len(x_1), self.config.time_sampling, self.generator)
+        return self.pair(Batch.of(x_1, context_ids), t=t)
+
+    def expected_weight(self, pair: Pair, context_ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Estimate `E[w | x_t]` (B,), which may depend on anything but the sample's own reward; the critic learns."""
+        if self.config.control_variate == "one":
+            return torch.ones_like(w)
+        value = self.critic(pair.x_t, pair.t, context_ids)
+        self.critic.improve((value - w).square().mean())
+        return value.detach().clamp_min(0)
+
+    def time_weight(self, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Compute the inverse (B,) of the noise E|u - base|^2 at times t (B,), as seen so far; its mean is one."""
+        bins = (t / self.config.max_time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
+        seen = torch.zeros_like(self.noise_at)
+        seen[0].index_add_(0, bins, noise.detach())
+        seen[1].index_add_(0, bins, torch.ones_like(noise))
+        self.noise_at += self.ranks.all_reduce_(seen)
+        weight = self.noise_at[1].clamp_min(1) / self.noise_at[0].clamp_min(1e-12)
+        weight = torch.where(self.noise_at[1] > 0, weight, 0)
+        return weight[bins] * (self.noise_at[1] > 0).sum() / weight.sum()
+
+    def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
+        """Compute the lambda of the tilt `q_ref e^(lambda r) / Z` that is aimed at: tau, in units of the reward."""
+        return self.config.tau / (reward_std if self.config.reward_units == "std" else torch.ones_like(reward_std))
+
+
+def joined(first: Pair, second: Pair) -> Pair:
+    """Concatenate two minibatches of pairs."""
+    x_0, t, x_t, u = (torch.cat(parts) for parts in zip(first[:4], second[:4]))
+    return Pair(x_0, t, x_t, u, tuple(torch.cat(parts) for parts in zip(first.cond, second.cond)))

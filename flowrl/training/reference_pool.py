@@ -1,0 +1,108 @@
+"""ReferencePool: samples of the reference and their rewards, drawn once for each context and kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowrl.errors import ConfigError
+from flowrl.functional.flow import drawn
+
+if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
+
+
+class ReferencePool:
+    """Reference samples of as many contexts as there is room for; the oldest make room for others.
+
+    Every rank holds all of it, and checkpoints keep it.
+
+    Args:
+        model: The algorithm; its policy draws, its reward is asked once for each sample.
+        capacity: Samples of all contexts together.
+        least: Samples of one context, at least.
+
+    Attributes:
+        size: Samples of each context.
+        x_1: Samples (slots, size, *latent_shape).
+        reward: Their rewards (slots, size).
+
+    Raises:
+        ConfigError: It has no room for the contexts of one iteration.
+    """
+
+    def __init__(self, model: FlowAlgorithm, capacity: int, least: int) -> None:
+        self.model, n = model, len(model.env.core.contexts)
+        self.size = max(least, capacity // n)
+        slots = min(n, max(1, capacity // self.size))
+        together = min(n, model.config.n_samples // model.config.group_size)
+        if slots < together:
+            raise ConfigError(
+                f"pool = {capacity} has room for {least} reference samples of {slots} contexts, but an iteration has "
+                f"{together}: raise pool to {together * least}, or group_size, or lower pool_group."
+            )
+        if self.size % model.ranks.world_size:
+            raise ConfigError(
+                f"{model.ranks.world_size} processes cannot share {self.size} reference samples of a context evenly: "
+                "take another pool."
+            )
+        dtype = torch.float16 if model.config.half_buffer else torch.float32
+        shape = model.policy.model.latent_shape
+        self.x_1 = model.keep("pool", torch.zeros(slots, self.size, *shape, dtype=dtype))
+        self.reward = model.keep("pool_reward", torch.zeros(slots, self.size))
+        self.slot = model.keep("pool_slot", torch.full((n,), -1))  # of each context; -1 for none
+        self.context = model.keep("pool_context", torch.full((slots,), -1))  # in each slot
+        self.filled = model.keep("pool_filled", torch.zeros(1, dtype=torch.long))  # slots so far, with those refilled
+
+    def hold(self, context_ids: torch.Tensor) -> None:
+        """Draw and reward samples of those contexts (B,) that it holds none of."""
+        wanted = context_ids.unique()
+        missing = wanted[self.slot[wanted] < 0].tolist()
+        if not missing:
+            return
+        stay = set(wanted.tolist())
+        place = int(self.filled)
+        for context in missing:
+            while int(self.context[place % len(self.context)]) in stay:
+                place += 1
+            slot = place % len(self.context)
+            self._fill(slot, context)
+            place += 1
+        self.filled.fill_(place)
+
+    def _fill(self, slot: int, context: int) -> None:
+        model, old = self.model, int(self.context[slot])
+        if old >= 0:
+            self.slot[old] = -1
+        parts = torch.full((self.size // model.ranks.world_size,), context, device=model.device)
+        drawn_parts, rewards = [], []
+        for ids in parts.split(model.env.num_envs):
+            x_1 = model.policy.sample_latents(ids, role="reference", generator=model.generator)
+            output, kept = model.reward(model.policy.decode(x_1), ids)
+            stand_in = kept[torch.arange(len(ids), device=model.device) % len(kept)]
+            row = torch.arange(len(ids), device=model.device) % len(kept)
+            drawn_parts.append(x_1[stand_in])
+            rewards.append(output.reward[row])
+        self.x_1[slot].copy_(model.ranks.all_gather(torch.cat(drawn_parts), self.size))
+        self.reward[slot].copy_(model.ranks.all_gather(torch.cat(rewards), self.size))
+        self.slot[context], self.context[slot] = slot, context
+
+    def rewards_of(self, context_ids: torch.Tensor) -> torch.Tensor:
+        """Look up the rewards (B, size) of the samples of contexts (B,) that it holds."""
+        return self.reward[self.slot[context_ids]]
+
+    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one of the samples of each context (B,): latents (B, *latent_shape), float32, and rewards (B,)."""
+        generator, device = self.model.generator, self.model.device
+        row = drawn(
+            lambda n: torch.randint(self.size, (n,), generator=generator, device=device), len(context_ids), generator
+        )
+        slot = self.slot[context_ids]
+        return self.x_1[slot, row].float(), self.reward[slot, row]
+
+    def spread(self) -> torch.Tensor:
+        """Compute the standard deviation of rewards within contexts, pooled over those it holds; a scalar tensor."""
+        held = (self.context >= 0)[:, None]
+        centred = (self.reward - self.reward.mean(1, keepdim=True)) * held
+        return (centred.square().sum() / (held.sum() * self.size).clamp_min(1)).sqrt()
