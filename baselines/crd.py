@@ -91,6 +91,8 @@ class CRD(WholeGroups):
         v, v_old = self.velocity(pair), self.velocity(pair, self.old_role)
         log_ratio = self.likelihood(v, pair.u) - self.likelihood(v_old, pair.u)
         miss = self.centred(config.beta * log_ratio) - self.centred(batch.advantage)
+        if "stray" in batch.extra:  # groups that compare nothing: equal rewards would still be a target
+            miss = miss.masked_fill(self.in_groups(batch.extra["stray"]), 0)
         loss = miss.square().mean() / config.beta
         figures = {"miss": miss.square().mean(), "log_ratio": log_ratio.mean()}
         if config.anchor == 0:

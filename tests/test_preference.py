@@ -595,6 +595,18 @@ def test_a_constant_reward_moves_nothing(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model)))
 
 
+@pytest.mark.filterwarnings("ignore:Nothing is learnt from the reward")
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_of_stand_ins_teach_nothing(name: str) -> None:
+    """Though the flow has moved, and equal advantages are a target for some."""
+    model = collected(name, n_samples=16, batch_size=16, on_reward_error="drop")
+    model.buffer.numbers["stray"][::8] = True
+    model._weigh()
+    move(model, "current")
+    loss, _ = model.loss(first_batch(model))
+    assert gradients(model, loss).abs().max() == 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch_size", [32, 8])
 def test_they_can_be_tried_dry(name: str, batch_size: int) -> None:
