@@ -77,7 +77,7 @@ class FlowDPO(GroupRelative):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.n_pairs = self.config.n_samples // self.config.candidates()  # of the iteration
+        self.n_entries = self.config.n_samples // self.config.candidates()  # pairs of a pass, with what fills it up
         self.data = read_samples(Path(self.config.data), self, ("winner", "loser")) if self.config.data else None
         self.learns_from = "samples" if self.data is None else "data"
 
@@ -116,29 +116,34 @@ class FlowDPO(GroupRelative):
         return RewardOutput(torch.zeros(len(samples), device=samples.device)), everything
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
-        """Mark the samples (B,) of pairs: 1 the winner, -1 the loser, 0 all others; counts the pairs."""
+        """Mark the samples (B,) of pairs: the winner above 0, the loser below, all others 0.
+
+        Marks have such a size that means over a pass, with what fills it up, are means over pairs.
+        """
         value = rollout.extra["wins"] if self.data else self.relative(rollout)
         table = value.view(-1, self.config.candidates())
         best, worst = table.max(1), table.min(1)
         is_pair = best.values > worst.values
         if "stray" in rollout.extra:  # holds a sample of another context
             is_pair &= ~rollout.extra["stray"].view_as(table).any(1)
-        self.n_pairs = int(is_pair.sum())
-        marks = torch.zeros_like(table).scatter(1, best.indices[:, None], 1.0)
-        return torch.where(is_pair[:, None], marks.scatter(1, worst.indices[:, None], -1.0), 0).flatten()
+        n_pairs, at_once = max(1, int(is_pair.sum())), self.config.batch_size // 2
+        self.n_entries = min(-(-n_pairs // at_once) * at_once, len(table))
+        size = self.n_entries / n_pairs
+        marks = torch.zeros_like(table).scatter(1, best.indices[:, None], size)
+        return torch.where(is_pair[:, None], marks.scatter(1, worst.indices[:, None], -size), 0).flatten()
 
     def order(self) -> torch.Tensor:
-        """Shuffle the pairs, winner first; on several ranks with so many groups without one that all get as many.
+        """Shuffle the pairs, winner first, and fill up the last minibatch with groups that have none.
 
-        A group without a pair has marks of zero, and teaches nothing.
+        So ranks share it evenly. What fills up has marks of zero, and teaches nothing.
         """
-        size, count = self.config.candidates(), self.ranks.world_size
+        size = self.config.candidates()
         marks = self.buffer.coefficient.view(-1, size)
         first = size * torch.arange(len(marks), device=self.device)
         pairs = first[:, None] + torch.stack([marks.argmax(1), marks.argmin(1)], 1)
         shuffled = torch.randperm(len(pairs), generator=self.generator, device=self.device)
         shuffled = shuffled[marks[shuffled].amax(1).argsort(descending=True, stable=True)]  # pairs before others
-        return pairs[shuffled][: max(1, -(-self.n_pairs // count)) * count].flatten()
+        return pairs[shuffled][: self.n_entries].flatten()
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `-log sigmoid(-(beta / 2) (d_w - d_w_ref - d_l + d_l_ref))`, `d = |v - u|^2`, with shared noise."""
@@ -147,7 +152,7 @@ class FlowDPO(GroupRelative):
         pair = self.pair(batch, x_0.repeat_interleave(2, dim=0), t.repeat_interleave(2))
         rise = self.error(pair) - self.error(pair, "reference")
         winner, loser = rise[0::2], rise[1::2]
-        is_pair = batch.advantage[0::2].clamp_min(0)  # 0 for what fills up
-        loss = -is_pair * torch.nn.functional.logsigmoid(-self.config.beta / 2 * (winner - loser))
-        told_apart = (winner < loser).float().mean()
-        return loss.mean(), {"winner_rise": winner.mean(), "loser_rise": loser.mean(), "accuracy": told_apart}
+        weight = batch.advantage[0::2].clamp_min(0)  # 0 for what fills up
+        loss = -weight * torch.nn.functional.logsigmoid(-self.config.beta / 2 * (winner - loser))
+        figures = {"winner_rise": winner, "loser_rise": loser, "accuracy": (winner < loser).float()}
+        return loss.mean(), {name: (weight * values).mean() for name, values in figures.items()}

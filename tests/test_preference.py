@@ -125,6 +125,21 @@ def test_dpo_pairs_are_the_best_and_the_worst_and_ties_are_none() -> None:
     assert model.buffer.coefficient.tolist() == [0, 1, 0, -1, 0, 0, 0, 0, -1, 0, 0, 1]
 
 
+def test_dpo_fills_the_last_minibatch_with_what_teaches_nothing() -> None:
+    """The same number of entries on any number of ranks; gradient and figures are of the pairs alone."""
+    env = given_rewards([1.0, 3.0, 2.0, 0.5] + [5.0] * 4 + [7.0, 7.0, 7.0, 8.0] + [2.0] * 4)
+    model = collected("flow_dpo", env, n_samples=16, group_size=4, batch_size=6)
+    assert len(model.order()) == 6
+    batch = first_batch(model)
+    assert batch.advantage.tolist() == [1.5, -1.5, 1.5, -1.5, 0, 0]
+    move(model, "current")
+    loss, figures, pair = loss_and_draws(model, batch, 3, 2)
+    rise = error(model, pair, "current") - error(model, pair, "reference")
+    assert figures["winner_rise"].item() == pytest.approx(rise[[0, 2]].mean().item(), rel=1e-4)
+    expected = -torch.nn.functional.logsigmoid(-50 * (rise[[0, 2]] - rise[[1, 3]])).mean()
+    torch.testing.assert_close(gradients(model, loss), gradients(model, expected), atol=1e-4, rtol=1e-3)
+
+
 def test_dpo_without_any_pair_moves_nothing() -> None:
     model = make("flow_dpo", given_rewards([2.0] * 64))
     before = weights(model)
@@ -134,13 +149,13 @@ def test_dpo_without_any_pair_moves_nothing() -> None:
 
 
 def test_dpo_makes_no_pair_of_stand_ins() -> None:
-    model = make("flow_dpo", n_samples=16, group_size=4)
+    model = make("flow_dpo", n_samples=16, group_size=4, batch_size=2)
     stray = torch.zeros(16, dtype=torch.bool)
     stray[5] = True
     x_1, ids = torch.randn(16, 2), torch.zeros(16, dtype=torch.long)
     model.buffer.add(x_1, ids, torch.randn(16), {"stray": stray})
     model._weigh()
-    assert model.n_pairs == 3
+    assert len(model.order()) == 2 * 3
     assert 1 not in (model.order() // 4).tolist()
     assert model.buffer.coefficient[4:8].abs().max() == 0
 
@@ -171,6 +186,16 @@ def test_dpo_learns_from_given_pairs_without_a_reward(tmp_path: Path) -> None:
     env.reward = reward  # type: ignore[method-assign]
     result = flowrl.evaluate(model, n_samples=512)
     assert result.reward_mean > result.reference.reward_mean + 0.2
+
+
+def test_dpo_on_given_pairs_resumes_exactly(tmp_path: Path) -> None:
+    model = make("flow_dpo", data=pairs_file(tmp_path / "pairs.safetensors"))
+    model.learn(64)
+    model.save(tmp_path / "saved")
+    model.learn(64, reset_num_timesteps=False)
+    again = type(model).load(tmp_path / "saved", device=DEVICE)
+    again.learn(64, reset_num_timesteps=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(again)))
 
 
 def test_given_pairs_keep_their_contexts(tmp_path: Path) -> None:
