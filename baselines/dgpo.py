@@ -67,8 +67,9 @@ class DGPO(WholeGroups):
         d, d_ref = self.error(pair), self.error(pair, "reference")
         gap = (d - d_ref).detach()
         score = config.beta * self.in_groups(advantage * gap).mean(1)  # (G,), negative where the group is told apart
-        loss = score.sigmoid().repeat_interleave(config.group_size) * advantage * d
-        figures = {"preferred": (score < 0).float().mean(), "rise": gap.mean()}
+        doubt = score.sigmoid()
+        loss = doubt.repeat_interleave(config.group_size) * advantage * d
+        figures = {"doubt": doubt.mean(), "rise": gap.mean()}
         if config.clip_range > 0:
             ratio = (self.error(pair, self.behaviour_role) - d.detach()).exp()
             frozen = (ratio - 1).abs() > config.clip_range

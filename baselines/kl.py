@@ -44,6 +44,7 @@ class ExactKL(ORWCFMW2):
 
     Config: ClassVar[type[FlowConfig]] = ExactKLConfig
     kind = "likelihood"
+    tilt_setting = ("beta", -1)
     unpredictable = "likelihoods, by a solver with adaptive steps"
     config: ExactKLConfig
 
@@ -52,6 +53,10 @@ class ExactKL(ORWCFMW2):
         x_1, rows = super().draw(context_ids)
         ratio = self.log_prob(x_1, context_ids, self.behaviour_role) - self.log_prob(x_1, context_ids, "reference")
         return x_1, {**rows, "log_ratio": ratio}
+
+    def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
+        """Compute the lambda of the tilt that is aimed at: 1 / beta, in whatever units tau is."""
+        return torch.ones_like(reward_std) / self.config.beta if self.config.beta > 0 else None
 
     def weigh(self, rollout: Batch) -> torch.Tensor:
         """Compute weights (B,) of `r - beta (log p_theta - log p_ref)`, as of a reward."""

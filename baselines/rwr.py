@@ -47,6 +47,7 @@ class RWR(ORWCFMW2):
     replayable = True
     Config: ClassVar[type[FlowConfig]] = RWRConfig
     kind = "offline"
+    tilt_setting = ("tau", 1)
     config: RWRConfig
 
     def _setup_model(self) -> None:
@@ -64,6 +65,12 @@ class RWR(ORWCFMW2):
     def behaviour_role(self) -> Role:
         """The copy that draws the samples; offline, the reference."""
         return "reference" if self.config.mode == "offline" else super().behaviour_role
+
+    def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
+        """Compute lambda of the tilt that is aimed at, offline: tau, over the spread where rewards are standardised."""
+        if self.config.mode == "online":
+            return None
+        return self.config.tau / (torch.ones_like(reward_std) if self.config.standardise == "none" else reward_std)
 
     def contexts(self) -> torch.Tensor:
         """Take the contexts of given samples, where there are any; draw others."""

@@ -39,6 +39,9 @@ class FlowConfig:
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down."""
+    target_lambda: float = 0.0
+    """Aim at the tilt q_ref e^(lambda r) / Z with this lambda: the algorithm's own coefficient is set so, by the spread
+    of the first iteration's rewards where it goes by that. 0 leaves it as it is."""
     n_samples: int = 512
     """Samples drawn and scored per iteration."""
     group_size: int = 1
@@ -109,7 +112,7 @@ class FlowConfig:
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
         for name in (*positive, "n_epochs", "rollout_steps", "refresh_every", "max_bad_updates"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
-        others = ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha")
+        others = ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha", "target_lambda")
         for name in (*others, "reward_retries", "reward_timeout"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), not {self.lora_dropout}.")

@@ -73,6 +73,7 @@ class Tilt(FlowAlgorithm):
 
     Config: ClassVar[type[FlowConfig]] = TiltConfig
     kind = "tilt"
+    tilt_setting = ("tau", 1)
     replayable = True
     config: TiltConfig
 

@@ -429,8 +429,8 @@ MUTATIONS = (
     Mutation(
         "dgpo-score",
         "baselines/dgpo.py",
-        "loss = score.sigmoid()",
-        "loss = (-score).sigmoid()",
+        "doubt = score.sigmoid()",
+        "doubt = (-score).sigmoid()",
         ("test_preference.py::test_dgpo_by_hand",),
     ),
     Mutation(

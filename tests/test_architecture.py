@@ -25,7 +25,7 @@ LAYERS = [
     {"functional", "registry", "config"},
     {"models", "envs"},
     {"training", "distributed"},
-    {"orw_w2", "baselines", "evaluation"},
+    {"orw_w2", "tilt", "baselines", "evaluation"},
     {"runs", "pages", "suites"},
     {"run", "evaluate", "sample", "export", "report", "benchmark", "serve"},
 ]

@@ -271,3 +271,32 @@ def test_cfg_zero_is_a_setting(folder: Path) -> None:
         x_0 = torch.randn(2, *policy.model.latent_shape, generator=torch.Generator().manual_seed(0))
         samples.append(policy.sample_latents(torch.arange(2), x_0=x_0, steps=4))
     assert (samples[0] - samples[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"compile": "off"}, []),
+        ({"compile": "auto"}, ["compile: off, which pays for large networks on CUDA only"]),
+        ({"compile": "blocks"}, ["compile: each kind of block that the network repeats, in the first pass"]),
+        ({"compile": "whole", "cuda_graphs": True}, ["compile: the whole network", "CUDA graphs: off: for small"]),
+        ({"compile": True}, ["compile: each kind of block"]),  # as of version 0.1.0
+    ],
+)
+def test_a_run_says_what_is_compiled(asked: dict[str, Any], said: list[str], tmp_path: Path) -> None:
+    from flowrl.runs.plan import head_of
+
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", device="cpu", **asked)
+    lines = [line for line in head_of(model, tmp_path, 512).splitlines() if line.startswith(("compile", "CUDA"))]
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said))
+
+
+def test_blocks_are_those_that_a_network_repeats(folder: Path) -> None:
+    from flowrl.models.compiling import repeated_blocks
+
+    network = algorithm(folder).policy.model.network
+    expected = list(network.transformer_blocks) + list(getattr(network, "single_transformer_blocks", []))
+    assert {id(block) for block in repeated_blocks(network)} == {id(block) for block in expected}
+    linear = torch.nn.Linear(2, 2)
+    assert repeated_blocks(linear) == [linear]

@@ -53,10 +53,15 @@ def _listed(network: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def cache_folder() -> str:
+    """Find the folder where compiled code is kept for the next run."""
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowrl" / "inductor"
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(own))
+
+
 def _prepare() -> None:
     """Let the compiler keep enough variants, and what it made for the next run."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowrl" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_folder()
     import torch._dynamo
 
     settings = torch._dynamo.config

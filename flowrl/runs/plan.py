@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
+from flowrl.models.compiling import cache_folder
 from flowrl.models.lora import LoRA, count_parameters
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.memory_plan import predict_memory
@@ -20,9 +21,30 @@ def head_of(model: FlowAlgorithm, folder: Path, total: int) -> str:
         *_chosen(type(model), model.config, model.env.core),
         f"device: {model.device}{_shared_by(model.ranks.world_size)}, seed: {model.seed}",
         _work(model.config, total),
+        *_speed(model),
         f"files: {folder}",
     ]
     return "\n".join(lines)
+
+
+def _speed(model: FlowAlgorithm) -> list[str]:
+    """Say what is compiled and captured, and what that costs at first."""
+    kind = model.policy.networks.compiled
+    what = {"blocks": "each kind of block that the network repeats", "whole": "the whole network"}.get(kind)
+    lines = []
+    if what:
+        lines.append(
+            f"compile: {what}, in the first pass of each batch size, with and without gradients; for a large "
+            f"network the first iteration takes {'a minute or two' if kind == 'blocks' else 'several minutes'} longer. "
+            f"Compiled code is kept in {cache_folder()}"
+        )
+    elif model.config.compile == "auto":
+        lines.append("compile: off, which pays for large networks on CUDA only; --algo.compile blocks does it anyway")
+    if model.config.cuda_graphs:
+        is_on = model.policy.graphs.is_on
+        why = "captured in the first iterations" if is_on else "off: for small networks on one CUDA device"
+        lines.append(f"CUDA graphs: {why}")
+    return lines
 
 
 def _chosen(algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv) -> list[str]:

@@ -29,6 +29,7 @@ from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, stand_ins, without_strays
 from flowrl.training.sb3_algorithm import SB3Algorithm
 from flowrl.training.signal import check_learnt
+from flowrl.training.target import aim
 from flowrl.types import Batch
 
 
@@ -220,6 +221,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
     def _weigh(self) -> None:
         """Turn the rewards of an iteration into coefficients."""
         rollout = self.buffer.all()
+        aim(self, rollout)
         method = "weigh" if self.has_weights else "advantage"
         coefficient = getattr(self, method)(rollout)
         self.checks.coefficient(method, coefficient, self.buffer.size)

@@ -44,6 +44,8 @@ class Method(ABC):
     gradients; or samples of a data set, so that nothing is drawn."""
     unpredictable: ClassVar[str] = ""
     """Work whose memory a dry run cannot try, since it depends on the values of tensors."""
+    tilt_setting: ClassVar[tuple[str, int] | None] = None
+    """The setting that lambda of the tilt is proportional to (1) or inverse to (-1), for `target_lambda`."""
     replayable: ClassVar[bool] = False
     """Whether CUDA graphs may hold `loss` (for small networks): it does the same on the device in every call, takes no
     number off it, and reads nothing on the host that changes in training. A class says so for itself alone."""
@@ -134,6 +136,14 @@ class Method(ABC):
     def refresh_decay(self) -> float:
         """Give the share of the behaviour policy that a refresh keeps; 0 makes it a copy of the current one."""
         return 0.0
+
+    def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
+        """Compute lambda of the tilt `q_ref e^(lambda r) / Z` that is aimed at; None where no such optimum is stated.
+
+        Args:
+            reward_std: Standard deviation of the rewards, within groups where there are any; a scalar tensor.
+        """
+        return None
 
     def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
         """Say what a user should be told of the figures of an iteration, by kind; each kind is told once."""

@@ -37,6 +37,7 @@ class RoleNetworks(nn.Module):
         available: These, and the reference where it is kept.
         copies: Networks that are not trained, by role (full fine-tuning).
         spent: Network evaluations so far, in a list of one.
+        compiled: What of the networks is compiled.
         asked: Roles that passes without gradients went through; whoever wants to know empties it first.
     """
 
@@ -59,7 +60,7 @@ class RoleNetworks(nn.Module):
         self._working: dict[Role, WorkingCopy] = {}
         self._apart: dict[Role, VelocityModel] = {}  # structures with another adapter switched on; weights are shared
         self.asked: set[Role] = set()
-        self._compile: Compile = "off"
+        self.compiled: Compile = "off"
         if lora is None:
             for role in (*lagged, *frozen):
                 self.copies[role] = copy.deepcopy(model.network).requires_grad_(False).eval()
@@ -100,7 +101,7 @@ class RoleNetworks(nn.Module):
         if role not in self._apart:
             self._apart[role] = self.model.with_network(sharing_copy(self.model.network))
             activate_in_copy(self._apart[role].network, role)
-            compile_network(self._apart[role].network, self._compile)
+            compile_network(self._apart[role].network, self.compiled)
         return self._apart[role]
 
     def working(self, role: Role) -> VelocityModel:
@@ -110,7 +111,7 @@ class RoleNetworks(nn.Module):
             made = self._made_working(role)
             if made is None:
                 return self._models[role]
-            compile_network(made.model.network, self._compile)
+            compile_network(made.model.network, self.compiled)
             self._working[role] = made
         return self._working[role].fresh()
 
@@ -198,7 +199,7 @@ class RoleNetworks(nn.Module):
 
     def compile(self, kind: Compile) -> None:
         """Compile the networks, and every working copy that will be made: see `compile_network`."""
-        self._compile = kind
+        self.compiled = kind
         for network in {id(model.network): model.network for model in (self.model, *self._models.values())}.values():
             compile_network(network, kind)
 
