@@ -49,6 +49,7 @@ class CRD(WholeGroups):
     """Centred reward distillation: log-ratios fitted to rewards, both relative to the group."""
 
     replayable = True
+    tilt_setting = ("beta", -1)
     Config: ClassVar[type[FlowConfig]] = CRDConfig
     config: CRDConfig
 
@@ -78,7 +79,7 @@ class CRD(WholeGroups):
         Otherwise each refresh tilts anew, and none is stated. The paper takes R for the log-ratio.
         """
         config = self.config
-        return 1 / (config.beta * reward_std) if config.decay == 1 and config.anchor == 0 else None
+        return 1 / (config.beta * (reward_std + 1e-4)) if config.decay == 1 and config.anchor == 0 else None
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Compute rewards (B,) in units of their standard deviation in the group."""

@@ -65,6 +65,7 @@ class Critic(nn.Module):
 class DPOK(TransitionAlgorithm):
     """Diffusion policy optimisation with KL regularisation."""
 
+    tilt_setting = ("beta", -1)
     Config: ClassVar[type[FlowConfig]] = DPOKConfig
     config: DPOKConfig
 
@@ -87,7 +88,7 @@ class DPOK(TransitionAlgorithm):
         config = self.config
         if config.beta == 0:
             return None
-        unit = torch.ones_like(reward_std) if config.standardise == "none" else reward_std
+        unit = torch.ones_like(reward_std) if config.standardise == "none" else reward_std + 1e-4
         return config.reward_weight / (config.beta * unit)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -79,6 +79,7 @@ class FlowGRPO(GroupRelative, TransitionAlgorithm):
     """Group-relative policy optimisation of a flow's SDE sampler."""
 
     replayable = True
+    tilt_setting = ("beta", -1)
     Config: ClassVar[type[FlowConfig]] = FlowGRPOConfig
     config: FlowGRPOConfig
 
@@ -110,7 +111,7 @@ class FlowGRPO(GroupRelative, TransitionAlgorithm):
 
         Advantages are in units of that spread; gradient and penalty are both sums over steps, means over dimensions.
         """
-        return 1 / (self.config.beta * reward_std) if self.config.beta > 0 else None
+        return 1 / (self.config.beta * (reward_std + 1e-4)) if self.config.beta > 0 else None
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
