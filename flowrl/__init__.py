@@ -1,5 +1,7 @@
 """flowrl fine-tunes flow-matching generators with rewards, and compares the ways to do it."""
 
+from flowrl.baselines.adrpo import ADRPO
+from flowrl.baselines.awm import AWM
 from flowrl.baselines.crd import CRD
 from flowrl.baselines.ddpo import DDPO
 from flowrl.baselines.dgpo import DGPO
@@ -8,7 +10,10 @@ from flowrl.baselines.flow_dpo import FlowDPO
 from flowrl.baselines.flow_grpo import FlowGRPO
 from flowrl.baselines.fpo import FPO
 from flowrl.baselines.kl import ExactKL
+from flowrl.baselines.nft import NFT
 from flowrl.baselines.raft import RAFT
+from flowrl.baselines.ram import RAM
+from flowrl.baselines.rvm import RVM
 from flowrl.baselines.rwr import RWR
 from flowrl.config import FlowConfig
 from flowrl.envs import digits as _digits
@@ -34,15 +39,20 @@ for _spec in (*_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *
     register(_spec)
 
 __all__ = [
+    "ADRPO",
+    "AWM",
     "CRD",
     "DDPO",
     "DGPO",
     "DPOK",
     "FPO",
+    "NFT",
     "ORWCFM",
     "ORWCFMKL",
     "ORWCFMW2",
     "RAFT",
+    "RAM",
+    "RVM",
     "RWR",
     "Batch",
     "EvaluationResult",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -26,9 +26,12 @@ from flowrl.functional.losses import (
     standardise,
 )
 from flowrl.functional.transport import Coupling, ot_permutation
+from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.types import Batch, Role
+
+CRITIC_LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class ORWCFMW2Config(FlowConfig):
     """"residual" moves only where rewards differ; "plain", as published, also refits the sampler's own errors."""
     baseline: Baseline = "clipped"
     """What the residual target takes off the weights: their mean ("mean"), which tilts exactly but lets errors grow
-    from refresh to refresh where w + alpha < 1; or at most w + penalty ("clipped"): then errors never grow."""
+    from refresh to refresh where w + alpha < 1; at most w + penalty ("clipped"): then errors never grow, but it tilts
+    too little; or their expectation given the noisy state, which a critic learns ("local"): neither."""
     coupling: Coupling = "independent"
     """How noise is paired with samples: independent, or exact minibatch optimal transport ("ot")."""
     min_ess: float = 0.02
@@ -56,7 +60,9 @@ class ORWCFMW2Config(FlowConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.alpha >= 0, f"alpha must not be negative, not {self.alpha}.")
-        self.require(self.baseline in ("clipped", "mean"), f"baseline must be clipped or mean, not '{self.baseline}'.")
+        self.require(
+            self.baseline in get_args(Baseline), f"baseline must be clipped, mean or local, not '{self.baseline}'."
+        )
         self.require(
             self.coupling == "independent" or self.target == "plain",
             "coupling 'ot' draws samples by their weight, which leaves the residual target nothing to weigh: "
@@ -77,6 +83,13 @@ class ORWCFMW2(FlowAlgorithm):
         """Keep `v_old` for the residual target."""
         copies = super().copies_for(config)
         return copies | {"behaviour"} if config.target == "residual" else copies
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.config.baseline == "local":
+            dim = torch.Size(self.policy.model.latent_shape).numel()
+            critic = StateCritic(dim, len(self.env.core.contexts), start=1.0)
+            self.critic = self.add_network("critic", critic, CRITIC_LEARNING_RATE)
 
     def weigh(self, rollout: Batch) -> torch.Tensor:
         """Compute weights `w = exp(tau r)` (B,)."""
@@ -108,8 +121,13 @@ class ORWCFMW2(FlowAlgorithm):
         v_ref = self.velocity(pair, "reference") if self.config.alpha > 0 else None
         if self.config.target == "residual":
             v_old = self.velocity(pair, self.behaviour_role)
-            mean = self.buffer.coefficient[: self.buffer.size].mean()
-            baseline = residual_baseline(w, mean, penalty, self.config.baseline)
+            if self.config.baseline == "local":
+                baseline = self.critic(pair.x_t, pair.t, batch.context_ids)
+                self.critic.improve((baseline - w).square().mean())
+                baseline = baseline.detach().clamp_min(0)
+            else:
+                mean = self.buffer.coefficient[: self.buffer.size].mean()
+                baseline = residual_baseline(w, mean, penalty, self.config.baseline)
             if "stray" in batch.extra:  # no weight is to carry nothing: not even a push away
                 baseline = baseline.masked_fill(batch.extra["stray"], 0)
             loss = residual_weighted_loss(v, pair.u, w, baseline, v_old, v_ref, penalty)

@@ -54,6 +54,8 @@ LOSSES, SAMPLER, FLOW = "flowrl/functional/losses.py", "flowrl/functional/solver
 ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/evaluation/steering.py", "flowrl/training/algorithm.py"
 SDE, TRANSPORT = "flowrl/functional/sde.py", "flowrl/functional/transport.py"
 OF_LOSSES, OF_FLOW, OF_METRICS = ("test_losses.py",), ("test_flow.py",), ("test_metrics.py",)
+ENDPOINT, ENDPOINTS = "flowrl/functional/endpoint.py", "flowrl/training/endpoints.py"
+ROW = "test_endpoint.py::test_one_refresh_ends_at_the_minimiser_of_the_row"
 GRADIENT = "test_transitions.py::test_policy_gradient_is_the_gradient_of_the_expected_reward"
 LOSS_BY_HAND = "test_transitions.py::test_losses_by_hand"
 THREE_NETWORKS = "test_oracles.py::test_the_loss_is_that_of_the_three_networks"
@@ -338,6 +340,155 @@ MUTATIONS = (
         "step.std * log_ratio + distance",
         "step.std * log_ratio - distance",
         ("test_transitions.py::test_guarded_ratio_has_a_logarithm_of_mean_zero",),
+    ),
+    # endpoint methods
+    Mutation("kernel-sign", ENDPOINT, "total = -_times(self.gain", "total = _times(self.gain", (ROW,)),
+    Mutation("kernel-gain", ENDPOINT, "-_times(self.gain * advantage, u", "-_times(advantage, u", (ROW,)),
+    Mutation(
+        "kernel-base",
+        ENDPOINT,
+        "u - velocities[self.base].detach()",
+        'u - velocities["current"].detach()',
+        (ROW,),
+    ),
+    Mutation(
+        "kernel-time-weight",
+        ENDPOINT,
+        "else _times(time_weight, total)",
+        "else _times(time_weight.square(), total)",
+        ("test_endpoint.py::test_the_loss_has_the_gradient_and_is_not_negative",),
+    ),
+    Mutation(
+        "kernel-detached",
+        ENDPOINT,
+        "(gradient.detach() + (v - v.detach()))",
+        "(v - (v - gradient).detach())",
+        ("test_endpoint.py::test_the_loss_has_the_gradient_and_is_not_negative",),
+    ),
+    Mutation("kernel-minimiser", ENDPOINT, "pulled - _times(self", "pulled + _times(self", (ROW,)),
+    Mutation(
+        "kernel-residual-orw",
+        ENDPOINT,
+        '{"behaviour": weight, "reference": alpha}',
+        '{"behaviour": 1.0, "reference": alpha}',
+        ("test_endpoint.py::test_orw_w2_is_a_row",),
+    ),
+    Mutation(
+        "adrpo-base", ENDPOINT, 'Row("reference", {"reference": beta})', 'Row("behaviour", {"reference": beta})', (ROW,)
+    ),
+    Mutation(
+        "awm-anchor",
+        ENDPOINT,
+        '"awm": lambda beta_ref, beta_old, gain: Row("current", {"reference": beta_ref',
+        '"awm": lambda beta_ref, beta_old, gain: Row("current", {"reference": beta_old',
+        (ROW,),
+    ),
+    Mutation("rvm-gain", "baselines/rvm.py", "self.beta_old, self.gain)", "self.beta_old, 1.0)", (ROW,)),
+    Mutation(
+        "ram-strength",
+        ENDPOINT,
+        'Row(base, {"reference": 1.0}, strength)',
+        'Row(base, {"reference": strength})',
+        (ROW,),
+    ),
+    Mutation(
+        "advantages-centred",
+        ENDPOINT,
+        "own = reward - group_mean(reward, group, len(reward))",
+        "own = reward - reward.mean()",
+        ("test_endpoint.py::test_advantages_by_hand",),
+    ),
+    Mutation(
+        "advantages-slope",
+        ENDPOINT,
+        "return (1 - 1 / n) / (std + 1e-4)",
+        "return 1 / (std + 1e-4)",
+        ("test_endpoint.py::test_the_slope_of_advantages",),
+    ),
+    Mutation(
+        "early-times",
+        ENDPOINT,
+        "return 1 - (1 - u).sqrt()",
+        "return u.sqrt()",
+        ("test_endpoint.py::test_times_fall_one_into_each_part",),
+    ),
+    Mutation(
+        "stratified-times",
+        ENDPOINT,
+        "(u + torch.arange(strata, device=u.device)) / strata",
+        "(u + u.new_zeros(strata)) / 1",
+        ("test_endpoint.py::test_times_fall_one_into_each_part",),
+    ),
+    Mutation(
+        "lagging-decay",
+        ENDPOINT,
+        "min(max(0.0, (step - flat) * rate), hold)",
+        "min(max(0.0, step * rate), hold)",
+        ("test_endpoint.py::test_the_old_policy_follows_as_published",),
+    ),
+    Mutation(
+        "nft-adaptive",
+        "baselines/nft.py",
+        "for side in (step, -step)",
+        "for side in (-step, step)",
+        ("test_endpoint.py::test_nft_is_its_contrast_as_written",),
+    ),
+    Mutation(
+        "nft-scale",
+        "baselines/nft.py",
+        "scale = self.max_advantage if self.scale_by_clip else 1.0",
+        "scale = 1.0 if self.scale_by_clip else self.max_advantage",
+        (ROW, "test_endpoint.py::test_nft_is_its_contrast_as_written"),
+    ),
+    Mutation("nft-time", "baselines/nft.py", "near.square() * bad", "near * bad", (ROW,)),
+    Mutation(
+        "awm-ghuber",
+        "baselines/awm.py",
+        ".pow(config.ghuber_power - 1)",
+        ".pow(config.ghuber_power)",
+        ("test_endpoint.py::test_awm_is_its_objective_as_written",),
+    ),
+    Mutation(
+        "awm-clip",
+        "baselines/awm.py",
+        "torch.where(a > 0, ratio > 1",
+        "torch.where(a < 0, ratio > 1",
+        ("test_endpoint.py::test_awm_clips_ratios_as_ppo_does",),
+    ),
+    Mutation(
+        "awm-ratio",
+        "baselines/awm.py",
+        "a = (a * ratio).masked_fill(clipped, 0)",
+        "a = a.masked_fill(clipped, 0)",
+        ("test_endpoint.py::test_awm_clips_ratios_as_ppo_does",),
+    ),
+    Mutation(
+        "endpoint-critic",
+        ENDPOINTS,
+        "advantage = advantage - value.detach()",
+        "advantage = advantage + value.detach()",
+        ("test_endpoint.py::test_a_critic_leaves_the_covariance_and_holds_every_row",),
+    ),
+    Mutation(
+        "endpoint-strays",
+        ENDPOINTS,
+        'if "stray" in batch.extra:',
+        'if "others" in batch.extra:',
+        ("test_endpoint.py::test_samples_that_stand_in_for_others_carry_nothing",),
+    ),
+    Mutation(
+        "endpoint-noisings",
+        ENDPOINTS,
+        "vectors = [rows.repeat_interleave(config.noisings, 0)",
+        "vectors = [rows.repeat(config.noisings, *[1] * (rows.dim() - 1))",
+        ("test_endpoint.py::test_each_sample_is_noised_several_times",),
+    ),
+    Mutation(
+        "endpoint-tilt",
+        ENDPOINTS,
+        "return row.gain * slope / held",
+        "return slope / held",
+        ("test_endpoint.py::test_the_stated_tilt_stands_still_for_a_linear_reward",),
     ),
     # other baselines and likelihoods
     Mutation(

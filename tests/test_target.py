@@ -15,7 +15,12 @@ from flowrl.types import Batch
 
 AIMING = sorted(name for name, cls in ALGORITHMS.items() if cls.tilt_setting is not None)
 SMALL: dict[str, Any] = {"n_samples": 32, "batch_size": 16, "rollout_steps": 4, "n_epochs": 1, "group_size": 8}
-OWN: dict[str, dict[str, Any]] = {"tilt": {"pool": 64}, "kl": {"tolerance": 0.3}}
+OWN: dict[str, dict[str, Any]] = {
+    "adrpo": {"critic_learning_rate": 1e-3},
+    "kl": {"tolerance": 0.3},
+    "rvm": {"beta_ref": 0.5},
+    "tilt": {"pool": 64},
+}
 
 
 def made(name: str, **settings: Any) -> Any:

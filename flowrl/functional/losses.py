@@ -12,7 +12,7 @@ import torch
 
 from flowrl.errors import NonFiniteError
 
-Baseline = Literal["clipped", "mean"]
+Baseline = Literal["clipped", "mean", "local"]
 Normalisation = Literal["batch", "group", "none"]
 Standardisation = Literal["none", "batch", "group"]
 
