@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.losses import clip_fraction, clipped_objective, group_mean
+from flowrl.functional.losses import group_mean
 from flowrl.registry import register_algorithm
 from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig
 from flowrl.types import Batch
@@ -28,6 +28,7 @@ class DDPOConfig(TransitionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.variant in ("is", "sf"), f"variant must be 'is' or 'sf', not '{self.variant}'.")
+        self.require(self.variant == "is" or self.mask == "none", "mask 'dppo' masks ratios: it needs variant 'is'.")
         one_update = self.updates_per_iteration() == 1
         self.require(
             self.variant == "is" or one_update,
@@ -80,6 +81,9 @@ class DDPO(TransitionAlgorithm):
         step = self.step(steps, batch.context_ids)
         if self.config.variant == "sf":
             return (-advantage * step.mean_log_prob(steps.x_next)).mean(), {}
-        ratio = self.ratio(batch, steps, step)
-        loss = clipped_objective(ratio, advantage, self.config.clip_range)
-        return loss.mean(), {"clip_fraction": clip_fraction(ratio, self.config.clip_range)}
+        loss, figures = self.surrogate(batch, steps, step, self.ratio(batch, steps, step), advantage)
+        return loss.mean(), figures
+
+    def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
+        """Give nothing: no penalty holds the flow, and how far it goes is decided by how long a run goes on."""
+        return None

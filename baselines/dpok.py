@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flowrl.config import FlowConfig
-from flowrl.functional.losses import Standardisation, clip_fraction, clipped_objective, standardise
+from flowrl.functional.losses import Standardisation, standardise
 from flowrl.registry import register_algorithm
 from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig
 from flowrl.types import Batch
@@ -65,6 +65,7 @@ class Critic(nn.Module):
 class DPOK(TransitionAlgorithm):
     """Diffusion policy optimisation with KL regularisation."""
 
+    tilt_setting = ("beta", -1)
     Config: ClassVar[type[FlowConfig]] = DPOKConfig
     config: DPOKConfig
 
@@ -79,6 +80,17 @@ class DPOK(TransitionAlgorithm):
         n = len(self.env.core.contexts)
         return standardise(rollout.reward, self.config.standardise, rollout.context_ids, n)
 
+    def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
+        """Compute `lambda = reward_weight / beta` of raw rewards, `reward_weight / (beta std)` of standardised ones.
+
+        That is of the law of whole paths: gradient and penalty are both sums over steps, means over dimensions.
+        """
+        config = self.config
+        if config.beta == 0:
+            return None
+        unit = torch.ones_like(reward_std) if config.standardise == "none" else reward_std + 1e-4
+        return config.reward_weight / (config.beta * unit)
+
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `lambda max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
         config = self.config
@@ -86,12 +98,12 @@ class DPOK(TransitionAlgorithm):
         step = self.step(steps, batch.context_ids)
         ratio = self.ratio(batch, steps, step)
         kl = step.kl(self.step(steps, batch.context_ids, "reference"))
-        metrics = {"kl": kl.mean(), "clip_fraction": clip_fraction(ratio, config.clip_range)}
+        metrics = {"kl": kl.mean()}
         if config.critic:
             value = self.critic(steps.x_k, self.policy.times()[steps.k], batch.context_ids)
             error = (advantage - value).square().mean()
             self.critic.improve(error)
             advantage, metrics["critic_error"] = advantage - value.detach(), error
         advantage = advantage.clamp(-config.max_advantage, config.max_advantage)
-        objective = clipped_objective(ratio, advantage, config.clip_range)
-        return (config.reward_weight * objective + config.beta * kl).mean(), metrics
+        objective, figures = self.surrogate(batch, steps, step, ratio, advantage)
+        return (config.reward_weight * objective + config.beta * kl).mean(), {**metrics, **figures}

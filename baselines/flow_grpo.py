@@ -12,15 +12,15 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.losses import clip_fraction, clipped_objective, group_advantage
 from flowrl.functional.sde import GaussianStep
 from flowrl.registry import register_algorithm
+from flowrl.training.groups import GroupConfig, GroupRelative
 from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig
 from flowrl.types import Batch, Role, Transitions
 
 
 @dataclass(frozen=True)
-class FlowGRPOConfig(TransitionConfig):
+class FlowGRPOConfig(TransitionConfig, GroupConfig):
     """Settings of Flow-GRPO."""
 
     group_size: int = 8
@@ -43,7 +43,6 @@ class FlowGRPOConfig(TransitionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.beta >= 0, f"beta must not be negative, not {self.beta}.")
-        self.require(self.group_size > 1, "group_size must be at least 2: rewards are compared within a group.")
         self.require(
             self.window_start >= 0 and self.window >= 0 and self.window_stride >= 0,
             "window, window_start and window_stride must not be negative.",
@@ -76,10 +75,11 @@ class FlowGRPOConfig(TransitionConfig):
 
 
 @register_algorithm("flow_grpo")
-class FlowGRPO(TransitionAlgorithm):
+class FlowGRPO(GroupRelative, TransitionAlgorithm):
     """Group-relative policy optimisation of a flow's SDE sampler."""
 
     replayable = True
+    tilt_setting = ("beta", -1)
     Config: ClassVar[type[FlowConfig]] = FlowGRPOConfig
     config: FlowGRPOConfig
 
@@ -104,7 +104,14 @@ class FlowGRPO(TransitionAlgorithm):
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Compute advantages (B,) relative to the group; zero where all of a group agree."""
-        return group_advantage(rollout.reward, rollout.group, self.config.max_advantage)
+        return self.relative(rollout, self.config.max_advantage)
+
+    def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
+        """Compute `lambda = 1 / (beta std)`, of the law of whole paths, with the rewards' spread within groups.
+
+        Advantages are in units of that spread; gradient and penalty are both sums over steps, means over dimensions.
+        """
+        return 1 / (self.config.beta * (reward_std + 1e-4)) if self.config.beta > 0 else None
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""
@@ -112,10 +119,9 @@ class FlowGRPO(TransitionAlgorithm):
         steps = self.recorded(batch)
         step = self.step(steps, batch.context_ids)
         ratio = self.ratio(batch, steps, step)
-        objective = clipped_objective(ratio, batch.advantage, config.clip_range)
+        objective, metrics = self.surrogate(batch, steps, step, ratio, batch.advantage)
         if config.step_weighting == "noise":
             objective = objective * self.noise_weight(steps)
-        metrics = {"clip_fraction": clip_fraction(ratio, config.clip_range)}
         if config.beta == 0:
             return objective.mean(), metrics
         kl = step.kl(self.step(steps, batch.context_ids, "reference"))

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.errors import ConfigError
 from flowrl.orw_w2 import ORWCFMW2, ORWConfig
 from flowrl.registry import register_algorithm
+from flowrl.training.given import read_samples
 from flowrl.types import Role, Rows
 
 
@@ -52,7 +52,7 @@ class RWR(ORWCFMW2):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.data = read_samples(Path(self.config.data), self) if self.config.data else None
+        self.data = read_samples(Path(self.config.data), self, ("x_1",)) if self.config.data else None
         self.learns_from = "samples" if self.data is None else "data"
 
     @classmethod
@@ -85,31 +85,4 @@ class RWR(ORWCFMW2):
         if self.data is None:
             return super().draw(context_ids)
         done, n = self.buffer.size, len(context_ids) * self.ranks.world_size
-        return self.data[0][self.ranks.shard(self.rows[done : done + n])], {}
-
-
-def read_samples(path: Path, model: RWR) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read given samples: `x_1` (N, *latent_shape), in the flow's own (latent) space, and `contexts` (N,).
-
-    Raises:
-        ConfigError: The file is missing or damaged, or its tensors do not fit the flow and the environment.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path, device=str(model.device))
-        x_1, contexts = tensors["x_1"].float(), tensors["contexts"].long()
-    except Exception as error:
-        raise ConfigError(
-            f"Cannot read samples from '{path}': {type(error).__name__} {error}. It must be a safetensors file with "
-            "'x_1' and 'contexts'."
-        ) from error
-    shape, n_contexts = model.policy.model.latent_shape, len(model.env.core.contexts)
-    if x_1.shape[1:] != shape or contexts.shape != x_1.shape[:1] or len(x_1) == 0:
-        raise ConfigError(
-            f"The samples in '{path}' do not fit: x_1 must be (N, {', '.join(map(str, shape))}) and contexts (N,), "
-            f"not {tuple(x_1.shape)} and {tuple(contexts.shape)}."
-        )
-    if not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
-        raise ConfigError(f"The contexts in '{path}' must be indices from 0 to {n_contexts - 1}.")
-    return x_1, contexts
+        return self.data[0][0][self.ranks.shard(self.rows[done : done + n])], {}

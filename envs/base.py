@@ -68,6 +68,14 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         self._context = 0
         self._last = np.zeros(self.sample_shape, dtype=np.float32)
 
+    @property
+    def reward_weights(self) -> Mapping[str, float]:
+        """Weights of the components, by name, of a reward that is their weighted sum; empty for any other.
+
+        They are the attribute `weights` of the environment's `reward_function`.
+        """
+        return getattr(getattr(self, "reward_function", None), "weights", {})
+
     @abstractmethod
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward samples (B, *sample_shape) on any device, with one context per sample."""

@@ -2,9 +2,13 @@
 
 from flowrl.baselines.adrpo import ADRPO
 from flowrl.baselines.awm import AWM
+from flowrl.baselines.crd import CRD
 from flowrl.baselines.ddpo import DDPO
+from flowrl.baselines.dgpo import DGPO
 from flowrl.baselines.dpok import DPOK
+from flowrl.baselines.flow_dpo import FlowDPO
 from flowrl.baselines.flow_grpo import FlowGRPO
+from flowrl.baselines.fpo import FPO
 from flowrl.baselines.kl import ExactKL
 from flowrl.baselines.nft import NFT
 from flowrl.baselines.raft import RAFT
@@ -37,8 +41,11 @@ for _spec in (*_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *
 __all__ = [
     "ADRPO",
     "AWM",
+    "CRD",
     "DDPO",
+    "DGPO",
     "DPOK",
+    "FPO",
     "NFT",
     "ORWCFM",
     "ORWCFMKL",
@@ -52,6 +59,7 @@ __all__ = [
     "ExactKL",
     "FlowAlgorithm",
     "FlowConfig",
+    "FlowDPO",
     "FlowGRPO",
     "FlowPolicy",
     "GenerationEnv",

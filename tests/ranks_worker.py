@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {
     "accumulation": 3,  # of which the last gradient step of an iteration has fewer
     "group_size": 8,
 }
+SEVERAL: dict[str, Any] = {"reward_aggregation": "gdpo", "lora_rank": 4, "learning_rate": 1e-5}
 PICTURES: dict[str, Any] = {"n_samples": 8, "batch_size": 8, "rollout_steps": 2, "group_size": 4}
 
 
@@ -57,6 +58,11 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     found["branches"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"branch": True, "window": 2, "ratio": "guard"})
     found["pictures"] = ("orw_w2", "sd3-count", {}, PICTURES)
     found["pictures, LoRA"] = ("flow_grpo", "sd3-count", {}, PICTURES | {"lora_rank": 4})
+    found["shared draws"] = ("fpo", "gaussians-linear", {}, SMALL | {"shared": True, "draws": 3})
+    found["masked"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"mask": "dppo", "dppo_delta": 1e-4})
+    two = {"reward": "colourfulness:1+count:0.5"}
+    found["several rewards"] = ("dgpo", "sd3-count", two, PICTURES | SEVERAL)
+    found["ties"] = ("flow_dpo", "sd3-count", {}, PICTURES | {"group_size": 2, "lora_rank": 4})
     mixture = {"reward": "colourfulness:1:running+winrate(count):0.5"}
     found["mixture"] = ("raft", "sd3-count", mixture, PICTURES | {"group_size": 2, "n_best": 1, "lora_rank": 4})
     return found

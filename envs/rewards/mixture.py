@@ -184,6 +184,11 @@ class MixtureReward:
             for p in self.parts
         )
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each part by the name of its component."""
+        return {part.label: part.weight for part in self.parts}
+
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward images (B, 3, H, W) in [0, 1], with the running statistics as they are.
 

@@ -214,7 +214,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             extra = {name: rows[index] for name, rows in extra.items()}
             extra["stray"] = context_ids[index] != context_ids  # stands in for another context: see `_weigh`
             x_1, samples, context_ids, output = x_1[index], samples[index], context_ids[index], output.at(kept, index)
-        self.buffer.add(x_1, context_ids, output.reward, extra)
+        self.buffer.add(x_1, context_ids, output.reward, {**extra, **self.rows_of(output)})
         self.record.add(samples, context_ids, output)
         return samples
 

@@ -13,7 +13,7 @@ from flowrl.errors import ConfigError
 
 HOOKS = (
     *("contexts", "draw", "reward", "weigh", "advantage", "order", "loss", "refresh", "refresh_decay"),
-    *("pair", "velocity", "error", "reward_of", "cautions", "copies_for", "couple", "read"),
+    *("pair", "velocity", "error", "reward_of", "cautions", "copies_for", "couple", "read", "rows_of"),
 )
 """Methods that a subclass of `FlowAlgorithm` replaces or calls."""
 FORMER = {

@@ -8,6 +8,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -105,7 +106,7 @@ def _try(
     env.flow = replace(env.flow, load=env.flow.imitation)
     with tracker.phase("loading, encoding prompts"):
         model: Any = cls("FlowPolicy", env, config=config, device="cpu", ranks=Ranks())
-    model.checks, model.reward_calls = NoChecks(), _imitated_reward
+    model.checks, model.reward_calls = NoChecks(), partial(_imitated_reward, tuple(env.reward_weights))
     missing = cls.unpredictable
     try:
         _iterate(model, tracker)
@@ -126,8 +127,9 @@ def _iterate(model: Any, tracker: _Tracker) -> None:
             x_1, rows = _drawn(model, ids)
         with tracker.phase("decoding samples"):
             output, _ = model.reward(policy.decode(x_1), ids)
-            buffer.add(x_1, ids, output.reward, rows)
-    buffer.size = min(config.n_samples, -(-config.batch_size * config.accumulation // buffer.parts))
+            buffer.add(x_1, ids, output.reward, {**rows, **model.rows_of(output)})
+    n = -(-config.batch_size * config.accumulation // buffer.parts)
+    buffer.size = min(config.n_samples, -(-n // config.group_size) * config.group_size)
     n = min(buffer.size * buffer.parts, config.entries_per_epoch())
     _without_values(model, "order", lambda: torch.arange(n))
     for parameter in policy.parameters_of("current").values():
@@ -170,10 +172,12 @@ def _drawn(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
 
 
 def _imitated_reward(
-    samples: torch.Tensor, context_ids: torch.Tensor, *, grad: bool = False
+    components: tuple[str, ...], samples: torch.Tensor, context_ids: torch.Tensor, *, grad: bool = False
 ) -> tuple[RewardOutput, torch.Tensor]:
     """Stand in for a reward, whose own memory is not counted: with a gradient by the samples, as `RewardCalls`."""
-    return RewardOutput(samples.flatten(1).float().mean(1)), torch.arange(len(samples), device=samples.device)
+    reward = samples.flatten(1).float().mean(1)
+    everything = torch.arange(len(samples), device=samples.device)
+    return RewardOutput(reward, dict.fromkeys(components, reward.detach())), everything
 
 
 def _parts(model: Any) -> dict[str, int]:

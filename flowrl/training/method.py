@@ -100,6 +100,10 @@ class Method(ABC):
         """Reward decoded samples (B, *sample_shape): see `RewardCalls`."""
         return self.reward_calls(samples, context_ids)
 
+    def rows_of(self, output: RewardOutput) -> Rows:
+        """Give rows that belong to each sample, name -> (B,), from what the reward gave beside its number."""
+        return {}
+
     def weigh(self, rollout: Batch) -> torch.Tensor:
         """Make weights (B,) of all samples of an iteration from their rewards: not negative.
 

@@ -7,12 +7,14 @@ reward at the end (Black et al. 2024, Fan et al. 2023).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from flowrl.config import FlowConfig
 from flowrl.errors import ConfigError
+from flowrl.functional.advantages import trusted
+from flowrl.functional.losses import clip_fraction, clipped_objective
 from flowrl.functional.sde import SDE, GaussianStep, SDEKind
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.types import Batch, Role, Rows, Transitions
@@ -32,12 +34,17 @@ class TransitionConfig(FlowConfig):
     """Ratios of step probabilities beyond 1 +- this get no gradient. Log-probabilities are means over dimensions."""
     max_advantage: float = 5.0
     """Advantages are clipped at this size."""
+    mask: Literal["none", "dppo"] = "none"
+    """What keeps steps near the policy that drew them: the clip of ratios alone ("none"), or in its place a mask of
+    those that have gone too far and move farther out ("dppo", Flow-DPPO), which lets one rollout serve more epochs."""
+    dppo_delta: float = 1e-5
+    """How far is too far for the mask: KL divergence of a step from the one that was drawn, mean over dimensions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.rollout_steps > 1, "rollout_steps must be at least 2: the last step is never noisy.")
         self.require(self.solver == "euler", f"An SDE sampler takes Euler steps, not '{self.solver}'.")
-        for name in ("clip_range", "max_advantage"):
+        for name in ("clip_range", "max_advantage", "dppo_delta"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         SDE(self.sde, self.noise_level)  # raises for settings without meaning
 
@@ -53,6 +60,16 @@ class TransitionAlgorithm(FlowAlgorithm):
     kind = "steps"
     learns_from = "steps"
     config: TransitionConfig
+
+    @classmethod
+    def copies_for(cls, config: Any) -> set[Role]:
+        """Keep the policy that drew the steps for the mask, which compares means with its own.
+
+        They are computed again from this copy, one evaluation a step. Rows of them would take as much memory as the
+        recorded states once more; the copy is of what is trained alone, with LoRA the adapters.
+        """
+        copies = super().copies_for(config)
+        return copies | {"behaviour"} if config.mask == "dppo" else copies
 
     @property
     def sde(self) -> SDE:
@@ -132,3 +149,18 @@ class TransitionAlgorithm(FlowAlgorithm):
     def ratio(self, batch: Batch, steps: Transitions, step: GaussianStep) -> torch.Tensor:
         """Compute the ratio (B,) of each step's probability now to when it was drawn."""
         return (step.mean_log_prob(steps.x_next) - steps.log_prob).exp()
+
+    def surrogate(
+        self, batch: Batch, steps: Transitions, step: GaussianStep, ratio: torch.Tensor, advantage: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the loss (B,) of ratios and advantages (B,), clipped or masked, and the share that this leaves out.
+
+        Clipped: `max(-A rho, -A clip(rho))`. Masked: `-A rho` where `trusted` of `D = |mu - mu_old|^2 / (2 sigma^2)`.
+        """
+        config = self.config
+        if config.mask == "none":
+            loss = clipped_objective(ratio, advantage, config.clip_range)
+            return loss, {"clip_fraction": clip_fraction(ratio, config.clip_range)}
+        divergence = step.kl(self.step(steps, batch.context_ids, "behaviour"))
+        kept = trusted(ratio, advantage, divergence, config.dppo_delta)
+        return torch.where(kept, -advantage * ratio, 0), {"masked": 1 - kept.float().mean()}

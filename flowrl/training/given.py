@@ -1,0 +1,44 @@
+"""Given samples: tensors of a file that an algorithm learns from in place of drawing its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
+
+
+def read_samples(path: Path, model: FlowAlgorithm, names: tuple[str, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Read tensors (N, *latent_shape) by their names, in the flow's own (latent) space, and `contexts` (N,).
+
+    Raises:
+        ConfigError: The file is missing or damaged, or its tensors do not fit the flow and the environment.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path, device=str(model.device))
+        samples, contexts = [tensors[name].float() for name in names], tensors["contexts"].long()
+    except Exception as error:
+        listed = ", ".join(f"'{name}'" for name in names)
+        raise ConfigError(
+            f"Cannot read samples from '{path}': {type(error).__name__} {error}. It must be a safetensors file with "
+            f"{listed} and 'contexts'."
+        ) from error
+    shape, n_contexts = model.policy.model.latent_shape, len(model.env.core.contexts)
+    for name, x_1 in zip(names, samples):
+        if x_1.shape[1:] != shape or contexts.shape != x_1.shape[:1] or len(x_1) == 0:
+            raise ConfigError(
+                f"The samples in '{path}' do not fit: {name} must be (N, {', '.join(map(str, shape))}) and contexts "
+                f"(N,), not {tuple(x_1.shape)} and {tuple(contexts.shape)}."
+            )
+        if not bool(x_1.isfinite().all()):
+            raise ConfigError(f"The samples in '{path}' do not fit: {name} holds numbers that are not finite.")
+    if not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
+        raise ConfigError(f"The contexts in '{path}' must be indices from 0 to {n_contexts - 1}.")
+    return samples, contexts
