@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.losses import best_of_groups
+from flowrl.functional.advantages import best_of_groups
 from flowrl.orw_w2 import ORWCFMW2, ORWCFMW2Config
 from flowrl.registry import register_algorithm
 from flowrl.types import Batch

@@ -72,7 +72,7 @@ class Tilt(FlowAlgorithm):
     """Self-consistent tilting."""
 
     Config: ClassVar[type[FlowConfig]] = TiltConfig
-    kind = "tilt"
+    kind = "mixture"
     tilt_setting = ("tau", 1)
     replayable = True
     config: TiltConfig

@@ -50,6 +50,7 @@ class Mutation(NamedTuple):
         return text.replace(self.old, self.new)
 
 
+ADVANTAGES = "flowrl/functional/advantages.py"
 LOSSES, SAMPLER, FLOW = "flowrl/functional/losses.py", "flowrl/functional/solvers.py", "flowrl/functional/flow.py"
 ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/evaluation/steering.py", "flowrl/training/algorithm.py"
 SDE, TRANSPORT = "flowrl/functional/sde.py", "flowrl/functional/transport.py"
@@ -83,14 +84,14 @@ MUTATIONS = (
     Mutation("kl-time-weight", LOSSES, "(t / (1 - t)).clamp_max", "((1 - t) / t).clamp_max", OF_LOSSES),
     Mutation(
         "group-advantage-scale",
-        LOSSES,
+        ADVANTAGES,
         "std = group_mean(centred.square(), group, n_groups).sqrt()",
         "std = group_mean(centred.square(), group, n_groups)",
         ("test_transitions.py::test_group_advantage_by_hand",),
     ),
     Mutation(
         "group-advantage-sign",
-        LOSSES,
+        ADVANTAGES,
         "return (centred / (std + 1e-4))",
         "return (-centred / (std + 1e-4))",
         ("test_transitions.py::test_group_advantage_by_hand",),
@@ -104,7 +105,7 @@ MUTATIONS = (
     ),
     Mutation(
         "best-of-groups",
-        LOSSES,
+        ADVANTAGES,
         "topk(min(n_best, table.shape[1]), dim=1)",
         "topk(min(n_best, table.shape[1]), dim=1, largest=False)",
         ("test_transitions.py::test_best_of_groups_by_hand",),
@@ -244,14 +245,14 @@ MUTATIONS = (
     ),
     Mutation(
         "pairs-turned",
-        LOSSES,
+        ADVANTAGES,
         "torch.stack([best.indices, worst.indices], dim=1)",
         "torch.stack([worst.indices, best.indices], dim=1)",
         ("test_transitions.py::test_pairs_are_the_best_and_the_worst_of_a_group",),
     ),
     Mutation(
         "pairs-of-ties",
-        LOSSES,
+        ADVANTAGES,
         "[best.values > worst.values]",
         "[best.values >= worst.values]",
         ("test_transitions.py::test_pairs_are_the_best_and_the_worst_of_a_group",),

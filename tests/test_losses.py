@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowrl.errors import NonFiniteError
-from flowrl.functional import losses
+from flowrl.functional import advantages, losses
 
 pytestmark = pytest.mark.on_device
 
@@ -88,7 +88,7 @@ def test_rewards_that_agree_are_zeros_also_where_their_sum_rounds() -> None:
     reward = torch.full((48,), 147.1)
     groups = torch.arange(48) // 24
     assert losses.group_mean(reward, groups, 2).tolist() == reward.tolist()
-    assert losses.group_advantage(reward, torch.arange(len(reward)) // 24).abs().max() == 0
+    assert advantages.group_advantage(reward, torch.arange(len(reward)) // 24).abs().max() == 0
     for kind in ("batch", "group"):
         assert losses.standardise(reward, kind, groups, 2).abs().max() == 0
 

@@ -23,7 +23,7 @@ from properties import (
 import flowrl
 from flowrl.envs.rewards.mixture import RunningStatistics
 from flowrl.errors import NonFiniteError
-from flowrl.functional import losses
+from flowrl.functional import advantages, losses
 from flowrl.types import Batch
 
 pytestmark = pytest.mark.on_device
@@ -94,7 +94,7 @@ def test_standardised_rewards(rewards, factor, shift) -> None:
 @given(tensors(-200, 200), st.integers(1, 9), numbers(0.5, 5))
 def test_group_advantages(reward, group_size, maximum) -> None:
     """Mean zero in each group, bounded, in the order of rewards; exactly zero where a group's rewards agree."""
-    advantage = losses.group_advantage(reward, torch.arange(len(reward)) // group_size, maximum)
+    advantage = advantages.group_advantage(reward, torch.arange(len(reward)) // group_size, maximum)
     assert advantage.abs().max() <= maximum
     for values, rewards in zip(advantage.split(group_size), reward.split(group_size)):
         assert (values[rewards.argsort()].diff() >= 0).all()
@@ -102,7 +102,7 @@ def test_group_advantages(reward, group_size, maximum) -> None:
             assert values.abs().max() == 0
         elif values.abs().max() < maximum:
             assert abs(values.mean().item()) < 1e-2
-        alone = losses.group_advantage(
+        alone = advantages.group_advantage(
             rewards, torch.zeros(len(rewards), dtype=torch.long), maximum
         )  # other groups are nothing to it
         torch.testing.assert_close(alone, values, atol=1e-3, rtol=1e-3)
@@ -121,7 +121,7 @@ def test_rewards_that_agree_have_no_advantage(value, group_size, n) -> None:
     """Exactly none, whatever the rewards: rounding must not become an advantage that all samples share."""
     reward = torch.full((n * group_size,), value)
     groups = torch.arange(len(reward)) // group_size
-    assert losses.group_advantage(reward, groups).abs().max() == 0
+    assert advantages.group_advantage(reward, groups).abs().max() == 0
     for kind in ("batch", "group"):
         assert losses.standardise(reward, kind, groups, n).abs().max() == 0
     ddpo, batch = statistics_of(n), Batch(reward, groups, reward, reward, groups)
@@ -132,7 +132,7 @@ def test_rewards_that_agree_have_no_advantage(value, group_size, n) -> None:
 @given(tensors(-100, 100), st.integers(1, 6), st.data())
 def test_the_best_of_each_group_are_chosen(reward, group_size, data) -> None:
     n_best = data.draw(st.integers(1, group_size))
-    chosen = losses.best_of_groups(reward, torch.arange(len(reward)) // group_size, n_best)
+    chosen = advantages.best_of_groups(reward, torch.arange(len(reward)) // group_size, n_best)
     for rewards, kept in zip(reward.split(group_size), chosen.split(group_size)):
         assert kept.sum() == min(n_best, len(rewards))
         if not kept.all():

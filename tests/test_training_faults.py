@@ -352,7 +352,7 @@ def environment(reward: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 def test_a_group_of_one_is_said_at_once() -> None:
     class Alone(flowrl.FlowAlgorithm):
         def advantage(self, rollout: Any) -> torch.Tensor:
-            from flowrl.functional.losses import group_advantage
+            from flowrl.functional.advantages import group_advantage
 
             return group_advantage(rollout.reward, rollout.group)
 

@@ -12,8 +12,9 @@ from torch import nn
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, QuadraticReward, eight_gaussians
 from flowrl.errors import ConfigError
+from flowrl.functional.advantages import best_and_worst, best_of_groups, group_advantage
 from flowrl.functional.flow import score
-from flowrl.functional.losses import best_and_worst, best_of_groups, clip_fraction, clipped_objective, group_advantage
+from flowrl.functional.losses import clip_fraction, clipped_objective
 from flowrl.functional.metrics import wasserstein2
 from flowrl.functional.sde import SDE, GaussianStep, sde_sample
 from flowrl.functional.solvers import time_grid

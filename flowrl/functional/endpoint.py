@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from flowrl.functional.advantages import group_advantage
 from flowrl.functional.flow import TimeSampling, drawn, expand
-from flowrl.functional.losses import group_advantage, group_mean
+from flowrl.functional.losses import group_mean
 from flowrl.types import Role
 
 Spread = Literal["group", "global", "none"]

@@ -10,9 +10,8 @@ import torch
 
 from flowrl.config import FlowConfig
 from flowrl.errors import ConfigError
-from flowrl.functional.advantages import decoupled_advantage
+from flowrl.functional.advantages import decoupled_advantage, group_advantage
 from flowrl.functional.flow import sample_time
-from flowrl.functional.losses import group_advantage
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.types import Batch, Pair, RewardOutput, Rows
 

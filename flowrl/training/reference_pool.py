@@ -85,7 +85,7 @@ class ReferencePool:
         self.slot[context], self.context[slot] = slot, context
 
     def _rewarded(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw samples of the reference (B, *latent_shape), and their rewards (B,); others stand in for dropped ones."""
+        """Draw samples of the reference (B, *latent_shape) and their rewards (B,); others stand in for dropped ones."""
         model = self.model
         x_1 = model.policy.sample_latents(context_ids, role="reference", generator=model.generator)
         output, kept = model.reward(model.policy.decode(x_1), context_ids)

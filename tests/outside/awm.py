@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import flowrl
-from flowrl.functional.losses import clipped_objective, group_advantage, squared_error
+from flowrl.functional.advantages import group_advantage
+from flowrl.functional.losses import clipped_objective, squared_error
 
 
 @dataclass(frozen=True)

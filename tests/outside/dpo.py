@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 import flowrl
+from flowrl.functional.advantages import best_and_worst
 from flowrl.functional.flow import sample_time
-from flowrl.functional.losses import best_and_worst
 
 
 @dataclass(frozen=True)

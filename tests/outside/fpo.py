@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 import flowrl
+from flowrl.functional.advantages import group_advantage
 from flowrl.functional.flow import sample_time
-from flowrl.functional.losses import clipped_objective, group_advantage
+from flowrl.functional.losses import clipped_objective
 
 
 @dataclass(frozen=True)
