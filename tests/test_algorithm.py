@@ -51,6 +51,9 @@ class Recorder(KVWriter):
         pass
 
 
+WEIGHTED = {"kl", "orw", "orw_kl", "orw_w2", "raft", "rwr", "tilt"}
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_algorithm_logs_what_a_run_shows(algo):
     model, recorder = small(algo), Recorder()
@@ -63,7 +66,7 @@ def test_every_algorithm_logs_what_a_run_shows(algo):
     }
     assert len(recorder.rows) == 2
     assert expected <= recorder.rows[-1].keys()
-    assert ("rollout/ess" in recorder.rows[-1]) == model.has_weights == (model.learns_from != "steps")
+    assert ("rollout/ess" in recorder.rows[-1]) == model.has_weights == (algo in WEIGHTED)
     assert all(math.isfinite(value) for value in recorder.rows[-1].values())
 
 

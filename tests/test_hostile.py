@@ -98,7 +98,7 @@ def suite(tmp_path: Path, *changes: tuple[str, str], text: str = SUITE) -> str:
         ("{ n_samples = 64 }", '{ n_samples = "64" }', "n_samples must be a whole number, not '64'"),
         ("{ n_samples = 64 }", "{ n_samples = 64.5 }", "n_samples must be a whole number, not 64.5"),
         ("{ n_samples = 64 }", f"{{ n_samples = {2**63} }}", "n_samples must be a whole number"),
-        ("{ n_samples = 64 }", "{ compile = 1 }", "compile must be true or false, not 1"),
+        ("{ n_samples = 64 }", "{ compile = 1 }", "compile must be one of auto, off, blocks, whole, not 1"),
         ("{ n_samples = 64 }", "{ solver = [] }", r"solver must be one of euler, .*, not \[\]"),
         ("{ n_samples = 64 }", "{ weight_decay = nan }", "weight_decay must be a number, not nan"),
         ("{ n_samples = 64 }", "{ lora_targets = [1] }", r"lora_targets must be a list, not \[1\]"),

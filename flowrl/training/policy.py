@@ -72,7 +72,6 @@ class FlowPolicy(SB3Policy):
         self.generator = torch.Generator(device)
         self.generator.manual_seed(torch.seed() if seed is None else seed)
         self.networks = RoleNetworks(model, copies, self.lora, getattr(torch, config.precision))
-        self.roles = self.networks.roles
         self.graphs = Graphs(self.networks, device, config.cuda_graphs)
         if config.gradient_checkpointing:
             self.networks.checkpoint_gradients()
@@ -226,10 +225,11 @@ class FlowPolicy(SB3Policy):
 
     def times(self, steps: int | None = None) -> torch.Tensor:
         """Give the times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
-        steps = self.steps if steps is None else steps
-        if steps not in self._times:
-            self._times[steps] = self.model.times(steps).to(self.device)
-        return self._times[steps]
+        if steps is not None and steps != self.steps:
+            return self.model.times(steps).to(self.device)
+        if self.steps not in self._times:
+            self._times[self.steps] = self.model.times(self.steps).to(self.device)
+        return self._times[self.steps]
 
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
         """Draw samples (B, *sample_shape), decoded.

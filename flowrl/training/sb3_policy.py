@@ -22,15 +22,18 @@ class SB3Policy(BasePolicy):
 
     Attributes:
         networks: The velocity network in its roles.
-        roles: Roles that have weights of their own.
     """
 
     networks: RoleNetworks
-    roles: tuple[Role, ...]
 
     @abstractmethod
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
         """Draw samples (B, *sample_shape) for context indices (B,)."""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Roles that have weights of their own."""
+        return self.networks.roles
 
     @property
     def evaluations(self) -> int:
