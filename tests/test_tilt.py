@@ -224,3 +224,49 @@ def test_settings_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.ranks, "world_size", 3)
     with pytest.raises(ConfigError, match="3 processes cannot share 4 reference samples"):
         ReferencePool(model, 32, 4)
+
+
+def test_a_minibatch_is_the_mixture() -> None:
+    """The loss by hand, with a fixed critic: shares of the mixture, weights in units of the spread, bases by source."""
+    model = flowrl.Tilt(
+        "FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=64, batch_size=64, pool=128,
+        own_share=0.2, tau=1.5, reward_units="std",
+    )  # fmt: skip
+    model.learn(64 * 3)
+    rollout, pool = model.buffer.all(), model.pool
+    torch.testing.assert_close(model.unit, pool.reward.std(correction=0) + 1e-4)
+    rho = (1.5 / model.unit * rollout.reward).exp() / (1.5 / model.unit * pool.reward[0]).exp().mean()
+    torch.testing.assert_close(rollout.weight, rho / (1 + 0.2 * (rho - 1)), rtol=1e-4, atol=1e-5)
+    state = model.generator.get_state()
+    x_1, reward = pool.draw(rollout.context_ids)
+    pairs = [model.noised(x, rollout.context_ids) for x in (rollout.x_1, x_1)]
+    weights = [rollout.weight, model.weights_of(reward, rollout.context_ids)]
+    expected = torch.zeros((), device=DEVICE)
+    improved = []
+    with torch.no_grad():
+        for share, pair, w, role in zip((0.2, 0.8), pairs, weights, ("behaviour", "reference")):
+            b = model.critic(pair.x_t, pair.t, rollout.context_ids).clamp_min(0)
+            improved.append((b - w).square().mean())
+            v, base = model.velocity(pair), model.velocity(pair, role)
+            error = (w - b) * (v - pair.u).square().mean(1) + b * (v - base).square().mean(1)
+            expected = expected + share * error.mean()
+    model.generator.set_state(state)
+    loss, _ = model.loss(rollout)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
+    for _ in range(200):  # the critic learns the weights
+        model.generator.set_state(state)
+        model.loss(rollout)
+    with torch.no_grad():
+        errors = [(model.critic(p.x_t, p.t, rollout.context_ids) - w).square().mean() for p, w in zip(pairs, weights)]
+    assert sum(errors) < 0.8 * sum(improved)
+
+
+def test_times_of_much_noise_weigh_less() -> None:
+    model = flowrl.Tilt(
+        "FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, pool=64, time_weighting="variance", max_time=0.8
+    )
+    t = torch.tensor([0.01, 0.41, 0.79, 0.79], device=DEVICE)
+    weight = model.time_weight(t, torch.tensor([1.0, 2.0, 3.0, 5.0], device=DEVICE))
+    torch.testing.assert_close(weight, torch.tensor([1, 1 / 2, 1 / 4, 1 / 4], device=DEVICE) * 3 / (1 + 1 / 2 + 1 / 4))
+    again = model.time_weight(t[:1], torch.tensor([3.0], device=DEVICE))  # a running mean: 2 at the first time now
+    torch.testing.assert_close(again, torch.tensor([1 / 2], device=DEVICE) * 3 / (1 / 2 + 1 / 2 + 1 / 4))

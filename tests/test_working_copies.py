@@ -100,7 +100,7 @@ def test_no_copy_where_the_network_itself_serves(folder: Path) -> None:
 def test_rounding_at_random_is_right_on_average() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.tensor([1.0, 1.0 + 2**-10, -1.0 - 2**-10, 3e-5, 0.0]).repeat(40_000, 1)  # bfloat16 steps by 2**-7 at 1
-    rounded = rounded_at_random(x, generator)
+    rounded = rounded_at_random(x.clone(), generator)
     assert torch.equal(rounded, rounded.bfloat16().float())
     assert (rounded - x).abs().max() <= 2**-7
     torch.testing.assert_close(rounded.mean(0), x[0], rtol=2e-4, atol=0)
