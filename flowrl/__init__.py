@@ -6,6 +6,7 @@ from flowrl.baselines.crd import CRD
 from flowrl.baselines.ddpo import DDPO
 from flowrl.baselines.dgpo import DGPO
 from flowrl.baselines.dpok import DPOK
+from flowrl.baselines.draft import DRaFT
 from flowrl.baselines.flow_dpo import FlowDPO
 from flowrl.baselines.flow_grpo import FlowGRPO
 from flowrl.baselines.fpo import FPO
@@ -13,6 +14,7 @@ from flowrl.baselines.kl import ExactKL
 from flowrl.baselines.nft import NFT
 from flowrl.baselines.raft import RAFT
 from flowrl.baselines.ram import RAM
+from flowrl.baselines.refl import ReFL
 from flowrl.baselines.rvm import RVM
 from flowrl.baselines.rwr import RWR
 from flowrl.config import FlowConfig
@@ -55,6 +57,7 @@ __all__ = [
     "RVM",
     "RWR",
     "Batch",
+    "DRaFT",
     "EvaluationResult",
     "ExactKL",
     "FlowAlgorithm",
@@ -65,6 +68,7 @@ __all__ = [
     "GenerationEnv",
     "GenerationVecEnv",
     "Prompt",
+    "ReFL",
     "RewardOutput",
     "Tilt",
     "VelocityModel",

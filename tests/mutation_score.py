@@ -846,6 +846,35 @@ MUTATIONS = (
         "self.reward - self.reward.mean()",
         ("test_tilt.py::test_the_spread_of_rewards_is_that_within_contexts",),
     ),
+    # gradients of the reward
+    Mutation(
+        "draft-steps",
+        "baselines/draft.py",
+        "grad_steps=self.config.grad_steps\n",
+        "grad_steps=self.config.grad_steps + 1\n",
+        ("test_gradient_methods.py::test_draft_is_the_derivative_of_the_last_steps",),
+    ),
+    Mutation(
+        "refl-steps",
+        "baselines/refl.py",
+        "step = n_steps - 1 - int(",
+        "step = n_steps - 2 - int(",
+        ("test_gradient_methods.py::test_refl_is_the_derivative_of_the_estimate",),
+    ),
+    Mutation(
+        "reward-gradient-sign",
+        "flowrl/training/reward_gradients.py",
+        "loss = -self.reward_of",
+        "loss = self.reward_of",
+        ("test_gradient_methods.py::test_draft_is_the_derivative_of_the_last_steps",),
+    ),
+    Mutation(
+        "reward-gradient-penalty",
+        "flowrl/training/reward_gradients.py",
+        "loss + self.config.alpha * drift",
+        "loss - self.config.alpha * drift",
+        ("test_gradient_methods.py::test_the_penalty_pulls_to_the_reference",),
+    ),
     # working copies
     Mutation(
         "merged-adapter",
