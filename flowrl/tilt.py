@@ -18,7 +18,7 @@ import torch
 from flowrl.config import FlowConfig
 from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import residual_weighted_loss, squared_error
-from flowrl.functional.tilting import mixture_weight, tilt_ratio
+from flowrl.functional.tilting import mixture_weight, tilt_level, tilt_ratio
 from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
 from flowrl.training.algorithm import FlowAlgorithm
@@ -102,8 +102,9 @@ class Tilt(FlowAlgorithm):
 
     def weights_of(self, reward: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
         """Compute the weights w (B,) of samples in the mixture, between 0 and 1 / pi."""
-        rho = tilt_ratio(reward, self.pool.rewards_of(context_ids), self.config.tau / self.unit)
-        return mixture_weight(rho, self.config.own_share)
+        tau, slot = self.config.tau / self.unit, self.pool.slot[context_ids]
+        top, z = tilt_level(self.pool.reward, tau)
+        return mixture_weight(tilt_ratio(reward, (top[slot], z[slot]), tau), self.config.own_share)
 
     def weigh(self, rollout: Batch) -> torch.Tensor:
         """Compute the weights (B,) of own samples."""
@@ -156,7 +157,8 @@ class Tilt(FlowAlgorithm):
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Compute the lambda of the tilt `q_ref e^(lambda r) / Z` that is aimed at: tau, in units of the reward."""
-        return self.config.tau / (reward_std if self.config.reward_units == "std" else torch.ones_like(reward_std))
+        first = reward_std if self.config.reward_units == "std" else torch.ones_like(reward_std)
+        return self.config.tau / torch.where(self.unit.isnan(), first, self.unit)
 
 
 def joined(first: Pair, second: Pair) -> Pair:

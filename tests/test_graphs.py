@@ -129,9 +129,8 @@ def test_replays_give_the_same_run(name: str, case: str) -> None:
     assert_same(eager, replayed)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
-def test_working_copies_are_up_to_date_in_replays(lora_rank: int) -> None:
-    settings = {"env_settings": {"flow": "mini-sd3"}, "lora_rank": lora_rank, "rollout_steps": 2, "n_samples": 4}
+def test_working_copies_are_up_to_date_in_replays() -> None:
+    settings = {"env_settings": {"flow": "mini-sd3"}, "lora_rank": 4, "rollout_steps": 2, "n_samples": 4}
     settings |= {"group_size": 2, "batch_size": 2, "guidance_scale": 2.0, "learning_rate": 1e-2}
     eager, replayed = (trained(flowrl.ORWCFMW2, "sd3-count", 4, is_on, **settings) for is_on in (False, True))
     assert len(replayed.policy.graphs._captured) == 3  # sampling, updates, gradient steps

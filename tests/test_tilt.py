@@ -13,7 +13,7 @@ from conftest import DEVICE
 import flowrl
 from flowrl.errors import ConfigError
 from flowrl.functional.losses import residual_weighted_loss
-from flowrl.functional.tilting import mixture_weight, tilt_ratio
+from flowrl.functional.tilting import mixture_weight, tilt_level, tilt_ratio
 from flowrl.training.reference_pool import ReferencePool
 
 pytestmark = pytest.mark.on_device
@@ -47,7 +47,7 @@ def exact(q: torch.Tensor, reward: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def test_weights_of_agreeing_rewards_are_one_exactly() -> None:
     for value in (0.1, -3.7, 1e6):
         reward = torch.full((5,), value, device=DEVICE)
-        rho = tilt_ratio(reward, torch.full((5, 7), value, device=DEVICE), 0.3)
+        rho = tilt_ratio(reward, tilt_level(torch.full((5, 7), value, device=DEVICE), 0.3), 0.3)
         assert torch.equal(rho, torch.ones_like(rho))
         assert torch.equal(mixture_weight(rho, 0.3), torch.ones_like(rho))
 
@@ -56,17 +56,17 @@ def test_weights_of_agreeing_rewards_are_one_exactly() -> None:
 def test_weights_are_bounded_and_need_no_level(pi: float) -> None:
     reference = 3 * torch.randn(6, 50, device=DEVICE)
     reward = torch.tensor([-1e4, -3.0, 0.0, 3.0, 50.0, 1e4], device=DEVICE)
-    w = mixture_weight(tilt_ratio(reward, reference, 2.0), pi)
+    w = mixture_weight(tilt_ratio(reward, tilt_level(reference, 2.0), 2.0), pi)
     assert bool(w.isfinite().all())
     assert w.min() >= 0
     assert w.max() <= 1 / pi * (1 + 1e-6)
-    shifted = mixture_weight(tilt_ratio(reward[1:4] + 7, reference[1:4] + 7, 2.0), pi)
+    shifted = mixture_weight(tilt_ratio(reward[1:4] + 7, tilt_level(reference[1:4] + 7, 2.0), 2.0), pi)
     torch.testing.assert_close(shifted, w[1:4], rtol=1e-4, atol=1e-6)
 
 
 def test_each_context_has_its_own_level() -> None:
     reference = torch.tensor([[0.0, 1.0], [10.0, 12.0]], device=DEVICE)
-    rho = tilt_ratio(torch.tensor([1.0, 10.0], device=DEVICE), reference, 1.0)
+    rho = tilt_ratio(torch.tensor([1.0, 10.0], device=DEVICE), tilt_level(reference, 1.0), 1.0)
     expected = [math.e / ((1 + math.e) / 2), 1 / ((1 + math.exp(2)) / 2)]
     torch.testing.assert_close(rho.cpu(), torch.tensor(expected))
     torch.testing.assert_close(mixture_weight(rho, 1e-9), rho)  # pi -> 0: weights of offline regression

@@ -8,21 +8,33 @@ LARGEST = 1e30
 """Ratio beyond which a weight is 1 / pi to the last bit."""
 
 
-def tilt_ratio(reward: torch.Tensor, reference: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
+def tilt_level(reference: torch.Tensor, tau: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the largest reward r_0 of each context (C,), and `Z e^(-tau r_0)` (C,), its mean of `e^(tau (r - r_0))`.
+
+    Args:
+        reference: Rewards (C, M) of reference samples of each context.
+        tau: Inverse temperature of the tilt.
+    """
+    top = reference.amax(1)
+    e = (tau * (reference - top[:, None])).exp()
+    least = e.amin(1)
+    return top, least + (e - least[:, None]).mean(1)  # exactly one where all rewards agree
+
+
+def tilt_ratio(
+    reward: torch.Tensor, level: tuple[torch.Tensor, torch.Tensor], tau: float | torch.Tensor
+) -> torch.Tensor:
     """Compute `rho = e^(tau r) / Z` (B,): how much likelier a sample is under the tilt than under the reference.
 
     Args:
         reward: r (B,).
-        reference: Rewards (B, M) of reference samples of the same contexts; `Z` is their mean of `e^(tau r)`.
+        level: What `tilt_level` gives for the context of each sample, (B,) and (B,).
         tau: Inverse temperature of the tilt.
 
     Returns:
         The ratio, at most `LARGEST`; exactly one where all rewards agree.
     """
-    top = reference.amax(1)
-    e = (tau * (reference - top[:, None])).exp()
-    least = e.amin(1)
-    z = least + (e - least[:, None]).mean(1)
+    top, z = level
     return ((tau * (reward - top)).exp() / z).clamp_max(LARGEST)
 
 

@@ -92,10 +92,6 @@ class ReferencePool:
         row = torch.arange(len(x_1), device=model.device) % len(kept)
         return x_1[kept[row]], output.reward[row]
 
-    def rewards_of(self, context_ids: torch.Tensor) -> torch.Tensor:
-        """Look up the rewards (B, size) of the samples of contexts (B,) that it holds."""
-        return self.reward[self.slot[context_ids]]
-
     def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw one of the samples of each context (B,): latents (B, *latent_shape), float32, and rewards (B,)."""
         generator, device = self.model.generator, self.model.device

@@ -58,6 +58,9 @@ class RoleNetworks(nn.Module):
         self.copies = nn.ModuleDict()
         self._models: dict[Role, VelocityModel] = dict.fromkeys(self.available, model)
         self._working: dict[Role, WorkingCopy] = {}
+        self._plain: tuple[
+            VelocityModel, ...
+        ] = ()  # around the base network without adapters; in a tuple: no submodule
         self._apart: dict[Role, VelocityModel] = {}  # structures with another adapter switched on; weights are shared
         self.asked: set[Role] = set()
         self.compiled: Compile = "off"
@@ -66,7 +69,7 @@ class RoleNetworks(nn.Module):
                 self.copies[role] = copy.deepcopy(model.network).requires_grad_(False).eval()
                 self._models[role] = model.with_network(self.copies[role])
         else:
-            self._plain = (model.with_network(sharing_copy(model.network)),)  # in a tuple: no submodule of its own
+            self._plain = (model.with_network(sharing_copy(model.network)),)
             self._adapted = add_adapters(model, list(self.roles), lora)
         self.train_through(model.network)
         if not self._parameters_of["current"]:
@@ -137,6 +140,8 @@ class RoleNetworks(nn.Module):
         """
         self._trained = (self.model.with_network(network),)  # in a tuple: no submodule of its own
         self.is_sharded = is_sharded
+        if is_sharded:  # copies would hold on to the whole weights
+            self._plain, self._working, self._apart = (), {}, {}
         self._parameters_of = {role: self._collect(role) for role in self.roles}
 
     def set_training_mode(self, mode: bool) -> None:
@@ -205,7 +210,7 @@ class RoleNetworks(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """Compute activations again in backward passes instead of keeping them."""
-        for model in (self.model, *(self._plain if self.lora is not None else ())):
+        for model in (self.model, *self._plain):
             model.checkpoint_gradients()
 
     def export(self, folder: Path, role: Role, adapter: Mapping[str, torch.Tensor] | None = None) -> None:
