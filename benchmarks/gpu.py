@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out gpu.json
     python benchmarks/gpu.py --quick --out gpu.json                      # about two minutes
-    python benchmarks/gpu.py --baseline ../older --set compile=true      # also an older checkout, in a child process
+    python benchmarks/gpu.py --baseline ../older                         # also an older checkout, in a child process
     python benchmarks/gpu.py --tiny                                      # on the CPU, to try the script
 
 Networks are of full size with random weights; nothing is downloaded. A row that fails says so, and the others go on.
