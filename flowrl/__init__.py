@@ -1,5 +1,6 @@
 """flowrl fine-tunes flow-matching generators with rewards, and compares the ways to do it."""
 
+from flowrl.baselines.adjoint import AdjointMatching
 from flowrl.baselines.adrpo import ADRPO
 from flowrl.baselines.awm import AWM
 from flowrl.baselines.crd import CRD
@@ -56,6 +57,7 @@ __all__ = [
     "RAM",
     "RVM",
     "RWR",
+    "AdjointMatching",
     "Batch",
     "DRaFT",
     "EvaluationResult",

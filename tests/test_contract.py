@@ -25,7 +25,7 @@ OWN_ALGORITHMS = sorted(name for name, cls in ALGORITHMS.items() if cls.__module
 def make(name: str, env: str, **settings: object) -> flowrl.FlowAlgorithm:
     own: dict[str, object] = {}
     cls, settings_of_env = flowrl.algorithm_class(name), SMALL[env]
-    if cls.learns_from == "contexts" and env == "sd3-count":  # no gradient there; colourfulness has one
+    if cls.kind == "gradient" and env == "sd3-count":  # no gradient there; colourfulness has one
         env, own = "sd3-aesthetic", {"env_settings": {"flow": "mini-sd3"}}
     if name == "kl" and env == "sd3-count":  # likelihoods take long
         own = {"tolerance": 0.3, "n_samples": 4, "group_size": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.envs.base import GenerationEnv
+from flowrl.envs.gaussians import GaussianMixture
 from flowrl.errors import ConfigError
 from flowrl.models.loading import source_of
 from flowrl.types import Batch, RewardOutput
@@ -81,14 +83,16 @@ def test_the_penalty_pulls_to_the_reference(cls: type[Any]) -> None:
     torch.testing.assert_close(gradient(held) - gradient(free), 3.0 * torch.tensor([0.5, 0.25]))
 
 
-@pytest.mark.parametrize("name", ["draft", "refl"])
+@pytest.mark.parametrize("name", ["draft", "refl", "adjoint"])
 def test_rewards_without_a_gradient_are_refused(name: str) -> None:
     model = flowrl.algorithm_class(name)(
         "FlowPolicy", "sd3-count", env_settings={"flow": "mini-sd3"}, seed=0, device=DEVICE,
-        n_samples=4, group_size=2, batch_size=4, rollout_steps=2,
+        n_samples=4, group_size=2, batch_size=4, rollout_steps=3,
     )  # fmt: skip
+    before = [p.detach().clone() for p in model.policy.parameters_of("current").values()]
     with pytest.raises(ConfigError, match=f"'{name}' needs the gradient of the reward by the samples"):
         model.learn(4)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters_of("current").values()))
 
 
 def test_settings_that_cannot_be() -> None:
@@ -98,3 +102,154 @@ def test_settings_that_cannot_be() -> None:
         made(flowrl.ReFL, late_share=0.0)
     with pytest.raises(ConfigError, match="alpha must not be negative"):
         made(flowrl.ReFL, alpha=-1.0)
+
+
+MEAN, VARIANCE, SLOPE = 0.4, 0.5, 1.5
+GAUSSIAN = GaussianMixture([[MEAN]], [[[VARIANCE]]])
+
+
+class GaussianFlow(torch.nn.Module):
+    """The velocity of a Gaussian in one dimension, and what is learnt beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.shift = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.scale * GAUSSIAN.velocity(t, x) + self.shift
+
+
+class GaussianEnv(GenerationEnv):
+    """r = SLOPE x."""
+
+    def __init__(self, network: type[torch.nn.Module] = GaussianFlow) -> None:
+        super().__init__(source_of(network, (1,)), [None], low=-99, high=99, name="gaussian")
+
+    def reward(self, samples: torch.Tensor, contexts: Any) -> RewardOutput:
+        return RewardOutput(SLOPE * samples[:, 0])
+
+
+def matching(**settings: Any) -> Any:
+    return flowrl.AdjointMatching(
+        "FlowPolicy", GaussianEnv(), seed=0, device=DEVICE, **{"n_samples": 16, "batch_size": 16, **settings}
+    )
+
+
+def drawn(model: Any) -> Batch:
+    ids = torch.zeros(16, dtype=torch.long, device=DEVICE)
+    x_1, rows = model.draw(ids)
+    return Batch.of(x_1, ids)._replace(extra=rows)
+
+
+def controls(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times of the noisy steps, and `-eta a` there, which no sample changes: the flow and the reward are linear."""
+    t, adjoints = model.policy.times()[1:-2].cpu(), drawn(model).extra["adjoints"].squeeze(-1).cpu()
+    torch.testing.assert_close(adjoints, adjoints[:1].expand_as(adjoints))
+    return t, -(1 - t) / t * model.config.tau * adjoints[0]
+
+
+def test_the_lean_adjoint_gives_the_velocity_of_the_tilt() -> None:
+    """On a fine grid, with an error of first order: half of it with twice the steps, next to none extrapolated."""
+    t, coarse = controls(matching(rollout_steps=200, tau=2.0))
+    fine = controls(matching(rollout_steps=400, tau=2.0))[1][1:-1:2]
+    x = torch.full((len(t), 1), 0.3)
+    tilted = GAUSSIAN.tilt(2.0, linear=(SLOPE,))
+    expected = (tilted.velocity(t, x) - GAUSSIAN.velocity(t, x))[:, 0]
+    assert (fine - expected).abs().max() < 0.55 * (coarse - expected).abs().max() < 0.1 * expected.abs().max()
+    torch.testing.assert_close(2 * fine - coarse, expected, rtol=0, atol=4e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("steps", "share"), [(10, 0.681), (20, 0.836), (40, 0.917), (400, 0.992)])
+def test_few_steps_give_less_than_the_tilt(steps: int, share: float) -> None:
+    """By the sampler of as many steps, where noise has no limit (in the first step) left alone."""
+    model = matching(rollout_steps=steps)
+    _, control = controls(model)
+    moved, x = (torch.full((1, 1), 0.2) for _ in range(2))
+    for k, t in enumerate(model.policy.times()[:-1].cpu()):
+        x = x + GAUSSIAN.velocity(t, x) / steps
+        added = control[k - 1] if 0 < k < steps - 1 else 0.0
+        moved = moved + (GAUSSIAN.velocity(t, moved) + added) / steps
+    assert float(moved - x) / (SLOPE * VARIANCE) == pytest.approx(share, abs=0.001)
+
+
+def test_adjoints_belong_to_the_reference() -> None:
+    """Whatever the flow in training is by now."""
+    model = matching(rollout_steps=10)
+    _, before = controls(model)
+    with torch.no_grad():
+        model.policy.model.network.scale.fill_(1.5)
+    torch.testing.assert_close(controls(model)[1], before)
+
+
+def test_adjoint_matching_is_a_regression_on_the_controls() -> None:
+    model = matching(rollout_steps=10, tau=0.7, times_per_path=8)
+    t, control = controls(model)
+    eta, network = (1 - t) / t, model.policy.model.network
+    loss, figures = model.loss(drawn(model))  # every noisy time of every path
+    loss.backward()
+    torch.testing.assert_close(loss.detach().cpu(), (control.square() / eta).mean())
+    torch.testing.assert_close(network.shift.grad.cpu()[0], (-2 * control / eta).mean())
+    assert figures["drift"] == 0
+    with torch.no_grad():
+        network.shift.fill_(0.5)
+    torch.testing.assert_close(model.loss(drawn(model))[0].detach().cpu(), ((0.5 - control).square() / eta).mean())
+
+
+def test_times_of_a_path_differ() -> None:
+    model = matching(rollout_steps=6, times_per_path=2)
+    batch, seen = drawn(model), []
+    velocity = model.policy.velocity
+    model.policy.velocity = lambda x, t, *rest, **kwargs: seen.append(t) or velocity(x, t, *rest, **kwargs)
+    for _ in range(20):
+        model.loss(batch)
+    times = torch.stack(seen).reshape(-1, 16, 2)
+    assert (times[..., 0] != times[..., 1]).all()
+    assert set(times.flatten().tolist()) == set(model.policy.times()[1:-2].tolist())
+
+
+def test_adjoint_matching_trains_to_the_tilt() -> None:
+    model = flowrl.AdjointMatching(
+        "FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=256, batch_size=128, n_epochs=4,
+        rollout_steps=20, learning_rate=2e-3,
+    ).learn(256 * 16)  # fmt: skip
+    result = flowrl.evaluate(model, n_samples=512)
+    assert result.w2_to_optimum < 0.25 * result.reference.w2_to_optimum
+
+
+def test_only_adjoint_matching_states_a_tilt() -> None:
+    spread = torch.tensor(3.0)
+    assert matching(tau=0.7).tilt_of(spread) == pytest.approx(0.7)
+    guided = matching()
+    guided.config = replace(guided.config, guidance_scale=2.0)
+    assert guided.tilt_of(spread) is None
+    assert all(made(cls).tilt_of(spread) is None for cls in (flowrl.DRaFT, flowrl.ReFL))
+    aimed, told = (matching(rollout_steps=4, **settings) for settings in ({"target_lambda": 2.0}, {"tau": 2.0}))
+    for model in (aimed, told):
+        model.learn(16)  # with adjoints that were drawn before the aim was taken
+    assert aimed.config.tau == pytest.approx(2.0)
+    torch.testing.assert_close(aimed.policy.model.network.shift, told.policy.model.network.shift)
+    assert aimed.last_logged["train/loss"] == pytest.approx(told.last_logged["train/loss"])
+
+
+def test_times_that_stand_at_noise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    halting = lambda self, steps: torch.cat([torch.zeros(1), torch.linspace(0, 1, steps)])  # noqa: E731
+    monkeypatch.setattr(flowrl.VelocityModel, "times", halting)
+    with pytest.raises(ConfigError, match=r"divides by t and 1 - t .* times are 0, 0, 0.333, 0.667, 1\."):
+        matching(rollout_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tau": 0.0}, "tau must be positive"),
+        ({"solver": "heun"}, "takes Euler steps, not 'heun'"),
+        ({"rollout_steps": 2}, "at least 3: the first step has no noise, which is infinite at t = 0"),
+        ({"rollout_steps": 6, "times_per_path": 5}, "from 1 to the 4 noisy steps, not 5"),
+        ({"times_per_path": 0}, "not 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_adjoint_matching_cannot_have(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        matching(**settings)
