@@ -950,6 +950,13 @@ MUTATIONS = (
         "baselines/adjoint.py",
         "self.config.tau * adjoints[rows, k]",
         "adjoints[rows, k]",
+        ("test_gradient_methods.py::test_adjoint_matching_is_a_regression_on_the_controls",),
+    ),
+    Mutation(
+        "adjoint-tau-drawn",
+        "baselines/adjoint.py",
+        "a = -torch.autograd.grad(self.reward_of",
+        "a = -self.config.tau * torch.autograd.grad(self.reward_of",
         ("test_gradient_methods.py::test_only_adjoint_matching_states_a_tilt",),
     ),
     # working copies
