@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.flow import x1_hat
+from flowrl.functional.flow import drawn, x1_hat
 from flowrl.functional.solvers import ode_sample
 from flowrl.registry import register_algorithm
 from flowrl.training.reward_gradients import RewardGradientAlgorithm, RewardGradientConfig
@@ -26,7 +26,7 @@ class ReFLConfig(RewardGradientConfig):
     """Settings of ReFL."""
 
     late_share: float = 0.25
-    """Share of the sampler's steps, from the last on, one of which is drawn; published 10 of 40."""
+    """Share of the sampler's steps, from the last on, one of which is drawn for each sample; published 10 of 40."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,14 +41,21 @@ class ReFL(RewardGradientAlgorithm):
     config: ReFLConfig
 
     def followed(self, context_ids: torch.Tensor) -> torch.Tensor:
-        """Estimate latents `x_1` (B, *latent_shape) from a late step, with the gradient of that estimate."""
-        policy, times = self.policy, self.policy.times()
-        n_steps = len(times) - 1
-        n_late = max(1, round(self.config.late_share * n_steps))
-        step = n_steps - 1 - int(torch.randint(n_late, (), generator=self.generator, device=self.device))
-        field = policy.field(policy.condition(context_ids), len(context_ids), "current")
-        x_0 = policy.noise(len(context_ids), self.generator)
-        with torch.no_grad():
-            x_t = ode_sample(field, x_0, times[: step + 1], self.config.solver)
-        t = times[step].expand(len(x_t))
+        """Estimate latents `x_1` (B, *latent_shape) from late steps, with the gradient of that estimate."""
+        x_t, t = self.late_states(context_ids)
+        field = self.policy.field(self.policy.condition(context_ids), len(context_ids), "current")
         return x1_hat(field(x_t, t), x_t, t)
+
+    @torch.no_grad()
+    def late_states(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw states (B, *latent_shape) before a random late step of the sampler, for each its own, and times (B,)."""
+        policy, times, n = self.policy, self.policy.times(), len(context_ids)
+        n_steps = len(times) - 1
+        first = n_steps - max(1, round(self.config.late_share * n_steps))
+        field = policy.field(policy.condition(context_ids), n, "current")
+        states = [ode_sample(field, policy.noise(n, self.generator), times[: first + 1], self.config.solver)]
+        for k in range(first, n_steps - 1):
+            states.append(ode_sample(field, states[-1], times[k : k + 2], self.config.solver))
+        generator, device = self.generator, self.device
+        late = drawn(lambda rows: torch.randint(len(states), (rows,), generator=generator, device=device), n, generator)
+        return torch.stack(states, 1)[torch.arange(n, device=device), late], times[first + late]

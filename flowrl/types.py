@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor  # torch itself has imported it
 
 Condition = tuple[torch.Tensor, ...]
 """Encoded contexts: tensors whose first dimension is the batch; empty for an unconditional flow."""
@@ -93,3 +94,8 @@ class Batch(NamedTuple):
     def advantage(self) -> torch.Tensor:
         """Advantages (B,) that `advantage` gave, of both signs."""
         return self.coefficient
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has values, or shape and type alone, as in a prediction of memory."""
+    return not isinstance(tensor, FakeTensor)

@@ -155,7 +155,7 @@ def _same(one: Path, other: Path) -> bool:
 def try_case(algo: str, part: str, kills: int, rng: random.Random, where: Path) -> tuple[Tally, list[str]]:
     """Kill runs of an algorithm and resume them so many times; what was done and what differed in the end."""
     options = [*OPTIONS[part], *OWN.get((algo, part), [])]
-    if ALGORITHMS[algo].kind == "gradient":  # these need a reward with a gradient
+    if ALGORITHMS[algo].needs_gradient:  # these need a reward with a gradient
         options = ["sd3-aesthetic" if option == "sd3-count" else option for option in options]
     arguments = ["--algo", algo, "--device", "cpu", "--no-progress", *options]
     untouched = where / "runs" / "untouched"

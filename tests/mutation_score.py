@@ -857,8 +857,8 @@ MUTATIONS = (
     Mutation(
         "refl-steps",
         "baselines/refl.py",
-        "step = n_steps - 1 - int(",
-        "step = n_steps - 2 - int(",
+        "times[first + late]",
+        "times[first + late + 1]",
         ("test_gradient_methods.py::test_refl_is_the_derivative_of_the_estimate",),
     ),
     Mutation(

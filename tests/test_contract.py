@@ -25,7 +25,7 @@ OWN_ALGORITHMS = sorted(name for name, cls in ALGORITHMS.items() if cls.__module
 def make(name: str, env: str, **settings: object) -> flowrl.FlowAlgorithm:
     own: dict[str, object] = {}
     cls, settings_of_env = flowrl.algorithm_class(name), SMALL[env]
-    if cls.kind == "gradient" and env == "sd3-count":  # no gradient there; colourfulness has one
+    if cls.needs_gradient and env == "sd3-count":  # no gradient there; colourfulness has one
         env, own = "sd3-aesthetic", {"env_settings": {"flow": "mini-sd3"}}
     if name == "kl" and env == "sd3-count":  # likelihoods take long
         own = {"tolerance": 0.3, "n_samples": 4, "group_size": 2}
@@ -55,6 +55,14 @@ def test_trains_saves_resumes_and_evaluates(name: str, env: str, lora_rank: int,
     result = flowrl.evaluate(model, n_samples=8)
     assert result.n_samples == 8
     assert torch.isfinite(torch.tensor([result.reward_mean, result.reference.reward_mean, result.drift])).all()
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_ALGORITHMS if ALGORITHMS[name].needs_gradient])  # type: ignore[attr-defined]
+def test_a_reward_without_gradient_is_refused_before_anything_is_drawn(name: str) -> None:
+    """What is missing is named, and which algorithms would do."""
+    missing = rf"'{name}' needs the gradient of the reward by the samples, and the reward of 'sd3-count' has none\."
+    with pytest.raises(ConfigError, match=missing + r".*differentiable.*values only: .*flow_grpo, .*orw_w2, .*tilt\.$"):
+        flowrl.algorithm_class(name)("FlowPolicy", "sd3-count", seed=0, device=DEVICE, **SMALL["sd3-count"])
 
 
 @pytest.mark.parametrize("name", OWN_ALGORITHMS)

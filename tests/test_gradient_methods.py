@@ -14,6 +14,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.gaussians import GaussianMixture
 from flowrl.errors import ConfigError
 from flowrl.models.loading import source_of
+from flowrl.training.memory_plan import predict_memory
 from flowrl.types import Batch, RewardOutput
 
 pytestmark = pytest.mark.on_device
@@ -61,15 +62,30 @@ def test_draft_is_the_derivative_of_the_last_steps(k: int) -> None:
     torch.testing.assert_close(gradient(made(flowrl.DRaFT, grad_steps=k)), -expected)
 
 
-def test_refl_is_the_derivative_of_the_estimate() -> None:
-    seen = {round(float(-gradient(made_with(seed))[0] / A[0]) * 8) for seed in range(12)}
-    assert seen == {1, 2}  # 1 - t of the last quarter of eight steps: (1 - t) a
+@pytest.mark.parametrize(("late_share", "late"), [(0.25, [6, 7]), (0.05, [7]), (1.0, list(range(8)))])
+def test_refl_is_the_derivative_of_the_estimate(late_share: float, late: list[int]) -> None:
+    """It is `(1 - t) a`, at the times of the last steps, each with the sampler's state there."""
+    model = made(flowrl.ReFL, late_share=late_share)
+    ids = torch.zeros(400, dtype=torch.long)
+    model.generator.manual_seed(1)
+    x_1 = model.followed(ids)
+    (gradient,) = torch.autograd.grad((x_1 @ A).mean(), model.policy.model.network.shift)
+    model.generator.manual_seed(1)
+    x_t, t = model.late_states(ids)
+    assert (8 * t).unique().tolist() == late
+    torch.testing.assert_close(gradient, (1 - t).mean() * A)
+    torch.testing.assert_close(x_1, x_t * (1 + (1 - t[:, None]) * W))
+    model.generator.manual_seed(1)
+    x_0 = model.policy.noise(400, model.generator)
+    torch.testing.assert_close(x_t, x_0 * (1 + W / 8) ** (8 * t[:, None]))
 
 
-def made_with(seed: int) -> Any:
-    model = made(flowrl.ReFL)
-    model.generator.manual_seed(seed)
-    return model
+@pytest.mark.parametrize("name", ["adjoint", "draft", "refl"])
+def test_a_dry_run_asks_no_reward(name: str) -> None:
+    model = made(flowrl.algorithm_class(name))
+    env = LinearEnv()
+    env.reward = None  # type: ignore[assignment,method-assign]
+    assert predict_memory(type(model), model.config, env).missing == ""
 
 
 @pytest.mark.parametrize("cls", [flowrl.DRaFT, flowrl.ReFL])
@@ -84,15 +100,12 @@ def test_the_penalty_pulls_to_the_reference(cls: type[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["draft", "refl", "adjoint"])
-def test_rewards_without_a_gradient_are_refused(name: str) -> None:
-    model = flowrl.algorithm_class(name)(
-        "FlowPolicy", "sd3-count", env_settings={"flow": "mini-sd3"}, seed=0, device=DEVICE,
-        n_samples=4, group_size=2, batch_size=4, rollout_steps=3,
-    )  # fmt: skip
-    before = [p.detach().clone() for p in model.policy.parameters_of("current").values()]
+def test_a_reward_that_takes_no_tensor_with_a_graph_is_refused(name: str) -> None:
+    """Before anything is drawn; one that has no graph to give is tried for every algorithm (test_contract.py)."""
+    env = LinearEnv()
+    env.reward = lambda samples, contexts: RewardOutput(torch.from_numpy(samples.numpy()[:, 0]))  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=f"'{name}' needs the gradient of the reward by the samples"):
-        model.learn(4)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters_of("current").values()))
+        flowrl.algorithm_class(name)("FlowPolicy", env, seed=0, device=DEVICE)
 
 
 def test_settings_that_cannot_be() -> None:
@@ -102,6 +115,9 @@ def test_settings_that_cannot_be() -> None:
         made(flowrl.ReFL, late_share=0.0)
     with pytest.raises(ConfigError, match="alpha must not be negative"):
         made(flowrl.ReFL, alpha=-1.0)
+    for cls in (flowrl.DRaFT, flowrl.ReFL):
+        with pytest.raises(ConfigError, match="states no tilt that it aims at with these settings: leave"):
+            made(cls, target_lambda=1.0)
 
 
 MEAN, VARIANCE, SLOPE = 0.4, 0.5, 1.5

@@ -110,6 +110,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.shares = None if core.shares is None else torch.from_numpy(core.shares).float().to(self.device)
         if self.seed is not None:
             self.set_random_seed(self.seed)
+        construction.check_gradient(self)
         self.reward_calls = RewardCalls(core, config.on_reward_error, config.reward_retries, config.reward_timeout)
         core.gather_with(lambda rows: self.ranks.all_gather(rows, len(rows) * self.ranks.world_size))
         self.bad_updates, self.generator = BadUpdates(), SharedGenerator(self.device, self.ranks)

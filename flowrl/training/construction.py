@@ -12,12 +12,14 @@ from flowrl.checks import is_whole, python_value, shown
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
-from flowrl.errors import ConfigError, DeviceError, UnknownNameError
+from flowrl.errors import ConfigError, DeviceError, RewardError, UnknownNameError
 from flowrl.models.compiling import default_compile
+from flowrl.registry import ALGORITHMS
 from flowrl.training.optimizers import make_optimizer
 from flowrl.training.replay import Minibatches
+from flowrl.training.target import check_target
 from flowrl.training.wrappers import unwrapped
-from flowrl.types import Condition
+from flowrl.types import Condition, has_values
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -80,8 +82,36 @@ def without_gradient(algorithm: str, env: GenerationEnv) -> str:
     return (
         f"'{algorithm}' needs the gradient of the reward by the samples, and the reward of '{env.name}' has none. "
         "Take an environment whose reward is differentiable (`python -m flowrl.run` lists which are), or an algorithm "
-        "that needs values only."
+        f"that needs values only: {', '.join(by_values())}."
     )
+
+
+def by_values() -> list[str]:
+    """Name the algorithms that come with flowrl and need no gradient of the reward."""
+    shipped = {name: cls for name, cls in ALGORITHMS.items() if cls.__module__.startswith("flowrl.")}
+    return sorted(name for name, cls in shipped.items() if not getattr(cls, "needs_gradient", False))
+
+
+def check_gradient(model: FlowAlgorithm) -> None:
+    """Check that the reward has the gradient that an algorithm needs, on two samples of one colour.
+
+    Raises:
+        ConfigError: It has none; says what it would take.
+    """
+    if not model.needs_gradient:
+        return
+    env = model.env.core
+    samples = torch.full((2, *env.flow.sample_shape), 0.5, device=model.device, requires_grad=True)
+    if not has_values(samples):  # a prediction of memory asks no reward
+        return
+    try:
+        reward = env.evaluate(samples, torch.zeros(2, dtype=torch.long, device=model.device)).reward
+    except RewardError as error:
+        if "requires grad" in str(error):  # as torch says of a tensor that is to become an array
+            raise ConfigError(without_gradient(model.name, env)) from error
+        return  # training asks again, on samples of its own
+    if not reward.requires_grad:
+        raise ConfigError(without_gradient(model.name, env))
 
 
 def sampling_config(env: GenerationEnv) -> FlowConfig:
@@ -193,6 +223,7 @@ def prepare_training(model: FlowAlgorithm) -> None:
     """Make the optimizer, compile what is to be compiled, and join the network with those of the other ranks."""
     config, policy, ranks = model.config, model.policy, model.ranks
     networks = policy.networks
+    check_target(model)
     policy.optimizer = make_optimizer(config, policy.parameters_of("current").values())
     if config.compile == "auto":
         networks.compile(default_compile(networks.model.network, model.device))

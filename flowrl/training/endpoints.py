@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
 
 
 @dataclass(frozen=True)
-class EndpointConfig(FlowConfig):
+class EndpointConfig(FlowConfig, ABC):
     """Settings of endpoint methods with advantages."""
 
     group_size: int = 8
@@ -67,9 +68,9 @@ class EndpointConfig(FlowConfig):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         self.require(0 <= self.decay_hold < 1, f"decay_hold must be in [0, 1), not {self.decay_hold}.")
 
+    @abstractmethod
     def row(self) -> Row:
         """Give the method's row of the table of endpoint methods."""
-        raise NotImplementedError
 
     @property
     def lags(self) -> bool:

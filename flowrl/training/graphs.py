@@ -77,16 +77,14 @@ class Graphs:
             self._roles.pop(oldest, None)
         if calls == 1 or len(self._captured) >= MOST:
             return work(*inputs)
-        return (
-            self._checked(kind, whole, work, inputs)
-            if calls == 2
-            else self._capture(kind, whole, work, inputs, gradients)
-        )
+        if calls > 2:
+            return self._capture(kind, whole, work, inputs, gradients)
+        return self._checked(kind, whole, work, inputs)
 
     def forget(self) -> None:
         """Forget what was captured."""
-        self._captured.clear()
-        self._calls.clear()
+        for kept in (self._captured, self._calls, self._roles):
+            kept.clear()
 
     def _address(self) -> int:
         return next(self.networks.model.network.parameters()).data_ptr()

@@ -42,6 +42,8 @@ class Method(ABC):
     learns_from: Literal["samples", "steps", "contexts", "data"] = "samples"
     """What `loss` is given: samples; recorded steps of their paths; contexts, for which it draws itself, with
     gradients; or samples of a data set, so that nothing is drawn."""
+    needs_gradient: ClassVar[bool] = False
+    """Whether it learns from the reward's gradient by the samples: an environment without one is refused at once."""
     unpredictable: ClassVar[str] = ""
     """Work whose memory a dry run cannot try, since it depends on the values of tensors."""
     tilt_setting: ClassVar[tuple[str, int] | None] = None

@@ -48,9 +48,7 @@ class RolloutRecord:
             reward = model.ranks.gather_uneven(torch.cat(self.rewards))
         figures = {"rollout/reward_mean": reward.mean(), "rollout/reward_std": reward.std(correction=0)}
         figures["rollout/reward_min"], figures["rollout/reward_max"] = reward.aminmax()
-        aimed = None
-        if model.learns_from != "contexts":
-            aimed = model.tilt_of(spread(model.buffer.all(), model.config.group_size))
+        aimed = model.tilt_of(spread(rollout, model.config.group_size)) if model.tilt_setting is not None else None
         if aimed is not None:
             figures["rollout/target_lambda"] = aimed
         if self.shown:

@@ -32,6 +32,7 @@ class RewardGradientAlgorithm(FlowAlgorithm):
     Config: ClassVar[type[FlowConfig]] = RewardGradientConfig
     kind = "gradient"
     learns_from = "contexts"
+    needs_gradient = True
     config: RewardGradientConfig
 
     @abstractmethod

@@ -19,8 +19,18 @@ def spread(rollout: Batch, group_size: int) -> torch.Tensor:
     """Compute the rewards' standard deviation, within groups where there are any, pooled; a scalar tensor."""
     reward = rollout.reward
     if group_size > 1:
-        reward = reward - group_mean(reward, rollout.group, int(rollout.group.max()) + 1)
+        reward = reward - group_mean(reward, rollout.group, len(reward))
     return reward.std(correction=0)
+
+
+def check_target(model: FlowAlgorithm) -> None:
+    """Check that `target_lambda` goes with an algorithm that has a setting for it.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if model.config.target_lambda and model.tilt_setting is None:
+        raise ConfigError(_no_tilt(model))
 
 
 def aim(model: FlowAlgorithm, rollout: Batch) -> None:
@@ -35,13 +45,15 @@ def aim(model: FlowAlgorithm, rollout: Batch) -> None:
     reward_std = spread(rollout, model.config.group_size)
     now = model.tilt_of(reward_std)
     if now is None or setting is None:
-        raise ConfigError(
-            f"{model.name or type(model).__name__} states no tilt that it aims at with these settings: leave "
-            "target_lambda out."
-        )
+        raise ConfigError(_no_tilt(model))
     factor = target / float(now)
     if not 0 < factor < float("inf"):
         raise ConfigError("The rewards of the first iteration are all alike: target_lambda needs their spread.")
     name, power = setting
     value = getattr(model.config, name) * factor**power
     model.config = replace(model.config, **{name: value, "target_lambda": 0.0})
+
+
+def _no_tilt(model: FlowAlgorithm) -> str:
+    own = model.name or type(model).__name__
+    return f"{own} states no tilt that it aims at with these settings: leave target_lambda out."
