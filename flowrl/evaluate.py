@@ -61,12 +61,16 @@ class EvaluateConfig:
     env: str = ""
     """Environment of a run trained on an environment that --modules does not bring: module:name; or, without a run, any
     environment."""
-    steer: Literal["none", "best_of_n", "smc"] = "none"
-    """Choose samples by their reward: the best of n, or sequential Monte Carlo with n particles."""
+    steer: Literal["none", "best_of_n", "smc", "rbf", "d_flow"] = "none"
+    """Choose samples by their reward: the best of n; sequential Monte Carlo with n particles (smc); up to n proposals
+    for each step of the noisy sampler, until one is better (rbf); or n gradient steps on the noise (d_flow)."""
     steer_n: int = 8
-    """Candidates or particles per sample."""
+    """Candidates or particles per sample, proposals per step (rbf), or gradient steps (d_flow)."""
     steer_temperature: float = 1.0
-    """Temperature lambda of smc, whose samples follow q exp(r / lambda)."""
+    """Temperature lambda of smc, whose samples follow q exp(r / lambda), and of d_flow, which weighs r / lambda against
+    how likely the noise is."""
+    steer_step_size: float = 0.1
+    """Size of the gradient steps of d_flow."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -83,7 +87,7 @@ def _evaluate(config: EvaluateConfig) -> int:
     print(f"algorithm: {name}", f"environment: {core.name}", *core.describe(), sep="\n")
     steering = None
     if config.steer != "none":
-        steering = Steering(config.steer, config.steer_n, config.steer_temperature)
+        steering = Steering(config.steer, config.steer_n, config.steer_temperature, step_size=config.steer_step_size)
         print(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
     result = evaluate(
         model,

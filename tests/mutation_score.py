@@ -64,6 +64,10 @@ MARGINALS = "test_transitions.py::test_sde_keeps_the_spread_of_a_gaussian"
 SMC = "test_baselines.py::test_smc_reaches_the_tilt"
 DENSITY = "test_baselines.py::test_log_prob_of_the_exact_field"
 
+RBF = "test_steering.py::test_rbf_has_the_law_of_its_rules"
+ROLLS = "test_steering.py::test_what_a_step_leaves_rolls_over"
+D_FLOW = "test_steering.py::test_d_flow_finds_the_best_noise"
+
 MUTATIONS = (
     # weights and losses
     Mutation("weight-sign", LOSSES, "exponent = tau * reward", "exponent = -tau * reward", OF_LOSSES),
@@ -758,6 +762,14 @@ MUTATIONS = (
     Mutation("smc-temperature", STEERING, "reached) / steering.temperature", "reached) * steering.temperature", (SMC,)),
     Mutation("smc-reset", STEERING, "    log_weight.masked_fill_(needed[:, None], 0.0)\n", "", (SMC,)),
     Mutation("smc-reached", STEERING, "reward.flatten()[rows]", "reward.flatten()", (SMC,)),
+    Mutation("rbf-rollover", STEERING, "left += steering.n", "left = torch.full_like(left, steering.n)", (ROLLS, RBF)),
+    Mutation("rbf-stops", STEERING, "goes_on & (found[rows] <= best[rows])", "goes_on", (ROLLS, RBF)),
+    Mutation("rbf-last-step", STEERING, "goes_on if k + 1 == last else ", "", (RBF,)),
+    Mutation("rbf-best", STEERING, "best = torch.maximum(best, found)", "best = found", (ROLLS,)),
+    Mutation("rbf-of-the-step", STEERING, "better = reward > found[rows]", "better = reward > -torch.inf", (RBF,)),
+    Mutation("d-flow-sign", STEERING, "-(reward / steering.temperature + prior)", "(prior - reward)", (D_FLOW,)),
+    Mutation("d-flow-temperature", STEERING, "-(reward / steering.temp", "-(reward * steering.temp", (D_FLOW,)),
+    Mutation("d-flow-norm", STEERING, "(x_0[0].numel() - 1) * norm", "x_0[0].numel() * norm", (D_FLOW,)),
     # the loop, copies, measures
     Mutation(
         "moving-average",

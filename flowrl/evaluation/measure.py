@@ -141,7 +141,7 @@ def evaluate(
         assert steering is not None
         return steer(policy, core, steering, c, generator, which, **sampling)
 
-    chunk = batch_size if steering is None else max(1, batch_size // steering.n)
+    chunk = batch_size if steering is None else max(1, batch_size // steering.held_at_once)
     eval_rewards, group = eval_rewards or {}, 1
     if any(getattr(judge, "groupwise", False) for judge in (core, *eval_rewards.values())):
         # samples that are compared are rewarded together

@@ -137,7 +137,7 @@ def load_suite(
 
     Args:
         name: A shipped suite, or a TOML file.
-        algos: Only rows of these algorithms ("best_of_n" and "smc" for steering).
+        algos: Only rows of these algorithms (for steering "best_of_n", "smc", "rbf", "d_flow").
         envs: Only these environments.
         seeds: Instead of the suite's.
         budget: Instead of the suite's and its environments'.
