@@ -317,7 +317,7 @@ def test_libraries_named_by_a_pipeline_are_not_imported(tmp_path: Path, hostile_
 @pytest.mark.parametrize(
     ("file", "changes", "expected"),
     [
-        ("model_index.json", {"_class_name": [1]}, r"is a \[1\]; flowrl has adapters"),
+        ("model_index.json", {"_class_name": [1]}, r"is a \[1\], a class of pipelines that"),
         ("transformer/config.json", {"num_layers": 10**9}, "says num_layers = 1000000000"),
         ("transformer/config.json", {"patch_size": 0}, "is damaged"),
         ("transformer/config.json", {"sample_size": -4}, "is damaged"),

@@ -11,9 +11,10 @@ from small_pipelines import PROMPTS
 
 import flowrl
 from flowrl.errors import ConfigError, ModelLoadError
-from flowrl.models.diffusers_loading import ADAPTERS
-from flowrl.models.flux import FluxFlow, pack, unpack
+from flowrl.models.families import register_pipeline
+from flowrl.models.families.flux import FluxFlow
 from flowrl.models.loading import source_of
+from flowrl.models.packing import pack, unpack
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 from flowrl.training.policy import FlowPolicy
 
@@ -175,8 +176,24 @@ def test_packing_is_the_pipelines_own() -> None:
     assert torch.equal(unpack(tokens, 3, 4), x)
 
 
-def test_a_pipeline_of_another_kind_names_what_there_is(tmp_path: Path) -> None:
+def test_a_pipeline_that_is_no_flow_says_why(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(ModelLoadError, match=r"StableDiffusionXLPipeline.*StableDiffusion3Pipeline and FluxPipeline"):
+    with pytest.raises(ModelLoadError, match=r"StableDiffusionXLPipeline.*does not train: it predicts noise"):
         source_of(str(tmp_path))
-    assert {adapter.TRANSFORMER for adapter in ADAPTERS.values()} == {"SD3Transformer2DModel", "FluxTransformer2DModel"}
+
+
+def test_a_pipeline_that_is_not_declared_shows_how_to(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Fluxx2Pipeline"}')
+    with pytest.raises(ModelLoadError, match=r"(?s)Fluxx2Pipeline.*not declared.*--modules") as told:
+        source_of(str(tmp_path))
+    assert '    PIPELINE = "Fluxx2Pipeline"' in str(told.value)
+
+
+def test_declarations_are_looked_at() -> None:
+    with pytest.raises(ConfigError, match="subclass of PipelineFlow"):
+        register_pipeline(dict)  # type: ignore[type-var]
+    with pytest.raises(ConfigError, match="Empty must say PIPELINE and TRANSFORMER"):
+        register_pipeline(type("Empty", (PipelineFlow,), {}))
+    with pytest.raises(ConfigError, match=r"FluxPipeline is declared already, by flowrl\.models"):
+        register_pipeline(type("Mine", (FluxFlow,), {}))
+    assert register_pipeline(FluxFlow) is FluxFlow  # a module that is loaded twice

@@ -12,9 +12,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 import flowrl
 from flowrl.errors import ModelLoadError
 from flowrl.functional.solvers import ode_sample
+from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.loading import ASSETS, source_of
 from flowrl.models.pipeline import Shapes
-from flowrl.models.sd3 import SD3Flow
 from flowrl.training.policy import FlowPolicy
 
 MINI = ASSETS / "mini-sd3"

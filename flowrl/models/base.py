@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flowrl.errors import ConfigError
+from flowrl.functional.guidance import linear
 from flowrl.functional.solvers import time_grid
 from flowrl.types import Condition, Contexts
 
@@ -52,6 +53,10 @@ class VelocityModel(nn.Module):
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
         """Put a guidance scale into a condition, where guidance is distilled into the network."""
         return cond
+
+    def guide(self, v: torch.Tensor, v_null: torch.Tensor, scale: float) -> torch.Tensor:
+        """Guide velocities (B, ...) by those of the empty context: classifier-free guidance (Ho and Salimans 2022)."""
+        return linear(v, v_null, scale)
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, *latent_shape) to samples (B, *sample_shape)."""

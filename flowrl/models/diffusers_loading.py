@@ -1,4 +1,4 @@
-"""Pipelines of diffusers from a folder or the hub: choice of the adapter, checks of the files."""
+"""Pipelines of diffusers from a folder or the hub: choice of the declaration, checks of the files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.functional.solvers import time_grid
 from flowrl.models.base import VelocityModel
 from flowrl.models.diffusers_weights import hub_message, load_pipeline
-from flowrl.models.flux import FluxFlow
+from flowrl.models.families import declared
 from flowrl.models.imports import importing
-from flowrl.models.pipeline import ENCODERS, PipelineFlow, PipelineOptions, Shapes
+from flowrl.models.pipeline import PipelineFlow, PipelineOptions, Shapes
 from flowrl.models.schedules import check_scheduler
-from flowrl.models.sd3 import SD3Flow
 from flowrl.models.source import FlowSource, read_json
 from flowrl.storage import revisions
 
-ADAPTERS: dict[str, type[PipelineFlow]] = {adapter.PIPELINE: adapter for adapter in (SD3Flow, FluxFlow)}
 CLIP_TOKENS = 77
 LIBRARIES = ("diffusers", "transformers")
 LARGEST_SIDE, LARGEST_SIZE, MOST_LAYERS = 2**16, 2**20, 1000
@@ -49,17 +47,18 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     what = f"pipeline '{name}'"
     index = read_json(fetch("model_index.json"), what)
     adapter = _adapter(index, name, options)
-    transformer, vae = (read_json(fetch(f"{part}/config.json"), what) for part in ("transformer", "vae"))
+    transformer, vae = (read_json(fetch(f"{part}/config.json"), what) for part in (adapter.NETWORK, "vae"))
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
     _check_scheduler(index, fetch, location, what)
-    length = _length(Path(location) / "sampling.json", what)
+    length = options.sequence_length or _length(Path(location) / "sampling.json", what)
 
     def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
         def load_encoders() -> Any:
-            return load_pipeline(source, name, index, adapter, options, frozen_dtype, transformer=None, vae=None)
+            without = {adapter.NETWORK: None, "vae": None}
+            return load_pipeline(source, name, index, adapter, options, frozen_dtype, **without)
 
-        dtypes = {"transformer": network_dtype, "default": frozen_dtype}
+        dtypes = {adapter.NETWORK: network_dtype, "default": frozen_dtype}
         pipeline = load_pipeline(source, name, index, adapter, options, dtypes)
         return adapter(pipeline, shapes, options, length, load_encoders)
 
@@ -71,17 +70,17 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
                 network = kind.from_config(transformer)
         except DAMAGE as error:
             raise ModelLoadError(f"The configuration of {what} is damaged: {str(error)[:300]}.") from error
-        return adapter(SimpleNamespace(transformer=network), shapes)
+        return adapter(SimpleNamespace(**{adapter.NETWORK: network}), shapes, options)
 
     def imitation(network_dtype: torch.dtype, frozen_dtype: torch.dtype) -> VelocityModel:
         pipeline = SimpleNamespace(
-            transformer=_unloaded(fetch, index, "transformer", network_dtype),
             vae=_unloaded(fetch, index, "vae", frozen_dtype),
-            tokenizer_max_length=_tokens(read_json(fetch("tokenizer/tokenizer_config.json"), what)),
+            tokenizer_max_length=_tokens(fetch("tokenizer/tokenizer_config.json")),
         )
-        encoders = [part for part in ENCODERS if index.get(part, [None])[0] and (options.t5 or part != ENCODERS[2])]
-        for part in encoders:
-            setattr(pipeline, part, _unloaded(fetch, index, part, frozen_dtype))
+        setattr(pipeline, adapter.NETWORK, _unloaded(fetch, index, adapter.NETWORK, network_dtype).requires_grad_(True))
+        for part in adapter.ENCODERS:
+            if index.get(part, [None])[0] and (options.t5 or part != adapter.WITHOUT_T5):
+                setattr(pipeline, part, _unloaded(fetch, index, part, frozen_dtype))
         model = adapter(pipeline, shapes, options, length, load_encoders=lambda: None)
         model.encode_prompts = model.imitate_prompts  # type: ignore[method-assign]
         model.times = time_grid  # type: ignore[method-assign]
@@ -92,15 +91,12 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
 
 
 def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type[PipelineFlow]:
-    """Find the adapter of a pipeline's class, if it is made of what flowrl loads."""
-    kind = index.get("_class_name")
-    if not isinstance(kind, str) or kind not in ADAPTERS:
-        came = kind[:100] if isinstance(kind, str) else shown(kind)
-        raise ModelLoadError(f"'{name}' is a {came}; flowrl has adapters for {' and '.join(ADAPTERS)}.")
+    """Find the declaration of a pipeline's class, if it is made of what flowrl loads."""
+    adapter = declared(index.get("_class_name"), name)
     _check_libraries(index, name)
-    if ADAPTERS[kind].NEEDS_T5 and not options.t5:
-        raise ConfigError(f"'{name}' ({kind}) cannot do without T5: leave --env.t5 on.")
-    return ADAPTERS[kind]
+    if adapter.WITHOUT_T5 is None and not options.t5:
+        raise ConfigError(f"'{name}' ({adapter.PIPELINE}) cannot do without T5: leave --env.t5 on.")
+    return adapter
 
 
 def _check_scheduler(index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str) -> None:
@@ -116,10 +112,9 @@ def _shapes(
     _check_sizes(transformer, what)
     _check_sizes(vae, what)
     try:
-        channels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]  # the latter: AutoencoderTiny
-        shapes = adapter.shapes(transformer, 2 ** (len(channels) - 1), options.resolution)
+        shapes = adapter.shapes(transformer, vae, options)
         if not all(is_whole(size, 1, LARGEST_SIDE) for size in (*shapes.latent, *shapes.sample)):
-            raise ValueError(f"latents {shapes.latent} and images {shapes.sample} cannot be")
+            raise ValueError(f"latents {shapes.latent} and samples {shapes.sample} cannot be")
         return shapes
     except KeyError as error:
         raise ModelLoadError(f"The configuration of {what} lacks {error}.") from error
@@ -130,7 +125,7 @@ def _shapes(
 
 
 def _length(file: Path, what: str) -> int | None:
-    """Read the number of tokens of the T5 context from a pipeline's folder; None where it does not say."""
+    """Read the number of tokens of a prompt from a pipeline's folder; None where it does not say."""
     if not file.exists():
         return None
     length = read_json(file, what).get("max_sequence_length")
@@ -175,11 +170,13 @@ def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dt
         module = cls.from_config(config) if library == "diffusers" else cls(cls.config_class.from_dict(config))
     finally:
         torch.set_default_dtype(default)
-    return module.eval() if part == "transformer" else module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False)
 
 
-def _tokens(tokenizer: dict[str, Any]) -> int:
-    return min(int(tokenizer.get("model_max_length") or CLIP_TOKENS), CLIP_TOKENS)
+def _tokens(file: Path) -> int:
+    """Read the tokens that CLIP takes from its tokenizer's configuration."""
+    found = read_json(file, "tokenizer").get("model_max_length") if file.exists() else None
+    return min(int(found or CLIP_TOKENS), CLIP_TOKENS)
 
 
 def _fetcher(location: str) -> tuple[Callable[[str], Path], str | None]:

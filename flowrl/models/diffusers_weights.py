@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flowrl.errors import ModelLoadError
 from flowrl.models.imports import first_failure
-from flowrl.models.pipeline import ENCODERS, PipelineFlow, PipelineOptions
+from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 from flowrl.models.source import read_json
 from flowrl.storage import revisions
 
 VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")
-NETWORKS = ("transformer", "vae", *ENCODERS)
 ADAPTER_FILE = "adapter_config.json"
 """In place of weights, where transformers saved a network with a LoRA: it names where the others are to be read."""
 UNFUSED = (
@@ -52,16 +51,17 @@ def load_pipeline(
     is_folder = folder.exists()
     absent: dict[str, None] = {**_absent_components(location, name), **components}
     repository, revision = (location, None) if is_folder else revisions.split(location)
-    if not options.t5:
-        absent |= {"text_encoder_3": None, "tokenizer_3": None}
-    variants = _variants(folder, name, absent) if is_folder else {}
+    if not options.t5 and adapter.WITHOUT_T5:
+        absent |= {adapter.WITHOUT_T5: None, adapter.WITHOUT_T5.replace("text_encoder", "tokenizer"): None}
+    parts = tuple(part for part in (adapter.NETWORK, "vae", *adapter.ENCODERS) if part not in absent)
+    variants = _variants(folder, name, parts) if is_folder else {}
     try:
         with quiet():
             kind = getattr(importlib.import_module("diffusers"), adapter.PIPELINE)
             networks = {
                 part: _network(index[part], repository, revision, part, name, _type_of(part, dtype), variants.get(part))
-                for part in NETWORKS
-                if part not in absent and isinstance(index.get(part), list) and index[part][0]
+                for part in parts
+                if isinstance(index.get(part), list) and index[part][0]
             }
             pipeline = kind.from_pretrained(repository, revision=revision, use_safetensors=True, **absent, **networks)
     except ModelLoadError:
@@ -72,7 +72,7 @@ def load_pipeline(
         if is_folder:
             raise ModelLoadError(f"The pipeline folder '{name}' is damaged or incomplete: {error}") from error
         raise ModelLoadError(hub_message(location, error)) from error
-    for part in ("vae", *ENCODERS):
+    for part in ("vae", *adapter.ENCODERS):
         if (network := getattr(pipeline, part, None)) is not None:
             network.requires_grad_(False).eval()
     return pipeline
@@ -108,15 +108,15 @@ def _network(
     return network
 
 
-def _variants(folder: Path, name: str, absent: Mapping[str, None]) -> dict[str, str]:
+def _variants(folder: Path, name: str, parts: Sequence[str]) -> dict[str, str]:
     """Find the variant (such as "fp16") of each part of a folder that has no plain weights.
 
     Raises:
         ModelLoadError: Several variants are there for a part, or a LoRA was saved in place of a network.
     """
     found: dict[str, str] = {}
-    for part in NETWORKS:
-        if part in absent or not (folder / part).is_dir():
+    for part in parts:
+        if not (folder / part).is_dir():
             continue
         if (folder / part / ADAPTER_FILE).exists():
             raise ModelLoadError(f"The part '{part}' of the pipeline '{name}' is a LoRA without its weights. {UNFUSED}")
@@ -176,7 +176,7 @@ def _absent_components(location: str, name: str) -> dict[str, None]:
             absent[key] = None
         elif key.startswith("tokenizer") and not any((folder / key / file).exists() for file in VOCABULARIES):
             raise ModelLoadError(f"The pipeline folder '{name}' is incomplete: '{key}' holds no vocabulary.")
-    return {key: None for key in ("text_encoder_3", "tokenizer_3") if key in absent}
+    return absent
 
 
 def hub_message(name: str, error: Exception) -> str:

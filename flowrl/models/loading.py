@@ -125,9 +125,10 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
     return pipeline_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, options)
 
 
-def _with_resolution(source: FlowSource, resolution: int | None) -> FlowSource:
+def _with_resolution(source: FlowSource, resolution: int | tuple[int, int] | None) -> FlowSource:
     """Check that a source of fixed size draws images of that size, and give it back."""
-    if resolution is not None and source.sample_shape[-2:] != (resolution, resolution):
+    sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if sides is not None and source.sample_shape[-2:] != sides:
         raise ConfigError(
             f"The flow '{source.source}' draws samples of shape {source.sample_shape}, of no other resolution: leave "
             f"resolution = {resolution} out, or choose a text-to-image pipeline as the flow."

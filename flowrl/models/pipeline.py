@@ -1,7 +1,7 @@
-"""Text-to-image pipelines of diffusers as velocity models: the base of Stable Diffusion 3 and FLUX.
+"""Flow pipelines of diffusers as velocity models: what a declaration of a family says, and what all of them share.
 
-diffusers runs time backwards (sigma = 1 - t) and predicts noise - data = -v. Adapters convert both, here and in
-the subclasses, and nowhere else.
+diffusers runs time backwards (sigma = 1 - t) and most networks predict noise - data = -v. Both are converted here, as a
+family's declaration says, and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
+from flowrl.models.latent_scale import to_autoencoder
 from flowrl.models.long_prompts import silenced, warn_of_cut
+from flowrl.models.packing import latent_sides
 from flowrl.models.schedules import TIMESTEPS, times_of
 from flowrl.types import Condition, Contexts
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PROMPTS_AT_ONCE = 64
 ATTENTION = [
     "attn.to_q",
@@ -39,40 +41,52 @@ ATTENTION = [
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """Use of a text-to-image pipeline.
+    """Use of a pipeline.
 
     Attributes:
-        resolution: Height and width of the images in pixels; the pipeline's own when None.
-        decode_batch: Images that the autoencoder decodes at once.
+        resolution: Height and width of the samples in pixels, one number for both; the pipeline's own when None.
+        decode_batch: Samples that the autoencoder decodes at once.
         vae_tiling: Decode large images in tiles, for little memory.
         t5: Load the T5 text encoder where the pipeline can do without it (Stable Diffusion 3).
+        sequence_length: Tokens of a prompt; as in the pipeline's own call when None.
+        embedded_guidance: Guidance scale that a guidance-distilled network is always given, so that the other scale is
+            of classifier-free guidance; None gives it that scale, and leaves classifier-free guidance out.
     """
 
-    resolution: int | None = None
+    resolution: int | tuple[int, int] | None = None
     decode_batch: int = 64
     vae_tiling: bool = False
     t5: bool = True
+    sequence_length: int | None = None
+    embedded_guidance: float | None = None
 
 
 DEFAULTS = PipelineOptions()
 
 
+class Part(NamedTuple):
+    """Part of one encoded prompt: its shape, and its type where that is not the text encoders'."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of one latent and one image, as a pipeline's configuration says."""
+    """Shapes of one latent and one decoded sample, as a pipeline's configuration says."""
 
-    latent: tuple[int, int, int]
-    sample: tuple[int, int, int]
+    latent: tuple[int, ...]
+    sample: tuple[int, ...]
 
 
 class PipelineFlow(VelocityModel):
-    """A text-to-image pipeline; its transformer is fine-tuned.
+    """A flow pipeline, of which one network is fine-tuned; subclasses declare families (docs/how-to/pipeline.md).
 
     Args:
         pipeline: A loaded diffusers pipeline.
-        shapes: Shapes of its latents and images.
+        shapes: Shapes of its latents and samples.
         options: Options of the pipeline.
-        max_sequence_length: Tokens of the T5 context; as in the pipeline's own call when None.
+        max_sequence_length: Tokens of a prompt; as in the pipeline's own call when None.
         load_encoders: Loads a pipeline that holds text encoders and tokenizers only. Without it they cannot be had
             again, so they are moved to the host instead of being released.
     """
@@ -80,31 +94,49 @@ class PipelineFlow(VelocityModel):
     PIPELINE: ClassVar[str]
     """Class name of the pipeline in diffusers."""
     TRANSFORMER: ClassVar[str]
-    """Class name of its transformer."""
-    NEEDS_T5: ClassVar[bool]
-    """Whether it cannot do without T5."""
-    SEQUENCE_LENGTH: ClassVar[int]
-    """Tokens of the T5 context in the pipeline's own call."""
-    MAX_SHIFT: ClassVar[float]
+    """Class name of the network that is trained."""
+    NETWORK: ClassVar[str] = "transformer"
+    """Name of the part that is trained."""
+    ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    """Names of the parts that encode prompts, and that can be released after that."""
+    WITHOUT_T5: ClassVar[str | None] = None
+    """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
+    SEQUENCE_LENGTH: ClassVar[int] = 512
+    """Tokens of a prompt in the pipeline's own call."""
+    MAX_SHIFT: ClassVar[float] = 1.15
     """The pipeline's own default of `max_shift` in a schedule that depends on the resolution."""
+    TIME_SCALE: ClassVar[float] = 1000.0
+    """What the network is given as the time of noise; that of data is 0."""
+    TIME_REVERSED: ClassVar[bool] = False
+    """Whether the network's time runs the other way, with the noise at 0."""
+    PREDICTS_VELOCITY: ClassVar[bool] = False
+    """Whether the network predicts data - noise, the velocity; else noise - data."""
     casts_inputs = True
 
     def __init__(
         self,
         pipeline: Any,
         shapes: Shapes,
-        options: PipelineOptions = PipelineOptions(),
+        options: PipelineOptions = DEFAULTS,
         max_sequence_length: int | None = None,
         load_encoders: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
         self.max_sequence_length = max_sequence_length or self.SEQUENCE_LENGTH
         self.pipeline = pipeline
-        self.network = pipeline.transformer
+        self.network = self.trained_part(pipeline)
         scheduler = getattr(pipeline, "scheduler", None)
         self.timesteps = TIMESTEPS if scheduler is None else int(scheduler.config.get("num_train_timesteps", TIMESTEPS))
         self.latent_shape, self.sample_shape = shapes.latent, shapes.sample
         self.decode_batch = options.decode_batch
+        self.embedded_guidance = options.embedded_guidance
+        self.takes_guidance = self.embeds_guidance(getattr(self.network, "config", {}))
+        self.distilled_guidance = self.takes_guidance and options.embedded_guidance is None
+        if options.embedded_guidance is not None and not self.takes_guidance:
+            raise ConfigError(
+                f"The network of this {self.PIPELINE} takes no guidance scale: leave embedded_guidance out, and set "
+                "guidance_scale."
+            )
         self.load_encoders = load_encoders
         self.device = torch.device("cpu")
         vae = getattr(pipeline, "vae", None)
@@ -116,28 +148,106 @@ class PipelineFlow(VelocityModel):
             vae.enable_tiling()
 
     @classmethod
+    def trained_part(cls, pipeline: Any) -> nn.Module:
+        """Give the network that is trained."""
+        network: nn.Module = getattr(pipeline, cls.NETWORK)
+        return network
+
+    # what the configuration says
+
+    @classmethod
+    def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
+        """Compute shapes from the configurations of the transformer and of the autoencoder."""
+        scale = cls.reduction(vae)
+        height, width = latent_sides(
+            options.resolution,
+            cls.default_sides(transformer),
+            scale,
+            cls.patch(transformer),
+            cls.most_patches(transformer),
+        )
+        return Shapes((cls.channels(transformer), height, width), (3, height * scale, width * scale))
+
+    @classmethod
+    def reduction(cls, vae: Mapping[str, Any]) -> int:
+        """Compute the pixels per latent along each side, from the autoencoder's configuration."""
+        channels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]  # the latter: AutoencoderTiny
+        return int(2 ** (len(channels) - 1))
+
+    @classmethod
     @abstractmethod
-    def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:
-        """Compute shapes from the transformer's configuration and the autoencoder's reduction of height and width."""
+    def default_sides(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        """Give height and width of the latents when no resolution is asked for."""
+
+    @classmethod
+    def patch(cls, transformer: Mapping[str, Any]) -> int:
+        """Give the latents per patch along each side: heights and widths are multiples of it."""
+        return 2
+
+    @classmethod
+    def most_patches(cls, transformer: Mapping[str, Any]) -> int | None:
+        """Give the largest number of patches along a side; None without limit."""
+        return None
+
+    @classmethod
+    def channels(cls, transformer: Mapping[str, Any]) -> int:
+        """Give the channels of the latents."""
+        return int(transformer["in_channels"])
+
+    @classmethod
+    def embeds_guidance(cls, transformer: Mapping[str, Any]) -> bool:
+        """Tell whether the guidance scale is an input of the network."""
+        return False
+
+    # the network
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """Compute the velocity of the latents."""
+        inputs = self.inputs(x_t.to(cond[0].dtype), self.network_time(t), cond)
+        predicted = self.outputs(self.network(**inputs, return_dict=False)[0].float())
+        return predicted if self.PREDICTS_VELOCITY else -predicted
+
+    def network_time(self, t: torch.Tensor) -> torch.Tensor:
+        """Give what the network takes as its time, at `t` (B,)."""
+        noise = (1 - t) * (self.timesteps / TIMESTEPS)
+        return self.TIME_SCALE * (1 - noise if self.TIME_REVERSED else noise)
+
+    @abstractmethod
+    def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
+        """Give the network's arguments by name: latents `x` (B, *latent_shape), its own `time` (B,), a condition."""
+
+    def outputs(self, predicted: torch.Tensor) -> torch.Tensor:
+        """Bring what the network gives into the shape of latents (B, *latent_shape)."""
+        return predicted
+
+    def with_guidance(self, cond: Condition, scale: float) -> Condition:
+        """Put another guidance scale into a condition, whose last part it is."""
+        return (*cond[:-1], torch.full_like(cond[-1], scale)) if self.distilled_guidance else cond
+
+    def guidance_of(self, n: int) -> torch.Tensor:
+        """Give the guidance scales (n,) that a guidance-distilled network is given at first."""
+        return torch.full((n,), 1.0 if self.embedded_guidance is None else self.embedded_guidance, device=self.device)
+
+    # prompts
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Encode prompts by the pipeline's own text encoders."""
 
+    @abstractmethod
+    def condition_parts(self) -> list[Part]:
+        """Give the parts of one encoded prompt, as `encode_prompts` makes them."""
+
     def imitate_prompts(self, prompts: list[str]) -> Condition:
         """Make meaningless embeddings, of the shapes and types that `encode_prompts` gives, at the same cost."""
         for encoder in self._encoders().values():
-            length = self.max_sequence_length if "T5" in type(encoder).__name__ else self.pipeline.tokenizer_max_length
+            length = self.pipeline.tokenizer_max_length if _is_clip(encoder) else self.max_sequence_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
-        types = [self.pipeline.vae.dtype if shape else torch.float32 for shape in self.condition_shapes()]
+        frozen = self.pipeline.vae.dtype
         return tuple(
-            torch.zeros(len(prompts), *shape, dtype=dtype, device=self.device)
-            for shape, dtype in zip(self.condition_shapes(), types)
+            torch.zeros(len(prompts), *part.shape, dtype=part.dtype or frozen, device=self.device)
+            for part in self.condition_parts()
         )
-
-    @abstractmethod
-    def condition_shapes(self) -> list[tuple[int, ...]]:
-        """Give the shapes of the parts of one encoded prompt; single numbers are in float32."""
 
     @property
     @abstractmethod
@@ -164,9 +274,9 @@ class PipelineFlow(VelocityModel):
         found: dict[str, tuple[str, Any, int]] = {}
         for part, encoder in self._encoders().items():
             tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"), None)
-            name = "T5" if "T5" in type(encoder).__name__ else "CLIP"
+            name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
             if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
-                most = self.max_sequence_length if name == "T5" else self.pipeline.tokenizer_max_length
+                most = self.pipeline.tokenizer_max_length if name == "CLIP" else self.max_sequence_length
                 found[name] = (name, tokenizer, most)
         return list(found.values())
 
@@ -176,9 +286,9 @@ class PipelineFlow(VelocityModel):
 
     def _place_encoders(self) -> None:
         """Put the text encoders on the device, loaded again where they had been released."""
-        if self.load_encoders is not None and self.pipeline.text_encoder is None:
+        if self.load_encoders is not None and getattr(self.pipeline, self.ENCODERS[0], None) is None:
             loaded = self.load_encoders()
-            for name in ENCODERS:
+            for name in self.ENCODERS:
                 if getattr(loaded, name, None) is not None:
                     setattr(self.pipeline, name, getattr(loaded, name))
         for encoder in self._encoders().values():
@@ -193,14 +303,13 @@ class PipelineFlow(VelocityModel):
                 setattr(self.pipeline, name, None)
 
     def _encoders(self) -> dict[str, torch.nn.Module]:
-        return {name: part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
+        return {name: part for name in self.ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents to images (B, 3, H, W), float32 in [0, 1]."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
-        scale, shift = (vae.config.get(key) for key in ("scaling_factor", "shift_factor"))  # older ones have no shift
-        latents = (x_1 / (1 if scale is None else scale) + (shift or 0)).to(vae.dtype)
+        latents = to_autoencoder(x_1, vae.config).to(vae.dtype)
         decode: Callable[..., Any] = vae.decode
         images = [decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
@@ -217,12 +326,15 @@ class PipelineFlow(VelocityModel):
 
     def times(self, steps: int) -> torch.Tensor:
         """Give the times of the pipeline's own schedule."""
-        config, mu = self.pipeline.scheduler.config, None
-        if config.get("use_dynamic_shifting"):
-            least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            low, high = config.get("base_shift", 0.5), config.get("max_shift", self.MAX_SHIFT)
-            mu = low + (high - low) * (self.sequence_length - least) / (most - least)
+        config = self.pipeline.scheduler.config
+        mu = self.shift(steps, config) if config.get("use_dynamic_shifting") else None
         return times_of(copy.deepcopy(self.pipeline.scheduler), steps, self.sigmas(steps, config), mu)
+
+    def shift(self, steps: int, config: Mapping[str, Any]) -> float:
+        """Compute the shift `mu` of a schedule that depends on the resolution."""
+        least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", self.MAX_SHIFT)
+        return float(low + (high - low) * (self.sequence_length - least) / (most - least))
 
     def sigmas(self, steps: int, config: Mapping[str, Any]) -> np.ndarray | None:
         """Give the noise levels that the pipeline's call hands to its scheduler; None leaves them to the scheduler."""
@@ -236,33 +348,10 @@ class PipelineFlow(VelocityModel):
         """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
         if lora_state is None:
             network: Any = self.network
-            network.save_pretrained(folder / "transformer", safe_serialization=True)
+            network.save_pretrained(folder / self.NETWORK, safe_serialization=True)
         else:
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
 
 
-def square(size: int | None, default: int, scale: int, patch: int, most: int | None = None) -> int:
-    """Compute the height (and width) of the latents for images of `size` pixels; `default` without a size.
-
-    Args:
-        size: Height and width in pixels.
-        default: Height of the latents without a size.
-        scale: Pixels per latent, along each side.
-        patch: Latents per patch, along each side.
-        most: Largest number of patches along a side that the transformer has positions for; None without limit.
-
-    Raises:
-        ConfigError: The transformer cannot cut such images into patches, or has no positions for so many.
-    """
-    if size is None:
-        return default
-    step = scale * patch
-    if most is not None and size > most * step:
-        raise ConfigError(
-            f"resolution must be at most {most * step} pixels for this pipeline, whose transformer has positions for "
-            f"{most} x {most} patches; not {size}."
-        )
-    if size <= 0 or size % step:
-        near = max(1, round(size / step)) * step
-        raise ConfigError(f"resolution must be a multiple of {step} pixels for this pipeline, not {size}; e.g. {near}.")
-    return size // scale
+def _is_clip(encoder: nn.Module) -> bool:
+    return "CLIP" in type(encoder).__name__

@@ -167,7 +167,7 @@ class FlowPolicy(SB3Policy):
             self._null = on_device(self.model.null_condition(), self._home)
             self.model.release_encoders()
         both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
-        return guided_field(lambda x, t: self.velocity(x, t, both, role, exact), scale, self.guidance)
+        return guided_field(lambda x, t: self.velocity(x, t, both, role, exact), scale, self.guidance, self.model.guide)
 
     def noise(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw standard normal latents (n, *latent_shape)."""

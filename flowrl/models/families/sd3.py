@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowrl.models.pipeline import ATTENTION, PipelineFlow, Shapes, square
+from flowrl.models.pipeline import ATTENTION, Part, PipelineFlow
 from flowrl.types import Condition
 
 POSITIONS = 96
@@ -19,29 +19,36 @@ class SD3Flow(PipelineFlow):
 
     PIPELINE = "StableDiffusion3Pipeline"
     TRANSFORMER = "SD3Transformer2DModel"
-    NEEDS_T5 = False
+    ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    WITHOUT_T5 = "text_encoder_3"
     SEQUENCE_LENGTH = 256
     MAX_SHIFT = 1.16
     lora_targets = ATTENTION
 
     @classmethod
-    def shapes(cls, transformer: Mapping[str, Any], scale: int, resolution: int | None) -> Shapes:
-        """Compute the shapes of latents, as the transformer takes them."""
-        most = int(transformer.get("pos_embed_max_size") or POSITIONS)
-        size = square(resolution, int(transformer["sample_size"]), scale, int(transformer["patch_size"]), most)
-        return Shapes((int(transformer["in_channels"]), size, size), (3, size * scale, size * scale))
+    def default_sides(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        """Give the size that the transformer was made for."""
+        return int(transformer["sample_size"]), int(transformer["sample_size"])
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """Compute the velocity of the latents."""
+    @classmethod
+    def patch(cls, transformer: Mapping[str, Any]) -> int:
+        """Give the side of a patch."""
+        return int(transformer["patch_size"])
+
+    @classmethod
+    def most_patches(cls, transformer: Mapping[str, Any]) -> int | None:
+        """Give the number of positions along a side."""
+        return int(transformer.get("pos_embed_max_size") or POSITIONS)
+
+    def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
+        """Give the transformer's arguments."""
         prompt_embeds, pooled = cond
-        noise_minus_data = self.network(
-            hidden_states=x_t.to(prompt_embeds.dtype),
-            timestep=self.timesteps * (1 - t),
-            encoder_hidden_states=prompt_embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-        return -noise_minus_data.float()
+        return {
+            "hidden_states": x,
+            "timestep": time,
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": pooled,
+        }
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Encode prompts: embeddings (B, tokens, dim), pooled embeddings (B, dim); zeros stand in for an absent T5."""
@@ -55,11 +62,11 @@ class SD3Flow(PipelineFlow):
         )
         return prompt_embeds, pooled
 
-    def condition_shapes(self) -> list[tuple[int, ...]]:
+    def condition_parts(self) -> list[Part]:
         """Give the shapes of the context and the pooled embedding."""
         config: Any = self.network.config
         tokens = self.pipeline.tokenizer_max_length + self.max_sequence_length
-        return [(tokens, config.joint_attention_dim), (config.pooled_projection_dim,)]
+        return [Part((tokens, config.joint_attention_dim)), Part((config.pooled_projection_dim,))]
 
     @property
     def sequence_length(self) -> int:

@@ -1,0 +1,12 @@
+"""Families of pipelines: how each class of diffusers' flow pipelines is a velocity model. One file per family."""
+
+from __future__ import annotations
+
+from flowrl.models.families.flux import FluxFlow
+from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
+from flowrl.models.families.sd3 import SD3Flow
+
+__all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
+
+for family in (SD3Flow, FluxFlow):
+    register_pipeline(family)

@@ -1,0 +1,8 @@
+"""Small random pipelines of each declared class, and what their own calls give; `CASES` lists them all."""
+
+from __future__ import annotations
+
+from families import flux, sd3
+from families.case import Case
+
+CASES: dict[str, Case] = {case.name: case for module in (sd3, flux) for case in module.CASES}

@@ -1,0 +1,40 @@
+"""What the tests of a family of pipelines are told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowrl.models.pipeline import DEFAULTS, PipelineFlow, PipelineOptions
+
+PROMPTS = ["three red stars on blue", "white circles", "two green squares on black"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class of pipelines in one of its forms.
+
+    Attributes:
+        name: Name of the case.
+        build: Builds a small random pipeline from configurations, by diffusers alone, and saves it into a folder.
+        call: The pipeline's own call for `PROMPTS` from latents `x_0` (3, *latent_shape), with a guidance scale and a
+            number of steps; gives latents of that shape.
+        sizes: Two resolutions in pixels; both are tried.
+        scale: The guidance scale to try beside 1.
+        options: Further fields of `PipelineOptions`.
+        images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
+        has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
+    """
+
+    name: str
+    build: Callable[[Path], Any]
+    call: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor]
+    sizes: tuple[int | tuple[int, int], int | tuple[int, int]] = (16, 32)
+    scale: float = 4.5
+    options: PipelineOptions = DEFAULTS
+    images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None
+    has_lora: bool = True

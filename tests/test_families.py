@@ -1,0 +1,160 @@
+"""Every declared class of pipelines: its own call's latents and pictures, training, export, the dry run's plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CASES
+from families.case import PROMPTS, Case
+from gymnasium import spaces
+
+import flowrl
+from flowrl.envs.text_to_image import TextToImageEnv
+from flowrl.models.families import DECLARED
+from flowrl.models.loading import source_of
+from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.models.source import FlowSource
+from flowrl.training.policy import FlowPolicy
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families") / case.name
+    torch.manual_seed(3)
+    case.build(folder)
+    return folder
+
+
+def source(case: Case, folder: Path, size: Any = None) -> FlowSource:
+    return source_of(str(folder), pipeline=replace(case.options, resolution=size or case.sizes[0]))
+
+
+def policy_of(flow: PipelineFlow, scale: float) -> FlowPolicy:
+    box = spaces.Box(0, 1, flow.sample_shape)
+    config = flowrl.FlowConfig(guidance_scale=scale)
+    return FlowPolicy(spaces.Discrete(3), box, model=flow, contexts=PROMPTS, config=config, seed=0)
+
+
+def loaded(case: Case, folder: Path, size: Any = None) -> PipelineFlow:
+    flow = source(case, folder, size).load()
+    assert isinstance(flow, PipelineFlow)
+    flow.pipeline.set_progress_bar_config(disable=True)
+    return flow
+
+
+def test_every_declared_class_has_a_case(tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert {type_of(case, tmp_path_factory.mktemp("declared")) for case in CASES.values()} == set(DECLARED)
+
+
+def type_of(case: Case, folder: Path) -> str:
+    """Name of the class that a case builds."""
+    built = case.build(folder)
+    import json
+
+    return str(json.loads((Path(built or folder) / "model_index.json").read_text())["_class_name"])
+
+
+@pytest.mark.parametrize(("size", "steps"), [(0, 3), (1, 5)])
+def test_our_sampler_gives_the_pipelines_latents(case: Case, folder: Path, size: int, steps: int) -> None:
+    """With and without guidance, in float32, at two resolutions."""
+    flow, theirs = (loaded(case, folder, case.sizes[size]) for _ in range(2))
+    policy = policy_of(flow, 1.0)
+    x_0, ids = policy.noise(3), torch.arange(3)
+    for scale in (1.0, case.scale):
+        ours = policy.sample_latents(ids, x_0=x_0, steps=steps, solver="euler", guidance_scale=scale)
+        with torch.no_grad():
+            expected = case.call(theirs, x_0, scale, steps)
+        assert expected.dtype == torch.float32
+        assert (ours - expected).abs().max() <= 1e-4
+        assert (expected - x_0).abs().max() > 0.1
+    plain = policy.sample_latents(ids, x_0=x_0, steps=steps, solver="euler", guidance_scale=1.0)
+    other = policy.sample_latents(ids.flip(0), x_0=x_0, steps=steps, solver="euler", guidance_scale=1.0)
+    assert (plain - other).abs().max() > 1e-3  # prompts do something
+    assert (plain - ours).abs().max() > 1e-3  # and so does guidance
+
+
+def test_decoding_gives_the_pipelines_samples(case: Case, folder: Path) -> None:
+    if case.images is None:
+        pytest.skip("another case of this class decodes")
+    flow, theirs = loaded(case, folder), loaded(case, folder)
+    policy = policy_of(flow, 1.0)
+    x_0 = policy.noise(3)
+    with torch.no_grad():
+        expected = case.images(theirs, x_0, 1.0, 3)
+    ours = flow.decode(policy.sample_latents(torch.arange(3), x_0=x_0, steps=3, solver="euler"))
+    assert ours.shape == expected.shape == (3, *flow.sample_shape)
+    assert (ours - expected).abs().max() <= 1e-4
+    assert expected.std() > 0.01
+
+
+def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+    return images.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("algorithm", ["ORWCFMW2", "FlowGRPO", "DRaFT"])
+def test_training_and_export(case: Case, folder: Path, algorithm: str, tmp_path: Path) -> None:
+    """One iteration with LoRA; the exported adapter gives diffusers our velocity."""
+    env = TextToImageEnv(source(case, folder), PROMPTS, brightness)
+    settings: dict[str, Any] = {"n_samples": 4, "group_size": 2, "batch_size": 2, "rollout_steps": 3}
+    model = getattr(flowrl, algorithm)("FlowPolicy", env, seed=0, device="cpu", lora_rank=2, n_epochs=1, **settings)
+    before = {key: value.clone() for key, value in model.policy.parameters_of("current").items()}
+    model.learn(4)
+    policy, moved = model.policy, model.policy.parameters_of("current")
+    assert any(not torch.equal(value, before[key]) for key, value in moved.items())
+    if algorithm != "ORWCFMW2":
+        return
+    with torch.no_grad():  # adapters of a size that shows
+        for parameter in moved.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save(tmp_path / "checkpoint")
+    x, t, cond = torch.randn(2, *policy.model.latent_shape), torch.tensor([0.3, 0.7]), policy.condition(torch.arange(2))
+    with torch.no_grad():
+        ours, reference = policy.velocity(x, t, cond), policy.velocity(x, t, cond, "reference")
+    theirs = loaded(case, folder)
+    if case.has_lora:
+        theirs.pipeline.load_lora_weights(tmp_path / "checkpoint")
+    else:
+        theirs.network.load_lora_adapter(tmp_path / "checkpoint")  # type: ignore[operator]
+    with torch.no_grad():
+        assert (ours - reference).abs().max() > 1e-3
+        assert (theirs(x, t, cond) - ours).abs().max() <= 1e-4
+
+
+def test_lora_adapts_the_attention(case: Case, folder: Path) -> None:
+    """Of every block, by the names that the class declares; and blocks are found for compilation."""
+    from flowrl.models.compiling import repeated_blocks
+
+    env = TextToImageEnv(source(case, folder), PROMPTS, brightness)
+    config = flowrl.FlowConfig(lora_rank=2)
+    names = {name.split(".lora_")[0] for name in FlowPolicy.of(env, config).parameters_of("current")}
+    blocks = repeated_blocks(env.flow.load().network)
+    assert len(blocks) > 0
+    assert any("attn" in name for name in names)
+    assert len(names) >= 4 * len(blocks)
+
+
+def test_the_plan_knows_the_prompts(case: Case, folder: Path) -> None:
+    """What a dry run puts in the place of encoded prompts has their shapes and types."""
+    flow = loaded(case, folder)
+    real = flow.encode(PROMPTS)
+    parts = flow.condition_parts()
+    assert [tuple(part.shape[1:]) for part in real] == [part.shape for part in parts]
+    assert [part.dtype for part in real] == [part.dtype or torch.float32 for part in parts]
+    imitation = source(case, folder).imitation(torch.float32, torch.float32)
+    assert [part.shape for part in imitation.encode(PROMPTS)] == [part.shape for part in real]
+    null = flow.null_condition()
+    assert [part.shape[1:] for part in null] == [part.shape[1:] for part in real]
+
+
+def test_cases_are_of_random_weights_and_small(case: Case, folder: Path) -> None:
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 4e6
+    assert isinstance(case.options, PipelineOptions)
