@@ -18,7 +18,7 @@ from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError
 from flowrl.evaluation.results import EvaluationResult, SampleStatistics
 from flowrl.evaluation.side_effects import compare, held_out, looks
-from flowrl.evaluation.steering import Steering, rewarded, steer
+from flowrl.evaluation.steering import Steering, steer
 from flowrl.functional import metrics
 from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
@@ -26,6 +26,7 @@ from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.construction import as_generation_env
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import velocities
+from flowrl.training.rollout import judged_by, roll_out
 from flowrl.types import Role
 
 Sampler = Callable[[torch.Tensor, torch.Tensor, Role], torch.Tensor]
@@ -233,13 +234,16 @@ def _drawn(
         def gather(rows: torch.Tensor, n: int = len(c), ranks: Ranks = ranks) -> torch.Tensor:
             return ranks.all_gather(rows, n, group)
 
-        own = ranks.shard(c, group)
-        x_1 = sampler(own, ranks.shard(x_0, group), role)
-        samples, output = rewarded(policy, subject.env, x_1, own)
+        own, own_noise = ranks.shard(c, group), ranks.shard(x_0, group)
+
+        def draw(ids: torch.Tensor, x_0: torch.Tensor = own_noise) -> tuple[torch.Tensor, Any]:
+            return sampler(ids, x_0, role), {}
+
+        done = roll_out(own, draw, policy.decode, judged_by(subject.env))
         n_drawn += len(own)
-        parts.append((gather(x_1), gather(samples)))
-        rewards.append(gather(output.reward))
-        components.append({key: gather(value) for key, value in output.components.items()})
+        parts.append((gather(done.x_1), gather(done.samples)))
+        rewards.append(gather(done.output.reward))
+        components.append({key: gather(value) for key, value in done.output.components.items()})
     together = {key: torch.cat([part[key] for part in components]) for key in components[0]}
     x_1, samples = (torch.cat(rows) for rows in zip(*parts))
     return Drawn(x_1, samples, torch.cat(rewards), together, (policy.evaluations - spent) / n_drawn)
