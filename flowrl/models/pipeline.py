@@ -19,6 +19,7 @@ from torch import nn
 
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
+from flowrl.models.init_lora import with_start
 from flowrl.models.latent_scale import to_autoencoder
 from flowrl.models.long_prompts import silenced, warn_of_cut
 from flowrl.models.packing import latent_sides
@@ -350,7 +351,8 @@ class PipelineFlow(VelocityModel):
             network: Any = self.network
             network.save_pretrained(folder / self.NETWORK, safe_serialization=True)
         else:
-            type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
+            whole = with_start(lora_state, self.init_lora) if self.init_lora else lora_state
+            type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=whole)
 
 
 def _is_clip(encoder: nn.Module) -> bool:
