@@ -22,7 +22,7 @@ from flowrl.functional.endpoint import (
 )
 from flowrl.functional.losses import squared_error
 from flowrl.models.critic import StateCritic
-from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.noising import Coupled, CouplingConfig
 from flowrl.types import Batch, Pair, Role
 
 FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
@@ -30,7 +30,7 @@ FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
 
 
 @dataclass(frozen=True)
-class EndpointConfig(FlowConfig, ABC):
+class EndpointConfig(CouplingConfig, ABC):
     """Settings of endpoint methods with advantages."""
 
     group_size: int = 8
@@ -90,7 +90,7 @@ class EndpointConfig(FlowConfig, ABC):
         )
 
 
-class EndpointAlgorithm(FlowAlgorithm):
+class EndpointAlgorithm(Coupled):
     """A `FlowAlgorithm` with advantages, whose loss is a row of `flowrl.functional.endpoint`."""
 
     Config: ClassVar[type[FlowConfig]] = EndpointConfig
@@ -132,7 +132,8 @@ class EndpointAlgorithm(FlowAlgorithm):
             extra = {name: rows.repeat_interleave(config.noisings, 0) for name, rows in batch.extra.items()}
             vectors = [rows.repeat_interleave(config.noisings, 0) for rows in batch[:5]]
             batch = Batch(vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], extra)
-        return batch, self.pair(batch, t=t)
+        batch, x_0 = self.couple(batch)
+        return batch, self.pair(batch, x_0, t)
 
     def follow(
         self,
@@ -165,7 +166,8 @@ class EndpointAlgorithm(FlowAlgorithm):
             advantage = advantage - value.detach()
         if "stray" in batch.extra:  # no advantage is to carry nothing
             advantage = advantage.masked_fill(batch.extra["stray"], 0)
-        return endpoint_loss(v, row.gradient(pair.u, advantage, known)).mean(), figures
+        weight = self.time_weight(pair.t, squared_error(pair.u, known[row.base].detach()))
+        return endpoint_loss(v, row.gradient(pair.u, advantage, known, weight)).mean(), figures
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Give lambda of the tilt `q_ref e^(lambda r) / Z` that the method aims at; None where there is none.
