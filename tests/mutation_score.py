@@ -784,6 +784,13 @@ MUTATIONS = (
         ("test_preference.py::test_rewards_are_compared_each_by_itself",),
     ),
     Mutation(
+        "gdpo-unit",
+        "flowrl/training/groups.py",
+        "given, rollout.group, maximum, self.compared)",
+        "given, rollout.group, maximum)",
+        ("test_preference.py::test_components_are_rows_that_stay_with_their_samples",),
+    ),
+    Mutation(
         "gdpo-rows",
         "flowrl/training/groups.py",
         "rollout.extra[COMPONENT + name] for name in weights",

@@ -22,6 +22,7 @@ from flowrl.functional.endpoint import (
 )
 from flowrl.functional.losses import squared_error
 from flowrl.models.critic import StateCritic
+from flowrl.training.groups import GroupConfig, GroupRelative
 from flowrl.training.noising import Coupled, CouplingConfig
 from flowrl.types import Batch, Pair, Role
 
@@ -30,11 +31,9 @@ FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
 
 
 @dataclass(frozen=True)
-class EndpointConfig(CouplingConfig, ABC):
+class EndpointConfig(GroupConfig, CouplingConfig, ABC):
     """Settings of endpoint methods with advantages."""
 
-    group_size: int = 8
-    """Samples of the same context per iteration, whose rewards are compared; must divide n_samples."""
     spread: Spread = "group"
     """Unit of advantages: the standard deviation of the rewards of their group ("group"), of all rewards of the
     iteration ("global"), or none: the rewards' own ("none")."""
@@ -59,8 +58,8 @@ class EndpointConfig(CouplingConfig, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(
-            self.group_size > 1,
-            "group_size must be at least 2: rewards are compared within a group (--algo.group-size 8).",
+            self.reward_aggregation == "sum" or self.spread != "none",
+            "reward_aggregation 'gdpo' gives each of several rewards its own unit: take spread 'group' or 'global'.",
         )
         for name in ("max_advantage", "noisings", "critic_width"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
@@ -90,7 +89,7 @@ class EndpointConfig(CouplingConfig, ABC):
         )
 
 
-class EndpointAlgorithm(Coupled):
+class EndpointAlgorithm(Coupled, GroupRelative):
     """A `FlowAlgorithm` with advantages, whose loss is a row of `flowrl.functional.endpoint`."""
 
     Config: ClassVar[type[FlowConfig]] = EndpointConfig
@@ -119,9 +118,13 @@ class EndpointAlgorithm(Coupled):
         config = self.config
         return lagging_decay(self.iteration, config.decay_flat, config.decay_rate, config.decay_hold)
 
+    def compared(self, reward: torch.Tensor, group: torch.Tensor, maximum: float) -> torch.Tensor:
+        """Compare one reward (B,) within groups (B,): advantages (B,) in units of the spread."""
+        return advantages(reward, group, self.config.spread, maximum)
+
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Compare the rewards of each group: advantages (B,)."""
-        return advantages(rollout.reward, rollout.group, self.config.spread, self.config.max_advantage)
+        return self.relative(rollout, self.config.max_advantage)
 
     def noised(self, batch: Batch) -> tuple[Batch, Pair]:
         """Pair the samples of a minibatch with noise, each `noisings` times; gives the rows of the pairs, too."""
@@ -179,14 +182,18 @@ class EndpointAlgorithm(Coupled):
 
         (for concave rewards early times are tilted less, see docs/algorithms/ram.md). dA/dr is that of
         `advantage_slope`, where nothing is clipped. Without beta_ref each refresh tilts on. With a critic that knows
-        E[A | x_t] it is so for rows around the reference, too.
+        E[A | x_t] it is so for rows around the reference, too. None for rewards that are compared each by itself.
 
         Args:
             reward_std: Standard deviation of the rewards within their groups, pooled; a scalar tensor.
         """
         row = self.config.row()
         held = row.anchors.get("reference", 0.0)
-        if not held or (row.base == "reference" and not self.config.critic_learning_rate):
+        if (
+            self.config.reward_aggregation != "sum"
+            or not held
+            or (row.base == "reference" and not self.config.critic_learning_rate)
+        ):
             return None
         slope = advantage_slope(reward_std, self.config.spread, self.config.group_size)
         return row.gain * slope / held

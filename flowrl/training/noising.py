@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -32,10 +32,6 @@ class NoisingConfig(FlowConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
-        self.require(
-            self.time_weighting in get_args(TimeWeighting),
-            f"time_weighting must be one of {', '.join(get_args(TimeWeighting))}, not '{self.time_weighting}'.",
-        )
 
 
 class Noising(FlowAlgorithm):
@@ -85,8 +81,6 @@ class CouplingConfig(NoisingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = get_args(Coupling)
-        self.require(self.coupling in known, f"coupling must be one of {', '.join(known)}, not '{self.coupling}'.")
         self.require(
             0 <= self.context_weight < math.inf, f"context_weight must not be negative, not {self.context_weight}."
         )
