@@ -30,6 +30,7 @@ from flowrl.envs.registration import make, make_vec, register, register_env
 from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.evaluation.measure import EvaluationResult, evaluate
 from flowrl.models.base import VelocityModel
+from flowrl.models.prior import PriorFlow
 from flowrl.orw_w2 import ORWCFM, ORWCFMKL, ORWCFMW2
 from flowrl.registry import algorithm_class, register_algorithm
 from flowrl.tilt import Tilt
@@ -69,6 +70,7 @@ __all__ = [
     "FlowPolicy",
     "GenerationEnv",
     "GenerationVecEnv",
+    "PriorFlow",
     "Prompt",
     "ReFL",
     "RewardOutput",
