@@ -132,8 +132,10 @@ class CustomEnv(GenerationEnv):
         low: float,
         high: float,
         held_out: Sequence[Any] = (),
+        render: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__(flow, contexts, low=low, high=high, name=name, held_out=held_out)
+        self.renderer = render
         self.reward_function = reward
         self.groupwise = getattr(reward, "groupwise", False)
 
@@ -152,6 +154,7 @@ def register_env(
     bounds: tuple[float, float] = (-10.0, 10.0),
     recommended: Mapping[str, Any] | None = None,
     total_timesteps: int = 20_000,
+    render: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorate a reward function: it becomes an environment, for `--env NAME` and `gymnasium.make`.
 
@@ -168,6 +171,8 @@ def register_env(
         bounds: Least and greatest value of the action space; images always have (0, 1).
         recommended: Algorithm settings that suit this environment.
         total_timesteps: Default length of a run, in samples.
+        render: Picture of samples that are no images, for grids: `samples (B, *sample_shape) -> (B, 1 or 3, H, W)` in
+            [0, 1]; a scatter plot of the first two coordinates when not given.
     """
 
     def decorate(reward: Callable) -> Callable:
@@ -178,7 +183,7 @@ def register_env(
             chosen = prompts_from(config.prompt_file or ([None] if prompts is None else prompts), config.held_out_share)
             if source.is_image:
                 return TextToImageEnv(source, chosen.train, reward, name=name, held_out=chosen.held_out)
-            return CustomEnv(source, chosen.train, reward, name, *bounds, held_out=chosen.held_out)
+            return CustomEnv(source, chosen.train, reward, name, *bounds, chosen.held_out, render)
 
         doc = ((reward.__doc__ or "").strip() or f"reward {reward.__qualname__}").splitlines()[0]
         register(
