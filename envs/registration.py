@@ -133,8 +133,10 @@ class CustomEnv(GenerationEnv):
         low: float,
         high: float,
         held_out: Sequence[Any] = (),
+        render: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__(flow, contexts, low=low, high=high, name=name, held_out=held_out)
+        self.renderer = render
         self.reward_function = reward
         self.groupwise = getattr(reward, "groupwise", False)
 
@@ -156,6 +158,7 @@ def register_env(
     generator: Any = None,
     latent: int | tuple[int, ...] | None = None,
     encode: Encoder | None = None,
+    render: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorate a reward function: it becomes an environment, for `--env NAME` and `gymnasium.make`.
 
@@ -178,6 +181,8 @@ def register_env(
             latents (`flowrl.PriorFlow`).
         latent: Dimension of the generator's latents, or their shape.
         encode: What describes contexts to a generator's flow, `B contexts -> (B, n)`; one-hot vectors when not given.
+        render: Picture of samples that are no images, for grids: `samples (B, *sample_shape) -> (B, 1 or 3, H, W)` in
+            [0, 1]; a scatter plot of the first two coordinates when not given.
 
     Raises:
         ConfigError: Both a flow and a generator are given, or neither, or they are not what they should be.
@@ -195,7 +200,7 @@ def register_env(
                 source = _of_generator(generator, latent, chosen, encode, bounds)
             if source.is_image:
                 return TextToImageEnv(source, chosen.train, reward, name=name, held_out=chosen.held_out)
-            return CustomEnv(source, chosen.train, reward, name, *bounds, held_out=chosen.held_out)
+            return CustomEnv(source, chosen.train, reward, name, *bounds, chosen.held_out, render)
 
         doc = ((reward.__doc__ or "").strip() or f"reward {reward.__qualname__}").splitlines()[0]
         register(

@@ -19,6 +19,7 @@ from flowrl.baselines.refl import ReFL
 from flowrl.baselines.rvm import RVM
 from flowrl.baselines.rwr import RWR
 from flowrl.config import FlowConfig
+from flowrl.envs import darcy as _darcy
 from flowrl.envs import digits as _digits
 from flowrl.envs import emoji as _emoji
 from flowrl.envs import gaussians as _gaussians
@@ -39,7 +40,7 @@ from flowrl.training.policy import FlowPolicy
 from flowrl.types import Batch, RewardOutput
 from flowrl.version import __version__ as __version__
 
-for _spec in (*_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *_text_to_image.SPECS):
+for _spec in (*_darcy.SPECS, *_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *_text_to_image.SPECS):
     register(_spec)
 
 __all__ = [

@@ -148,7 +148,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
         ConfigError: The role is not kept, or the folder cannot be written.
     """
     policy, env = model.policy, model.env.core
-    n = config.n or (4 if env.flow.is_image else 1024)
+    n = config.n or (4 if env.shows_images else 1024)
     each = [context for context in contexts for _ in range(n)]
     seeds = [config.seed + k for k in range(n)] * len(contexts)
     sampling = {
@@ -209,7 +209,8 @@ def _write_points(
     """Write `samples.safetensors` (samples (B, *sample_shape), seeds (B,)) and `scatter.png`; likewise."""
     samples = torch.cat(list(batches))
     save_file({"samples": samples.contiguous(), "seeds": torch.tensor(seeds)}, folder / "samples.safetensors")
-    save_picture(samples, contexts, env, folder / "scatter.png")
+    shown = samples[:GRID] if env.shows_images else samples
+    save_picture(shown, contexts, env, folder / "scatter.png")
     entries = [
         {"file": "samples.safetensors", "rows": [i, i + n], "prompt": contexts[i], "seeds": [seeds[i], seeds[i] + n]}
         for i in range(0, len(contexts), n)

@@ -199,5 +199,18 @@ def _unet_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...]
     return (shape.channels, shape.size, shape.size), lambda: UNetFlow(shape)
 
 
-BUILDERS = {"mlp": _mlp_builder, "unet": _unet_builder}
+def _darcy_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...], Callable[[], VelocityModel]]:
+    from flowrl.models.darcy import DarcyFlow, check_scales
+    from flowrl.models.unet import UNetShape
+
+    scales = {key: config[key] for key in ("scale", "order", "log_scale") if key in config}
+    try:
+        shape = UNetShape.of({"channels": 2, **config})
+        check_scales(shape, **scales)
+    except ConfigError as error:
+        raise ModelLoadError(f"'{folder / 'config.json'}' describes no flow of 'darcy': {error}") from error
+    return (2, shape.size, shape.size), lambda: DarcyFlow(shape, **scales)
+
+
+BUILDERS = {"mlp": _mlp_builder, "unet": _unet_builder, "darcy": _darcy_builder}
 """By the kind of model that a folder's config.json names: the shape of a sample, and how to build the flow."""

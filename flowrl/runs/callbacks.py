@@ -55,7 +55,7 @@ class PictureCallback(IterationCallback):
         generator = torch.Generator(self.model.device)
         generator.manual_seed(0)
         env, policy = self.model.env.core, self.model.policy  # type: ignore[union-attr]
-        n = self.n if env.flow.is_image else 1024
+        n = self.n if env.shows_images else 1024
         self.x_0 = policy.noise(n, generator)  # type: ignore[operator]
         self.contexts = torch.arange(n, device=self.x_0.device) % len(env.contexts)
         if self.model.num_timesteps == 0:

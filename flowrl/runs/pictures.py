@@ -56,16 +56,16 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
     """Save a picture of samples as PNG: a grid of images, or a scatter plot of points."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if env.flow.is_image:
-        image_grid(samples).save(path)
+    if env.shows_images:
+        image_grid(env.pictures(samples)).save(path)
     else:
         _save_plots([("samples", samples)], env, path)
 
 
 def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
     """Save a picture of reference and trained samples at the same noise, as PNG."""
-    if env.flow.is_image:
-        halves = [image_grid(s[:36]) for s in (result.reference_samples, result.samples)]
+    if env.shows_images:
+        halves = [image_grid(env.pictures(s[:36])) for s in (result.reference_samples, result.samples)]
         gap = 12
         both = Image.new("RGB", (2 * halves[0].width + gap, halves[0].height), "white")
         both.paste(halves[0], (0, 0))
