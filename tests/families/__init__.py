@@ -6,6 +6,7 @@ from families import (
     flux,
     qwen_image,
     sd3,
+    z_image,
 )
 from families.case import Case
 
@@ -13,5 +14,6 @@ MODULES = (
     flux,
     qwen_image,
     sd3,
+    z_image,
 )
 CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}

@@ -6,6 +6,7 @@ from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sd3 import SD3Flow
+from flowrl.models.families.z_image import ZImageFlow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
@@ -13,5 +14,6 @@ for family in (
     FluxFlow,
     QwenImageFlow,
     SD3Flow,
+    ZImageFlow,
 ):
     register_pipeline(family)
