@@ -7,6 +7,7 @@ family's declaration says, and nowhere else.
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class PipelineFlow(VelocityModel):
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
     casts_inputs = True
+    told_of_guidance = False
 
     def __init__(
         self,
@@ -132,7 +134,8 @@ class PipelineFlow(VelocityModel):
         self.decode_batch = options.decode_batch
         self.embedded_guidance = options.embedded_guidance
         self.takes_guidance = self.embeds_guidance(getattr(self.network, "config", {}))
-        self.distilled_guidance = self.takes_guidance and options.embedded_guidance is None
+        self.ignores_guidance = self.without_guidance(getattr(pipeline, "config", {}))
+        self.distilled_guidance = self.ignores_guidance or (self.takes_guidance and options.embedded_guidance is None)
         if options.embedded_guidance is not None and not self.takes_guidance:
             raise ConfigError(
                 f"The network of this {self.PIPELINE} takes no guidance scale: leave embedded_guidance out, and set "
@@ -200,6 +203,11 @@ class PipelineFlow(VelocityModel):
         """Tell whether the guidance scale is an input of the network."""
         return False
 
+    @classmethod
+    def without_guidance(cls, pipeline: Mapping[str, Any]) -> bool:
+        """Tell whether a pipeline's configuration says that it is distilled to do without guidance."""
+        return False
+
     # the network
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
@@ -223,6 +231,14 @@ class PipelineFlow(VelocityModel):
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
         """Put another guidance scale into a condition, whose last part it is."""
+        if self.ignores_guidance:
+            if scale != 1 and not self.told_of_guidance:
+                self.told_of_guidance = True
+                warnings.warn(
+                    f"guidance_scale={scale:g} does nothing: this {self.PIPELINE} is distilled to do without guidance.",
+                    stacklevel=2,
+                )
+            return cond
         return (*cond[:-1], torch.full_like(cond[-1], scale)) if self.distilled_guidance else cond
 
     def guidance_of(self, n: int) -> torch.Tensor:
