@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from families import (
     flux,
+    flux2,
     qwen_image,
     sd3,
     z_image,
@@ -12,6 +13,7 @@ from families.case import Case
 
 MODULES = (
     flux,
+    flux2,
     qwen_image,
     sd3,
     z_image,

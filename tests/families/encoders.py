@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -21,6 +23,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+LISTS = "{% for message in messages %}{{ message['role'] }}\n{{ message['content'][0]['text'] }}\n{% endfor %}"
+"""A template of messages whose contents are lists, as processors of text and images take them."""
 WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()} | {"user", "assistant", "system", "\n"})
 VOCABULARY = [*SPECIAL, *WORDS]
 WIDTH = 16
@@ -69,4 +73,13 @@ def qwen_vl() -> torch.nn.Module:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config={**_text(2), "rope_parameters": rope}, vision_config=vision)
+    )
+
+
+def mistral(layers: int) -> torch.nn.Module:
+    """A Mistral 3, that sees no pictures here."""
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14}
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config={"model_type": "mistral", **_text(layers)}, vision_config=vision)
     )

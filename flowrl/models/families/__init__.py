@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flowrl.models.families.flux import FluxFlow
+from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sd3 import SD3Flow
@@ -11,6 +12,8 @@ from flowrl.models.families.z_image import ZImageFlow
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
+    Flux2Flow,
+    Flux2KleinFlow,
     FluxFlow,
     QwenImageFlow,
     SD3Flow,
