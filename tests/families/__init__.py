@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from families import (
+    chroma,
     flux,
     flux2,
     qwen_image,
@@ -12,6 +13,7 @@ from families import (
 from families.case import Case
 
 MODULES = (
+    chroma,
     flux,
     flux2,
     qwen_image,

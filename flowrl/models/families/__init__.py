@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
@@ -12,6 +13,7 @@ from flowrl.models.families.z_image import ZImageFlow
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
+    ChromaFlow,
     Flux2Flow,
     Flux2KleinFlow,
     FluxFlow,
