@@ -76,6 +76,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
         pipeline = SimpleNamespace(
             vae=_unloaded(fetch, index, "vae", frozen_dtype),
             tokenizer_max_length=_tokens(fetch("tokenizer/tokenizer_config.json")),
+            config=index,
         )
         setattr(pipeline, adapter.NETWORK, _unloaded(fetch, index, adapter.NETWORK, network_dtype).requires_grad_(True))
         for part in adapter.ENCODERS:

@@ -7,6 +7,7 @@ family's declaration says, and nowhere else.
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from flowrl.errors import ConfigError
@@ -113,6 +115,7 @@ class PipelineFlow(VelocityModel):
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
     casts_inputs = True
+    told_of_guidance = False
 
     def __init__(
         self,
@@ -132,7 +135,8 @@ class PipelineFlow(VelocityModel):
         self.decode_batch = options.decode_batch
         self.embedded_guidance = options.embedded_guidance
         self.takes_guidance = self.embeds_guidance(getattr(self.network, "config", {}))
-        self.distilled_guidance = self.takes_guidance and options.embedded_guidance is None
+        self.ignores_guidance = self.without_guidance(getattr(pipeline, "config", {}))
+        self.distilled_guidance = self.ignores_guidance or (self.takes_guidance and options.embedded_guidance is None)
         if options.embedded_guidance is not None and not self.takes_guidance:
             raise ConfigError(
                 f"The network of this {self.PIPELINE} takes no guidance scale: leave embedded_guidance out, and set "
@@ -200,6 +204,11 @@ class PipelineFlow(VelocityModel):
         """Tell whether the guidance scale is an input of the network."""
         return False
 
+    @classmethod
+    def without_guidance(cls, pipeline: Mapping[str, Any]) -> bool:
+        """Tell whether a pipeline's configuration says that it is distilled to do without guidance."""
+        return False
+
     # the network
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
@@ -223,6 +232,14 @@ class PipelineFlow(VelocityModel):
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
         """Put another guidance scale into a condition, whose last part it is."""
+        if self.ignores_guidance:
+            if scale != 1 and not self.told_of_guidance:
+                self.told_of_guidance = True
+                warnings.warn(
+                    f"guidance_scale={scale:g} does nothing: this {self.PIPELINE} is distilled to do without guidance.",
+                    stacklevel=2,
+                )
+            return cond
         return (*cond[:-1], torch.full_like(cond[-1], scale)) if self.distilled_guidance else cond
 
     def guidance_of(self, n: int) -> torch.Tensor:
@@ -275,6 +292,7 @@ class PipelineFlow(VelocityModel):
         found: dict[str, tuple[str, Any, int]] = {}
         for part, encoder in self._encoders().items():
             tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"), None)
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and images
             name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
             if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
                 most = self.pipeline.tokenizer_max_length if name == "CLIP" else self.max_sequence_length
@@ -310,10 +328,14 @@ class PipelineFlow(VelocityModel):
         """Decode latents to images (B, 3, H, W), float32 in [0, 1]."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
-        latents = to_autoencoder(x_1, vae.config).to(vae.dtype)
+        latents = self.to_autoencoder(x_1).to(vae.dtype)
         decode: Callable[..., Any] = vae.decode
         images = [decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
-        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+        return (torch.cat(images).reshape(len(x_1), *self.sample_shape).float() / 2 + 0.5).clamp(0, 1)
+
+    def to_autoencoder(self, x_1: torch.Tensor) -> torch.Tensor:
+        """Bring latents to the scale and shape of the autoencoder's."""
+        return to_autoencoder(x_1, self.pipeline.vae.config)
 
     def with_encoders(self, network: torch.nn.Module) -> Any:
         """Assemble the whole pipeline around a network, text encoders included, to be saved."""
@@ -346,13 +368,20 @@ class PipelineFlow(VelocityModel):
         self.device = device
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
-        """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
+        """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune.
+
+        Of a class without `load_lora_weights`, the network's own `load_lora_adapter(folder)` reads them.
+        """
         if lora_state is None:
             network: Any = self.network
             network.save_pretrained(folder / self.NETWORK, safe_serialization=True)
-        else:
-            whole = with_start(lora_state, self.init_lora) if self.init_lora else lora_state
+            return
+        whole = with_start(lora_state, self.init_lora) if self.init_lora else lora_state
+        if hasattr(self.pipeline, "save_lora_weights"):
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=whole)
+        else:
+            named = {f"{self.NETWORK}.{name}": value.contiguous() for name, value in whole.items()}
+            save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
 
 def _is_clip(encoder: nn.Module) -> bool:

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from families import flux, sd3
+from families import (
+    chroma,
+    flux,
+    flux2,
+    qwen_image,
+    sd3,
+    z_image,
+)
 from families.case import Case
 
-CASES: dict[str, Case] = {case.name: case for module in (sd3, flux) for case in module.CASES}
+MODULES = (
+    chroma,
+    flux,
+    flux2,
+    qwen_image,
+    sd3,
+    z_image,
+)
+CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.flux import FluxFlow
+from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
+from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sd3 import SD3Flow
+from flowrl.models.families.z_image import ZImageFlow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
-for family in (SD3Flow, FluxFlow):
+for family in (
+    ChromaFlow,
+    Flux2Flow,
+    Flux2KleinFlow,
+    FluxFlow,
+    QwenImageFlow,
+    SD3Flow,
+    ZImageFlow,
+):
     register_pipeline(family)
