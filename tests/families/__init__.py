@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from families import flux, sd3
+from families import (
+    flux,
+    lumina2,
+    sd3,
+)
 from families.case import Case
 
-CASES: dict[str, Case] = {case.name: case for module in (sd3, flux) for case in module.CASES}
+MODULES = (
+    flux,
+    lumina2,
+    sd3,
+)
+CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}

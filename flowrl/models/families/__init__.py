@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from flowrl.models.families.flux import FluxFlow
+from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sd3 import SD3Flow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
-for family in (SD3Flow, FluxFlow):
+for family in (
+    FluxFlow,
+    Lumina2Flow,
+    SD3Flow,
+):
     register_pipeline(family)
