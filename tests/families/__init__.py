@@ -5,6 +5,7 @@ from __future__ import annotations
 from families import (
     flux,
     lumina2,
+    sana,
     sd3,
 )
 from families.case import Case
@@ -12,6 +13,7 @@ from families.case import Case
 MODULES = (
     flux,
     lumina2,
+    sana,
     sd3,
 )
 CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
+from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sd3 import SD3Flow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
@@ -12,6 +13,7 @@ __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 for family in (
     FluxFlow,
     Lumina2Flow,
+    SanaFlow,
     SD3Flow,
 ):
     register_pipeline(family)
