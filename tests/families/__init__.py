@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from families import (
+    auraflow,
     flux,
     lumina2,
     sana,
@@ -11,6 +12,7 @@ from families import (
 from families.case import Case
 
 MODULES = (
+    auraflow,
     flux,
     lumina2,
     sana,

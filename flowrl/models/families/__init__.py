@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flowrl.models.families.auraflow import AuraFlowFlow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
@@ -11,6 +12,7 @@ from flowrl.models.families.sd3 import SD3Flow
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
+    AuraFlowFlow,
     FluxFlow,
     Lumina2Flow,
     SanaFlow,
