@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from families import (
     auraflow,
+    cogview4,
     flux,
     lumina2,
     sana,
@@ -13,6 +14,7 @@ from families.case import Case
 
 MODULES = (
     auraflow,
+    cogview4,
     flux,
     lumina2,
     sana,

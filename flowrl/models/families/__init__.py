@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flowrl.models.families.auraflow import AuraFlowFlow
+from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
@@ -13,6 +14,7 @@ __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
     AuraFlowFlow,
+    CogView4Flow,
     FluxFlow,
     Lumina2Flow,
     SanaFlow,
