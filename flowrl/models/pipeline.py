@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from flowrl.errors import ConfigError
@@ -274,6 +275,7 @@ class PipelineFlow(VelocityModel):
         found: dict[str, tuple[str, Any, int]] = {}
         for part, encoder in self._encoders().items():
             tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"), None)
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and images
             name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
             if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
                 most = self.pipeline.tokenizer_max_length if name == "CLIP" else self.max_sequence_length
@@ -315,10 +317,14 @@ class PipelineFlow(VelocityModel):
         """Decode latents to images (B, 3, H, W), float32 in [0, 1]."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
-        latents = to_autoencoder(x_1, vae.config).to(vae.dtype)
+        latents = self.to_autoencoder(x_1).to(vae.dtype)
         decode: Callable[..., Any] = vae.decode
         images = [decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
-        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+        return (torch.cat(images).reshape(len(x_1), *self.sample_shape).float() / 2 + 0.5).clamp(0, 1)
+
+    def to_autoencoder(self, x_1: torch.Tensor) -> torch.Tensor:
+        """Bring latents to the scale and shape of the autoencoder's."""
+        return to_autoencoder(x_1, self.pipeline.vae.config)
 
     def with_encoders(self, network: torch.nn.Module) -> Any:
         """Assemble the whole pipeline around a network, text encoders included, to be saved."""
@@ -351,12 +357,18 @@ class PipelineFlow(VelocityModel):
         self.device = device
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
-        """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
+        """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune.
+
+        Of a class without `load_lora_weights`, the network's own `load_lora_adapter(folder)` reads them.
+        """
         if lora_state is None:
             network: Any = self.network
             network.save_pretrained(folder / self.NETWORK, safe_serialization=True)
-        else:
+        elif hasattr(self.pipeline, "save_lora_weights"):
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
+        else:
+            named = {f"transformer.{name}": value.contiguous() for name, value in lora_state.items()}
+            save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
 
 def _is_clip(encoder: nn.Module) -> bool:
