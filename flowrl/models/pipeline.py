@@ -299,9 +299,15 @@ class PipelineFlow(VelocityModel):
                 found[name] = (name, tokenizer, most)
         return list(found.values())
 
+    @torch.no_grad()
     def null_condition(self) -> Condition:
         """Encode the empty prompt, as the pipeline's own guidance uses it."""
-        return self.encode([""])
+        self._place_encoders()
+        return self.encode_null()
+
+    def encode_null(self) -> Condition:
+        """Encode the prompt that guidance leads away from; another than "" where the pipeline treats that otherwise."""
+        return self.encode_prompts([""])
 
     def _place_encoders(self) -> None:
         """Put the text encoders on the device, loaded again where they had been released."""

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from families import (
+    auraflow,
     chroma,
+    cogview4,
     flux,
     flux2,
+    lumina2,
     qwen_image,
+    sana,
     sd3,
     z_image,
 )
 from families.case import Case
 
 MODULES = (
+    auraflow,
     chroma,
+    cogview4,
     flux,
     flux2,
+    lumina2,
     qwen_image,
+    sana,
     sd3,
     z_image,
 )

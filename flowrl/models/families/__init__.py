@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from flowrl.models.families.auraflow import AuraFlowFlow
 from flowrl.models.families.chroma import ChromaFlow
+from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
+from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
+from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.families.z_image import ZImageFlow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
+    AuraFlowFlow,
     ChromaFlow,
+    CogView4Flow,
     Flux2Flow,
     Flux2KleinFlow,
     FluxFlow,
+    Lumina2Flow,
     QwenImageFlow,
+    SanaFlow,
     SD3Flow,
     ZImageFlow,
 ):
