@@ -52,13 +52,14 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
     _check_scheduler(index, fetch, location, what)
     length = options.sequence_length or _length(Path(location) / "sampling.json", what)
+    trained = [adapter.NETWORK, *(part for part in adapter.MORE_NETWORKS if _is_there(index.get(part)))]
 
     def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
         def load_encoders() -> Any:
-            without = {adapter.NETWORK: None, "vae": None}
+            without = dict.fromkeys((*trained, "vae"))
             return load_pipeline(source, name, index, adapter, options, frozen_dtype, **without)
 
-        dtypes = {adapter.NETWORK: network_dtype, "default": frozen_dtype}
+        dtypes = {**dict.fromkeys(trained, network_dtype), "default": frozen_dtype}
         pipeline = load_pipeline(source, name, index, adapter, options, dtypes)
         return adapter(pipeline, shapes, options, length, load_encoders)
 
@@ -67,19 +68,21 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
             kind = getattr(importlib.import_module("diffusers"), adapter.TRANSFORMER)
         try:
             with torch.device("meta"):
-                network = kind.from_config(transformer)
+                networks = {part: kind.from_config(transformer) for part in trained}
         except DAMAGE as error:
             raise ModelLoadError(f"The configuration of {what} is damaged: {str(error)[:300]}.") from error
-        return adapter(SimpleNamespace(**{adapter.NETWORK: network}), shapes, options)
+        return adapter(SimpleNamespace(config=index, **networks), shapes, options)
 
     def imitation(network_dtype: torch.dtype, frozen_dtype: torch.dtype) -> VelocityModel:
         pipeline = SimpleNamespace(
+            config=index,
             vae=_unloaded(fetch, index, "vae", frozen_dtype),
             tokenizer_max_length=_tokens(fetch("tokenizer/tokenizer_config.json")),
         )
-        setattr(pipeline, adapter.NETWORK, _unloaded(fetch, index, adapter.NETWORK, network_dtype).requires_grad_(True))
+        for part in trained:
+            setattr(pipeline, part, _unloaded(fetch, index, part, network_dtype).requires_grad_(True))
         for part in adapter.ENCODERS:
-            if index.get(part, [None])[0] and (options.t5 or part != adapter.WITHOUT_T5):
+            if _is_there(index.get(part)) and (options.t5 or part != adapter.WITHOUT_T5):
                 setattr(pipeline, part, _unloaded(fetch, index, part, frozen_dtype))
         model = adapter(pipeline, shapes, options, length, load_encoders=lambda: None)
         model.encode_prompts = model.imitate_prompts  # type: ignore[method-assign]
@@ -171,6 +174,11 @@ def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dt
     finally:
         torch.set_default_dtype(default)
     return module.eval().requires_grad_(False)
+
+
+def _is_there(described: Any) -> bool:
+    """Tell whether a pipeline has a part, as its list of parts says."""
+    return isinstance(described, list) and bool(described) and described[0] is not None
 
 
 def _tokens(file: Path) -> int:

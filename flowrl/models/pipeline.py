@@ -7,6 +7,7 @@ family's declaration says, and nowhere else.
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class PipelineOptions:
 
     Attributes:
         resolution: Height and width of the samples in pixels, one number for both; the pipeline's own when None.
+        frames: Frames of a video; the pipeline's own number when None.
         decode_batch: Samples that the autoencoder decodes at once.
         vae_tiling: Decode large images in tiles, for little memory.
         t5: Load the T5 text encoder where the pipeline can do without it (Stable Diffusion 3).
@@ -59,6 +61,7 @@ class PipelineOptions:
     t5: bool = True
     sequence_length: int | None = None
     embedded_guidance: float | None = None
+    frames: int | None = None
 
 
 DEFAULTS = PipelineOptions()
@@ -97,6 +100,8 @@ class PipelineFlow(VelocityModel):
     """Class name of the network that is trained."""
     NETWORK: ClassVar[str] = "transformer"
     """Name of the part that is trained."""
+    MORE_NETWORKS: ClassVar[tuple[str, ...]] = ()
+    """Names of further parts that are trained with it, where a pipeline has them."""
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the parts that encode prompts, and that can be released after that."""
     WITHOUT_T5: ClassVar[str | None] = None
@@ -153,12 +158,19 @@ class PipelineFlow(VelocityModel):
         network: nn.Module = getattr(pipeline, cls.NETWORK)
         return network
 
+    @classmethod
+    def networks_of(cls, network: nn.Module) -> dict[str, Any]:
+        """Give the pipeline's own parts, by their names, of the network that is trained or of a copy of it."""
+        return {cls.NETWORK: network}
+
     # what the configuration says
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
         """Compute shapes from the configurations of the transformer and of the autoencoder."""
         scale = cls.reduction(vae)
+        if options.frames is not None:
+            raise ConfigError(f"A {cls.PIPELINE} draws images, which have no frames: leave frames out.")
         height, width = latent_sides(
             options.resolution,
             cls.default_sides(transformer),
@@ -317,8 +329,10 @@ class PipelineFlow(VelocityModel):
     def with_encoders(self, network: torch.nn.Module) -> Any:
         """Assemble the whole pipeline around a network, text encoders included, to be saved."""
         self._place_encoders()
-        parts = {name: network if part is self.network else part for name, part in self.pipeline.components.items()}
-        return type(self.pipeline)(**parts)
+        parts = {**self.pipeline.components, **self.networks_of(network)}
+        known = inspect.signature(type(self.pipeline).__init__).parameters
+        settings = {name: value for name, value in self.pipeline.config.items() if name in known and name not in parts}
+        return type(self.pipeline)(**parts, **settings)
 
     def offload(self) -> None:
         """Move the autoencoder to the host until samples are decoded again."""
@@ -347,8 +361,8 @@ class PipelineFlow(VelocityModel):
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
         """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
         if lora_state is None:
-            network: Any = self.network
-            network.save_pretrained(folder / self.NETWORK, safe_serialization=True)
+            for name, network in self.networks_of(self.network).items():
+                network.save_pretrained(folder / name, safe_serialization=True)
         else:
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
 

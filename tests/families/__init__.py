@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from families import flux, sd3
+from families import flux, sd3, wan
 from families.case import Case
 
-CASES: dict[str, Case] = {case.name: case for module in (sd3, flux) for case in module.CASES}
+CASES: dict[str, Case] = {case.name: case for module in (sd3, flux, wan) for case in module.CASES}
