@@ -17,12 +17,11 @@ from flowrl.models.base import VelocityModel
 from flowrl.models.diffusers_weights import hub_message, load_pipeline
 from flowrl.models.families import declared
 from flowrl.models.imports import importing
-from flowrl.models.pipeline import PipelineFlow, PipelineOptions, Shapes
+from flowrl.models.pipeline import CLIP_TOKENS, PipelineFlow, PipelineOptions, Shapes
 from flowrl.models.schedules import check_scheduler
 from flowrl.models.source import FlowSource, read_json
 from flowrl.storage import revisions
 
-CLIP_TOKENS = 77
 LIBRARIES = ("diffusers", "transformers")
 LARGEST_SIDE, LARGEST_SIZE, MOST_LAYERS = 2**16, 2**20, 1000
 """Limits of a configuration: pixels, any whole number, layers. Larger ones would take all memory, or for ever."""
@@ -50,7 +49,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     transformer, vae = (read_json(fetch(f"{part}/config.json"), what) for part in (adapter.NETWORK, "vae"))
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
-    _check_scheduler(index, fetch, location, what)
+    _check_scheduler(index, fetch, location, what, adapter.INVERTED_LEVELS)
     length = options.sequence_length or _length(Path(location) / "sampling.json", what)
     trained = [adapter.NETWORK, *(part for part in adapter.MORE_NETWORKS if _is_there(index.get(part)))]
 
@@ -102,11 +101,13 @@ def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type
     return adapter
 
 
-def _check_scheduler(index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str) -> None:
+def _check_scheduler(
+    index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str, inverted: bool
+) -> None:
     """Look at the scheduler's configuration; where a folder has none, loading says so."""
     named, file = index.get("scheduler"), "scheduler/scheduler_config.json"
     if isinstance(named, list) and len(named) == 2 and not (Path(location).exists() and not fetch(file).exists()):
-        check_scheduler(named[1], read_json(fetch(file), what), what)
+        check_scheduler(named[1], read_json(fetch(file), what), what, inverted)
 
 
 def _shapes(

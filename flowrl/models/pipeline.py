@@ -27,6 +27,7 @@ from flowrl.models.schedules import TIMESTEPS, times_of
 from flowrl.types import Condition, Contexts
 
 PROMPTS_AT_ONCE = 64
+CLIP_TOKENS = 77
 ATTENTION = [
     "attn.to_q",
     "attn.to_k",
@@ -114,6 +115,8 @@ class PipelineFlow(VelocityModel):
     """What the network is given as the time of noise; that of data is 0."""
     TIME_REVERSED: ClassVar[bool] = False
     """Whether the network's time runs the other way, with the noise at 0."""
+    INVERTED_LEVELS: ClassVar[bool] = False
+    """Whether the pipeline's scheduler counts data instead of noise: `invert_sigmas`."""
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
     casts_inputs = True
@@ -253,7 +256,7 @@ class PipelineFlow(VelocityModel):
     def imitate_prompts(self, prompts: list[str]) -> Condition:
         """Make meaningless embeddings, of the shapes and types that `encode_prompts` gives, at the same cost."""
         for encoder in self._encoders().values():
-            length = self.pipeline.tokenizer_max_length if _is_clip(encoder) else self.max_sequence_length
+            length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
         frozen = self.pipeline.vae.dtype
         return tuple(
@@ -288,9 +291,14 @@ class PipelineFlow(VelocityModel):
             tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"), None)
             name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
             if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
-                most = self.pipeline.tokenizer_max_length if name == "CLIP" else self.max_sequence_length
+                most = self._clip_tokens if name == "CLIP" else self.max_sequence_length
                 found[name] = (name, tokenizer, most)
         return list(found.values())
+
+    @property
+    def _clip_tokens(self) -> int:
+        """Tokens that the pipeline gives CLIP; where it does not say, those that CLIP takes."""
+        return int(getattr(self.pipeline, "tokenizer_max_length", CLIP_TOKENS))
 
     def null_condition(self) -> Condition:
         """Encode the empty prompt, as the pipeline's own guidance uses it."""
