@@ -7,6 +7,7 @@ family's declaration says, and nowhere else.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from flowrl.models.schedules import TIMESTEPS, times_of
 from flowrl.types import Condition, Contexts
 
 PROMPTS_AT_ONCE = 64
+CLIP_TOKENS = 77
 ATTENTION = [
     "attn.to_q",
     "attn.to_k",
@@ -48,6 +50,7 @@ class PipelineOptions:
 
     Attributes:
         resolution: Height and width of the samples in pixels, one number for both; the pipeline's own when None.
+        frames: Frames of a video; the pipeline's own number when None.
         decode_batch: Samples that the autoencoder decodes at once.
         vae_tiling: Decode large images in tiles, for little memory.
         t5: Load the T5 text encoder where the pipeline can do without it (Stable Diffusion 3).
@@ -62,6 +65,7 @@ class PipelineOptions:
     t5: bool = True
     sequence_length: int | None = None
     embedded_guidance: float | None = None
+    frames: int | None = None
 
 
 DEFAULTS = PipelineOptions()
@@ -100,6 +104,8 @@ class PipelineFlow(VelocityModel):
     """Class name of the network that is trained."""
     NETWORK: ClassVar[str] = "transformer"
     """Name of the part that is trained."""
+    MORE_NETWORKS: ClassVar[tuple[str, ...]] = ()
+    """Names of further parts that are trained with it, where a pipeline has them."""
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the parts that encode prompts, and that can be released after that."""
     WITHOUT_T5: ClassVar[str | None] = None
@@ -112,6 +118,8 @@ class PipelineFlow(VelocityModel):
     """What the network is given as the time of noise; that of data is 0."""
     TIME_REVERSED: ClassVar[bool] = False
     """Whether the network's time runs the other way, with the noise at 0."""
+    INVERTED_LEVELS: ClassVar[bool] = False
+    """Whether the pipeline's scheduler counts data instead of noise: `invert_sigmas`."""
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
     casts_inputs = True
@@ -158,12 +166,19 @@ class PipelineFlow(VelocityModel):
         network: nn.Module = getattr(pipeline, cls.NETWORK)
         return network
 
+    @classmethod
+    def networks_of(cls, network: nn.Module) -> dict[str, Any]:
+        """Give the pipeline's own parts, by their names, of the network that is trained or of a copy of it."""
+        return {cls.NETWORK: network}
+
     # what the configuration says
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
         """Compute shapes from the configurations of the transformer and of the autoencoder."""
         scale = cls.reduction(vae)
+        if options.frames is not None:
+            raise ConfigError(f"A {cls.PIPELINE} draws images, which have no frames: leave frames out.")
         height, width = latent_sides(
             options.resolution,
             cls.default_sides(transformer),
@@ -259,7 +274,7 @@ class PipelineFlow(VelocityModel):
     def imitate_prompts(self, prompts: list[str]) -> Condition:
         """Make meaningless embeddings, of the shapes and types that `encode_prompts` gives, at the same cost."""
         for encoder in self._encoders().values():
-            length = self.pipeline.tokenizer_max_length if _is_clip(encoder) else self.max_sequence_length
+            length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
         frozen = self.pipeline.vae.dtype
         return tuple(
@@ -295,9 +310,14 @@ class PipelineFlow(VelocityModel):
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and images
             name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
             if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
-                most = self.pipeline.tokenizer_max_length if name == "CLIP" else self.max_sequence_length
+                most = self._clip_tokens if name == "CLIP" else self.max_sequence_length
                 found[name] = (name, tokenizer, most)
         return list(found.values())
+
+    @property
+    def _clip_tokens(self) -> int:
+        """Tokens that the pipeline gives CLIP; where it does not say, those that CLIP takes."""
+        return int(getattr(self.pipeline, "tokenizer_max_length", CLIP_TOKENS))
 
     @torch.no_grad()
     def null_condition(self) -> Condition:
@@ -346,8 +366,10 @@ class PipelineFlow(VelocityModel):
     def with_encoders(self, network: torch.nn.Module) -> Any:
         """Assemble the whole pipeline around a network, text encoders included, to be saved."""
         self._place_encoders()
-        parts = {name: network if part is self.network else part for name, part in self.pipeline.components.items()}
-        return type(self.pipeline)(**parts)
+        parts = {**self.pipeline.components, **self.networks_of(network)}
+        known = inspect.signature(type(self.pipeline).__init__).parameters
+        settings = {name: value for name, value in self.pipeline.config.items() if name in known and name not in parts}
+        return type(self.pipeline)(**parts, **settings)
 
     def offload(self) -> None:
         """Move the autoencoder to the host until samples are decoded again."""
@@ -379,8 +401,8 @@ class PipelineFlow(VelocityModel):
         Of a class without `load_lora_weights`, the network's own `load_lora_adapter(folder)` reads them.
         """
         if lora_state is None:
-            network: Any = self.network
-            network.save_pretrained(folder / self.NETWORK, safe_serialization=True)
+            for name, network in self.networks_of(self.network).items():
+                network.save_pretrained(folder / name, safe_serialization=True)
             return
         whole = with_start(lora_state, self.init_lora) if self.init_lora else lora_state
         if hasattr(self.pipeline, "save_lora_weights"):

@@ -8,10 +8,14 @@ from families import (
     cogview4,
     flux,
     flux2,
+    hunyuan_video,
+    ltx,
     lumina2,
+    mochi,
     qwen_image,
     sana,
     sd3,
+    wan,
     z_image,
 )
 from families.case import Case
@@ -22,10 +26,14 @@ MODULES = (
     cogview4,
     flux,
     flux2,
+    hunyuan_video,
+    ltx,
     lumina2,
+    mochi,
     qwen_image,
     sana,
     sd3,
+    wan,
     z_image,
 )
 CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}

@@ -7,11 +7,15 @@ from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
+from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
+from flowrl.models.families.ltx import LTXFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
+from flowrl.models.families.mochi import MochiFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sd3 import SD3Flow
+from flowrl.models.families.wan import WanFlow
 from flowrl.models.families.z_image import ZImageFlow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
@@ -23,10 +27,14 @@ for family in (
     Flux2Flow,
     Flux2KleinFlow,
     FluxFlow,
+    HunyuanVideoFlow,
+    LTXFlow,
     Lumina2Flow,
+    MochiFlow,
     QwenImageFlow,
     SanaFlow,
     SD3Flow,
+    WanFlow,
     ZImageFlow,
 ):
     register_pipeline(family)
