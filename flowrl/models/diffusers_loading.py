@@ -77,7 +77,6 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
             config=index,
             vae=_unloaded(fetch, index, "vae", frozen_dtype),
             tokenizer_max_length=_tokens(fetch("tokenizer/tokenizer_config.json")),
-            config=index,
         )
         for part in trained:
             setattr(pipeline, part, _unloaded(fetch, index, part, network_dtype).requires_grad_(True))

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.models.latent_scale import to_autoencoder
 from flowrl.models.packing import latent_sides
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions, Shapes
 
@@ -78,13 +77,9 @@ class VideoFlow(PipelineFlow):
         vae: Any = self.pipeline.vae
         vae.to(self.device)
         at_once = max(1, self.decode_batch // self.sample_shape[0])
-        latents = self.to_autoencoder(x_1, vae).to(vae.dtype)
+        latents = self.to_autoencoder(x_1).to(vae.dtype)
         videos = torch.cat([self.decode_latents(chunk, vae) for chunk in latents.split(at_once)])
         return (videos.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
-
-    def to_autoencoder(self, x: torch.Tensor, vae: Any) -> torch.Tensor:
-        """Bring latents to the scale of the autoencoder."""
-        return to_autoencoder(x, vae.config)
 
     def decode_latents(self, latents: torch.Tensor, vae: Any) -> torch.Tensor:
         """Decode latents of the autoencoder's scale to videos (B, 3, T, H, W) in [-1, 1]."""

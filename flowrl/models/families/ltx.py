@@ -67,11 +67,11 @@ class LTXFlow(VideoFlow):
         """Space noise levels equally, down to 1 / steps, before the shift."""
         return np.linspace(1.0, 1 / steps, steps)
 
-    def to_autoencoder(self, x: torch.Tensor, vae: Any) -> torch.Tensor:
+    def to_autoencoder(self, x_1: torch.Tensor) -> torch.Tensor:
         """Bring latents to the scale of the autoencoder, whose mean and deviation are weights of it."""
-        shape = (1, -1, 1, 1, 1)
-        deviation = vae.latents_std.to(x) / vae.config.scaling_factor
-        return x * deviation.view(shape) + vae.latents_mean.to(x).view(shape)
+        vae, shape = self.pipeline.vae, (1, -1, 1, 1, 1)
+        deviation = vae.latents_std.to(x_1) / vae.config.scaling_factor
+        return x_1 * deviation.view(shape) + vae.latents_mean.to(x_1).view(shape)
 
     def decode_latents(self, latents: torch.Tensor, vae: Any) -> torch.Tensor:
         """Decode latents; an autoencoder that takes a time is given that of data."""
