@@ -59,7 +59,7 @@ class MochiFlow(VideoFlow):
         return [Part((tokens, config.text_embed_dim)), Part((tokens,), torch.bool)]
 
     def sigmas(self, steps: int, config: Mapping[str, Any]) -> np.ndarray:
-        """Space noise levels for few changes at first: a line down to 1 - `SLOW`, then a parabola that goes on from it."""
+        """Space noise levels for few changes at first: a line to 1 - `SLOW`, a parabola from there on."""
         half = steps // 2
         if half == 0:
             return np.ones(1)
