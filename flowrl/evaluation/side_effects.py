@@ -15,6 +15,7 @@ import torch
 from flowrl.envs.base import check_reward
 from flowrl.envs.rewards.aesthetic import colourfulness
 from flowrl.envs.rewards.catalogue import RewardFunction
+from flowrl.envs.rewards.frames import over_frames
 from flowrl.functional import metrics
 from flowrl.types import Contexts, RewardOutput
 
@@ -48,8 +49,11 @@ class Comparison:
 def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Compute statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones.
 
-    Grey images (B, 1, H, W) have no colourfulness.
+    Grey images (B, 1, H, W) have no colourfulness. Of videos (B, T, 3, H, W), means over their frames.
     """
+    if images.ndim == 5:
+        n, of_frames = len(images), looks(images.flatten(0, 1))
+        return {name: value.view(n, -1).mean(1) for name, value in of_frames.items()}
     measured = {"entropy": metrics.entropy(images), "edge density": metrics.edge_density(images)}
     return measured if images.shape[1] == 1 else measured | {"colourfulness": colourfulness(images)}
 
@@ -57,14 +61,14 @@ def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
 def held_out(
     rewards: Mapping[str, RewardFunction], samples: torch.Tensor, contexts: Contexts
 ) -> dict[str, torch.Tensor]:
-    """Compute values (B,) of rewards, by name.
+    """Compute values (B,) of rewards, by name; those of images are averaged over the frames of videos.
 
     Raises:
         RewardError: A reward is not one finite number per sample.
     """
     values = {}
     for name, reward in rewards.items():
-        output = reward(samples, contexts)
+        output = over_frames(reward)(samples, contexts)
         value = output.reward if isinstance(output, RewardOutput) else output
         values[f"held-out {name}"] = check_reward(value, samples, contexts, name)
     return values

@@ -90,7 +90,8 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
         return model
 
     about = description.format(adapter.PIPELINE) + (f", commit {revision}" if revision else "")
-    return FlowSource(name, about, shapes.sample, load, skeleton, imitation, is_image=True, revision=revision or "")
+    known = {"is_image": True, "frame_rate": adapter.FRAME_RATE, "revision": revision or ""}
+    return FlowSource(name, about, shapes.sample, load, skeleton, imitation, **known)
 
 
 def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type[PipelineFlow]:

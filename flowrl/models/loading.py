@@ -113,7 +113,7 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
         )
     folder = ASSETS / name if name in EMBEDDED else Path(name)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        return _with_resolution(_folder_source(folder, name), options.resolution)
+        return _with_size(_folder_source(folder, name), options)
     if not folder.exists() and ("/" not in name or name.startswith((".", "/", "~"))):
         raise ModelLoadError(
             f"There is no flow '{name}': not a shipped name ({', '.join(EMBEDDED)}), not a folder here, and not "
@@ -125,14 +125,19 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
     return pipeline_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, options)
 
 
-def _with_resolution(source: FlowSource, resolution: int | tuple[int, int] | None) -> FlowSource:
-    """Check that a source of fixed size draws images of that size, and give it back."""
+def _with_size(source: FlowSource, options: PipelineOptions) -> FlowSource:
+    """Check that a source of fixed size draws samples of the size that is asked for, and give it back."""
+    resolution = options.resolution
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+    asked = {"frames": options.frames}
     if sides is not None and source.sample_shape[-2:] != sides:
-        raise ConfigError(
-            f"The flow '{source.source}' draws samples of shape {source.sample_shape}, of no other resolution: leave "
-            f"resolution = {resolution} out, or choose a text-to-image pipeline as the flow."
-        )
+        asked["resolution"] = resolution if isinstance(resolution, int) else "{}x{}".format(*sides)  # type: ignore[assignment]
+    for name, value in asked.items():
+        if value is not None:
+            raise ConfigError(
+                f"The flow '{source.source}' draws samples of shape {source.sample_shape}, of no other {name}: leave "
+                f"{name} = {value} out, or choose a pipeline of diffusers as the flow."
+            )
     return source
 
 

@@ -122,6 +122,8 @@ class PipelineFlow(VelocityModel):
     """Whether the pipeline's scheduler counts data instead of noise: `invert_sigmas`."""
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
+    FRAME_RATE: ClassVar[float] = 0
+    """Frames per second at which the pipeline's videos are meant to be seen; 0 of images."""
     casts_inputs = True
     told_of_guidance = False
 

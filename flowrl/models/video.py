@@ -22,8 +22,6 @@ class VideoFlow(PipelineFlow):
     """Frames of a video in the pipeline's own call."""
     SIDES: ClassVar[tuple[int, int]]
     """Height and width in pixels in the pipeline's own call."""
-    FRAME_RATE: ClassVar[float]
-    """Frames per second at which the pipeline's videos are meant to be seen."""
     lora_targets = ATTENTION
 
     @classmethod

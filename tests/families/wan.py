@@ -78,7 +78,7 @@ def videos(*given: Any) -> torch.Tensor:
 
 def load_both(flow: PipelineFlow, folder: Path) -> None:
     flow.pipeline.load_lora_weights(folder)
-    flow.pipeline.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)
+    flow.pipeline.load_lora_weights(folder, weight_name="transformer_2_lora.safetensors", load_into_transformer_2=True)
 
 
 OPTIONS = PipelineOptions(frames=5, sequence_length=12)

@@ -15,6 +15,8 @@ from flowrl.models.schedules import TIMESTEPS
 from flowrl.models.video import VideoFlow
 from flowrl.types import Condition
 
+SECOND_LORA = "transformer_2_lora.safetensors"
+
 
 class WanFlow(VideoFlow):
     """A `WanPipeline`. With `boundary_ratio` it has two networks, one for each side of a noise level; both are trained.
@@ -72,15 +74,16 @@ class WanFlow(VideoFlow):
         return [Part((self.max_sequence_length, config.text_dim))]
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
-        """Write LoRA weights for `pipe.load_lora_weights(folder)`.
+        """Write LoRA weights for `pipe.load_lora_weights(folder)`, those of a second network into a file of their own.
 
-        Those of the second network go to `transformer_2` therein, for `pipe.load_lora_weights(folder / "transformer_2",
+        It is read by `pipe.load_lora_weights(folder, weight_name="transformer_2_lora.safetensors",
         load_into_transformer_2=True)`.
         """
         if lora_state is None or not isinstance(self.network, ByTime):
             return super().export(folder, lora_state)
-        for name in self.network.parts():
-            own = {
-                key.removeprefix(f"{name}."): value for key, value in lora_state.items() if key.startswith(f"{name}.")
-            }
-            super().export(folder if name == self.NETWORK else folder / name, own)
+        first, second = (
+            {key.removeprefix(f"{name}."): value for key, value in lora_state.items() if key.startswith(f"{name}.")}
+            for name in self.network.parts()
+        )
+        super().export(folder, first)
+        type(self.pipeline).save_lora_weights(folder, second, weight_name=SECOND_LORA)
