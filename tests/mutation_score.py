@@ -199,6 +199,27 @@ MUTATIONS = (
         "one-step-estimate", FLOW, "return x_t + (1 - expand(t, x_t)) * v", "return x_t + expand(t, x_t) * v", OF_FLOW
     ),
     Mutation("score-sign", FLOW, "return (t * v - x_t) / (1 - t)", "return (x_t - t * v) / (1 - t)", OF_FLOW),
+    Mutation(
+        "even-times",
+        FLOW,
+        "+ torch.rand(rows, generator=generator, device=device)) / rows",
+        "* torch.rand(rows, generator=generator, device=device)) / rows",
+        OF_FLOW,
+    ),
+    Mutation(
+        "drift-share",
+        "flowrl/training/method.py",
+        "DRIFT_SHARE * 3 / 2 *",
+        "DRIFT_SHARE * 3 *",
+        ("test_algorithm.py::test_a_drift_for_the_log_costs_a_fiftieth_of_an_update_and_is_not_counted",),
+    ),
+    Mutation(
+        "drift-mean",
+        "flowrl/training/method.py",
+        ".sum() * ranks.world_size / n",
+        ".mean() * ranks.world_size / n",
+        ("test_algorithm.py::test_the_drift_of_the_log_is_that_of_the_flow",),
+    ),
     Mutation("ot-contexts", TRANSPORT, "own = (context_ids == context)", "own = (context_ids >= 0)", OF_FLOW),
     Mutation(
         "ot-direction",

@@ -267,7 +267,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             norms.append(gradient_step(self))
         means = {key: value / n_minibatches for key, value in totals.items()}
         means["grad_norm"] = torch.stack(norms).mean()
-        return means if "drift" in means or self.learns_from == "contexts" else {"drift": self.drift(), **means}
+        return means
 
     def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Add the gradient of a minibatch's loss to those of before; the loss and its figures."""
