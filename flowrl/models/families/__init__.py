@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
+from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
@@ -18,6 +19,7 @@ for family in (
     Flux2Flow,
     Flux2KleinFlow,
     FluxFlow,
+    LongCatImageFlow,
     OvisImageFlow,
     QwenImageFlow,
     SD3Flow,
