@@ -125,7 +125,7 @@ def test_training_and_export(case: Case, folder: Path, algorithm: str, tmp_path:
     elif case.has_lora:
         theirs.pipeline.load_lora_weights(tmp_path / "checkpoint")
     else:
-        theirs.network.load_lora_adapter(tmp_path / "checkpoint")  # type: ignore[operator]
+        theirs.network.load_lora_adapter(tmp_path / "checkpoint", use_safetensors=True)  # type: ignore[operator]
     with torch.no_grad():
         assert (ours - reference).abs().max() > 1e-3
         assert (theirs(x, t, cond) - ours).abs().max() <= 1e-4

@@ -400,7 +400,8 @@ class PipelineFlow(VelocityModel):
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
         """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune.
 
-        Of a class without `load_lora_weights`, the network's own `load_lora_adapter(folder)` reads them.
+        Of a class without `load_lora_weights`, the network's own `load_lora_adapter(folder, use_safetensors=True)`
+        reads them.
         """
         if lora_state is None:
             for name, network in self.networks_of(self.network).items():

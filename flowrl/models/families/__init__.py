@@ -8,9 +8,11 @@ from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
+from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ltx import LTXFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.mochi import MochiFlow
+from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
@@ -28,9 +30,11 @@ for family in (
     Flux2KleinFlow,
     FluxFlow,
     HunyuanVideoFlow,
+    LongCatImageFlow,
     LTXFlow,
     Lumina2Flow,
     MochiFlow,
+    OvisImageFlow,
     QwenImageFlow,
     SanaFlow,
     SD3Flow,
