@@ -27,6 +27,7 @@ from flowrl.models.schedules import TIMESTEPS, times_of
 from flowrl.types import Condition, Contexts
 
 PROMPTS_AT_ONCE = 64
+CLIP_TOKENS = 77
 ATTENTION = [
     "attn.to_q",
     "attn.to_k",
@@ -205,8 +206,13 @@ class PipelineFlow(VelocityModel):
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Compute the velocity of the latents."""
         inputs = self.inputs(x_t.to(cond[0].dtype), self.network_time(t), cond)
-        predicted = self.outputs(self.network(**inputs, return_dict=False)[0].float())
+        predicted = self.outputs(self.predict(inputs).float())
         return predicted if self.PREDICTS_VELOCITY else -predicted
+
+    def predict(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Call the network."""
+        predicted: torch.Tensor = self.network(**inputs, return_dict=False)[0]
+        return predicted
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """Give what the network takes as its time, at `t` (B,)."""
@@ -242,7 +248,7 @@ class PipelineFlow(VelocityModel):
     def imitate_prompts(self, prompts: list[str]) -> Condition:
         """Make meaningless embeddings, of the shapes and types that `encode_prompts` gives, at the same cost."""
         for encoder in self._encoders().values():
-            length = self.pipeline.tokenizer_max_length if _is_clip(encoder) else self.max_sequence_length
+            length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
         frozen = self.pipeline.vae.dtype
         return tuple(
@@ -278,9 +284,14 @@ class PipelineFlow(VelocityModel):
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and images
             name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
             if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
-                most = self.pipeline.tokenizer_max_length if name == "CLIP" else self.max_sequence_length
+                most = self._clip_tokens if name == "CLIP" else self.max_sequence_length
                 found[name] = (name, tokenizer, most)
         return list(found.values())
+
+    @property
+    def _clip_tokens(self) -> int:
+        """Tokens that the pipeline gives CLIP; where it does not say, those that CLIP takes."""
+        return int(getattr(self.pipeline, "tokenizer_max_length", CLIP_TOKENS))
 
     @torch.no_grad()
     def null_condition(self) -> Condition:
