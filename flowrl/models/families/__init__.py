@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowrl.models.families.auraflow import AuraFlowFlow
 from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
+from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
@@ -16,6 +17,7 @@ for family in (
     AuraFlowFlow,
     CogView4Flow,
     FluxFlow,
+    HiDreamFlow,
     Lumina2Flow,
     SanaFlow,
     SD3Flow,

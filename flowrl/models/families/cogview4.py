@@ -33,7 +33,7 @@ class CogView4Flow(PatchedFlow):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for block in self.network.transformer_blocks:  # type: ignore[union-attr]
-            block.attn1.set_processor(MaskedAttention())  # type: ignore[union-attr, operator]
+            block.attn1.set_processor(MaskedAttention())
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """Give the time of the noise level before its shift."""

@@ -17,7 +17,7 @@ class MaskedAttention:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend from text and image to both; positions are the image's only."""
         from diffusers.models.embeddings import apply_rotary_emb
@@ -33,7 +33,7 @@ class MaskedAttention:
             x = x.to(both.dtype)
             if image_rotary_emb is None:
                 return x
-            image = apply_rotary_emb(x[:, :, words:], image_rotary_emb, use_real_unbind_dim=-2)
+            image: Any = apply_rotary_emb(x[:, :, words:], image_rotary_emb, use_real_unbind_dim=-2)
             return torch.cat([x[:, :, :words], image], dim=2)
 
         mask = None if attention_mask is None else F.pad(attention_mask.bool(), (0, patches), value=True)[:, None, None]
