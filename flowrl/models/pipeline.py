@@ -231,8 +231,13 @@ class PipelineFlow(VelocityModel):
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Compute the velocity of the latents."""
         inputs = self.inputs(x_t.to(cond[0].dtype), self.network_time(t), cond)
-        predicted = self.outputs(self.network(**inputs, return_dict=False)[0].float())
+        predicted = self.outputs(self.predict(inputs).float())
         return predicted if self.PREDICTS_VELOCITY else -predicted
+
+    def predict(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Call the network."""
+        predicted: torch.Tensor = self.network(**inputs, return_dict=False)[0]
+        return predicted
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """Give what the network takes as its time, at `t` (B,)."""

@@ -7,6 +7,7 @@ from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
+from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ltx import LTXFlow
@@ -29,6 +30,7 @@ for family in (
     Flux2Flow,
     Flux2KleinFlow,
     FluxFlow,
+    HiDreamFlow,
     HunyuanVideoFlow,
     LongCatImageFlow,
     LTXFlow,

@@ -12,23 +12,16 @@ from flowrl.models.families.patches import PatchedFlow
 from flowrl.models.pipeline import ATTENTION, Part
 from flowrl.types import Condition
 
-LATENTS = 128
-"""Height and width of the latents when no resolution is asked for: the pipeline's own call draws 1024 pixels."""
-
 
 class AuraFlowFlow(PatchedFlow):
     """An `AuraFlowPipeline`. Embeddings beyond a prompt's end are zeros, which the transformer sees."""
 
     PIPELINE = "AuraFlowPipeline"
     TRANSFORMER = "AuraFlowTransformer2DModel"
+    LATENTS = 128
     SEQUENCE_LENGTH = 256
     TIME_SCALE = 1.0
     lora_targets = ATTENTION
-
-    @classmethod
-    def default_sides(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        """Give the size of the pipeline's own call."""
-        return LATENTS, LATENTS
 
     @classmethod
     def most_patches(cls, transformer: Mapping[str, Any]) -> int | None:

@@ -17,7 +17,7 @@ class MaskedAttention:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend from text and image to both; positions are the image's only."""
         from diffusers.models.embeddings import apply_rotary_emb

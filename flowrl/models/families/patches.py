@@ -17,12 +17,16 @@ PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 class PatchedFlow(PipelineFlow):
     """A pipeline whose transformer takes latents (B, C, H, W), for a sample size and patches of its configuration."""
 
+    LATENTS: ClassVar[int | None] = None
+    """Height and width of latents when no resolution is asked for, where the pipeline's own call does not take the
+    transformer's."""
     lora_targets = PROJECTIONS
 
     @classmethod
     def default_sides(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        """Give the size that the transformer was made for."""
-        return int(transformer["sample_size"]), int(transformer["sample_size"])
+        """Give the size that the transformer was made for, or that of the pipeline's own call."""
+        side = int(cls.LATENTS or transformer["sample_size"])
+        return side, side
 
     @classmethod
     def patch(cls, transformer: Mapping[str, Any]) -> int:
