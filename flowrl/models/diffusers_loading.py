@@ -89,7 +89,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
         return model
 
     about = description.format(adapter.PIPELINE) + (f", commit {revision}" if revision else "")
-    known = {"is_image": True, "frame_rate": adapter.FRAME_RATE, "revision": revision or ""}
+    known: dict[str, Any] = {"is_image": True, "frame_rate": adapter.FRAME_RATE, "revision": revision or ""}
     return FlowSource(name, about, shapes.sample, load, skeleton, imitation, **known)
 
 
