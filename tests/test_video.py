@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,17 +230,25 @@ def test_samples_of_videos_are_written_as_videos(run: Path, tmp_path: Path, monk
 
 
 def test_mp4_is_written_by_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
+    written: list[Any] = []
 
-    def export_to_video(frames: Any, path: str, **options: Any) -> None:
-        given.update(frames=frames, path=path, **options)
+    class Writer(contextlib.AbstractContextManager):  # type: ignore[type-arg]
+        append_data = written.append
+
+        def __exit__(self, *exc: object) -> None:
+            written.append("closed")
+
+    def get_writer(path: Path, **options: Any) -> Writer:
+        written.extend([path, options["fps"]])
+        return Writer()
 
     monkeypatch.setattr(media, "writes_mp4", lambda: True)
-    monkeypatch.setattr("diffusers.utils.export_to_video", export_to_video)
+    monkeypatch.setitem(sys.modules, "imageio", ModuleType("imageio"))
+    monkeypatch.setitem(sys.modules, "imageio.v2", SimpleNamespace(get_writer=get_writer))
     assert media.save_video(torch.rand(4, 3, 8, 6), tmp_path / "a.png", 16) == tmp_path / "a.mp4"
-    assert given["path"] == str(tmp_path / "a.mp4")
-    assert [frame.size for frame in given["frames"]] == [(6, 8)] * 4
-    assert given["fps"] == 16
+    assert written[:2] == [tmp_path / "a.mp4", 16]
+    assert [frame.shape for frame in written[2:-1]] == [(8, 6, 3)] * 4
+    assert written[-1] == "closed"
 
 
 def test_the_export_says_how_many_frames_and_draws_a_video(run: Path, tmp_path: Path) -> None:

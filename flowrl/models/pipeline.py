@@ -72,10 +72,20 @@ DEFAULTS = PipelineOptions()
 
 
 class Part(NamedTuple):
-    """Part of one encoded prompt: its shape, and its type where that is not the text encoders'."""
+    """Part of one encoded prompt: its shape, its type where that is not the text encoders', and what stands in for it.
+
+    What stands in is 0, or 1 for masks (whole numbers and truth values), unless another number is given.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
+    imitation: int | None = None
+
+    def imitated(self, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Make what stands in for the part of `n` prompts, in the text encoders' `dtype` unless it has its own."""
+        kind = self.dtype or dtype
+        value = self.imitation if self.imitation is not None else int(not kind.is_floating_point)
+        return torch.full((n, *self.shape), value, dtype=kind, device=device)
 
 
 @dataclass(frozen=True)
@@ -284,10 +294,7 @@ class PipelineFlow(VelocityModel):
             length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
         frozen = self.pipeline.vae.dtype
-        return tuple(
-            torch.zeros(len(prompts), *part.shape, dtype=part.dtype or frozen, device=self.device)
-            for part in self.condition_parts()
-        )
+        return tuple(part.imitated(len(prompts), frozen, self.device) for part in self.condition_parts())
 
     @property
     @abstractmethod

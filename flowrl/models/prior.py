@@ -197,7 +197,7 @@ def generator_source(
     encode: Encoder | None = None,
     bounds: tuple[float, float] | None = None,
 ) -> FlowSource:
-    """Make the source of a generator's flow. The generator given is copied, and stays as it is.
+    """Make the source of a generator's flow; every flow has a copy of the generator, which stays as it is.
 
     Args:
         generator: A module, or a function without arguments that returns one.
@@ -210,12 +210,8 @@ def generator_source(
         ConfigError: See `PriorFlow`; or images whose values are not in [0, 1].
     """
     is_function = callable(generator) and not isinstance(generator, nn.Module)
-
-    def made() -> nn.Module:
-        return checked_module(generator(), made=True) if is_function else copy.deepcopy(checked_module(generator))
-
-    first = made().eval()
-    samples = probed(first, latent_shape_of(dim))
+    given = checked_module(generator() if is_function else generator, made=is_function)
+    samples = probed(sharing_tensors(given).eval(), latent_shape_of(dim))
     shape = tuple(samples.shape[1:])
     is_image = len(shape) == 3 and shape[0] in (1, 3) and bounds is not None and tuple(bounds) == (0, 1)
     if is_image and not (samples.amin() >= -1e-3 and samples.amax() <= 1 + 1e-3):
@@ -224,16 +220,31 @@ def generator_source(
             f"{samples.max().item():.3g}. Bring them there in its `forward`, e.g. by `images / 2 + 0.5` from [-1, 1]."
         )
 
-    def build() -> PriorFlow:
-        return PriorFlow(made(), dim, sample_shape=shape, contexts=contexts, encode=encode)
+    def around(decoder: nn.Module) -> PriorFlow:
+        return PriorFlow(decoder, dim, sample_shape=shape, contexts=contexts, encode=encode)
 
     def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> PriorFlow:
-        flow = build()
+        flow = around(copy.deepcopy(given))
         flow.network.to(network_dtype)
         return flow
 
-    about = f"from latents of dimension {math.prod(latent_shape_of(dim))} through {type(first).__name__}"
-    return FlowSource("", about, shape, load, build, load, reloadable=False, is_image=is_image)
+    def imitation(network_dtype: torch.dtype, frozen_dtype: torch.dtype) -> PriorFlow:
+        flow = around(sharing_tensors(given))
+        flow.network.to(network_dtype)
+        return flow
+
+    def skeleton() -> PriorFlow:
+        with torch.device("meta"):
+            return around(sharing_tensors(given))
+
+    about = f"from latents of dimension {math.prod(latent_shape_of(dim))} through {type(given).__name__}"
+    return FlowSource("", about, shape, load, skeleton, imitation, reloadable=False, is_image=is_image)
+
+
+def sharing_tensors(module: nn.Module) -> nn.Module:
+    """Copy a module but for its parameters and buffers, which both have then; the copy's ask for no gradients."""
+    parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, {**parameters, **{id(tensor): tensor.detach() for tensor in module.buffers()}})
 
 
 def _described(value: Any) -> str:

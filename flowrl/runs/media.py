@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from flowrl.runs.pictures import image_grid
@@ -32,10 +35,11 @@ def save_video(video: torch.Tensor, path: Path, frame_rate: float) -> Path:
     """
     frames = [image_grid(frame[None], pad=0) for frame in video]
     if writes_mp4():
-        from diffusers.utils import export_to_video
-
+        writers: Any = import_module("imageio.v2")
         path = path.with_suffix(".mp4")
-        export_to_video(frames, str(path), fps=frame_rate, macro_block_size=2)  # type: ignore[arg-type]
+        with writers.get_writer(path, fps=frame_rate, macro_block_size=2) as writer:  # players want even sides
+            for frame in frames:
+                writer.append_data(np.asarray(frame))
     else:
         path = path.with_suffix(".png")
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / frame_rate, loop=0)

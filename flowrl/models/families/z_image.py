@@ -10,7 +10,7 @@ import torch
 from flowrl.models.families.tokens import TokensFlow
 from flowrl.models.packing import of_length
 from flowrl.models.pipeline import Part
-from flowrl.types import Condition
+from flowrl.types import Condition, has_values
 
 LORA_TARGETS = ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"]
 
@@ -46,7 +46,8 @@ class ZImageFlow(TokensFlow):
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
         """Give the transformer's arguments: lists of latents of one frame, and of prompts without padding."""
         prompts, lengths = cond
-        prompts_as_long = [prompt[:length] for prompt, length in zip(prompts, lengths.tolist())]
+        known = lengths.tolist() if has_values(lengths) else [prompts.shape[1]] * len(prompts)
+        prompts_as_long = [prompt[:length] for prompt, length in zip(prompts, known)]
         return {"x": list(x[:, :, None]), "t": time, "cap_feats": prompts_as_long}
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
@@ -68,7 +69,7 @@ class ZImageFlow(TokensFlow):
     def condition_parts(self) -> list[Part]:
         """Give the shapes of the context and of its length."""
         config: Any = self.network.config
-        return [Part((self.max_sequence_length, config.cap_feat_dim)), Part((), torch.long)]
+        return [Part((self.max_sequence_length, config.cap_feat_dim)), Part((), torch.long, self.max_sequence_length)]
 
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, scale: float) -> torch.Tensor:
         """Guide along the line through both velocities, in the pipeline's own measure."""
