@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from flowrl.types import has_values
+
 
 class ByTime(nn.Module):
     """Pair of networks, one for the noisy times and one for the others, as one network.
@@ -60,6 +62,8 @@ class ByTime(nn.Module):
 
     def _used(self, noisy: torch.Tensor) -> tuple[bool, bool]:
         """Tell which of the networks are to run, the same on every rank."""
+        if not has_values(noisy):  # a prediction of memory: rows of both take as much as rows of one
+            return True, False
         sides = torch.stack([noisy.any(), ~noisy.all()]).float()
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             if torch.is_grad_enabled():

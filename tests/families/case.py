@@ -27,6 +27,7 @@ class Case:
         scale: The guidance scale to try beside 1.
         options: Further fields of `PipelineOptions`.
         images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
+        why_unpredictable: What of its own network a dry run cannot try, as the prediction says; empty where it can.
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
     """
@@ -38,5 +39,6 @@ class Case:
     scale: float = 4.5
     options: PipelineOptions = DEFAULTS
     images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None
+    why_unpredictable: str = ""
     has_lora: bool = True
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None
