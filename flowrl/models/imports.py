@@ -1,22 +1,36 @@
-"""Imports that fail inside diffusers or transformers: errors that name the first failure, not the files."""
+"""Imports from diffusers and transformers: no more than is used, and errors that name what failed first."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from flowrl.errors import ModelLoadError
+from flowrl.models.put_off import imports_put_off, without_garbage_collection
+
+
+def looked_up(library: str, name: str) -> Any:
+    """Look up a class of one of these libraries, which import it then.
+
+    Raises:
+        ModelLoadError: An import within failed; names the first that did.
+    """
+    with importing():
+        return getattr(importlib.import_module(library), name)
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Turn what the lazy imports of these libraries raise into one error.
+    """Turn what the lazy imports of these libraries raise into one error, and put off what they import in vain.
 
     Raises:
         ModelLoadError: An import within failed; names the first that did.
     """
     try:
-        yield
+        with imports_put_off(), without_garbage_collection():
+            yield
     except Exception as error:
         if (failed := first_failure(error)) is None:
             raise

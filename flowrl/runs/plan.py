@@ -10,6 +10,7 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.models.compiling import cache_folder
 from flowrl.models.lora import LoRA, count_parameters
+from flowrl.models.put_off import imports_put_off
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.memory_plan import predict_memory
 from flowrl.training.saving import algorithm_name
@@ -77,8 +78,9 @@ def dry_run(
     folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, total: int, n_ranks: int = 1
 ) -> str:
     """Say what a run would do, for `--dry-run`: reads configurations, loads no weights."""
-    frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config))
-    memory = predict_memory(algo, config.of_one_rank(n_ranks), env)
+    with imports_put_off():
+        frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config))
+        memory = predict_memory(algo, config.of_one_rank(n_ranks), env)
     lines = [
         *_chosen(algo, config, env),
         _work(config, total),

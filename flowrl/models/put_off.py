@@ -1,0 +1,237 @@
+"""Imports inside diffusers and transformers that are put off until something of them is used.
+
+To look up one network of diffusers imports peft with bitsandbytes, torch's compiler and much of scipy, which takes
+longer than a dry run. Within `imports_put_off` other modules get a stand-in of these; what they take from it is the
+real thing from its first use on.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+from torch.utils._python_dispatch import _disable_current_modes
+
+PUT_OFF = (
+    "bitsandbytes",
+    "peft",
+    "scipy",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+)
+REAL_PARTS = ("torch._dynamo.config",)
+"""Settings: small modules of their own."""
+MARKS = ("allow_in_graph", "assume_constant_result")
+"""Decorators of torch's compiler that mark a function or class and give it back: noted, and set when it is imported."""
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Leave garbage for later: an import makes little of it, and so many objects that every look at them takes long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def imports_put_off() -> Iterator[None]:
+    """Give stand-ins of `PUT_OFF` to whatever imports them meanwhile, but for what is imported already."""
+    finder = _Finder([root for root in PUT_OFF if root not in sys.modules])
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for root in [*finder.roots]:
+            finder.release(root)
+
+
+class _Late:
+    """A function, class or table of a module that is not imported yet."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    def _real(self) -> Any:
+        module = _imported(self._module)
+        with suppress(AttributeError):
+            return getattr(module, self._name)
+        return _imported(f"{self._module}.{self._name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real(), name)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        there = sys.modules.get(self._module)
+        if there is None or isinstance(there, _StandIn):
+            return False  # nothing can be of a class that nobody has imported
+        return isinstance(instance, self._real())
+
+    def __subclasscheck__(self, cls: type) -> bool:
+        return issubclass(cls, self._real())
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._real(),)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._real() == other)
+
+    def __hash__(self) -> int:
+        return hash(self._real())
+
+    def __bool__(self) -> bool:
+        return bool(self._real())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._real())
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self._real()
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._real()[key]
+
+    def __or__(self, other: Any) -> Any:
+        return self._real() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self._real()
+
+
+class _StandIn(ModuleType):
+    """A module that is not imported yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+        if sys.modules.get(self.__name__) is not self:
+            return getattr(_imported(self.__name__), name)
+        if self.__name__ == "torch._dynamo":
+            if name in MARKS:
+                return _Mark(name)
+            if name == "disable":
+                return _disabled
+        return _Late(self.__name__, name)
+
+
+class _Finder:
+    """Finder that gives stand-ins of modules that are there; by `importlib`'s protocol also their loader."""
+
+    def __init__(self, roots: list[str]) -> None:
+        self.roots = roots
+
+    def root_of(self, name: str) -> str | None:
+        """Find which of the roots a module belongs to, if it is stood in for."""
+        if name in REAL_PARTS:
+            return None
+        return next((root for root in self.roots if f"{name}.".startswith(f"{root}.")), None)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find a module as `importlib` does; None for what is not stood in for, or not there."""
+        if self.root_of(name) is None:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            spec.loader = self  # type: ignore[assignment]
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Make the stand-in."""
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run nothing."""
+
+    def release(self, root: str) -> None:
+        """Let the next import of a root be that of the real one."""
+        self.roots.remove(root)
+        if not isinstance(sys.modules.get(root), _StandIn):
+            return
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{root}.")]:
+            module, (parent, _, last) = sys.modules.pop(name), name.rpartition(".")
+            if vars(sys.modules.get(parent, object)).get(last) is module:
+                delattr(sys.modules[parent], last)
+
+
+def _imported(name: str) -> ModuleType:
+    """Import the real module, also where stand-ins are given."""
+    for finder in [finder for finder in sys.meta_path if isinstance(finder, _Finder)]:
+        if (root := finder.root_of(name)) is not None:
+            finder.release(root)
+    with _disable_current_modes():  # tensors that a module makes for itself are real ones
+        return importlib.import_module(name)
+
+
+def _disabled(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Keep torch's compiler out of a function, as its own `disable` does, from when it is imported on."""
+    if fn is None:
+        return functools.partial(_disabled, *args, **kwargs)
+    real: list[Any] = []
+
+    @functools.wraps(fn)
+    def until_then(*given: Any, **options: Any) -> Any:
+        there = sys.modules.get("torch._dynamo")
+        if there is None or isinstance(there, _StandIn):
+            return fn(*given, **options)
+        if not real:
+            real.append(there.disable(fn, *args, **kwargs))
+        return real[0](*given, **options)
+
+    return until_then
+
+
+class _Mark:
+    """A decorator of `MARKS`; what it is given is marked as soon as the compiler is imported."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, marked: Any) -> Any:
+        if _Marker.instance not in sys.meta_path:
+            sys.meta_path.insert(0, _Marker.instance)
+        _Marker.instance.marked.append((self.name, marked))
+        return marked
+
+
+class _Marker:
+    """Finder of torch's compiler, which sets the marks that were noted once it has been imported."""
+
+    instance: _Marker
+
+    def __init__(self) -> None:
+        self.marked: list[tuple[str, Any]] = []
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find the compiler as `importlib` does; None for anything else, and where it is stood in for."""
+        if name != "torch._dynamo" or any(isinstance(f, _Finder) and f.root_of(name) for f in sys.meta_path):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute: Any = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                while self.marked:
+                    mark, marked = self.marked.pop()
+                    getattr(module, mark)(marked)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_Marker.instance = _Marker()
