@@ -166,7 +166,8 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     check_eval_samples(run.eval_samples, (model.env.core, *held_out.values()))
     _begin(model, folder, run, total)
     checkpoints = _checkpoints(folder / "checkpoints", run)
-    shown = [PictureCallback(folder / "samples", run.picture_every), HeldOutCallback(held_out, run.picture_every)]
+    pictures = PictureCallback(folder / "samples", run.picture_every)
+    shown = [pictures, HeldOutCallback(held_out, run.picture_every or PictureCallback.USUAL)]
     with StopOnSignal() as stop, telling_warnings(folder if model.ranks.is_main else None), closing(model.logger):
         try:
             model.learn(
