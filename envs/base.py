@@ -181,8 +181,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
 
     def plot(self, axes: Any, samples: torch.Tensor) -> None:
         """Draw samples (B, *sample_shape) that are no images into matplotlib axes: their first two coordinates."""
-        flat = samples.flatten(1).cpu().numpy()
-        axes.plot(flat[:, 0], flat[:, min(1, flat.shape[1] - 1)], ".", markersize=2, alpha=0.6)
+        axes.plot(*plotted(samples).T, ".", markersize=2, alpha=0.6)
         axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
 
     def draw(self, rng: np.random.Generator, size: int | None = None) -> Any:
@@ -221,6 +220,12 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         x, y = (share.clip(0, 1) * (size - 3)).astype(int)
         picture[size - 3 - y : size - y, x : x + 3] = 0
         return picture
+
+
+def plotted(samples: torch.Tensor) -> np.ndarray:
+    """Take the first two coordinates (B, 2) of samples, to be plotted; one-dimensional ones are on the diagonal."""
+    flat = samples.flatten(1).float().cpu().numpy()
+    return np.stack([flat[:, 0], flat[:, min(1, flat.shape[1] - 1)]], axis=1)
 
 
 def draw_contexts(

@@ -35,6 +35,7 @@ from flowrl.runs.logs import logger, say, telling_warnings
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.plan import dry_run, head_of
 from flowrl.runs.program import EXIT_STOPPED, guarded
+from flowrl.runs.put_off import imports_put_off
 from flowrl.runs.wandb_writer import WandbWriter
 from flowrl.storage.files import clear_away, read_json
 from flowrl.training.algorithm import FlowAlgorithm
@@ -49,6 +50,9 @@ def main(args: list[str] | None = None) -> int:
 
     Of several processes the main one prints and writes files.
     """
+    if args is None and "--dry-run" in sys.argv:  # this process predicts and ends
+        with imports_put_off():
+            return guarded(_main, args)
     return guarded(_main, args)
 
 
@@ -166,7 +170,8 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> in
     check_eval_samples(run.eval_samples, (model.env.core, *held_out.values()))
     _begin(model, folder, run, total)
     checkpoints = _checkpoints(folder / "checkpoints", run)
-    shown = [PictureCallback(folder / "samples", run.picture_every), HeldOutCallback(held_out, run.picture_every)]
+    pictures = PictureCallback(folder / "samples", run.picture_every)
+    shown = [pictures, HeldOutCallback(held_out, run.picture_every or PictureCallback.USUAL)]
     with StopOnSignal() as stop, telling_warnings(folder if model.ranks.is_main else None), closing(model.logger):
         try:
             model.learn(

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from stable_baselines3.common.logger import Logger
 
 import flowrl
 from flowrl.errors import CheckpointError
-from flowrl.runs.callbacks import KeepCheckpoints, StopOnSignal
+from flowrl.runs import callbacks
+from flowrl.runs.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.storage.files import clear_away, replace_folder
 from flowrl.training import saving as snapshot
 from flowrl.training.loading import checkpoint_folder
@@ -233,3 +235,68 @@ def test_killed_runs_end_as_others(program_environment: dict[str, str]) -> None:
     done = subprocess.run(command, env=program_environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 cases differ" in done.stdout
+
+
+class Clock:
+    """A clock by which an iteration takes a second, and a picture as long as the test says."""
+
+    def __init__(self, picture: float) -> None:
+        self.now, self.picture = 100.0, picture
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+    def save_picture(self, samples: torch.Tensor, contexts: object, env: object, path: Path) -> None:
+        self.now += self.picture
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+
+@pytest.mark.parametrize(
+    ("every", "cost", "drawn"),
+    [
+        (None, 0.01, [0, 10, 20, 30, 40, 50, 57]),  # 10 iterations between two
+        (None, 0.5, [0, 20, 30, 40, 50, 57]),  # a second by iteration 20
+        (None, 10.0, [0, 57]),  # the first and the last
+        (20, 10.0, [0, 20, 40]),  # as asked for
+    ],
+)
+def test_pictures_take_a_twentieth_of_the_time(
+    every: int | None, cost: float, drawn: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(cost)
+    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(callbacks, "save_picture", clock.save_picture)
+    pictures = PictureCallback(tmp_path / "samples", every)
+    trained = model(n_epochs=1, rollout_steps=1)
+    pictures.init_callback(trained)
+    trained._total_timesteps = 57 * N
+    trained.set_logger(Logger(None, []))
+    pictures.on_training_start({}, {})
+    for iteration in range(1, 58):
+        clock.now += 1
+        trained.iteration, trained.num_timesteps = iteration, iteration * N
+        assert pictures.on_iteration_end()
+    pictures.on_training_end()
+    found = sorted(int(name[:4]) for name in names(tmp_path / "samples"))
+    assert found == drawn
+
+
+def test_a_run_that_is_stopped_draws_no_last_picture(tmp_path: Path) -> None:
+    pictures = PictureCallback(tmp_path / "samples")
+    stop = StopOnSignal()
+    stop.received = signal.SIGTERM
+    model().learn(4 * N, callback=[pictures, stop])
+    assert names(tmp_path / "samples") == {"0000-reference.png"}
+
+
+def test_pictures_draw_no_random_numbers_of_training(tmp_path: Path) -> None:
+    with_pictures, without = (
+        model().learn(4 * N, callback=callback) for callback in (PictureCallback(tmp_path / "samples", 1), None)
+    )
+    for one, other in zip(with_pictures.policy.parameters(), without.policy.parameters()):
+        assert torch.equal(one, other)
+    assert len(names(tmp_path / "samples")) == 5

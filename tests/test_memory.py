@@ -15,8 +15,11 @@ import pytest
 import small_pipelines
 import torch
 from conftest import REPOSITORY, forgetting
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_leaves
 
 import flowrl
+from flowrl.training import without_storage
 from flowrl.training.memory_plan import MemoryPlan, predict_memory, ways_to_save
 
 MIB = 2**20
@@ -45,6 +48,47 @@ def test_nothing_is_computed_and_no_random_state_is_used() -> None:
     predict("ddpo", "gaussians-linear")
     assert torch.equal(torch.get_rng_state(), before)
     assert type(torch.zeros(1)) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("algo", "env"), [("flow_grpo", "gaussians-linear"), ("orw_w2", "digits-even"), ("draft", "digits-even")]
+)
+def test_short_ways_and_torchs_own_predict_the_same(algo: str, env: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = predict(algo, env)
+    monkeypatch.setattr(without_storage, "_kind_of", lambda func: None)
+    own = predict(algo, env)
+    assert (short.parts, short.phases, short.missing) == (own.parts, own.phases, own.missing)
+
+
+def test_results_of_known_layouts_are_those_of_torch() -> None:
+    def tried() -> list[Any]:
+        found: list[Any] = []
+        for _ in range(2):
+            x = torch.zeros(6, 4)[1:].t()
+            parts = x.split(2)
+            y = x @ torch.ones(5, 3)
+            found += [x[1:, ::2], *parts, y, y.reshape(-1), x.reshape(-1), x.bfloat16() + 1, y.var(0), y.sort(0)]
+            found += [torch.where(y > 0, y, 0.0), torch.cat([y, y]), y.clone().mul_(2), torch.tensor([1.0, 2.0])]
+            found += [torch.tensor(3.0) * 2]
+        return [(t.shape, t.stride(), t.dtype, t.storage_offset(), t.device) for t in tree_leaves(found)]
+
+    real = tried()
+    with without_storage.without_storage() as mode:
+        assert tried() == real
+        assert torch.tensor(2).item() == 2
+        with pytest.raises(DataDependentOutputException):
+            torch.zeros(1).item()
+        x = torch.zeros(1000)
+        assert mode.live == 4000
+        y = x.view(10, 100)
+        y = x.view(10, 100).t()
+        assert mode.live == 4000
+        for _ in range(2):
+            z = y + 1
+            assert mode.live == 8000
+            del z
+    del x, y
+    assert mode.live == 0
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])

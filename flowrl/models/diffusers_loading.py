@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from flowrl.functional.solvers import time_grid
 from flowrl.models.base import VelocityModel
 from flowrl.models.diffusers_weights import hub_message, load_pipeline
 from flowrl.models.families import declared
-from flowrl.models.imports import importing
+from flowrl.models.imports import looked_up
 from flowrl.models.pipeline import CLIP_TOKENS, PipelineFlow, PipelineOptions, Shapes
 from flowrl.models.schedules import check_scheduler
 from flowrl.models.source import FlowSource, read_json
@@ -63,8 +62,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
         return adapter(pipeline, shapes, options, length, load_encoders)
 
     def skeleton() -> VelocityModel:
-        with importing():
-            kind = getattr(importlib.import_module("diffusers"), adapter.TRANSFORMER)
+        kind = looked_up("diffusers", adapter.TRANSFORMER)
         try:
             with torch.device("meta"):
                 networks = {part: kind.from_config(transformer) for part in trained}
@@ -166,8 +164,7 @@ def _check_sizes(config: dict[str, Any], what: str) -> None:
 def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dtype: torch.dtype) -> Any:
     """Build a part of a pipeline from its configuration, with the weights that it is initialised with."""
     library, name = index[part]
-    with importing():
-        cls = getattr(importlib.import_module(library), name)
+    cls = looked_up(library, name)
     config = read_json(fetch(f"{part}/config.json"), part)
     _check_sizes(config, part)
     default = torch.get_default_dtype()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowrl.errors import ModelLoadError
-from flowrl.models.imports import first_failure
+from flowrl.models.imports import first_failure, importing, looked_up
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 from flowrl.models.source import read_json
 from flowrl.storage import revisions
@@ -58,7 +57,7 @@ def load_pipeline(
     variants = _variants(folder, name, parts) if is_folder else {}
     try:
         with quiet():
-            kind = getattr(importlib.import_module("diffusers"), adapter.PIPELINE)
+            kind = looked_up("diffusers", adapter.PIPELINE)
             networks = {
                 part: _network(index[part], repository, revision, part, name, _type_of(part, dtype), variants.get(part))
                 for part in parts
@@ -92,7 +91,7 @@ def _network(
         ModelLoadError: Weights are missing; diffusers would leave those empty, transformers draw them at random.
     """
     library, kind = described
-    cls = getattr(importlib.import_module(library), kind)
+    cls = looked_up(library, kind)
     given = {"revision": revision, "variant": variant}
     given = {key: value for key, value in given.items() if value is not None}
     network, info = cls.from_pretrained(
@@ -142,8 +141,9 @@ def _variant_of(file: str) -> str | None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the progress bars and advice of the libraries that load a pipeline; errors still raise."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    with importing():
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
     levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
     with warnings.catch_warnings():

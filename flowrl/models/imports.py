@@ -1,11 +1,36 @@
-"""Imports that fail inside diffusers or transformers: errors that name the first failure, not the files."""
+"""Imports from diffusers and transformers, with errors that name what failed first."""
 
 from __future__ import annotations
 
+import gc
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from flowrl.errors import ModelLoadError
+
+
+def looked_up(library: str, name: str) -> Any:
+    """Look up a class of one of these libraries, which import it then.
+
+    Raises:
+        ModelLoadError: An import within failed; names the first that did.
+    """
+    with importing():
+        return getattr(importlib.import_module(library), name)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Leave garbage for later: an import makes little of it, and so many objects that every look at them takes long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
@@ -16,7 +41,8 @@ def importing() -> Iterator[None]:
         ModelLoadError: An import within failed; names the first that did.
     """
     try:
-        yield
+        with without_garbage_collection():
+            yield
     except Exception as error:
         if (failed := first_failure(error)) is None:
             raise

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from flowrl.models.imports import importing
+
 _shortened = reprlib.Repr()
 _shortened.maxstring = 120
 
@@ -52,8 +54,9 @@ def warn_of_cut(prompts: Sequence[str], tokenizers: Sequence[tuple[str, Any, int
 @contextmanager
 def silenced() -> Iterator[None]:
     """Keep the libraries of tokenizers and pipelines from saying the same of each such prompt; errors still raise."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    with importing():
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
     levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
     try:

@@ -43,15 +43,22 @@ class PictureCallback(IterationCallback):
 
     Args:
         folder: Where `samples/` pictures go.
-        every: Iterations between pictures.
+        every: Iterations between pictures. None for `USUAL` of them, where pictures take no more than `SHARE` of the
+            time, and for the last besides.
         n: Samples in a picture.
     """
 
-    def __init__(self, folder: Path, every: int, n: int = 36) -> None:
+    USUAL = 10
+    SHARE = 0.05
+
+    def __init__(self, folder: Path, every: int | None = None, n: int = 36) -> None:
         super().__init__()
         self.folder, self.every, self.n = folder, every, n
+        self._spent = self._cost = 0.0  # seconds: all pictures, the latest one
+        self._drawn = 0  # iteration of the latest one
 
     def _on_training_start(self) -> None:
+        self._began = time.monotonic()
         generator = torch.Generator(self.model.device)
         generator.manual_seed(0)
         env, policy = self.model.env.core, self.model.policy  # type: ignore[union-attr]
@@ -63,12 +70,29 @@ class PictureCallback(IterationCallback):
 
     def on_iteration_end(self) -> bool:
         """Draw when it is time."""
-        iteration = self.model.iteration  # type: ignore[attr-defined]
-        if iteration % self.every == 0:
-            self._draw(f"{iteration:04d}")
+        model: Any = self.model
+        due = model.iteration % (self.every or self.USUAL) == 0
+        if due and self.every is None:  # all ranks take part in the sampling, by the clock of the main one
+            allowed = self.SHARE * (time.monotonic() - self._began)
+            due = model.ranks.any(model.ranks.is_main and self._spent + self._cost <= allowed)
+        if due:
+            self._draw(f"{model.iteration:04d}")
         return True
 
+    def _on_training_end(self) -> None:
+        model: Any = self.model
+        is_done = model.num_timesteps >= model._total_timesteps  # not where a signal asks to stop
+        if self.every is None and is_done and self._drawn < model.iteration:
+            self._draw(f"{model.iteration:04d}")
+
     def _draw(self, name: str) -> None:
+        began = time.monotonic()
+        self._sample_and_save(name)
+        self._cost = time.monotonic() - began
+        self._spent += self._cost
+        self._drawn = self.model.iteration  # type: ignore[attr-defined]
+
+    def _sample_and_save(self, name: str) -> None:
         policy, env = self.model.policy, self.model.env.core  # type: ignore[union-attr]
         with policy.uncounted():  # type: ignore[operator]  # pictures are not part of the method's cost
             latents = [

@@ -54,8 +54,9 @@ class RunConfig:
     """Print the plan (samples, gradient steps, parameters, memory, files) and exit."""
     log_every: int = 1
     """Iterations between two rows of the metrics."""
-    picture_every: int = 10
-    """Iterations between two pictures of samples, and between two scores by --eval-rewards."""
+    picture_every: int | None = None
+    """Iterations between two pictures of samples, and between two scores by --eval-rewards. When not given, 10, and
+    pictures between the first and the last are left out where they would take more than a twentieth of the time."""
     checkpoint_every: int = 10
     """Iterations between two checkpoints; 0 for none by iterations."""
     checkpoint_minutes: float = 0
@@ -82,7 +83,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))  # a resumed run's come from a file
         for key in ("log_every", "picture_every", "keep_checkpoints", "eval_samples"):
-            FlowConfig.require(getattr(self, key) > 0, f"--{key.replace('_', '-')} must be positive.")
+            value = getattr(self, key)
+            FlowConfig.require(value is None or value > 0, f"--{key.replace('_', '-')} must be positive.")
         FlowConfig.require(0 <= self.seed < 2**32, f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
         for key in ("checkpoint_every", "checkpoint_minutes"):
             FlowConfig.require(getattr(self, key) >= 0, f"--{key.replace('_', '-')} must not be negative.")

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flowrl.envs.base import GenerationEnv, plotted
 from flowrl.evaluation.measure import EvaluationResult
+from flowrl.runs.scatter import SIZE, scatter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from flowrl.envs.base import GenerationEnv
 
 STEPS = "time/total_timesteps"
 FRAMES = 8
@@ -65,7 +65,7 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 
 def n_shown(env: GenerationEnv, images: int = 36) -> int:
     """Give the number of samples in a picture of `images` images, of videos, or of points."""
-    return 1024 if not env.shows_images else min(images, VIDEOS) if env.flow.frame_rate else images
+    return 512 if not env.shows_images else min(images, VIDEOS) if env.flow.frame_rate else images
 
 
 def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
@@ -92,6 +92,12 @@ def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) 
 
 
 def _save_plots(clouds: Sequence[tuple[str, torch.Tensor]], env: GenerationEnv, path: Path) -> None:
+    if type(env).plot is GenerationEnv.plot:
+        sheet = Image.new("RGB", (SIZE * len(clouds), SIZE), "white")
+        for i, (title, points) in enumerate(clouds):
+            sheet.paste(scatter(plotted(points), f"{title} ({len(points)})"), (SIZE * i, 0))
+        sheet.save(path)
+        return
     from matplotlib.figure import Figure
 
     with _collected():

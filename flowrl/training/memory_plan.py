@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import psutil
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import FlowRLError
 from flowrl.training.hooks import NoChecks
+from flowrl.training.without_storage import WithoutStorage, without_storage
 from flowrl.types import RewardOutput, Rows
 
 if TYPE_CHECKING:
@@ -84,23 +81,21 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     One iteration is tried: prompts encoded, a batch drawn and decoded, a gradient step. Work that depends on the
     values of tensors (adaptive solvers, optimal transport) cannot be tried; `missing` says so.
     """
-    tracker = _Tracker()
     config = replace(config, on_reward_error="raise", compile="off", cuda_graphs=False)
     random_state = torch.get_rng_state()
-    gc.collect()
     gc.freeze()  # looking for what is left between two phases then looks at the prediction's own objects
     try:
-        with _without_storage(), tracker:
+        with without_storage() as tracker:
             parts, missing = _try(cls, replace(config, n_epochs=1), env, tracker)
+            gc.collect()
     finally:
         gc.unfreeze()
     torch.set_rng_state(random_state)
-    gc.collect()
     return MemoryPlan(parts, tracker.phases, psutil.Process().memory_info().rss, missing)
 
 
 def _try(
-    cls: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, tracker: _Tracker
+    cls: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, tracker: WithoutStorage
 ) -> tuple[dict[str, int], str]:
     env = copy.copy(env)
     env.flow = replace(env.flow, load=env.flow.imitation)
@@ -115,7 +110,7 @@ def _try(
     return _parts(model), missing
 
 
-def _iterate(model: Any, tracker: _Tracker) -> None:
+def _iterate(model: Any, tracker: WithoutStorage) -> None:
     """Go through an iteration by the algorithm's own methods, with one chunk of samples and one gradient step."""
     policy, buffer, config = model.policy, model.buffer, model.config
     _without_values(model, "contexts", lambda: torch.zeros(config.n_samples, dtype=torch.long))
@@ -198,77 +193,3 @@ def _parts(model: Any) -> dict[str, int]:
 
 def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-
-
-class _Tracker(TorchDispatchMode):
-    """Counter of the bytes of storages that are alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.live = self.peak = 0
-        self.phases: dict[str, int] = {}
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Note the most that is alive at once."""
-        gc.collect()
-        self.peak = self.live
-        yield
-        self.phases[name] = max(self.peak, self.phases.get(name, 0))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in (result,) if isinstance(result, torch.Tensor | torch.device) else tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._note(leaf.untyped_storage())
-        return result
-
-    def _note(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self.sizes:
-            return
-        self.sizes[key] = storage.nbytes()
-        self.live += self.sizes[key]
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key).atexit = False
-
-    def _forget(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
-
-
-def _replace_tensors(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """Put new tensors into a module, as `Module._apply` does; torch's own swaps fake ones in place, or refuses to."""
-    for child in module.children() if recurse else ():
-        _replace_tensors(child, fn)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            with torch.no_grad():
-                converted = fn(parameter)
-            if converted is not parameter:
-                module._parameters[name] = torch.nn.Parameter(converted, parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else fn(buffer)
-    return module
-
-
-def _copy_of(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-    """Copy a tensor without storage, as `deepcopy` does; torch's own reads the storage that is not there."""
-    copied = torch.empty_like(tensor, requires_grad=False)
-    if isinstance(tensor, torch.nn.Parameter):
-        copied = torch.nn.Parameter(copied, tensor.requires_grad)
-    memo[id(tensor)] = copied
-    return copied
-
-
-@contextlib.contextmanager
-def _without_storage() -> Iterator[None]:
-    """Make tensors without storage; modules can be converted and copied all the same."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-    with (
-        mock.patch("torch.nn.Module._apply", _replace_tensors),
-        mock.patch.object(FakeTensor, "__deepcopy__", _copy_of),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):
-        yield
