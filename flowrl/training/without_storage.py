@@ -156,7 +156,8 @@ def _is_known_by_layout(result: Any, args: tuple[Any, ...], is_view: bool) -> bo
     """Tell whether results can be made of their layouts: one is a view, or they are on the CPU and share nothing."""
     storages = [item.untyped_storage()._cdata for item in tree_leaves(args) if isinstance(item, torch.Tensor)]
     if is_view:
-        return isinstance(result, torch.Tensor) and [result.untyped_storage()._cdata] == storages
+        same = isinstance(result, torch.Tensor) and [result.untyped_storage()._cdata] == storages
+        return same and result.dtype == args[0].dtype  # not complex numbers as pairs of real ones
     for item in tree_leaves(result):
         if not isinstance(item, torch.Tensor):
             continue
