@@ -93,6 +93,7 @@ def test_the_recommended_sampler_gives_the_reference_back(generator: torch.Gener
     assert ratio.mean().item() == pytest.approx(0.9227, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algo", "settings"), [("tilt", {"tau": 1.0}), ("orw", {"tau": 0.25}), ("rwr", {"tau": 1.0})])
 def test_a_linear_reward_moves_the_mean_alone(algo: str, settings: dict) -> None:
     """q* = N(lambda a, I), with lambda = tau; for `orw` 4 tau, after four refreshes that each tilt exactly."""
