@@ -302,7 +302,7 @@ def test_memory_is_predicted_without_a_generator_in_the_way() -> None:
     from flowrl.training.memory_plan import predict_memory
 
     env = flowrl.make(registered())
-    config = flowrl.ORWCFMW2.Config(**{**env.recommended, **TINY})
+    config = flowrl.ORWCFMW2.Config(solver="midpoint", **TINY)
     plan = predict_memory(flowrl.ORWCFMW2, config, env)
     assert not plan.missing
     assert plan.parts["trained weights"] > 0
