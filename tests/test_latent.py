@@ -93,6 +93,7 @@ def test_the_recommended_sampler_gives_the_reference_back(generator: torch.Gener
     assert ratio.mean().item() == pytest.approx(0.9227, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algo", "settings"), [("tilt", {"tau": 1.0}), ("orw", {"tau": 0.25}), ("rwr", {"tau": 1.0})])
 def test_a_linear_reward_moves_the_mean_alone(algo: str, settings: dict) -> None:
     """q* = N(lambda a, I), with lambda = tau; for `orw` 4 tau, after four refreshes that each tilt exactly."""
@@ -301,7 +302,7 @@ def test_memory_is_predicted_without_a_generator_in_the_way() -> None:
     from flowrl.training.memory_plan import predict_memory
 
     env = flowrl.make(registered())
-    config = flowrl.ORWCFMW2.Config(**{**env.recommended, **TINY})
+    config = flowrl.ORWCFMW2.Config(solver="midpoint", **TINY)
     plan = predict_memory(flowrl.ORWCFMW2, config, env)
     assert not plan.missing
     assert plan.parts["trained weights"] > 0
