@@ -318,9 +318,16 @@ def _factory(kind: str) -> Callable[[GaussiansConfig], GaussiansEnv]:
 
 
 RECOMMENDED = {  # chosen by the exact W2 to the optimum, with benchmarks/tuning/toy.toml
-    "endpoint.tau": 1.0,
-    "endpoint.alpha": 0.3,
+    "target_lambda": 1.0,  # of the exact optimum that evaluation compares with
+    "endpoint.tau": 0.5,
+    "endpoint.alpha": 0.2,
+    "endpoint.baseline": "local",
     "endpoint.learning_rate": 5e-4,
+    "advantages.critic_learning_rate": 2e-3,  # without it errors of the field grow, see docs/algorithms.md
+    "advantages.beta_ref": 1.0,  # where the method has one; target_lambda sets it
+    "advantages.decay_rate": 0.0,
+    "advantages.ema_decay": 0.9,
+    "advantages.learning_rate": 1e-3,
     "endpoint-kl.tau": 1.0,
     "endpoint-kl.alpha": 0.3,
     "endpoint-kl.learning_rate": 5e-4,
@@ -341,7 +348,6 @@ RECOMMENDED = {  # chosen by the exact W2 to the optimum, with benchmarks/tuning
     "steps.learning_rate": 1e-3,
     "steps.clip_range": 0.1,  # log-probabilities here are means over two dimensions only
     "steps.batch_size": 512,
-    "steps.beta": 1.0,
 }
 SPECS = [
     EnvSpec(
@@ -349,7 +355,7 @@ SPECS = [
         differentiable=True,
         factory=_factory(kind),
         config=GaussiansConfig(),
-        recommended=lambda config: RECOMMENDED,
+        recommended=lambda config: {**RECOMMENDED, "target_lambda": max(config.tau, 0.0)},
         total_timesteps=50_000,
         summary=f"eight Gaussians in the plane; {what}; the exact optimum is known",
     )

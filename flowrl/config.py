@@ -42,7 +42,7 @@ class FlowConfig:
     """Largest norm of the gradient; longer ones are scaled down."""
     target_lambda: float = 0.0
     """Aim at the tilt q_ref e^(lambda r) / Z with this lambda: the algorithm's own coefficient is set so, by the spread
-    of the first iteration's rewards where it goes by that. 0 leaves it as it is."""
+    of the first iteration's rewards where it goes by that, and advantages keep that unit. 0 leaves both as they are."""
     n_samples: int = 512
     """Samples drawn and scored per iteration."""
     group_size: int = 1

@@ -1061,6 +1061,20 @@ MUTATIONS = (
         "factor",
         ("test_target.py::test_every_coefficient_can_be_given_as_the_tilt",),
     ),
+    Mutation(
+        "target-held",
+        "flowrl/training/target.py",
+        "coefficient * (model.config.target_lambda / now)",
+        "coefficient * (now / model.config.target_lambda)",
+        ("test_target.py::test_the_target_is_held_while_the_spread_of_rewards_changes",),
+    ),
+    Mutation(
+        "target-given",
+        "flowrl/training/construction.py",
+        "cls.tilt_setting is None or cls.tilt_setting[0] in settings",
+        "cls.tilt_setting is None",
+        ("test_target.py::test_on_the_toys_all_that_state_a_tilt_aim_at_the_optimum",),
+    ),
     # environments and adapters
     Mutation(
         "mixture-velocity",

@@ -24,7 +24,7 @@ from flowrl.models.mlp import MLP
 from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves
 from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, collect, summary
-from flowrl.pages.benchmark_tables import drift, markdown
+from flowrl.pages.benchmark_tables import drift, markdown, target
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.suites.cell import run_cell
 from flowrl.suites.suite import Cell, load_suite, suites
@@ -62,11 +62,57 @@ def suite(tmp_path: Path) -> Path:
 def test_shipped_suites_have_meaning_and_leave_no_algorithm_out(name: str) -> None:
     cells = load_suite(name)
     own = {n for n, c in ALGORITHMS.items() if c.__module__.startswith("flowrl.")}
-    untuned = {"adjoint", "adrpo", "awm", "crd", "dgpo", "draft", "flow_dpo", "fpo", "nft", "refl", "ram", "rvm"}
-    untuned |= set() if name == "toy" else {"tilt"}
+    untuned = {"adjoint", "crd", "dgpo", "draft", "flow_dpo", "fpo", "refl"}
+    untuned |= set() if name == "toy" else {"tilt", "adrpo", "awm", "nft", "ram", "rvm"}
     left_out = {"alignment": {"orw_kl", "kl", "dpok"}}.get(name, set()) | untuned
     assert {cell.algo for cell in cells} - {""} == own - left_out
     assert len({cell.folder for cell in cells}) == len(cells)
+
+
+def test_rows_that_state_a_tilt_aim_at_that_of_the_suite(tmp_path: Path) -> None:
+    """Unless they set their coefficient, or another target; who states none is left alone."""
+    path = tmp_path / "aimed.toml"
+    path.write_text(
+        """
+seeds = [0]
+budget = 2_000
+target_lambda = 0.5
+[envs.gaussians-linear]
+[rows."DDPO"]
+algo = "ddpo"
+[rows."exact KL"]
+algo = "kl"
+[rows."RWR"]
+algo = "rwr"
+settings = { tau = 3.0 }
+[rows."DPOK"]
+algo = "dpok"
+sweep = { beta = [0.1] }
+[rows."Flow-GRPO"]
+algo = "flow_grpo"
+sweep = { target_lambda = [0.3] }
+[rows."CRD"]
+algo = "crd"
+on.gaussians-linear = { target_lambda = 4.0 }
+[rows."best of n"]
+steer = { method = "best_of_n", n = 3 }
+"""
+    )
+    cells = {cell.row: cell for cell in load_suite(str(path))}
+    aims = {row: cell.config["target_lambda"] for row, cell in cells.items()}
+    assert aims == {"DDPO": 0, "exact KL": 0.5, "RWR": 0, "DPOK": 0, "Flow-GRPO": 0.3, "CRD": 4, "best of n": 0}
+    assert cells["exact KL"].settings == {"target_lambda": 0.5}
+    assert not cells["best of n"].settings
+    path.write_text(path.read_text().replace("target_lambda = 0.5", "target_lambda = -1"))
+    with pytest.raises(ConfigError, match=r"'target_lambda' .*must be a number above 0, not -1"):
+        load_suite(str(path))
+
+
+def test_a_table_says_which_tilt_is_aimed_at() -> None:
+    entry = {"cost": {"gradient_steps": 8.0}, "target_lambda": 0.5}
+    assert target(entry) == "0.5"
+    assert target({**entry, "target_lambda": math.nan}) == "states no target"
+    assert target({**entry, "cost": {"gradient_steps": 0.0}}) == ""
 
 
 def test_choices_narrow_a_suite(suite: Path) -> None:

@@ -30,8 +30,10 @@ BINS = 24
 
 
 def make(name: str, env: Any = "gaussians-linear", **settings: Any) -> Any:
-    settings = {"n_samples": 64, "batch_size": 64, "rollout_steps": 4, **settings}
-    return flowrl.algorithm_class(name)("FlowPolicy", env, seed=0, device=DEVICE, **settings)
+    """With the algorithm's own defaults, whatever the environment recommends."""
+    cls = flowrl.algorithm_class(name)
+    config = cls.Config(**{"n_samples": 64, "batch_size": 64, "rollout_steps": 4, **settings})
+    return cls("FlowPolicy", env, config=config, seed=0, device=DEVICE)
 
 
 class Expectations:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import flowrl
 from flowrl.errors import ConfigError
-from flowrl.registry import ALGORITHMS
-from flowrl.training.target import spread
+from flowrl.registry import ALGORITHMS, environment_spec
+from flowrl.runs.commandline import second_pass
+from flowrl.training.target import aimed, held, spread
 from flowrl.types import Batch
 
 AIMING = sorted(name for name, cls in ALGORITHMS.items() if cls.tilt_setting is not None)
@@ -45,11 +47,35 @@ def test_every_coefficient_can_be_given_as_the_tilt(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", AIMING)
 def test_lambda_is_proportional_to_the_setting(name: str) -> None:
-    model = made(name)
+    model = made(name, target_lambda=0.0)
     setting, power = model.tilt_setting
     std = torch.tensor(0.8)
     doubled = made(name, **{setting: 2 * getattr(model.config, setting)})
     torch.testing.assert_close(doubled.tilt_of(std), model.tilt_of(std) * 2.0**power)
+
+
+@pytest.mark.parametrize("name", [n for n in AIMING if not ALGORITHMS[n].needs_gradient])
+def test_the_target_is_held_while_the_spread_of_rewards_changes(name: str) -> None:
+    """Rewards half as far apart: divided by their spread they give the same advantages, which then count half.
+
+    Coefficient and advantages together state the tilt; weights are as before.
+    """
+    model = made(name, target_lambda=1.7)
+    model.learn(32)
+    rollout = model.buffer.all()
+    if model.has_weights:
+        before = rollout.coefficient.clone()
+        assert torch.equal(held(model, rollout, before), before)
+        return
+    first = held(model, rollout, model.advantage(rollout))
+    torch.testing.assert_close(first, model.advantage(rollout), rtol=1e-5, atol=1e-6)
+    near = rollout._replace(reward=rollout.reward / 2)
+    torch.testing.assert_close(held(model, near, model.advantage(near)), first / 2, rtol=2e-3, atol=1e-4)
+    assert float(aimed(model, near)) == pytest.approx(1.7)
+    own = made(name, target_lambda=0.0)
+    own.learn(32)
+    again = own.buffer.all()
+    assert torch.equal(held(own, again, own.advantage(again)), own.advantage(again))  # only where it is asked for
 
 
 def test_the_spread_is_that_within_groups() -> None:
@@ -63,4 +89,38 @@ def test_an_algorithm_without_a_stated_tilt_says_so() -> None:
     with pytest.raises(ConfigError, match="orw_w2 states no tilt that it aims at with these settings"):
         made("orw_w2", target_lambda=1.0).learn(32)
     with pytest.raises(ConfigError, match="rwr states no tilt"):
-        made("rwr", mode="online", target_lambda=1.0).learn(32)
+        made("rwr", mode="online", target_lambda=1.5).learn(32)
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_on_the_toys_all_that_state_a_tilt_aim_at_the_optimum(name: str) -> None:
+    """Of the environment's own tau, unless the coefficient is given; who states none does without."""
+    cls: Any = ALGORITHMS[name]
+    env = flowrl.make("gaussians-ring", tau=0.5)
+    recommended = {key: value for key, value in OWN.get(name, {}).items() if key in ("tolerance", "pool")}
+    own = {"n_samples": 512, "batch_size": 512, "rollout_steps": 4, "n_epochs": 1, "group_size": 8}
+    model = cls("FlowPolicy", env, seed=0, device="cpu", **own, **recommended)
+    assert model.config.target_lambda == (0.5 if cls.tilt_setting else 0)
+    if cls.tilt_setting is None or name in ("adrpo", "rvm"):
+        return
+    model.learn(512)
+    assert model.last_logged["rollout/target_lambda"] == pytest.approx(0.5, rel=1e-4)
+    setting = cls.tilt_setting[0]
+    given = cls("FlowPolicy", env, seed=0, device="cpu", **own, **recommended, **{setting: 0.25})
+    assert (given.config.target_lambda, getattr(given.config, setting)) == (0, 0.25)
+
+
+def test_a_recommended_target_gives_way_where_there_is_no_tilt() -> None:
+    model = made("rwr", mode="online")
+    assert model.config.target_lambda == 1
+    model.learn(32)
+    assert model.config.target_lambda == 0
+    assert "rollout/target_lambda" not in model.last_logged
+
+
+def test_a_coefficient_on_the_command_line_is_meant() -> None:
+    args = ["--algo", "flow_grpo", "--env", "gaussians-linear"]
+    for given, expected in (([], 1.0), (["--algo.beta", "0.5"], 0.0), (["--algo.target-lambda", "2"], 2.0)):
+        _, config, _ = second_pass([*args, *given], ALGORITHMS["flow_grpo"], environment_spec(args[-1]), None)
+        assert config is not None
+        assert config.target_lambda == expected

@@ -75,7 +75,9 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
             entry["held_out"] = {"gain": _gain(unseen), "diversity": summary([r["diversity"] for r in unseen])}
         entry["evaluations_per_sample"] = finished[0]["evaluations_per_sample"]
         entry["cost"] = {key: float(np.mean([r["cost"][key] for r in finished])) for key in finished[0]["cost"]}
-        entry["curve"] = _curve([_read(root / cell.folder / "curve.json") or [] for cell in members])
+        curves = [_read(root / cell.folder / "curve.json") or [] for cell in members]
+        entry["target_lambda"] = summary([curve[-1].get("rollout/target_lambda") for curve in curves if curve])["mean"]
+        entry["curve"] = _curve(curves)
         entry["folders"] = [cell.folder for cell, result in zip(members, results) if result is not None]
     return entry
 

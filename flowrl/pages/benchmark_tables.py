@@ -24,6 +24,7 @@ def _table(entries: Sequence[Entry], example: Entry) -> str:
     exact = not math.isnan(example["w2_to_optimum"]["mean"])
     reference = example["reference_reward_mean"]["mean"], example["reference_diversity"]["mean"]
     head = ["algorithm", "reward", "gain", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
+    head += ["aims at lambda"]
     head += ["gain, held-out prompts", "diversity of these"] if "held_out" in example else []
     head += [*example["components"], "network evaluations", "to 90 %", "then per sample"]
     head += ["samples", "updates", "minutes", "seeds"]
@@ -41,6 +42,7 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     cells.append(f"{entry['reward_mean']['iqm']:.3g}")
     cells += [interval(entry["diversity"]), drift(entry)]
     cells += [interval(entry["w2_to_optimum"])] if exact else []
+    cells.append(target(entry))
     if "held_out" in example:
         cells += [interval(entry["held_out"][key]) if "held_out" in entry else "" for key in ("gain", "diversity")]
     cells += [f"{entry['components'][key]['mean']:.3g}" for key in example["components"]]
@@ -59,6 +61,13 @@ def drift(entry: Entry) -> str:
     if entry["cost"]["gradient_steps"] and n < seeds:
         text = f"{text} (finite in {n} of {seeds})".strip()
     return text
+
+
+def target(entry: Entry) -> str:
+    """Write lambda of the tilt that a method aims at in the end, or that it states none; nothing of steering."""
+    if not entry["cost"]["gradient_steps"]:
+        return ""
+    return figure(entry["target_lambda"], 2) or "states no target"
 
 
 def figure(value: float, digits: int) -> str:

@@ -193,7 +193,19 @@ def second_pass(
     whole = dataclasses.make_dataclass("Run", parts, frozen=True)
     whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
     parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
-    return parsed.run, getattr(parsed, "algo", None), getattr(parsed, "env", None)
+    config = getattr(parsed, "algo", None)
+    if algo is not None and config is not None:
+        config = meant(algo, default, config)
+    return parsed.run, config, getattr(parsed, "env", None)
+
+
+def meant(algo: type[FlowAlgorithm], default: FlowConfig, given: FlowConfig) -> FlowConfig:
+    """Leave out the default's `target_lambda` where the coefficient that it would set was given instead."""
+    setting = algo.tilt_setting
+    if setting is None or given.target_lambda != default.target_lambda:
+        return given
+    changed = getattr(given, setting[0]) != getattr(default, setting[0])
+    return replace(given, target_lambda=0.0) if changed else given
 
 
 def make_env(spec: EnvSpec, config: Any) -> GenerationEnv:

@@ -4,6 +4,7 @@ description = "one line"
 seeds = [0, 1, 2]
 budget = 1_000_000              # network evaluations of each cell: a forward is 1 per sample, a backward 2
 eval_samples = 1024
+target_lambda = 1.0             # what rows aim at whose algorithm states a tilt, where they do not set it themselves
 
 [envs.gaussians-linear]
 settings = { }                  # of the environment
@@ -51,6 +52,7 @@ TABLE: Kind = ("a table", lambda value: isinstance(value, dict))
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 COUNT: Kind = ("a whole number above 0", lambda value: is_whole(value, 1))
 TEXTS: Kind = ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
+POSITIVE: Kind = ("a number above 0", lambda value: is_finite(value) and value > 0)
 SEEDS: Kind = (
     "a list of whole numbers from 0 to 4294967295",
     lambda value: isinstance(value, list) and len(value) > 0 and all(is_whole(v, 0, 2**32 - 1) for v in value),
@@ -67,6 +69,7 @@ SUITE_KEYS = {
     "seeds": SEEDS,
     "budget": COUNT,
     "eval_samples": COUNT,
+    "target_lambda": POSITIVE,
     "envs": TABLE,
     "rows": TABLE,
 }
@@ -237,6 +240,7 @@ def _cell(
 ) -> Cell:
     steer = {**row["steer"], **swept} if "steer" in row else {}
     settings = {**row.get("settings", {}), **row.get("on", {}).get(env, {}), **({} if steer else swept)}
+    settings = {**_aim(suite.get("target_lambda"), row, settings), **settings}
     return Cell(
         row=title,
         env=env,
@@ -249,6 +253,14 @@ def _cell(
         steer=steer,
         swept=swept,
     )
+
+
+def _aim(target: float | None, row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, float]:
+    """Give the suite's `target_lambda`, where the row's algorithm has a setting for it that the row leaves open."""
+    if target is None or "algo" not in row:
+        return {}
+    setting = getattr(algorithm_class(row["algo"]), "tilt_setting", None)
+    return {} if setting is None or setting[0] in settings or "target_lambda" in settings else {"target_lambda": target}
 
 
 def _config(cell: Cell, recommended: Mapping[str, Any]) -> dict[str, Any]:

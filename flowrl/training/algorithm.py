@@ -30,7 +30,7 @@ from flowrl.training.reward_calls import RewardCalls, without_strays
 from flowrl.training.rollout import roll_out
 from flowrl.training.sb3_algorithm import SB3Algorithm
 from flowrl.training.signal import check_learnt
-from flowrl.training.target import aim
+from flowrl.training.target import aim, held
 from flowrl.types import Batch
 
 
@@ -226,7 +226,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         method = "weigh" if self.has_weights else "advantage"
         coefficient = getattr(self, method)(rollout)
         self.checks.coefficient(method, coefficient, self.buffer.size)
-        coefficient = without_strays(rollout, coefficient)
+        coefficient = without_strays(rollout, held(self, rollout, coefficient))
         self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
 

@@ -57,7 +57,10 @@ def configured(
         if key not in known:
             raise UnknownNameError.of(f"setting of {cls.__name__}", key, known)
     if config is None:
-        config = cls.Config(**{**recommended_settings(cls, known, recommended), **settings})
+        found = recommended_settings(cls, known, recommended)
+        if cls.tilt_setting is None or cls.tilt_setting[0] in settings:
+            found.pop("target_lambda", None)  # there is no coefficient for it, or that is given, and meant
+        config = cls.Config(**{**found, **settings})
     elif settings:
         config = replace(config, **settings)
     if type(config) is not cls.Config:

@@ -12,7 +12,7 @@ from flowrl.functional import metrics
 from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import effective_sample_size
 from flowrl.training.policy import FlowPolicy
-from flowrl.training.target import spread
+from flowrl.training.target import aimed
 from flowrl.training.writers import dump
 from flowrl.types import RewardOutput, Role
 
@@ -48,9 +48,9 @@ class RolloutRecord:
             reward = model.ranks.gather_uneven(torch.cat(self.rewards))
         figures = {"rollout/reward_mean": reward.mean(), "rollout/reward_std": reward.std(correction=0)}
         figures["rollout/reward_min"], figures["rollout/reward_max"] = reward.aminmax()
-        aimed = model.tilt_of(spread(rollout, model.config.group_size)) if model.tilt_setting is not None else None
-        if aimed is not None:
-            figures["rollout/target_lambda"] = aimed
+        target = aimed(model, rollout)
+        if target is not None:
+            figures["rollout/target_lambda"] = target
         if self.shown:
             figures["rollout/diversity"] = self._diversity(model)
         if model.has_weights:

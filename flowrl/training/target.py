@@ -36,14 +36,19 @@ def check_target(model: FlowAlgorithm) -> None:
 def aim(model: FlowAlgorithm, rollout: Batch) -> None:
     """Set an algorithm's own coefficient so that it aims at `target_lambda`, by the rewards of the first iteration.
 
+    What an environment recommends is left out where an algorithm states no tilt with the settings that it has.
+
     Raises:
         ConfigError: It states no tilt that it aims at, or rewards are all alike.
     """
     target, setting = model.config.target_lambda, model.tilt_setting
-    if not target or model.iteration:
+    if not target or model.iteration:  # it was set before, and is in the config
         return
     reward_std = spread(rollout, model.config.group_size)
     now = model.tilt_of(reward_std)
+    if now is None and target == model.env.core.recommended.get("target_lambda"):
+        model.config = replace(model.config, target_lambda=0.0)
+        return
     if now is None or setting is None:
         raise ConfigError(_no_tilt(model))
     factor = target / float(now)
@@ -51,7 +56,31 @@ def aim(model: FlowAlgorithm, rollout: Batch) -> None:
         raise ConfigError("The rewards of the first iteration are all alike: target_lambda needs their spread.")
     name, power = setting
     value = getattr(model.config, name) * factor**power
-    model.config = replace(model.config, **{name: value, "target_lambda": 0.0})
+    model.config = replace(model.config, **{name: value})
+
+
+def aimed(model: FlowAlgorithm, rollout: Batch) -> torch.Tensor | None:
+    """Compute the lambda that an algorithm aims at, with the rewards of an iteration; None where none is stated."""
+    now = _stated(model, rollout)
+    return now if now is None or not _holds(model) else torch.full_like(now, model.config.target_lambda)
+
+
+def held(model: FlowAlgorithm, rollout: Batch, coefficient: torch.Tensor) -> torch.Tensor:
+    """Hold advantages (B,) at `target_lambda` while the spread of the rewards, whose unit they may have, changes.
+
+    They are scaled by the target over what the coefficient aims at by now: advantages that are divided by a spread are
+    then in units of the first iteration's, for good. Otherwise the tilt would grow as rewards come closer together.
+    """
+    now = _stated(model, rollout) if _holds(model) else None
+    return coefficient if now is None else coefficient * (model.config.target_lambda / now)
+
+
+def _stated(model: FlowAlgorithm, rollout: Batch) -> torch.Tensor | None:
+    return None if model.tilt_setting is None else model.tilt_of(spread(rollout, model.config.group_size))
+
+
+def _holds(model: FlowAlgorithm) -> bool:
+    return model.config.target_lambda > 0 and model.compares and not model.has_weights
 
 
 def _no_tilt(model: FlowAlgorithm) -> str:
