@@ -105,6 +105,8 @@ class PipelineFlow(VelocityModel):
     """Names of further parts that are trained with it, where a pipeline has them."""
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the parts that encode prompts, and that can be released after that."""
+    ENCODERS_ALONE: ClassVar[bool] = True
+    """Whether the pipeline can be loaded without network and autoencoder; else text encoders are kept on the host."""
     WITHOUT_T5: ClassVar[str | None] = None
     """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
     SEQUENCE_LENGTH: ClassVar[int] = 512
@@ -369,12 +371,20 @@ class PipelineFlow(VelocityModel):
         self.device = device
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
-        """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune."""
+        """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune.
+
+        Where a pipeline has no such loader: for `pipe.transformer.load_lora_adapter(folder, use_safetensors=True)`.
+        """
         if lora_state is None:
             for name, network in self.networks_of(self.network).items():
                 network.save_pretrained(folder / name, safe_serialization=True)
-        else:
+        elif hasattr(type(self.pipeline), "save_lora_weights"):
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
+        else:
+            from safetensors.torch import save_file
+
+            state = {f"{self.NETWORK}.{name}": weight.contiguous() for name, weight in lora_state.items()}
+            save_file(state, folder / "pytorch_lora_weights.safetensors")
 
 
 def _is_clip(encoder: nn.Module) -> bool:

@@ -28,6 +28,7 @@ class Case:
         options: Further fields of `PipelineOptions`.
         images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
+        most_bytes: Size of all weights at most.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
     """
 
@@ -39,4 +40,5 @@ class Case:
     options: PipelineOptions = DEFAULTS
     images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None
     has_lora: bool = True
+    most_bytes: float = 4e6
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None
