@@ -295,3 +295,14 @@ def test_a_pipeline_of_two_networks_is_exported_whole(tmp_path: Path) -> None:
     kept = model.policy.networks.model_of(model.policy.sampling_role).network
     for ours, theirs in zip(kept.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_plan_of_two_networks_is_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = wan(tmp_path / "wan", two=True, boundary_ratio=0.65)
+    given = (
+        f"--env.flow {folder} --env.reward colourfulness --env.frames 9 --env.resolution 32x48 --dry-run --device cpu"
+    )
+    assert flowrl.run.main(["--algo", "orw_w2", "--env", "sd3-aesthetic", *given.split()]) == 0
+    told = capsys.readouterr().out
+    assert "not tried" not in told
+    assert "the mean over the frames" in told
