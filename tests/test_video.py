@@ -299,10 +299,12 @@ def test_a_pipeline_of_two_networks_is_exported_whole(tmp_path: Path) -> None:
 
 def test_the_plan_of_two_networks_is_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = wan(tmp_path / "wan", two=True, boundary_ratio=0.65)
-    given = (
-        f"--env.flow {folder} --env.reward colourfulness --env.frames 9 --env.resolution 32x48 --dry-run --device cpu"
-    )
-    assert flowrl.run.main(["--algo", "orw_w2", "--env", "sd3-aesthetic", *given.split()]) == 0
+    given = f"""
+        --algo orw_w2 --env sd3-aesthetic --env.flow {folder} --env.reward colourfulness --env.frames 9
+        --env.resolution 32x48 --env.sequence-length 12 --env.prompts stars --algo.n-samples 4 --algo.group-size 2
+        --algo.rollout-batch-size 4 --algo.batch-size 2 --algo.rollout-steps 2 --dry-run --device cpu
+    """
+    assert flowrl.run.main(given.split()) == 0
     told = capsys.readouterr().out
     assert "not tried" not in told
     assert "the mean over the frames" in told
