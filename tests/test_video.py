@@ -71,6 +71,27 @@ def test_at_one_time_one_network_runs(time: float, used: str) -> None:
     }
 
 
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_all_ranks_run_the_same_networks(with_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients both; without, those that any rank needs. An idle one gives nothing, but a gradient of zero."""
+
+    def all_reduce(sides: torch.Tensor, operation: Any) -> None:
+        sides.copy_(torch.tensor([1.0, 0.0]))  # what the others need
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    both = ByTime(Counting(2.0), Counting(3.0), boundary=500.0)
+    x, times = torch.randn(3, 2), torch.full((3,), 800.0)
+    with torch.set_grad_enabled(with_grad):
+        (whole,) = both(timestep=times, hidden_states=x, return_dict=False)
+    assert torch.allclose(whole, 2 * x + 800)
+    assert both.transformer_2.rows == ([1] if with_grad else [])
+    if with_grad:
+        whole.sum().backward()
+        assert both.transformer_2.weight.grad == 0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wan(tmp_path_factory.mktemp("video") / "wan")
@@ -274,3 +295,16 @@ def test_a_pipeline_of_two_networks_is_exported_whole(tmp_path: Path) -> None:
     kept = model.policy.networks.model_of(model.policy.sampling_role).network
     for ours, theirs in zip(kept.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_plan_of_two_networks_is_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = wan(tmp_path / "wan", two=True, boundary_ratio=0.65)
+    given = f"""
+        --algo orw_w2 --env sd3-aesthetic --env.flow {folder} --env.reward colourfulness --env.frames 9
+        --env.resolution 32x48 --env.sequence-length 12 --env.prompts stars --algo.n-samples 4 --algo.group-size 2
+        --algo.rollout-batch-size 4 --algo.batch-size 2 --algo.rollout-steps 2 --dry-run --device cpu
+    """
+    assert flowrl.run.main(given.split()) == 0
+    told = capsys.readouterr().out
+    assert "not tried" not in told
+    assert "the mean over the frames" in told

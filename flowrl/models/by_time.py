@@ -49,8 +49,7 @@ class ByTime(nn.Module):
             network = self.transformer if used[0] else self.transformer_2
             return network(timestep=timestep, **inputs)
         whole: torch.Tensor | None = None
-        for network, rows in zip(self.parts().values(), (noisy, ~noisy)):
-            index = rows.nonzero().flatten()
+        for network, index in zip(self.parts().values(), _rows(noisy)):
             weight = float(len(index) > 0)
             index = index if weight else index.new_zeros(1)  # another rank needs this network: run it for nothing
             own = {name: part[index] if isinstance(part, torch.Tensor) else part for name, part in inputs.items()}
@@ -62,8 +61,8 @@ class ByTime(nn.Module):
 
     def _used(self, noisy: torch.Tensor) -> tuple[bool, bool]:
         """Tell which of the networks are to run, the same on every rank."""
-        if not has_values(noisy):  # a prediction of memory: rows of both take as much as rows of one
-            return True, False
+        if not has_values(noisy):
+            return True, torch.is_grad_enabled()
         sides = torch.stack([noisy.any(), ~noisy.all()]).float()
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             if torch.is_grad_enabled():
@@ -71,3 +70,12 @@ class ByTime(nn.Module):
             distributed.all_reduce(sides, distributed.ReduceOp.MAX)
         first, second = sides.bool().tolist()
         return first, second
+
+
+def _rows(noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the indices of noisy rows and of the others; without values to tell, of both halves."""
+    if has_values(noisy):
+        return noisy.nonzero().flatten(), (~noisy).nonzero().flatten()
+    n = len(noisy)
+    first, second = torch.arange(n, device=noisy.device).split([(n + 1) // 2, n // 2])
+    return first, second

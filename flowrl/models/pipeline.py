@@ -118,6 +118,8 @@ class PipelineFlow(VelocityModel):
     """Names of further parts that are trained with it, where a pipeline has them."""
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the parts that encode prompts, and that can be released after that."""
+    ENCODERS_ALONE: ClassVar[bool] = True
+    """Whether the pipeline can be loaded without network and autoencoder; else text encoders are kept on the host."""
     WITHOUT_T5: ClassVar[str | None] = None
     """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
     SEQUENCE_LENGTH: ClassVar[int] = 512

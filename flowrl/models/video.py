@@ -34,16 +34,14 @@ class VideoFlow(PipelineFlow):
             raise ConfigError(
                 f"frames must be a multiple of {every} and one more for this pipeline, not {frames}; e.g. {near}."
             )
-        size = options.resolution or cls.SIDES
-        height, width = latent_sides(
-            size, cls.default_sides(transformer), scale, cls.patch(transformer), cls.most_patches(transformer)
-        )
+        size = cls.default_sides(transformer) if options.resolution is None else options.resolution
+        height, width = latent_sides(size, (0, 0), scale, cls.patch(transformer), cls.most_patches(transformer))
         latent = (cls.channels(transformer), (frames - 1) // every + 1, height, width)
         return Shapes(latent, (frames, 3, height * scale, width * scale))
 
     @classmethod
     def default_sides(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        """Give nothing of use: the size of the pipeline's own call is `SIDES`, in pixels."""
+        """Give the size of the pipeline's own call, in pixels."""
         return cls.SIDES
 
     @classmethod

@@ -130,7 +130,10 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
         if model.env.core.flow.is_embedded:
             imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
         lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)})")
-        lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
+        if hasattr(pipeline, "load_lora_weights"):
+            lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
+        else:
+            lines.append(f"pipe.{next(iter(parts))}.load_lora_adapter({json.dumps(name)}, use_safetensors=True)")
         for part in list(parts)[1:]:
             given = f'weight_name="{part}_lora.safetensors", load_into_{part}=True'
             lines.append(f"pipe.load_lora_weights({json.dumps(name)}, {given})")

@@ -29,6 +29,7 @@ class Case:
         images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
         why_unpredictable: What of its own network a dry run cannot try, as the prediction says; empty where it can.
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
+        most_bytes: Size of all weights at most.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
     """
 
@@ -41,4 +42,5 @@ class Case:
     images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None
     why_unpredictable: str = ""
     has_lora: bool = True
+    most_bytes: float = 4e6
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None

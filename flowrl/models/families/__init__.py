@@ -9,6 +9,7 @@ from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
+from flowrl.models.families.hunyuan_video15 import HunyuanVideo15Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ltx import LTXFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
@@ -23,7 +24,6 @@ from flowrl.models.families.z_image import ZImageFlow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
-for family in (
     AuraFlowFlow,
     ChromaFlow,
     CogView4Flow,
@@ -43,4 +43,6 @@ for family in (
     WanFlow,
     ZImageFlow,
 ):
+for family in (
+for family in (SD3Flow, FluxFlow, HunyuanVideoFlow, HunyuanVideo15Flow, LTXFlow, MochiFlow, WanFlow):
     register_pipeline(family)

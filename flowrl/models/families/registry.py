@@ -14,9 +14,13 @@ DECLARED: dict[str, type[PipelineFlow]] = {}
 """Declarations by the class name of the pipeline."""
 DIFFUSION = "it predicts noise, or is made for a diffusion schedule; losses and samplers here are those of a flow"
 NO_FLOWS: Mapping[str, str] = {
+    "AceStepPipeline": "its guidance adds momentum from step to step, so that no velocity at a point is guided, and "
+    "its network takes the padding of the other prompts of a batch for text",
     "AllegroPipeline": DIFFUSION,
     "CogVideoXPipeline": DIFFUSION,
     "HunyuanDiTPipeline": DIFFUSION,
+    "Kandinsky5T2VPipeline": "its network takes the padding of the other prompts of a batch for text, so that a prompt "
+    "alone gives another velocity",
     "KolorsPipeline": DIFFUSION,
     "LattePipeline": DIFFUSION,
     "PixArtAlphaPipeline": DIFFUSION,
