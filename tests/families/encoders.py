@@ -13,6 +13,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLModel,
 )
 
 from families.case import PROMPTS
@@ -83,3 +85,11 @@ def mistral(layers: int) -> torch.nn.Module:
     return Mistral3ForConditionalGeneration(
         Mistral3Config(text_config={"model_type": "mistral", **_text(layers)}, vision_config=vision)
     )
+
+
+def qwen3_vl() -> torch.nn.Module:
+    """A Qwen3-VL, that sees no pictures here."""
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    return Qwen3VLModel(Qwen3VLConfig(text_config={**_text(2), "rope_parameters": rope}, vision_config=vision))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flowrl.functional.guidance import linear
 from flowrl.models.families.tokens import TokensFlow
 from flowrl.models.packing import of_length
 from flowrl.models.pipeline import Part
@@ -72,4 +73,4 @@ class ZImageFlow(TokensFlow):
 
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, scale: float) -> torch.Tensor:
         """Guide along the line through both velocities, in the pipeline's own measure."""
-        return v + scale * (v - v_null)
+        return linear(v, v_null, 1 + scale)
