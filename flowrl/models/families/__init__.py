@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
+from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
@@ -19,6 +20,7 @@ for family in (
     Flux2Flow,
     Flux2KleinFlow,
     FluxFlow,
+    Krea2Flow,
     LongCatImageFlow,
     OvisImageFlow,
     QwenImageFlow,
