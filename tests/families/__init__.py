@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from families import (
     chroma,
+    ernie_image,
     flux,
     flux2,
     krea2,
@@ -17,6 +18,7 @@ from families.case import Case
 
 MODULES = (
     chroma,
+    ernie_image,
     flux,
     flux2,
     krea2,

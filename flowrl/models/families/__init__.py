@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flowrl.models.families.chroma import ChromaFlow
+from flowrl.models.families.ernie_image import ErnieImageFlow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.krea2 import Krea2Flow
@@ -17,6 +18,7 @@ __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
     ChromaFlow,
+    ErnieImageFlow,
     Flux2Flow,
     Flux2KleinFlow,
     FluxFlow,
