@@ -8,6 +8,7 @@ from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
+from flowrl.models.families.nucleusmoe_image import NucleusMoEImageFlow
 from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
@@ -24,6 +25,7 @@ for family in (
     FluxFlow,
     Krea2Flow,
     LongCatImageFlow,
+    NucleusMoEImageFlow,
     OvisImageFlow,
     QwenImageFlow,
     SD3Flow,
