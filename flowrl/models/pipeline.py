@@ -294,9 +294,14 @@ class PipelineFlow(VelocityModel):
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and images
             name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
             if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
-                most = self.pipeline.tokenizer_max_length if name == "CLIP" else self.max_sequence_length
+                longest = self.max_sequence_length - self.template_tokens()
+                most = self.pipeline.tokenizer_max_length if name == "CLIP" else longest
                 found[name] = (name, tokenizer, most)
         return list(found.values())
+
+    def template_tokens(self) -> int:
+        """Count the tokens of a prompt's that the pipeline's template takes, so that they are lost for the prompt."""
+        return 0
 
     def null_condition(self) -> Condition:
         """Encode the empty prompt, as the pipeline's own guidance uses it."""

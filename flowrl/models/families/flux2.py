@@ -56,6 +56,13 @@ class Flux2Flow(PatchesFlow):
         )
         return embeds, self.guidance_of(len(prompts))
 
+    def template_tokens(self) -> int:
+        """Count the system's message, and the marks of messages."""
+        contents = {"system": self.pipeline.system_message, "user": ""}
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in contents.items()]
+        tokens = self.pipeline.tokenizer.apply_chat_template([messages], tokenize=True, return_dict=True)
+        return len(tokens["input_ids"][0])
+
     def condition_parts(self) -> list[Part]:
         """Give the shapes of the context and of the guidance scale."""
         config: Any = self.network.config
@@ -83,3 +90,7 @@ class Flux2KleinFlow(Flux2Flow):
     def without_guidance(cls, pipeline: Mapping[str, Any]) -> bool:
         """Tell whether the pipeline is distilled."""
         return bool(pipeline.get("is_distilled"))
+
+    def template_tokens(self) -> int:
+        """Count the mark of the user's message."""
+        return 3

@@ -49,6 +49,10 @@ class Krea2Flow(OneFrameFlow):
         )
         return embeds, mask
 
+    def template_tokens(self) -> int:
+        """Count what follows the prompt, behind its padding."""
+        return int(self.pipeline.prompt_template_encode_num_suffix_tokens)
+
     def condition_parts(self) -> list[Part]:
         """Give the shapes of the context and of its mask."""
         config: Any = self.network.config

@@ -66,6 +66,10 @@ class ZImageFlow(TokensFlow):
         padded = torch.cat([of_length(prompt[None], self.max_sequence_length) for prompt in embeds])
         return padded, torch.tensor([len(prompt) for prompt in embeds], device=self.device)
 
+    def template_tokens(self) -> int:
+        """Count the mark of the user's message."""
+        return 3
+
     def condition_parts(self) -> list[Part]:
         """Give the shapes of the context and of its length."""
         config: Any = self.network.config
