@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flowrl.models.families.tokens import PatchesFlow
-from flowrl.models.packing import of_length
+from flowrl.models.packing import padded
 from flowrl.models.pipeline import Part
 from flowrl.models.schedules import TIMESTEPS
 from flowrl.types import Condition
@@ -33,10 +33,7 @@ class ErnieImageFlow(PatchesFlow):
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Encode prompts: embeddings (B, tokens, dim), padded, and their lengths (B,)."""
-        embeds = self.pipeline.encode_prompt(prompts, self.device)
-        lengths = torch.tensor([len(prompt) for prompt in embeds], device=self.device)
-        padded = torch.cat([of_length(prompt[None], self.max_sequence_length) for prompt in embeds])
-        return padded, lengths.clamp(max=self.max_sequence_length)
+        return padded(self.pipeline.encode_prompt(prompts, self.device), self.max_sequence_length)
 
     def condition_parts(self) -> list[Part]:
         """Give the shapes of the context and of its length."""

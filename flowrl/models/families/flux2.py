@@ -13,10 +13,7 @@ from flowrl.models.packing import positions
 from flowrl.models.pipeline import Part
 from flowrl.types import Condition
 
-LORA_TARGETS = (
-    r".*attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|to_qkv_mlp_proj)"
-    r"|.*single_transformer_blocks\.\d+\.attn\.to_out"
-)
+LORA_TARGETS = r".*attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)|.*single_.*\.attn\.to_out"
 MOST_TOKENS = 4300
 """Of longer sequences the shift does not depend on the steps."""
 

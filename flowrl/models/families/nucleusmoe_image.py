@@ -6,15 +6,12 @@ from typing import Any
 
 import torch
 
-from flowrl.functional.guidance import linear
-from flowrl.models.families.tokens import OneFrameFlow
-from flowrl.models.packing import of_length, pack
-from flowrl.models.pipeline import ATTENTION, Part
+from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.types import Condition
 
 
-class NucleusMoEImageFlow(OneFrameFlow):
-    """A `NucleusMoEImagePipeline`. Guided velocities have, token by token, the norm of the unguided ones.
+class NucleusMoEImageFlow(QwenImageFlow):
+    """A `NucleusMoEImagePipeline`: guidance, mask and autoencoder are Qwen-Image's.
 
     The system's message is part of a prompt, and counts among its tokens.
     """
@@ -23,33 +20,7 @@ class NucleusMoEImageFlow(OneFrameFlow):
     TRANSFORMER = "NucleusMoEImageTransformer2DModel"
     SEQUENCE_LENGTH = 1024
     PREDICTS_VELOCITY = True
-    lora_targets = ATTENTION
 
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
         """Give the transformer's arguments."""
-        prompt_embeds, mask = cond
-        return {
-            "hidden_states": pack(x),
-            "timestep": time,
-            "encoder_hidden_states": prompt_embeds,
-            "encoder_hidden_states_mask": mask,
-            "img_shapes": [(1, *self.grid)] * len(x),
-        }
-
-    def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Encode prompts: embeddings (B, tokens, dim), and which tokens are the prompt's (B, tokens)."""
-        embeds, mask = self.pipeline.encode_prompt(
-            prompts, device=self.device, max_sequence_length=self.max_sequence_length
-        )
-        mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask  # no prompt is shorter than another
-        return tuple(of_length(part, self.max_sequence_length) for part in (embeds, mask.bool()))
-
-    def condition_parts(self) -> list[Part]:
-        """Give the shapes of the context and of its mask."""
-        config: Any = self.network.config
-        tokens = self.max_sequence_length
-        return [Part((tokens, config.joint_attention_dim)), Part((tokens,), torch.bool)]
-
-    def guide(self, v: torch.Tensor, v_null: torch.Tensor, scale: float) -> torch.Tensor:
-        """Guide along the line through both velocities, and give each token the norm that it has without guidance."""
-        return self.with_norm_of(v, linear(v, v_null, scale))
+        return {**super().inputs(x, time, cond), "img_shapes": [(1, *self.grid)] * len(x)}

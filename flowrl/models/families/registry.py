@@ -17,6 +17,7 @@ NO_FLOWS: Mapping[str, str] = {
     "AllegroPipeline": DIFFUSION,
     "CogVideoXPipeline": DIFFUSION,
     "HunyuanDiTPipeline": DIFFUSION,
+    "Ideogram4Pipeline": "its guidance is that of a second network, which would not follow the one that is trained",
     "KolorsPipeline": DIFFUSION,
     "LattePipeline": DIFFUSION,
     "PixArtAlphaPipeline": DIFFUSION,

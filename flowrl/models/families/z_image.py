@@ -9,7 +9,7 @@ import torch
 
 from flowrl.functional.guidance import linear
 from flowrl.models.families.tokens import TokensFlow
-from flowrl.models.packing import of_length
+from flowrl.models.packing import padded
 from flowrl.models.pipeline import Part
 from flowrl.types import Condition
 
@@ -63,8 +63,7 @@ class ZImageFlow(TokensFlow):
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        padded = torch.cat([of_length(prompt[None], self.max_sequence_length) for prompt in embeds])
-        return padded, torch.tensor([len(prompt) for prompt in embeds], device=self.device)
+        return padded(embeds, self.max_sequence_length)
 
     def template_tokens(self) -> int:
         """Count the mark of the user's message."""
