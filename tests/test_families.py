@@ -16,6 +16,7 @@ import flowrl
 from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.models.families import DECLARED
 from flowrl.models.loading import source_of
+from flowrl.models.long_prompts import silenced
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 from flowrl.models.source import FlowSource
 from flowrl.training.policy import FlowPolicy
@@ -196,6 +197,28 @@ def test_memory_is_predicted(case: Case, folder: Path) -> None:
     assert case.why_unpredictable in plan.missing
     assert bool(plan.missing) == bool(case.why_unpredictable)
     assert plan.missing or plan.phases["training"] > 0
+
+
+def test_prompts_are_cut_where_the_warning_says(case: Case, folder: Path) -> None:
+    """The last word but one that is to be taken counts, one far behind it does not.
+
+    But one, as the number of tokens of a template's message that a pipeline drops is that of its own tokenizer.
+    """
+    flow = loaded(case, folder)
+    if not flow.tokenizers():
+        pytest.skip("its template holds the prompt")
+    _, tokenizer, most = flow.tokenizers()[-1]
+    words = most - len(tokenizer("white")["input_ids"])
+
+    def encoded(words: int) -> list[torch.Tensor]:
+        with silenced():
+            return [flow.encode(["white " * (words - 1) + last])[0] for last in ("white", "circles")]
+
+    white, circles = encoded(words)
+    assert (white - circles).abs().max() > 1e-3
+    with pytest.warns(UserWarning, match="are cut"):
+        white, circles = encoded(words + 16)
+    assert torch.equal(white, circles)
 
 
 def test_checkpoints_of_gradients_change_nothing(case: Case, folder: Path) -> None:

@@ -145,7 +145,8 @@ def _check_libraries(index: dict[str, Any], name: str) -> None:
         ModelLoadError: It names another module.
     """
     for part, value in index.items():
-        library = value[0] if isinstance(value, list) and value else None
+        is_setting = isinstance(value, list) and all(isinstance(item, int) for item in value)  # such as layers' numbers
+        library = value[0] if isinstance(value, list) and not is_setting else None
         if library is not None and library not in LIBRARIES:
             raise ModelLoadError(
                 f"The part '{part[:100]}' of the pipeline '{name}' is of {shown(library)}, not of "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -66,3 +68,9 @@ def of_length(x: torch.Tensor, length: int) -> torch.Tensor:
     """Bring the second dimension of `x` (B, tokens, ...) to a length: zeros at the end, or its end cut off."""
     missing = length - x.shape[1]
     return x[:, :length] if missing <= 0 else F.pad(x, (*(0,) * (2 * (x.ndim - 2)), 0, missing))
+
+
+def padded(prompts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring encoded prompts (tokens, dim) of their own lengths to one (B, length, dim), and give their lengths (B,)."""
+    lengths = torch.tensor([min(len(prompt), length) for prompt in prompts], device=prompts[0].device)
+    return torch.cat([of_length(prompt[None], length) for prompt in prompts]), lengths

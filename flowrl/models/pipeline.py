@@ -326,9 +326,13 @@ class PipelineFlow(VelocityModel):
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and images
             name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
             if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
-                most = self._clip_tokens if name == "CLIP" else self.max_sequence_length
-                found[name] = (name, tokenizer, most)
+                longest = self.max_sequence_length - self.template_tokens()
+                found[name] = (name, tokenizer, self._clip_tokens if name == "CLIP" else longest)
         return list(found.values())
+
+    def template_tokens(self) -> int:
+        """Count the tokens of a prompt's that the pipeline's template takes, so that they are lost for the prompt."""
+        return 0
 
     @property
     def _clip_tokens(self) -> int:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-
+from families import (
     auraflow,
-    case.name: case for module in (sd3, flux, hunyuan_video, hunyuan_video15, ltx, mochi, wan) for case in module.CASES
     chroma,
     cogview4,
+    ernie_image,
     flux,
     flux2,
     hidream,
     hunyuan_video,
+    hunyuan_video15,
+    krea2,
     longcat_image,
     ltx,
     lumina2,
     mochi,
+    nucleusmoe_image,
     ovis_image,
     qwen_image,
     sana,
@@ -22,10 +25,29 @@ from __future__ import annotations
     wan,
     z_image,
 )
-CASES: dict[str, Case] = {
-CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}
-from families import (
-from families import flux, hunyuan_video, hunyuan_video15, ltx, mochi, sd3, wan
 from families.case import Case
+
 MODULES = (
-}
+    auraflow,
+    chroma,
+    cogview4,
+    ernie_image,
+    flux,
+    flux2,
+    hidream,
+    hunyuan_video,
+    hunyuan_video15,
+    krea2,
+    longcat_image,
+    ltx,
+    lumina2,
+    mochi,
+    nucleusmoe_image,
+    ovis_image,
+    qwen_image,
+    sana,
+    sd3,
+    wan,
+    z_image,
+)
+CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}

@@ -13,6 +13,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
 
 from families.case import PROMPTS
@@ -25,6 +28,12 @@ TEMPLATE = (
 )
 LISTS = "{% for message in messages %}{{ message['role'] }}\n{{ message['content'][0]['text'] }}\n{% endfor %}"
 """A template of messages whose contents are lists, as processors of text and images take them."""
+MIXED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{{ message['content'][0]['text'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A template of messages of which some contents are lists."""
 WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()} | {"user", "assistant", "system", "\n"})
 VOCABULARY = [*SPECIAL, *WORDS]
 WIDTH = 16
@@ -83,3 +92,21 @@ def mistral(layers: int) -> torch.nn.Module:
     return Mistral3ForConditionalGeneration(
         Mistral3Config(text_config={"model_type": "mistral", **_text(layers)}, vision_config=vision)
     )
+
+
+def qwen3_vl_config(layers: int) -> Qwen3VLConfig:
+    """The configuration of a Qwen3-VL."""
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    return Qwen3VLConfig(text_config={**_text(layers), "rope_parameters": rope}, vision_config=vision)
+
+
+def qwen3_vl() -> torch.nn.Module:
+    """A Qwen3-VL, that sees no pictures here."""
+    return Qwen3VLModel(qwen3_vl_config(2))
+
+
+def qwen3_vl_generator(layers: int) -> torch.nn.Module:
+    """The same with a head for words."""
+    return Qwen3VLForConditionalGeneration(qwen3_vl_config(layers))

@@ -24,6 +24,21 @@ from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 LENGTH = 64  # the system's message takes its part of it
 
 
+def autoencoder() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
 def parts(guidance_embeds: bool) -> dict[str, Any]:
     torch.manual_seed(6)
     transformer = Flux2Transformer2DModel(
@@ -37,19 +52,8 @@ def parts(guidance_embeds: bool) -> dict[str, Any]:
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=guidance_embeds,
     )
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    return {"transformer": louder(transformer), "scheduler": scheduler, "vae": vae}
+    return {"transformer": louder(transformer), "scheduler": scheduler, "vae": autoencoder()}
 
 
 def build(folder: Path) -> None:

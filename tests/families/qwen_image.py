@@ -22,6 +22,18 @@ from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 LENGTH = 16
 
 
+def autoencoder() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.7, 0.1, 0.4, -0.2],
+        latents_std=[2.8, 1.4, 0.9, 1.1],
+    )
+
+
 def build(folder: Path) -> None:
     torch.manual_seed(4)
     transformer = QwenImageTransformer2DModel(
@@ -36,19 +48,10 @@ def build(folder: Path) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[-0.7, 0.1, 0.4, -0.2],
-        latents_std=[2.8, 1.4, 0.9, 1.1],
-    )
     pipeline = QwenImagePipeline(
         transformer=louder(transformer),
         scheduler=scheduler,
-        vae=vae,
+        vae=autoencoder(),
         text_encoder=encoders.qwen_vl(),
         tokenizer=encoders.tokenizer(),
     )

@@ -5,15 +5,18 @@ from __future__ import annotations
 from flowrl.models.families.auraflow import AuraFlowFlow
 from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.cogview4 import CogView4Flow
+from flowrl.models.families.ernie_image import ErnieImageFlow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.hunyuan_video15 import HunyuanVideo15Flow
+from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ltx import LTXFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.mochi import MochiFlow
+from flowrl.models.families.nucleusmoe_image import NucleusMoEImageFlow
 from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
@@ -24,18 +27,23 @@ from flowrl.models.families.z_image import ZImageFlow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
+for family in (
     AuraFlowFlow,
     ChromaFlow,
     CogView4Flow,
+    ErnieImageFlow,
     Flux2Flow,
     Flux2KleinFlow,
     FluxFlow,
     HiDreamFlow,
+    HunyuanVideo15Flow,
     HunyuanVideoFlow,
+    Krea2Flow,
     LongCatImageFlow,
     LTXFlow,
     Lumina2Flow,
     MochiFlow,
+    NucleusMoEImageFlow,
     OvisImageFlow,
     QwenImageFlow,
     SanaFlow,
@@ -43,6 +51,4 @@ __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
     WanFlow,
     ZImageFlow,
 ):
-for family in (
-for family in (SD3Flow, FluxFlow, HunyuanVideoFlow, HunyuanVideo15Flow, LTXFlow, MochiFlow, WanFlow):
     register_pipeline(family)

@@ -49,6 +49,4 @@ class LongCatImageFlow(TokensFlow):
 
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, scale: float) -> torch.Tensor:
         """Guide along the line through both velocities, where that does not raise the norm of a token."""
-        guided = linear(v, v_null, scale)
-        norm, guided_norm = (pack(x).norm(dim=-1, keepdim=True) for x in (v, guided))
-        return self.outputs(pack(guided) * (norm / (guided_norm + 1e-8)).clamp(max=1))
+        return self.with_norm_of(v, linear(v, v_null, scale), most=1)

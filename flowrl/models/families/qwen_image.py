@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from flowrl.functional.guidance import linear
-from flowrl.models.families.tokens import TokensFlow
+from flowrl.models.families.tokens import OneFrameFlow
 from flowrl.models.packing import of_length, pack
 from flowrl.models.pipeline import ATTENTION, Part
 from flowrl.types import Condition
 
 
-class QwenImageFlow(TokensFlow):
+class QwenImageFlow(OneFrameFlow):
     """A `QwenImagePipeline`; `guidance_scale` is its `true_cfg_scale`.
 
     Guided velocities have, token by token, the norm of the unguided ones. Prompts of all lengths are padded to one;
@@ -24,11 +23,6 @@ class QwenImageFlow(TokensFlow):
     PIPELINE = "QwenImagePipeline"
     TRANSFORMER = "QwenImageTransformer2DModel"
     lora_targets = ATTENTION
-
-    @classmethod
-    def reduction(cls, vae: Mapping[str, Any]) -> int:
-        """Compute the pixels per latent along each side."""
-        return int(2 ** len(vae["temperal_downsample"]))
 
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
         """Give the transformer's arguments."""
@@ -57,10 +51,4 @@ class QwenImageFlow(TokensFlow):
 
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, scale: float) -> torch.Tensor:
         """Guide along the line through both velocities, and give each token the norm that it has without guidance."""
-        guided = linear(v, v_null, scale)
-        norm, guided_norm = (pack(x).norm(dim=-1, keepdim=True) for x in (v, guided))
-        return self.outputs(pack(guided) * (norm / guided_norm))
-
-    def to_autoencoder(self, x_1: torch.Tensor) -> torch.Tensor:
-        """Bring latents to the autoencoder's scale; it takes one frame of a video."""
-        return super().to_autoencoder(x_1)[:, :, None]
+        return self.with_norm_of(v, linear(v, v_null, scale))

@@ -19,6 +19,7 @@ NO_FLOWS: Mapping[str, str] = {
     "AllegroPipeline": DIFFUSION,
     "CogVideoXPipeline": DIFFUSION,
     "HunyuanDiTPipeline": DIFFUSION,
+    "Ideogram4Pipeline": "its guidance is that of a second network, which would not follow the one that is trained",
     "Kandinsky5T2VPipeline": "its network takes the padding of the other prompts of a batch for text, so that a prompt "
     "alone gives another velocity",
     "KolorsPipeline": DIFFUSION,

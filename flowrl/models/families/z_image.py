@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from flowrl.functional.guidance import linear
 from flowrl.models.families.tokens import TokensFlow
-from flowrl.models.packing import of_length
+from flowrl.models.packing import padded
 from flowrl.models.pipeline import Part
 from flowrl.types import Condition, has_values
 
@@ -63,8 +64,11 @@ class ZImageFlow(TokensFlow):
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        padded = torch.cat([of_length(prompt[None], self.max_sequence_length) for prompt in embeds])
-        return padded, torch.tensor([len(prompt) for prompt in embeds], device=self.device)
+        return padded(embeds, self.max_sequence_length)
+
+    def template_tokens(self) -> int:
+        """Count the mark of the user's message."""
+        return 3
 
     def condition_parts(self) -> list[Part]:
         """Give the shapes of the context and of its length."""
@@ -73,4 +77,4 @@ class ZImageFlow(TokensFlow):
 
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, scale: float) -> torch.Tensor:
         """Guide along the line through both velocities, in the pipeline's own measure."""
-        return v + scale * (v - v_null)
+        return linear(v, v_null, 1 + scale)
