@@ -16,6 +16,8 @@ from flowrl.models.source import read_json
 from flowrl.storage import revisions
 
 VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")
+OF_BYTES = ("ByT5Tokenizer",)
+"""Tokenizers without a vocabulary: their tokens are bytes."""
 ADAPTER_FILE = "adapter_config.json"
 """In place of weights, where transformers saved a network with a LoRA: it names where the others are to be read."""
 UNFUSED = (
@@ -174,7 +176,11 @@ def _absent_components(location: str, name: str) -> dict[str, None]:
             continue
         if value[0] is None:
             absent[key] = None
-        elif key.startswith("tokenizer") and not any((folder / key / file).exists() for file in VOCABULARIES):
+        elif (
+            key.startswith("tokenizer")
+            and value[1] not in OF_BYTES
+            and not any((folder / key / file).exists() for file in VOCABULARIES)
+        ):
             raise ModelLoadError(f"The pipeline folder '{name}' is incomplete: '{key}' holds no vocabulary.")
     return absent
 

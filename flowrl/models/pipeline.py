@@ -101,6 +101,8 @@ class PipelineFlow(VelocityModel):
     """Name of the part that is trained."""
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the parts that encode prompts, and that can be released after that."""
+    ALWAYS_THERE: ClassVar[tuple[str, ...]] = ()
+    """Names of parts that the pipeline is not assembled without, not even to encode prompts."""
     WITHOUT_T5: ClassVar[str | None] = None
     """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
     SEQUENCE_LENGTH: ClassVar[int] = 512
