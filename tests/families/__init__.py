@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from families import (
     auraflow,
+    bria,
     cogview4,
     flux,
     hidream,
@@ -16,6 +17,7 @@ from families.case import Case
 
 MODULES = (
     auraflow,
+    bria,
     cogview4,
     flux,
     hidream,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flowrl.models.families.auraflow import AuraFlowFlow
+from flowrl.models.families.bria import BriaFlow
 from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.hidream import HiDreamFlow
@@ -16,6 +17,7 @@ __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
     AuraFlowFlow,
+    BriaFlow,
     CogView4Flow,
     FluxFlow,
     HiDreamFlow,
