@@ -7,6 +7,7 @@ from flowrl.models.families.bria import BriaFlow
 from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.hidream import HiDreamFlow
+from flowrl.models.families.hunyuan_image import HunyuanImageFlow
 from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
@@ -21,6 +22,7 @@ for family in (
     CogView4Flow,
     FluxFlow,
     HiDreamFlow,
+    HunyuanImageFlow,
     Kandinsky5ImageFlow,
     Lumina2Flow,
     SanaFlow,
