@@ -120,7 +120,9 @@ def test_training_and_export(case: Case, folder: Path, algorithm: str, tmp_path:
     with torch.no_grad():
         ours, reference = policy.velocity(x, t, cond), policy.velocity(x, t, cond, "reference")
     theirs = loaded(case, folder)
-    if case.has_lora:
+    if case.load_adapter is not None:
+        case.load_adapter(theirs, tmp_path / "checkpoint")
+    elif case.has_lora:
         theirs.pipeline.load_lora_weights(tmp_path / "checkpoint")
     else:
         theirs.network.load_lora_adapter(tmp_path / "checkpoint", use_safetensors=True)  # type: ignore[operator]

@@ -7,6 +7,7 @@ family's declaration says, and nowhere else.
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -377,7 +378,7 @@ class PipelineFlow(VelocityModel):
         if lora_state is None:
             network: Any = self.network
             network.save_pretrained(folder / self.NETWORK, safe_serialization=True)
-        elif hasattr(self.pipeline, "save_lora_weights"):
+        elif _saves_adapters(self.pipeline):
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
         else:
             named = {f"transformer.{name}": value.contiguous() for name, value in lora_state.items()}
@@ -386,3 +387,9 @@ class PipelineFlow(VelocityModel):
 
 def _is_clip(encoder: nn.Module) -> bool:
     return "CLIP" in type(encoder).__name__
+
+
+def _saves_adapters(pipeline: Any) -> bool:
+    """Tell whether a pipeline writes adapters of a transformer: some have inherited a writer for a UNet."""
+    write = getattr(pipeline, "save_lora_weights", None)
+    return write is not None and "transformer_lora_layers" in inspect.signature(write).parameters

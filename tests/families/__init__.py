@@ -11,6 +11,7 @@ from families import (
     hunyuan_image,
     kandinsky5_image,
     lumina2,
+    prx,
     sana,
     sd3,
 )
@@ -25,6 +26,7 @@ MODULES = (
     hunyuan_image,
     kandinsky5_image,
     lumina2,
+    prx,
     sana,
     sd3,
 )

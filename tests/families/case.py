@@ -30,6 +30,7 @@ class Case:
         rounds: The network computes in lower precision in itself, so that differences of it say nothing.
         most_bytes: Of its weights.
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
+        load_adapter: Loads an exported adapter, where that takes more than the one call.
     """
 
     name: str
@@ -42,3 +43,4 @@ class Case:
     rounds: bool = False
     most_bytes: float = 4e6
     has_lora: bool = True
+    load_adapter: Callable[[PipelineFlow, Path], None] | None = None

@@ -10,6 +10,7 @@ from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.hunyuan_image import HunyuanImageFlow
 from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
+from flowrl.models.families.prx import PRXFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sd3 import SD3Flow
@@ -25,6 +26,7 @@ for family in (
     HunyuanImageFlow,
     Kandinsky5ImageFlow,
     Lumina2Flow,
+    PRXFlow,
     SanaFlow,
     SD3Flow,
 ):
