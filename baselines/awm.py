@@ -35,8 +35,8 @@ class AWMConfig(EndpointConfig):
     clip_range: float = 0.0
     """Ratios e^(l_old - l) beyond 1 +- this get no gradient, as in the paper; 0 leaves the ratio at one, as in
     published code."""
-    time_weighting: Literal["uniform", "ghuber"] = "uniform"
-    """"uniform"; or "ghuber", as published code: the error m counts as ((m + 1e-10)^p - 1e-10^p) (1 - t) / p, whose
+    error_weighting: Literal["square", "ghuber"] = "square"
+    """"square"; or "ghuber", as published code: the error m counts as ((m + 1e-10)^p - 1e-10^p) (1 - t) / p, whose
     minimiser is another."""
     ghuber_power: float = 0.25
     """p of "ghuber"; published 0.25."""
@@ -92,7 +92,7 @@ class AWM(EndpointAlgorithm):
             clipped = torch.where(a > 0, ratio > 1 + config.clip_range, ratio < 1 - config.clip_range)
             a = (a * ratio).masked_fill(clipped, 0)
             figures["clip_fraction"] = clip_fraction(ratio, config.clip_range)
-        if config.time_weighting == "ghuber":
+        if config.error_weighting == "ghuber":
             a = a * (1 - pair.t) * (miss + 1e-10).pow(config.ghuber_power - 1)
         loss, others = self.follow(config.row(), batch, pair, a, velocities)
         return loss, {**figures, **others}
@@ -102,4 +102,4 @@ class AWM(EndpointAlgorithm):
 
         None without beta_ref, and for "ghuber", which weighs samples by their errors.
         """
-        return None if self.config.time_weighting == "ghuber" else super().tilt_of(reward_std)
+        return None if self.config.error_weighting == "ghuber" else super().tilt_of(reward_std)

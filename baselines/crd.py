@@ -76,10 +76,12 @@ class CRD(WholeGroups):
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Compute `lambda = 1 / (beta std)` where the old policy stays the reference (decay 1) and nothing anchors.
 
-        Otherwise each refresh tilts anew, and none is stated. The paper takes R for the log-ratio.
+        Otherwise each refresh tilts anew, and none is stated; nor of rewards compared each by itself. The paper takes
+        R for the log-ratio.
         """
         config = self.config
-        return 1 / (config.beta * (reward_std + 1e-4)) if config.decay == 1 and config.anchor == 0 else None
+        stays = config.decay == 1 and config.anchor == 0 and config.reward_aggregation == "sum"
+        return 1 / (config.beta * (reward_std + 1e-4)) if stays else None
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Compute rewards (B,) in units of their standard deviation in the group."""

@@ -110,8 +110,10 @@ class FlowGRPO(GroupRelative, TransitionAlgorithm):
         """Compute `lambda = 1 / (beta std)`, of the law of whole paths, with the rewards' spread within groups.
 
         Advantages are in units of that spread; gradient and penalty are both sums over steps, means over dimensions.
+        None of several rewards that are compared each by itself.
         """
-        return 1 / (self.config.beta * (reward_std + 1e-4)) if self.config.beta > 0 else None
+        is_one = self.config.reward_aggregation == "sum"
+        return 1 / (self.config.beta * (reward_std + 1e-4)) if self.config.beta > 0 and is_one else None
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""

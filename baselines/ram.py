@@ -65,10 +65,9 @@ class RAM(EndpointAlgorithm):
     Config: ClassVar[type[FlowConfig]] = RAMConfig
     config: RAMConfig
 
-    def advantage(self, rollout: Batch) -> torch.Tensor:
-        """Compare the rewards of each group: advantages (B,)."""
-        config = self.config
-        return advantages(rollout.reward, rollout.group, config.spread, config.max_advantage, config.centred)
+    def compared(self, reward: torch.Tensor, group: torch.Tensor, maximum: float) -> torch.Tensor:
+        """Compare one reward (B,) within groups (B,): advantages (B,) in units of the spread."""
+        return advantages(reward, group, self.config.spread, maximum, self.config.centred)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the regression on the detached target."""

@@ -35,6 +35,10 @@ class RWRConfig(ORWConfig):
         self.require(self.mode in ("offline", "online"), f"mode must be 'offline' or 'online', not '{self.mode}'.")
         self.require(not self.data or self.mode == "offline", "data is what mode 'offline' fits; it needs that mode.")
         self.require(
+            not self.data or self.coupling != "rectified",
+            "There is no noise that given samples come from: data needs another coupling than 'rectified'.",
+        )
+        self.require(
             not self.data or self.target == "plain",
             "The residual target takes the samples to be the reference's own: data needs target 'plain'.",
         )

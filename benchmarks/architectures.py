@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import newer_architectures
+
 Configs = dict[str, dict[str, Any]]
 
 
@@ -121,6 +123,7 @@ PIPELINES: dict[str, Configs] = {
     "stabilityai/stable-diffusion-3.5-medium": _sd3(24, 384, qk_norm="rms_norm", dual_attention_layers=list(range(13))),
     "stabilityai/stable-diffusion-3.5-large": _sd3(38, 192, qk_norm="rms_norm"),
     "black-forest-labs/FLUX.1-dev": FLUX,
+    **newer_architectures.PIPELINES,
 }
 
 

@@ -1,10 +1,12 @@
 """One iteration of ORW-CFM-W2 on the architecture of Stable Diffusion 3 medium, with random weights, on the CPU.
 
     python benchmarks/full_size.py --out figures.json
+    python benchmarks/full_size.py --pipeline Qwen/Qwen-Image --layers 2 --resolution 256
 
 Whether the full size fits and works, what it takes, and how near the prediction of a dry run comes: 24 layers of 24
 heads of 64, bfloat16, 512 x 512 pixels, LoRA rank 32; 2 samples, 2 sampler steps, 1 gradient step. No weight is
-downloaded; T5 is left out, as Stable Diffusion 3 allows. Takes minutes and about 10 GiB.
+downloaded; T5 is left out, as Stable Diffusion 3 allows. Takes minutes and about 10 GiB. Another pipeline of
+benchmarks/architectures.py at full width, with fewer layers, takes less.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ from typing import Any
 import architectures
 
 GIB = 2**30
+SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
+PROMPTS = ("a photo of a cat", "a photo of a dog")
+TOKENS = 64
+"""Of a prompt, for all but Stable Diffusion 3."""
+DEPTHS = ("num_layers", "n_layers", "num_single_layers", "num_hidden_layers", "depth")
 SETTINGS: dict[str, Any] = {
     "n_samples": 2,
     "rollout_batch_size": 2,
@@ -41,6 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again")
+    parser.add_argument("--pipeline", default=SD3, choices=sorted(architectures.PIPELINES), help="architecture")
+    parser.add_argument("--layers", type=int, default=0, help="layers of each network at most; 0 keeps all")
+    parser.add_argument("--resolution", type=int, default=512, help="pixels along a side")
     parser.add_argument("--predict-only", action="store_true", help="only what the dry run predicts")
     args = parser.parse_args()
 
@@ -49,9 +59,11 @@ def main() -> None:
 
     settings = {**SETTINGS, "gradient_checkpointing": args.gradient_checkpointing}
     with tempfile.TemporaryDirectory() as name:
-        flow = architectures.write("stabilityai/stable-diffusion-3-medium-diffusers", Path(name))
-        prompts = ("a photo of a cat", "a photo of a dog")
-        env = flowrl.make("sd3-compress", flow=flow, resolution=512, prompts=prompts, t5=False)
+        flow = architectures.write(
+            args.pipeline, Path(name), shallow(args.pipeline, args.layers) if args.layers else {}
+        )
+        env_settings = {"t5": False} if args.pipeline == SD3 else {"sequence_length": TOKENS}
+        env = flowrl.make("sd3-compress", flow=flow, resolution=args.resolution, prompts=PROMPTS, **env_settings)
         config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
         plan = predict_memory(flowrl.ORWCFMW2, config, env)
         figures: dict[str, Any] = {"predicted": {**plan.parts, **plan.phases, "libraries": plan.libraries}}
@@ -67,6 +79,17 @@ def main() -> None:
             print(f"peak: {peak() / GIB:.2f} GiB, predicted {plan.peak / GIB + plan.libraries / GIB:.2f} ({ratio:.2f})")
     if args.out:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def shallow(name: str, layers: int) -> architectures.Configs:
+    """Changes of a pipeline's configurations that leave each network so many layers at most."""
+
+    def cut(config: dict[str, Any]) -> dict[str, Any]:
+        cuts = {key: min(layers, config[key]) for key in DEPTHS if isinstance(config.get(key), int)}
+        return cuts | {key: {**value, **cut(value)} for key, value in config.items() if isinstance(value, dict)}
+
+    configs = architectures.PIPELINES[name].items()
+    return {file: cut(config) for file, config in configs if not file.startswith(("vae", "model_index"))}
 
 
 def run(flowrl: Any, env: Any, config: Any) -> dict[str, dict[str, float]]:

@@ -15,6 +15,9 @@ import flowrl
 from flowrl.training.memory_plan import predict_memory
 
 GIB = 2**30
+GROUPS = {"group_size": 2}
+FRAMES = 33
+"""Of a video."""
 RECIPES: list[tuple[str, str, int, dict[str, Any]]] = [
     # GPU, pipeline, resolution, settings beside those recommended for large models
     ("24 GB", "stabilityai/stable-diffusion-3.5-medium", 512, {}),
@@ -23,6 +26,12 @@ RECIPES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("48 GB", "black-forest-labs/FLUX.1-dev", 512, {"batch_size": 4, "guidance_scale": 3.5}),
     ("80 GB", "stabilityai/stable-diffusion-3.5-large", 1024, {}),
     ("80 GB", "black-forest-labs/FLUX.1-dev", 1024, {"batch_size": 4, "guidance_scale": 3.5}),
+    ("24 GB", "Efficient-Large-Model/Sana_1600M_1024px_diffusers", 1024, {}),
+    ("24 GB", "Tongyi-MAI/Z-Image", 512, {"batch_size": 4}),
+    ("48 GB", "Tongyi-MAI/Z-Image", 1024, {"batch_size": 4}),
+    ("80 GB", "Qwen/Qwen-Image", 512, {"batch_size": 4}),
+    ("80 GB", "black-forest-labs/FLUX.2-dev", 512, {"batch_size": 2, "rollout_batch_size": 4}),
+    ("80 GB", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 256, {"batch_size": 1, "rollout_batch_size": 2, **GROUPS}),
 ]
 
 
@@ -34,6 +43,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             flow = architectures.write(name, Path(folder))
             decode = {"decode_batch": 4 if resolution <= 512 else 1}
+            decode |= {"frames": FRAMES} if "Wan" in name else {}
             env = flowrl.make("sd3-compress", flow=flow, resolution=resolution, **decode)
             config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
             plan = predict_memory(flowrl.ORWCFMW2, config, env)

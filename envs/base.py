@@ -37,6 +37,9 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (Gymnasium's own convention)
     groupwise: bool = False
     """Whether `reward` compares samples of the same context, and so needs several of each in a call."""
+    renderer: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """`samples (B, *sample_shape) -> (B, 1 or 3, H, W)` in [0, 1], a picture of each for grids; None where samples are
+    images themselves, or are drawn by `plot`."""
 
     def __init__(
         self,
@@ -83,6 +86,20 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward samples of training: running statistics take them in."""
         return self.reward(samples, contexts)
+
+    def errors(self, samples: torch.Tensor, contexts: Contexts) -> Mapping[str, torch.Tensor]:
+        """Compute errors (B,) of samples that the reward does not see, by name; the less, the better.
+
+        Evaluations call it, training never does: it may cost more than the reward, and needs no gradient.
+        """
+        return {}
+
+    def errors_of_all(self, samples: torch.Tensor, contexts: Contexts, seed: int) -> Mapping[str, float]:
+        """Compute errors of a set of samples as a whole, by name, such as its distance to data; the less, the better.
+
+        Evaluations call it, on the host or not, with a seed for whatever it draws.
+        """
+        return {}
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Collect the tensors that a checkpoint must keep: those that `observe` changes."""
@@ -141,6 +158,27 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         }
         return RewardOutput(reward, components, output.info)
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether `pictures` are to be shown of samples, in place of what `plot` draws."""
+        return self.flow.is_image or self.renderer is not None
+
+    def pictures(self, samples: torch.Tensor) -> torch.Tensor:
+        """Draw samples (B, *sample_shape) as images (B, 1 or 3, H, W) in [0, 1], if `shows_images`.
+
+        Raises:
+            ConfigError: The renderer gave something else.
+        """
+        if self.renderer is None:
+            return samples
+        drawn = torch.as_tensor(self.renderer(samples)).float()
+        if drawn.dim() != 4 or len(drawn) != len(samples) or drawn.shape[1] not in (1, 3):
+            raise ConfigError(
+                f"The renderer of '{self.name}' gave shape {tuple(drawn.shape)} for {len(samples)} samples; it must "
+                f"give images ({len(samples)}, 1 or 3, H, W) with values in [0, 1]."
+            )
+        return drawn
+
     def plot(self, axes: Any, samples: torch.Tensor) -> None:
         """Draw samples (B, *sample_shape) that are no images into matplotlib axes: their first two coordinates."""
         flat = samples.flatten(1).cpu().numpy()
@@ -169,11 +207,14 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         return np.int64(self._context), output.reward.item(), True, False, info
 
     def render(self) -> np.ndarray | None:
-        """Draw the last sample as (H, W, 3) uint8 when `render_mode` is "rgb_array": by default, a dot at its first
-        two coordinates within the bounds of the action space.
+        """Draw the last sample as (H, W, 3) uint8 when `render_mode` is "rgb_array": by its renderer, or by default as
+        a dot at its first two coordinates within the bounds of the action space.
         """
         if self.render_mode != "rgb_array":
             return None
+        if self.renderer is not None:
+            image = self.pictures(torch.from_numpy(self._last)[None])[0].expand(3, -1, -1)
+            return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         size, picture = 96, np.full((96, 96, 3), 255, dtype=np.uint8)
         low, high = float(self.action_space.low.min()), float(self.action_space.high.max())  # type: ignore[attr-defined]
         share = (np.resize(self._last.reshape(-1), 2) - low) / (high - low)

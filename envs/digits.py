@@ -106,10 +106,15 @@ class DigitsEnv(GenerationEnv):
     """
 
     def __init__(
-        self, flow: Any, reward: EvenReward, judge: EvenReward, oracle: EvenDigits, render_mode: str | None = None
+        self,
+        flow: Any,
+        reward: EvenReward,
+        judge: EvenReward,
+        oracle: EvenDigits,
+        render_mode: str | None = None,
+        name: str = "digits-even",
     ) -> None:
-        source = source_of(flow)
-        super().__init__(source, contexts=[None], low=0.0, high=1.0, name="digits-even", render_mode=render_mode)
+        super().__init__(source_of(flow), contexts=[None], low=0.0, high=1.0, name=name, render_mode=render_mode)
         self.reward_function, self.judge, self.oracle = reward, judge, oracle
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
@@ -131,21 +136,23 @@ class DigitsEnv(GenerationEnv):
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """Settings of `digits-even`."""
+    """Settings of `digits-even` and `latent-digits`."""
 
     flow: str = "digits"
-    """Flow to fine-tune: "digits" (shipped, 8x8), or a folder that `pretrain/digits.py` wrote."""
+    """Flow to fine-tune: "digits" or "latent-digits" (shipped, 8x8), or a folder that `pretrain/digits.py` or
+    `pretrain/latent_digits.py` wrote."""
     classifiers: str = ""
-    """Folder that holds the classifiers, reward/ and judge/; the flow's own folder when not given."""
+    """Folder that holds the classifiers, reward/ and judge/; when not given the flow's own folder, or the shipped ones
+    where it has none."""
     data_dir: str = ""
     """Folder of MNIST's idx files, whose even digits samples are measured against; scikit-learn's when not given."""
 
 
-def _make(config: DigitsConfig, render_mode: str | None = None) -> DigitsEnv:
+def _make(config: DigitsConfig, name: str = "digits-even") -> DigitsEnv:
     source = source_of(config.flow)
     channels, size, _ = source.sample_shape if len(source.sample_shape) == 3 else (0, 0, 0)
     if channels != 1:
-        raise ConfigError(f"'digits-even' needs a flow of samples of shape (1, H, W), not {source.sample_shape}.")
+        raise ConfigError(f"'{name}' needs a flow of samples of shape (1, H, W), not {source.sample_shape}.")
     oracle = EvenDigits(config.data_dir)
     expected = 8 if oracle.pictures is None else oracle.pictures.shape[-1]
     if size != expected:
@@ -154,7 +161,8 @@ def _make(config: DigitsConfig, render_mode: str | None = None) -> DigitsEnv:
             "Train one of that size with `python pretrain/digits.py --data-dir FOLDER --out FLOW`, and give both as "
             "--env.flow FLOW --env.data-dir FOLDER."
         )
-    folder = Path(config.classifiers or (ASSETS / config.flow if source.is_embedded else config.flow))
+    own = Path(config.flow) if (Path(config.flow) / "reward").is_dir() and not source.is_embedded else None
+    folder = Path(config.classifiers or own or ASSETS / "digits")
     reward, judge = (EvenReward(folder / kind) for kind in ("reward", "judge"))
     for classifier in (reward, judge):
         if classifier.network.size != size:
@@ -162,7 +170,7 @@ def _make(config: DigitsConfig, render_mode: str | None = None) -> DigitsEnv:
                 f"The classifiers in '{folder}' take pictures of {classifier.network.size}x"
                 f"{classifier.network.size}, the flow draws {size}x{size}: give others as --env.classifiers FOLDER."
             )
-    return DigitsEnv(source, reward, judge, oracle, render_mode)
+    return DigitsEnv(source, reward, judge, oracle, name=name)
 
 
 RECOMMENDED: Mapping[str, Any] = {
@@ -184,6 +192,23 @@ RECOMMENDED: Mapping[str, Any] = {
     "endpoint-free.target": "plain",
 }
 
+LATENTS: Mapping[str, Any] = {
+    "n_samples": 4096,
+    "batch_size": 256,
+    "n_epochs": 8,
+    "rollout_steps": 8,
+    "solver": "midpoint",  # gives the latents of the reference back; Euler's would shrink them
+    "learning_rate": 2e-3,
+    "ema_decay": 0.98,
+    "tau": 2.5,
+    "endpoint.weight_normalisation": "none",
+    "endpoint.baseline": "mean",
+    "endpoint.alpha": 0.3,
+    "endpoint-free.weight_normalisation": "none",
+    **{f"{kind}.solver": "euler" for kind in ("gradient", "steps", "steps-free")},  # what noisy samplers take
+    **{f"{kind}.rollout_steps": 32 for kind in ("gradient", "steps", "steps-free")},
+}
+
 SPECS = [
     EnvSpec(
         name="digits-even",
@@ -193,5 +218,14 @@ SPECS = [
         recommended=lambda config: RECOMMENDED,
         total_timesteps=9_216,
         summary="real handwritten digits of 8x8 pixels (or MNIST): make them even, by a classifier's probability",
-    )
+    ),
+    EnvSpec(
+        name="latent-digits",
+        differentiable=True,
+        factory=lambda config: _make(config, "latent-digits"),
+        config=DigitsConfig(flow="latent-digits"),
+        recommended=lambda config: LATENTS,
+        total_timesteps=81_920,
+        summary="the same through the latents of a GAN: which of 16 latents it draws is learnt, the GAN stays as it is",
+    ),
 ]

@@ -13,10 +13,11 @@ import torch
 
 from flowrl.checks import python_value
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.envs.prompts import prompts_from, shipped_sets
+from flowrl.envs.prompts import PromptSet, prompts_from, shipped_sets
 from flowrl.envs.vector import GenerationVectorEnv
 from flowrl.errors import ConfigError
 from flowrl.models.loading import EMBEDDED, SMALL, FlowSource, source_of
+from flowrl.models.prior import Encoder, checked_module, generator_source, latent_shape_of
 from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
 from flowrl.types import Contexts, RewardOutput
 
@@ -132,8 +133,10 @@ class CustomEnv(GenerationEnv):
         low: float,
         high: float,
         held_out: Sequence[Any] = (),
+        render: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__(flow, contexts, low=low, high=high, name=name, held_out=held_out)
+        self.renderer = render
         self.reward_function = reward
         self.groupwise = getattr(reward, "groupwise", False)
 
@@ -146,12 +149,16 @@ class CustomEnv(GenerationEnv):
 def register_env(
     name: str,
     *,
-    flow: Any,
+    flow: Any = None,
     prompts: str | Path | Sequence[Any] | None = None,
     sample_shape: tuple[int, ...] | None = None,
     bounds: tuple[float, float] = (-10.0, 10.0),
     recommended: Mapping[str, Any] | None = None,
     total_timesteps: int = 20_000,
+    generator: Any = None,
+    latent: int | tuple[int, ...] | None = None,
+    encode: Encoder | None = None,
+    render: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorate a reward function: it becomes an environment, for `--env NAME` and `gymnasium.make`.
 
@@ -165,20 +172,35 @@ def register_env(
         prompts: Contexts to draw from; or a prompt file or the name of a shipped set (docs/prompts.md), read when the
             environment is made; None for an unconditional flow.
         sample_shape: Needed for a factory that returns a plain module without that attribute.
-        bounds: Least and greatest value of the action space; images always have (0, 1).
+        bounds: Least and greatest value of the action space; images always have (0, 1), and samples of a generator
+            are images where their shape is (1 or 3, H, W) and these are the bounds.
         recommended: Algorithm settings that suit this environment.
         total_timesteps: Default length of a run, in samples.
+        generator: In place of a flow, any generator of samples from standard normal latents: a `torch.nn.Module`, or a
+            function that returns one, called when the environment is made. It stays as it is; the flow is that of its
+            latents (`flowrl.PriorFlow`).
+        latent: Dimension of the generator's latents, or their shape.
+        encode: What describes contexts to a generator's flow, `B contexts -> (B, n)`; one-hot vectors when not given.
+        render: Picture of samples that are no images, for grids: `samples (B, *sample_shape) -> (B, 1 or 3, H, W)` in
+            [0, 1]; a scatter plot of the first two coordinates when not given.
+
+    Raises:
+        ConfigError: Both a flow and a generator are given, or neither, or they are not what they should be.
     """
+    _check_generator(name, flow, generator, latent, encode)
 
     def decorate(reward: Callable) -> Callable:
         def factory(config: CustomConfig) -> GenerationEnv:
             from flowrl.envs.text_to_image import TextToImageEnv
 
-            source = source_of(config.flow or flow, sample_shape=sample_shape)
             chosen = prompts_from(config.prompt_file or ([None] if prompts is None else prompts), config.held_out_share)
+            if generator is None or config.flow:
+                source = source_of(config.flow or flow, sample_shape=sample_shape)
+            else:
+                source = _of_generator(generator, latent, chosen, encode, bounds)
             if source.is_image:
                 return TextToImageEnv(source, chosen.train, reward, name=name, held_out=chosen.held_out)
-            return CustomEnv(source, chosen.train, reward, name, *bounds, held_out=chosen.held_out)
+            return CustomEnv(source, chosen.train, reward, name, *bounds, chosen.held_out, render)
 
         doc = ((reward.__doc__ or "").strip() or f"reward {reward.__qualname__}").splitlines()[0]
         register(
@@ -187,7 +209,7 @@ def register_env(
                 differentiable=None,
                 factory=factory,
                 config=CustomConfig(),
-                recommended=_recommended(flow, recommended),
+                recommended=_recommended(flow, recommended, generator is not None),
                 total_timesteps=total_timesteps,
                 summary=doc,
             )
@@ -197,11 +219,54 @@ def register_env(
     return decorate
 
 
-def _recommended(flow: Any, own: Mapping[str, Any] | None) -> Callable[[CustomConfig], Mapping[str, Any]]:
+def _check_generator(name: str, flow: Any, generator: Any, latent: Any, encode: Any) -> None:
+    """Check that an environment has a flow or a generator with its latents, before anything is made."""
+    if flow is not None and generator is not None:
+        raise ConfigError(f"'{name}' has both flow= and generator=: give the one whose samples are to be rewarded.")
+    if flow is None and generator is None:
+        raise ConfigError(f"'{name}' needs flow=, or generator= with latent=, the dimension of its latents.")
+    if generator is None:
+        if latent is not None or encode is not None:
+            raise ConfigError(f"latent= and encode= of '{name}' go with generator=; a flow says these things itself.")
+        return
+    if latent is None:
+        raise ConfigError(f"'{name}' needs latent=, the dimension or shape of one z that the generator takes.")
+    latent_shape_of(latent)
+    if not callable(generator):
+        checked_module(generator)
+    if encode is not None and not callable(encode):
+        raise ConfigError(f"encode= of '{name}' must be a function of a list of contexts, not {encode!r}.")
+
+
+def _of_generator(generator: Any, latent: Any, chosen: PromptSet, encode: Encoder | None, bounds: Any) -> FlowSource:
+    if chosen.held_out and encode is None:
+        raise ConfigError(
+            "Prompts can only be held out where encode= describes them: one-hot vectors say nothing of new ones. Give "
+            "encode=, or hold none out."
+        )
+    contexts = [] if list(chosen.train) == [None] else list(chosen.train)
+    return generator_source(generator, latent, contexts, encode, bounds)
+
+
+LATENTS: Mapping[str, Any] = {
+    "solver": "midpoint",  # the reference within a thousandth; with as much work Euler's would shrink it by 8 %
+    "rollout_steps": 8,
+    "learning_rate": 1e-3,
+    **{f"{kind}.solver": "euler" for kind in ("gradient", "steps", "steps-free")},  # what noisy samplers take
+    **{f"{kind}.rollout_steps": 32 for kind in ("gradient", "steps", "steps-free")},
+}
+"""Settings for the flow of a generator's latents, a small network."""
+
+
+def _recommended(
+    flow: Any, own: Mapping[str, Any] | None, of_generator: bool
+) -> Callable[[CustomConfig], Mapping[str, Any]]:
     def settings(config: CustomConfig) -> Mapping[str, Any]:
         from flowrl.envs.text_to_image import recommended_for
 
         chosen = config.flow or flow
+        if chosen is None and of_generator:
+            return {**LATENTS, **(own or {})}
         base = recommended_for(chosen) if isinstance(chosen, str) and chosen not in SMALL else {}
         return {**base, **(own or {})}
 

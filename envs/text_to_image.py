@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.prompts import PromptSet, prompts_from
 from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
+from flowrl.envs.rewards.frames import MEAN_OVER_FRAMES, over_frames
 from flowrl.envs.rewards.mixture import MixtureReward, make_mixture, parse_mixture
+from flowrl.envs.sizes import sides
 from flowrl.errors import ConfigError
 from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3, source_of
 from flowrl.models.pipeline import PipelineOptions
@@ -51,10 +54,22 @@ class TextToImageConfig:
     """Prompts from a file (.txt or .jsonl) or a shipped set: animals, colours, counts, spatial, words."""
     held_out_share: float = 0.0
     """Share of the prompts to keep out of training, for evaluation; a file may say itself which."""
-    resolution: int | None = None
-    """Height and width of the images in pixels; the pipeline's own when not given."""
+    resolution: int | str | None = None
+    """Height and width of the samples in pixels, one number for both or HEIGHTxWIDTH as 768x1344; the pipeline's own
+    when not given."""
+    height: int | None = None
+    """Height in pixels, with `width`, in place of `resolution`."""
+    width: int | None = None
+    """Width in pixels."""
+    frames: int | None = None
+    """Frames of a video; the pipeline's own number when not given."""
+    sequence_length: int | None = None
+    """Tokens of a prompt; as in the pipeline's own call when not given."""
+    embedded_guidance: float | None = None
+    """Guidance scale that a guidance-distilled network is always given, so that `guidance_scale` is of classifier-free
+    guidance; without it, the network is given `guidance_scale`."""
     decode_batch: int = 64
-    """Images that the autoencoder decodes at once."""
+    """Images, or frames of videos, that the autoencoder decodes at once; at least one sample."""
     vae_tiling: bool = False
     """Decode large images in tiles, for little memory."""
     t5: bool = True
@@ -63,14 +78,30 @@ class TextToImageConfig:
     def __post_init__(self) -> None:
         if self.decode_batch < 1:
             raise ConfigError(f"decode_batch must be positive, not {self.decode_batch}.")
+        if self.sequence_length is not None and self.sequence_length < 1:
+            raise ConfigError(f"sequence_length must be positive, not {self.sequence_length}.")
+        if self.embedded_guidance is not None and not math.isfinite(self.embedded_guidance):
+            raise ConfigError(f"embedded_guidance must be finite, not {self.embedded_guidance}.")
+        sides(self.resolution, self.height, self.width)
 
     def pipeline(self) -> PipelineOptions:
         """Collect how the pipeline is used."""
-        return PipelineOptions(self.resolution, self.decode_batch, self.vae_tiling, self.t5)
+        return PipelineOptions(
+            sides(self.resolution, self.height, self.width),
+            self.decode_batch,
+            self.vae_tiling,
+            self.t5,
+            self.sequence_length,
+            self.embedded_guidance,
+            self.frames,
+        )
 
 
 class TextToImageEnv(GenerationEnv):
     """A text-to-image task: the sample is an image (3, H, W) with values in [0, 1], the context a prompt.
+
+    Or a text-to-video task: a sample is (T, 3, H, W) then. A reward of images is averaged over its frames, one that
+    says `takes_videos = True` is given whole videos.
 
     Args:
         flow: Source of the flow, see `source_of`.
@@ -103,16 +134,19 @@ class TextToImageEnv(GenerationEnv):
         self.reward_function = reward
         self.groupwise = getattr(reward, "groupwise", False)
         self.reward_name = reward_name or getattr(reward, "description", getattr(reward, "__name__", "custom"))
+        if self.flow.frame_rate and not getattr(reward, "takes_videos", False):
+            self.reward_name += f" ({MEAN_OVER_FRAMES})"
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward images (B, 3, H, W)."""
-        output = self.reward_function(samples, contexts)
+        """Reward images (B, 3, H, W), or videos (B, T, 3, H, W)."""
+        output = over_frames(self.reward_function)(samples, contexts)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward images (B, 3, H, W) of training, after a mixture's running statistics have taken them in."""
+        """Reward samples of training, after a mixture's running statistics have taken them in."""
         if isinstance(self.reward_function, MixtureReward):
-            return self.reward_function.observe(samples, contexts)
+            observed: RewardOutput = over_frames(self.reward_function.observe)(samples, contexts)
+            return observed
         return self.reward(samples, contexts)
 
     def gather_with(self, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -132,10 +166,11 @@ class TextToImageEnv(GenerationEnv):
         return [*super().describe(), f"reward: {self.reward_name}", prompts]
 
     def render(self) -> np.ndarray | None:
-        """Draw the last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"."""
+        """Draw the last image as (H, W, 3) uint8, when `render_mode` is "rgb_array"; a video's frames in a row."""
         if self.render_mode != "rgb_array":
             return None
-        return (self._last.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+        row = self._last if self._last.ndim == 3 else np.concatenate(self._last, axis=-1)
+        return (row.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
 
 
 OWN_WORLD: Mapping[str, str] = {"ocr": "mini-words", "spatial": "mini-spatial"}

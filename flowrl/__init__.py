@@ -19,6 +19,7 @@ from flowrl.baselines.refl import ReFL
 from flowrl.baselines.rvm import RVM
 from flowrl.baselines.rwr import RWR
 from flowrl.config import FlowConfig
+from flowrl.envs import darcy as _darcy
 from flowrl.envs import digits as _digits
 from flowrl.envs import emoji as _emoji
 from flowrl.envs import gaussians as _gaussians
@@ -30,6 +31,7 @@ from flowrl.envs.registration import make, make_vec, register, register_env
 from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.evaluation.measure import EvaluationResult, evaluate
 from flowrl.models.base import VelocityModel
+from flowrl.models.prior import PriorFlow
 from flowrl.orw_w2 import ORWCFM, ORWCFMKL, ORWCFMW2
 from flowrl.registry import algorithm_class, register_algorithm
 from flowrl.tilt import Tilt
@@ -38,7 +40,7 @@ from flowrl.training.policy import FlowPolicy
 from flowrl.types import Batch, RewardOutput
 from flowrl.version import __version__ as __version__
 
-for _spec in (*_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *_text_to_image.SPECS):
+for _spec in (*_darcy.SPECS, *_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *_text_to_image.SPECS):
     register(_spec)
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "FlowPolicy",
     "GenerationEnv",
     "GenerationVecEnv",
+    "PriorFlow",
     "Prompt",
     "ReFL",
     "RewardOutput",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -76,6 +77,9 @@ class FlowConfig:
     """Dropout before the trained adapter, in updates only."""
     lora_targets: tuple[str, ...] = ()
     """Modules that LoRA adapts, by the ends of their names; the flow's own choice when not given."""
+    init_lora: str = ""
+    """LoRA weights to start from, a folder or a .safetensors file: they are put into the weights, and the reference is
+    that start. Exported LoRA weights hold both, the start and what was trained."""
     optimizer: OptimizerKind = "adamw"
     """AdamW, or with moments in 8 bits ("adamw8bit", needs bitsandbytes)."""
     precision: Precision = "float32"
@@ -108,6 +112,8 @@ class FlowConfig:
         if isinstance(self.compile, bool):  # as of version 0.1.0
             object.__setattr__(self, "compile", "blocks" if self.compile else "off")
         take_python_values(self)
+        if isinstance(self.init_lora, str) and self.init_lora and os.path.exists(self.init_lora):
+            object.__setattr__(self, "init_lora", os.path.abspath(self.init_lora))  # a run goes on from any folder
         check_types(type(self), {field.name: getattr(self, field.name) for field in fields(self)})
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
         for name in (*positive, "n_epochs", "rollout_steps", "refresh_every", "max_bad_updates"):

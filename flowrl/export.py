@@ -134,12 +134,13 @@ def export(model: FlowAlgorithm, run: Path, folder: Path, name: str = "") -> lis
 def sampling_settings(model: FlowAlgorithm) -> dict[str, Any]:
     """Give the options with which a diffusers pipeline samples as the run did."""
     policy = model.policy
-    height, width = policy.model.sample_shape[1:]
+    *frames, _, height, width = policy.model.sample_shape
     settings = {
         "num_inference_steps": policy.steps,
         "guidance_scale": policy.guidance_scale,
         "height": height,
         "width": width,
+        **({"num_frames": frames[0]} if frames else {}),
     }
     length = getattr(policy.model, "max_sequence_length", None)
     return settings if length is None else {**settings, "max_sequence_length": length}

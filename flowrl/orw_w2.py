@@ -25,17 +25,16 @@ from flowrl.functional.losses import (
     squared_error,
     standardise,
 )
-from flowrl.functional.transport import Coupling, ot_permutation
 from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
-from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.noising import Coupled, CouplingConfig
 from flowrl.types import Batch, Role
 
 CRITIC_LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
-class ORWCFMW2Config(FlowConfig):
+class ORWCFMW2Config(CouplingConfig):
     """Settings of ORW-CFM-W2."""
 
     tau: float = 0.5
@@ -52,8 +51,6 @@ class ORWCFMW2Config(FlowConfig):
     """What the residual target takes off the weights: their mean ("mean"), which tilts exactly but lets errors grow
     from refresh to refresh where w + alpha < 1; at most w + penalty ("clipped"): then errors never grow, but it tilts
     too little; or their expectation given the noisy state, which a critic learns ("local"): neither."""
-    coupling: Coupling = "independent"
-    """How noise is paired with samples: independent, or exact minibatch optimal transport ("ot")."""
     min_ess: float = 0.02
     """Warn when the weights are worth less than this share of the samples (effective sample size)."""
 
@@ -64,14 +61,14 @@ class ORWCFMW2Config(FlowConfig):
             self.baseline in get_args(Baseline), f"baseline must be clipped, mean or local, not '{self.baseline}'."
         )
         self.require(
-            self.coupling == "independent" or self.target == "plain",
-            "coupling 'ot' draws samples by their weight, which leaves the residual target nothing to weigh: "
-            "use target 'plain' with it.",
+            self.coupling not in ("ot", "c2ot") or self.target == "plain",
+            f"coupling '{self.coupling}' draws samples by their weight, which leaves the residual target nothing to "
+            "weigh: use target 'plain' with it.",
         )
 
 
 @register_algorithm("orw_w2")
-class ORWCFMW2(FlowAlgorithm):
+class ORWCFMW2(Coupled):
     """Online reward-weighted conditional flow matching with Wasserstein-2 regularisation."""
 
     replayable = True
@@ -119,8 +116,9 @@ class ORWCFMW2(FlowAlgorithm):
         pair = self.pair(batch, x_0)
         v, w, penalty = self.velocity(pair), batch.weight, self.penalty(pair.t)
         v_ref = self.velocity(pair, "reference") if self.config.alpha > 0 else None
+        base = v.detach()
         if self.config.target == "residual":
-            v_old = self.velocity(pair, self.behaviour_role)
+            base = v_old = self.velocity(pair, self.behaviour_role)
             if self.config.baseline == "local":
                 baseline = self.critic(pair.x_t, pair.t, batch.context_ids)
                 self.critic.improve((baseline - w).square().mean())
@@ -134,27 +132,10 @@ class ORWCFMW2(FlowAlgorithm):
         else:
             loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)
 
+        loss = loss * self.time_weight(pair.t, squared_error(pair.u, base))
         v = v.detach()
         drift = {} if v_ref is None else {"drift": squared_error(v, v_ref).mean()}
         return loss.mean(), {"fit": (w * squared_error(v, pair.u)).mean(), **drift}
-
-    def couple(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
-        """Pair each sample of a minibatch with noise (B, *latent_shape).
-
-        Weighting optimally coupled pairs would tilt the noise as well. So "ot" first draws samples in proportion
-        to their weight (each then carries the mean weight), and couples those.
-        """
-        x_0 = self.policy.noise(len(batch.x_1), self.generator)
-        if self.config.coupling == "independent":
-            return batch, x_0
-        ranks, n = self.ranks, len(x_0) * self.ranks.world_size  # coupled over the whole minibatch
-        x_0, x_1, ids, reward, weight, group = (ranks.all_gather(rows, n) for rows in (x_0, *batch[:5]))
-        index = torch.multinomial(weight, n, replacement=True, generator=self.generator)
-        x_1, ids = x_1[index], ids[index]
-        x_0 = x_0[ot_permutation(x_0, x_1, ids)]
-        own = ranks.shard
-        drawn = Batch(own(x_1), own(ids), own(reward[index]), own(weight.mean().expand(n)), own(group[index]))
-        return drawn, own(x_0)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.runs.folder import cannot_write, load_model, new_folder
-from flowrl.runs.pictures import image_grid, save_picture
+from flowrl.runs.media import NO_WRITER, save_video, writes_mp4
+from flowrl.runs.pictures import image_grid, n_shown, save_picture
 from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
 from flowrl.storage.files import write_json
 from flowrl.training.algorithm import FlowAlgorithm
@@ -34,7 +35,7 @@ PROGRAM = "python -m flowrl.sample"
 OWN_PROMPTS = 8
 """How many of a run's own prompts are drawn when none is given."""
 GRID = 64
-"""Images in grid.png at most."""
+"""Images in grid.png at most; of videos, an eighth."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SampleConfig:
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to draw; give it several times for several prompts. Without it, up to eight of the run's own."""
     n: Annotated[int | None, tyro.conf.arg(aliases=("-n",))] = None
-    """Samples of each prompt; 4 images or 1024 points when not given."""
+    """Samples of each prompt; 4 images or videos, or 1024 points, when not given."""
     steps: int | None = None
     """Solver steps; as in training when not given."""
     guidance_scale: float | None = None
@@ -148,7 +149,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
         ConfigError: The role is not kept, or the folder cannot be written.
     """
     policy, env = model.policy, model.env.core
-    n = config.n or (4 if env.flow.is_image else 1024)
+    n = config.n or (4 if env.shows_images else 1024)
     each = [context for context in contexts for _ in range(n)]
     seeds = [config.seed + k for k in range(n)] * len(contexts)
     sampling = {
@@ -175,6 +176,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
             "device": str(model.device),
             "batch_size": config.batch_size,
             "noise": "torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)), on the CPU",
+            **({"frames_per_second": env.flow.frame_rate} if env.flow.frame_rate else {}),
             "samples": entries,
         }
         write_json(folder / "samples.json", about)
@@ -188,17 +190,23 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
 def _write_images(
     folder: Path, env: GenerationEnv, contexts: list[Any], seeds: list[int], batches: Iterator[torch.Tensor], n: int
 ) -> tuple[list[dict[str, Any]], Path]:
-    """Write a PNG for each image, and `grid.png`; give the entries for `samples.json` and the path of the grid."""
+    """Write a PNG for each image, or a video, and `grid.png`; give entries for `samples.json` and the grid's path."""
     entries: list[dict[str, Any]] = []
     shown: list[torch.Tensor] = []
+    rate, most = env.flow.frame_rate, n_shown(env, GRID)
+    if rate and not writes_mp4():
+        print(NO_WRITER)
     for batch in batches:
         for image in batch:
             number = len(entries)
             context, seed = contexts[number], seeds[number]
             name = f"{number:04d}-{slug(context)}-seed{seed}.png"
-            image_grid(image[None], pad=0).save(folder / name)
+            if rate:
+                name = save_video(image, folder / name, rate).name
+            else:
+                image_grid(image[None], pad=0).save(folder / name)
             entries.append({"file": name, "prompt": context, "seed": seed})
-        shown += batch[: GRID - len(shown)]
+        shown += batch[: most - len(shown)]
     image_grid(torch.stack(shown), columns=n if 1 < n < len(contexts) else 0).save(folder / "grid.png")
     return entries, folder / "grid.png"
 
@@ -209,7 +217,8 @@ def _write_points(
     """Write `samples.safetensors` (samples (B, *sample_shape), seeds (B,)) and `scatter.png`; likewise."""
     samples = torch.cat(list(batches))
     save_file({"samples": samples.contiguous(), "seeds": torch.tensor(seeds)}, folder / "samples.safetensors")
-    save_picture(samples, contexts, env, folder / "scatter.png")
+    shown = samples[:GRID] if env.shows_images else samples
+    save_picture(shown, contexts, env, folder / "scatter.png")
     entries = [
         {"file": "samples.safetensors", "rows": [i, i + n], "prompt": contexts[i], "seeds": [seeds[i], seeds[i] + n]}
         for i in range(0, len(contexts), n)

@@ -16,20 +16,17 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import residual_weighted_loss, squared_error
 from flowrl.functional.tilting import mixture_weight, tilt_level, tilt_ratio
 from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
-from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.noising import Noising, NoisingConfig
 from flowrl.training.reference_pool import ReferencePool
 from flowrl.types import Batch, Pair, Role
 
-TIME_BINS = 16
-
 
 @dataclass(frozen=True)
-class TiltConfig(FlowConfig):
+class TiltConfig(NoisingConfig):
     """Settings of self-consistent tilting."""
 
     tau: float = 1.0
@@ -50,25 +47,19 @@ class TiltConfig(FlowConfig):
     """Width of the critic, a perceptron with two hidden layers."""
     critic_learning_rate: float = 2e-3
     """Learning rate of the critic."""
-    time_weighting: Literal["none", "variance"] = "none"
-    """"variance" weights times by the inverse of E|u - base|^2 there, a running mean: noise is even, the optimum is
-    the same."""
-    max_time: float = 1.0
-    """Largest time of the loss: beyond, towards the sample, there may be noise without signal."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("tau", "pool", "pool_group", "critic_width", "critic_learning_rate"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         self.require(0 < self.own_share < 1, f"own_share must be between 0 and 1, not {self.own_share}.")
-        self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
-        for name in ("reward_units", "control_variate", "time_weighting"):
+        for name in ("reward_units", "control_variate"):
             known, value = get_args(get_type_hints(TiltConfig)[name]), getattr(self, name)
             self.require(value in known, f"{name} must be one of {', '.join(known)}, not '{value}'.")
 
 
 @register_algorithm("tilt")
-class Tilt(FlowAlgorithm):
+class Tilt(Noising):
     """Self-consistent tilting."""
 
     Config: ClassVar[type[FlowConfig]] = TiltConfig
@@ -88,7 +79,6 @@ class Tilt(FlowAlgorithm):
         dim = torch.Size(self.policy.model.latent_shape).numel()
         self.pool = ReferencePool(self, config.pool, config.pool_group)
         self.unit = self.keep("unit", torch.full((), torch.nan))  # of tau, in the reward's own units
-        self.noise_at = self.keep("noise_at", torch.zeros(2, TIME_BINS))  # sums of |u - base|^2 by time, and counts
         critic = StateCritic(dim, n, config.critic_width, start=1.0)
         self.critic = self.add_network("critic", critic, config.critic_learning_rate)
 
@@ -117,7 +107,7 @@ class Tilt(FlowAlgorithm):
         """
         pi, ids, n = self.config.own_share, batch.context_ids, len(batch.x_1)
         x_1, reward = self.pool.draw(ids)
-        own, reference = self.noised(batch.x_1, ids), self.noised(x_1, ids)
+        own, reference = self.pair(Batch.of(batch.x_1, ids)), self.pair(Batch.of(x_1, ids))
         base = torch.cat([self.velocity(own, "behaviour"), self.velocity(reference, "reference")])
         pair = joined(own, reference)
         w = torch.cat([batch.weight, self.weights_of(reward, ids)])
@@ -126,15 +116,9 @@ class Tilt(FlowAlgorithm):
             b = torch.cat([b[:n].masked_fill(batch.extra["stray"], 0), b[n:]])
         v = torch.cat([self.velocity(own), self.velocity(reference)])  # each as its base: where nothing pulls, v = base
         error = residual_weighted_loss(v, pair.u, w, b, base, None, torch.zeros_like(w))
-        if self.config.time_weighting == "variance":
-            error = error * self.time_weight(pair.t, squared_error(pair.u, base))
+        error = error * self.time_weight(pair.t, squared_error(pair.u, base))
         loss = pi * error[:n].mean() + (1 - pi) * error[n:].mean()
         return loss, {"drift": squared_error(v, base)[n:].mean(), "reference_weight": w[n:].mean()}
-
-    def noised(self, x_1: torch.Tensor, context_ids: torch.Tensor) -> Pair:
-        """Pair samples with fresh noise at times up to the largest."""
-        t = self.config.max_time * sample_time(len(x_1), self.config.time_sampling, self.generator)
-        return self.pair(Batch.of(x_1, context_ids), t=t)
 
     def expected_weight(self, pair: Pair, context_ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """Estimate `E[w | x_t]` (B,), which may depend on anything but the sample's own reward; the critic learns."""
@@ -143,17 +127,6 @@ class Tilt(FlowAlgorithm):
         value = self.critic(pair.x_t, pair.t, context_ids)
         self.critic.improve((value - w).square().mean())
         return value.detach().clamp_min(0)
-
-    def time_weight(self, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Compute the inverse (B,) of the noise E|u - base|^2 at times t (B,), as seen so far; its mean is one."""
-        bins = (t / self.config.max_time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
-        seen = torch.zeros_like(self.noise_at)
-        seen[0].index_add_(0, bins, noise.detach())
-        seen[1].index_add_(0, bins, torch.ones_like(noise))
-        self.noise_at += self.ranks.all_reduce_(seen)
-        weight = self.noise_at[1].clamp_min(1) / self.noise_at[0].clamp_min(1e-12)
-        weight = torch.where(self.noise_at[1] > 0, weight, 0)
-        return weight[bins] * (self.noise_at[1] > 0).sum() / weight.sum()
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Compute the lambda of the tilt `q_ref e^(lambda r) / Z` that is aimed at: tau, in units of the reward."""

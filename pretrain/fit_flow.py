@@ -44,6 +44,7 @@ def fit(
     decay: float = 0.999,
     bfloat16: bool = False,
     keep: Callable[[VelocityModel], None] | None = None,
+    until: int | None = None,
 ) -> VelocityModel:
     """The moving average of a flow trained on `draw(n, generator)`: latents (n, *latent_shape) and their condition.
 
@@ -57,6 +58,7 @@ def fit(
         decay: Of the moving average.
         bfloat16: Compute the network in it.
         keep: Called with the average every 1000 steps.
+        until: Step to stop at, on the schedule of all `steps`.
     """
     generator = torch.Generator().manual_seed(seed)
     network = flow.network.train()
@@ -64,7 +66,7 @@ def fit(
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.05)
     started = time.perf_counter()
-    for step in range(steps):
+    for step in range(steps if until is None else until):
         x_1, cond = draw(batch, generator)
         x_0 = torch.randn(x_1.shape, generator=generator)
         t = torch.rand(batch, generator=generator)

@@ -55,6 +55,8 @@ LOSSES, SAMPLER, FLOW = "flowrl/functional/losses.py", "flowrl/functional/solver
 ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/evaluation/steering.py", "flowrl/training/algorithm.py"
 SDE, TRANSPORT = "flowrl/functional/sde.py", "flowrl/functional/transport.py"
 OF_LOSSES, OF_FLOW, OF_METRICS = ("test_losses.py",), ("test_flow.py",), ("test_metrics.py",)
+NOISING = "flowrl/training/noising.py"
+OF_ADVANTAGES = "test_couplings.py::test_transport_of_advantages_keeps_their_pull_and_the_noise_normal"
 ENDPOINT, ENDPOINTS = "flowrl/functional/endpoint.py", "flowrl/training/endpoints.py"
 ROW = "test_endpoint.py::test_one_refresh_ends_at_the_minimiser_of_the_row"
 GRADIENT = "test_transitions.py::test_policy_gradient_is_the_gradient_of_the_expected_reward"
@@ -125,8 +127,8 @@ MUTATIONS = (
     Mutation(
         "residual-anchor",
         ORW,
-        "v_old = self.velocity(pair, self.behaviour_role)",
-        'v_old = self.velocity(pair, "reference")',
+        "base = v_old = self.velocity(pair, self.behaviour_role)",
+        'base = v_old = self.velocity(pair, "reference")',
         (THREE_NETWORKS,),
     ),
     Mutation(
@@ -138,9 +140,9 @@ MUTATIONS = (
     ),
     Mutation(
         "coupled-weights",
-        ORW,
-        "own(weight.mean().expand(n))",
-        "own(weight[index])",
+        NOISING,
+        "own(size.mean() * sign)",
+        "own(coefficient[index])",
         (
             "test_oracles.py::test_the_loss_carries_the_reward",
             "test_oracles.py::test_optimal_transport_keeps_the_noise_standard_normal",
@@ -148,10 +150,48 @@ MUTATIONS = (
     ),
     Mutation(
         "coupled-sample",
-        ORW,
-        "x_1, ids = x_1[index], ids[index]",
-        "ids = ids[index]",
+        NOISING,
+        "x_1, ids, sign = x_1[index], ids[index], coefficient[index].sign()",
+        "ids, sign = ids[index], coefficient[index].sign()",
         ("test_oracles.py::test_the_loss_carries_the_reward",),
+    ),
+    Mutation("coupled-sign", NOISING, "own(size.mean() * sign)", "own(size.mean().expand(n))", (OF_ADVANTAGES,)),
+    Mutation("coupled-sides", NOISING, "2 * ids + (sign < 0)", "ids", (OF_ADVANTAGES,)),
+    Mutation("c2ot-sides", NOISING, "(sign < 0) * 1)", "ids * 0)", (OF_ADVANTAGES,)),
+    Mutation(
+        "c2ot-weight",
+        TRANSPORT,
+        "weight * torch.cdist(c, c).square()",
+        "weight * torch.cdist(c, c)",
+        ("test_couplings.py::test_conditional_transport_costs_least_of_all_permutations",),
+    ),
+    Mutation(
+        "c2ot-mean",
+        TRANSPORT,
+        "x_0).square() / x_0.shape[1]",
+        "x_0).square()",
+        ("test_couplings.py::test_conditional_transport_costs_least_of_all_permutations",),
+    ),
+    Mutation(
+        "c2ot-unit",
+        NOISING,
+        "c / (2 * spread).sqrt()",
+        "c / spread.sqrt()",
+        ("test_couplings.py::test_embeddings_are_one_apart_in_the_mean",),
+    ),
+    Mutation(
+        "rectified-noise",
+        NOISING,
+        'return batch, batch.extra["x_0"]',
+        'return batch, batch.extra["x_0"].flip(0)',
+        ("test_couplings.py::test_a_sample_keeps_the_noise_that_it_came_from",),
+    ),
+    Mutation(
+        "largest-time",
+        NOISING,
+        "x_0, t if self.config.max_time == 1 else self.config.max_time * t",
+        "x_0, t",
+        ("test_couplings.py::test_times_are_weighed_and_end_at_the_largest",),
     ),
     # the path, its times and samplers
     Mutation("velocity-sign", FLOW, "    u = x_1 - x_0\n", "    u = x_0 - x_1\n", OF_FLOW),
@@ -159,6 +199,27 @@ MUTATIONS = (
         "one-step-estimate", FLOW, "return x_t + (1 - expand(t, x_t)) * v", "return x_t + expand(t, x_t) * v", OF_FLOW
     ),
     Mutation("score-sign", FLOW, "return (t * v - x_t) / (1 - t)", "return (x_t - t * v) / (1 - t)", OF_FLOW),
+    Mutation(
+        "even-times",
+        FLOW,
+        "+ torch.rand(rows, generator=generator, device=device)) / rows",
+        "* torch.rand(rows, generator=generator, device=device)) / rows",
+        OF_FLOW,
+    ),
+    Mutation(
+        "drift-share",
+        "flowrl/training/method.py",
+        "DRIFT_SHARE * 3 / 2 *",
+        "DRIFT_SHARE * 3 *",
+        ("test_algorithm.py::test_a_drift_for_the_log_costs_a_fiftieth_of_an_update_and_is_not_counted",),
+    ),
+    Mutation(
+        "drift-mean",
+        "flowrl/training/method.py",
+        ".sum() * ranks.world_size / n",
+        ".mean() * ranks.world_size / n",
+        ("test_algorithm.py::test_the_drift_of_the_log_is_that_of_the_flow",),
+    ),
     Mutation("ot-contexts", TRANSPORT, "own = (context_ids == context)", "own = (context_ids >= 0)", OF_FLOW),
     Mutation(
         "ot-direction",
@@ -744,6 +805,13 @@ MUTATIONS = (
         ("test_preference.py::test_rewards_are_compared_each_by_itself",),
     ),
     Mutation(
+        "gdpo-unit",
+        "flowrl/training/groups.py",
+        "given, rollout.group, maximum, self.compared)",
+        "given, rollout.group, maximum)",
+        ("test_preference.py::test_components_are_rows_that_stay_with_their_samples",),
+    ),
+    Mutation(
         "gdpo-rows",
         "flowrl/training/groups.py",
         "rollout.extra[COMPONENT + name] for name in weights",
@@ -846,7 +914,7 @@ MUTATIONS = (
     ),
     Mutation(
         "tilt-time-weight",
-        "flowrl/tilt.py",
+        NOISING,
         "weight = self.noise_at[1].clamp_min(1) / self.noise_at[0].clamp_min(1e-12)",
         "weight = self.noise_at[0] / self.noise_at[1].clamp_min(1)",
         ("test_tilt.py::test_times_of_much_noise_weigh_less",),

@@ -55,6 +55,10 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     for name in OUTSIDE:
         found[name] = (f"outside.{name}", "gaussians-linear", {}, SMALL | OUTSIDE[name])
     found["transport"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"coupling": "ot", "target": "plain"})
+    alike = {"coupling": "c2ot", "target": "plain", "context_weight": 0.1}
+    found["transport, contexts"] = ("orw_w2", "sd3-count", {}, PICTURES | alike)
+    found["own noise"] = ("nft", "gaussians-linear", {}, SMALL | {"coupling": "rectified", "noisings": 2})
+    found["times"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"time_weighting": "variance", "max_time": 0.7})
     found["branches"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"branch": True, "window": 2, "ratio": "guard"})
     found["pictures"] = ("orw_w2", "sd3-count", {}, PICTURES)
     found["pictures, LoRA"] = ("flow_grpo", "sd3-count", {}, PICTURES | {"lora_rank": 4})

@@ -81,6 +81,56 @@ def test_network_evaluations_are_counted():
     assert model.policy.evaluations == 64 * 4 + 64 * (3 + 1 + 1)  # evaluation is not part of the method's cost
 
 
+@pytest.mark.parametrize("settings", [{}, {"n_epochs": 3}, {"batch_size": 512}])
+def test_a_drift_for_the_log_costs_a_fiftieth_of_an_update_and_is_not_counted(settings):
+    """Without penalty nothing but the log wants v_ref: 512 samples, 3 evaluations each and epoch for the update."""
+    made = {"n_samples": 512, "batch_size": 128, "rollout_steps": 4, "target": "plain", **settings}
+    model, passes = ALGORITHMS["orw"]("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **made), []
+    networks, velocity = model.policy.networks, model.policy.networks.velocity
+
+    def counted(x_t, t, cond, role, exact=False):
+        before = networks.spent[0]
+        v = velocity(x_t, t, cond, role, exact)
+        passes.append((role, networks.spent[0] - before))
+        return v
+
+    networks.velocity = counted
+    training = 512 * 4 + 512 * 3 * made.get("n_epochs", 1)
+    model.learn(2 * 512, log_interval=2)
+    assert model.policy.evaluations == 2 * training
+    spent = sum(cost for _, cost in passes) - 2 * training
+    assert 0 < spent <= 0.02 * 512 * 3 * made.get("n_epochs", 1)
+    assert sum(cost for role, cost in passes if role == "reference") == spent / 2
+    passes.clear()
+    model.learn(2 * 512, log_interval=None, reset_num_timesteps=False)  # who logs nothing pays nothing
+    assert sum(cost for _, cost in passes) == 2 * training
+
+
+def test_training_does_not_depend_on_what_is_logged():
+    often, never = (small("raft", rollout_batch_size=16) for _ in range(2))
+    often.learn(3 * 64)
+    never.learn(3 * 64, log_interval=None)
+    assert torch.equal(weights(often), weights(never))
+
+
+def test_the_drift_of_the_log_is_that_of_the_flow():
+    """In the mean over draws; times are even, so that few samples say much."""
+    model = small("orw", learning_rate=3e-3, time_sampling="logit_normal", n_epochs=4)
+    model.learn(4 * 64)
+    rollout, found = model.buffer.all(), []
+    for iteration in range(1500):
+        model.iteration = iteration
+        found.append(model.drift())
+    found = torch.stack(found)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    x_1 = rollout.x_1.repeat(400, 1)
+    t = torch.randn(len(x_1), generator=g, device=DEVICE).sigmoid()
+    x_t = (1 - t)[:, None] * torch.randn(*x_1.shape, generator=g, device=DEVICE) + t[:, None] * x_1
+    with torch.no_grad():
+        exact = (model.policy.velocity(x_t, t, ()) - model.policy.velocity(x_t, t, (), "reference")).square().mean()
+    assert found.mean().item() == pytest.approx(exact.item(), rel=0.1)
+
+
 def test_same_seed_same_weights_and_another_seed_others():
     a, b, c = small(), small(), ALGORITHMS["orw_w2"]("FlowPolicy", "gaussians-linear", seed=1, device=DEVICE, **SMALL)
     for model in (a, b, c):

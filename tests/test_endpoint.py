@@ -314,7 +314,7 @@ def test_the_stated_tilt_stands_still_for_a_linear_reward(case: str, spread: str
 
 def test_methods_without_an_optimum_state_none() -> None:
     std = torch.tensor(1.0)
-    none = [("adrpo", {}), ("awm", {"beta_ref": 0.0}), ("awm", {"time_weighting": "ghuber"}), ("rvm", {})]
+    none = [("adrpo", {}), ("awm", {"beta_ref": 0.0}), ("awm", {"error_weighting": "ghuber"}), ("rvm", {})]
     none += [("nft", {"beta_ref": 0.0}), ("nft", {"adaptive": True}), ("nft", {"error": "x1_hat"})]
     for name, settings in none:
         assert make(name, **settings).tilt_of(std) is None, (name, settings)
@@ -403,16 +403,16 @@ def test_nft_is_its_contrast_as_written(error: str, adaptive: bool) -> None:
     torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("time_weighting", ["uniform", "ghuber"])
-def test_awm_is_its_objective_as_written(time_weighting: str) -> None:
+@pytest.mark.parametrize("error_weighting", ["square", "ghuber"])
+def test_awm_is_its_objective_as_written(error_weighting: str) -> None:
     p = 0.25
 
     def written(v, v_old, v_ref, u, t):
         m = squared(v, u)
-        fit = m if time_weighting == "uniform" else ((m + 1e-10) ** p - 1e-10**p) * (1 - t) / p
+        fit = m if error_weighting == "square" else ((m + 1e-10) ** p - 1e-10**p) * (1 - t) / p
         return ADVANTAGES / 5 * fit + 2e-3 * squared(v, v_ref) + 1.0 * squared(v, v_old)
 
-    model = make("awm", beta_ref=2e-3, beta_old=1.0, time_weighting=time_weighting)
+    model = make("awm", beta_ref=2e-3, beta_old=1.0, error_weighting=error_weighting)
     own, expected = gradients(model, ADVANTAGES, written)
     torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
 

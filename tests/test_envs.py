@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from PIL import Image
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -21,8 +23,10 @@ from flowrl.envs.base import GenerationVecEnv
 from flowrl.envs.gaussians import GaussianMixture
 from flowrl.envs.text_to_image import embedded_for
 from flowrl.errors import ConfigError, RewardError, UnknownNameError
+from flowrl.models.loading import source_of
 from flowrl.models.mlp import MLP, FieldFlow, ModuleFlow
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
+from flowrl.runs.pictures import save_before_after, save_picture
 
 SHIPPED = sorted(ENVIRONMENTS)
 
@@ -374,3 +378,69 @@ def test_rewards_may_be_lists_arrays_or_carry_gradients(names: Callable[[], str]
         batched = GenerationVecEnv(env, 4)
         batched.reset()
         assert batched.step(np.ones((4, 3)))[1].tolist() == [1.0] * 4
+
+
+def test_a_picture_of_ones_own(names: Callable[[], str], tmp_path: Path) -> None:
+    """Grids, pictures before and after, and Gymnasium show what `render=` draws."""
+    name = names()
+
+    def stripes(samples: torch.Tensor) -> torch.Tensor:
+        return samples[:, None, None, :].expand(-1, 1, 4, -1) / 4 + 0.5
+
+    flowrl.register_env(name, flow="gaussians", render=stripes)(lambda samples, contexts: samples[:, 0])
+    made = gymnasium.make(f"flowrl/{name}-v0", render_mode="rgb_array")
+    made.reset(seed=0)
+    made.step(np.array([2.0, 0.0], dtype=np.float32))
+    picture = made.render()
+    assert picture.shape == (4, 2, 3)
+    assert picture[0, :, 0].tolist() == [255, 128]
+    env = flowrl.make(name)
+    save_picture(torch.zeros(4, 2), [None] * 4, env, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (10, 14)
+    result = flowrl.evaluate(flowrl.FlowPolicy.of(env, device="cpu", seed=0), env, n_samples=100)
+    assert len(result.samples) == 64
+    save_before_after(result, env, tmp_path / "both.png")
+    assert Image.open(tmp_path / "both.png").size == (2 * 26 + 12, 38)
+    env.renderer = lambda samples: samples  # type: ignore[method-assign]
+    with pytest.raises(
+        ConfigError, match=r"gave shape \(4, 2\) for 4 samples; it must give images \(4, 1 or 3, H, W\)"
+    ):
+        env.pictures(torch.zeros(4, 2))
+
+
+class Judged(flowrl.GenerationEnv):
+    """Reward to the right; its judges see the second coordinate, and how far all are from the origin."""
+
+    def __init__(self) -> None:
+        super().__init__(source_of("gaussians"), contexts=[None], low=-10.0, high=10.0, name="judged")
+        self.calls: list[int] = []
+
+    def reward(self, samples: torch.Tensor, contexts: Any) -> flowrl.RewardOutput:
+        """Reward the first coordinate."""
+        return flowrl.RewardOutput(samples[:, 0])
+
+    def errors(self, samples: torch.Tensor, contexts: Any) -> dict[str, torch.Tensor]:
+        """Give the size of the second coordinate."""
+        self.calls.append(len(samples))
+        return {"height": samples[:, 1].abs()}
+
+    def errors_of_all(self, samples: torch.Tensor, contexts: Any, seed: int) -> dict[str, float]:
+        """Give the distance of the mean from the origin."""
+        assert len(samples) == len(contexts)
+        return {"off centre": samples.mean(0).norm().item() + seed}
+
+
+def test_judges_that_the_reward_never_saw() -> None:
+    """Training does not call them; an evaluation does, for both flows, in batches."""
+    env = Judged()
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", n_samples=64, batch_size=32, rollout_steps=4)
+    model.learn(128)
+    assert env.calls == []
+    result = flowrl.evaluate(model, n_samples=96, batch_size=64, seed=3)
+    assert env.calls == [64, 32, 64, 32]
+    reference = result.reference
+    assert reference is not None
+    for figures, samples in ((result, result.samples), (reference, result.reference_samples)):
+        assert figures.side["height"] == pytest.approx(samples[:, 1].abs().mean().item(), rel=1e-5)
+        assert figures.side["off centre"] == pytest.approx(3 + samples.mean(0).norm().item(), rel=1e-5)
+    assert "off centre" in result.table()

@@ -66,6 +66,17 @@ def _cost(x_0: torch.Tensor, x_1: torch.Tensor) -> float:
     return float(((x_0 - x_1) ** 2).sum())
 
 
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+def test_even_times_lie_one_in_each_part(kind: str) -> None:
+    t = flow.even_times(1000, kind, torch.Generator().manual_seed(0)).double()
+    share = t if kind == "uniform" else torch.special.ndtr(t.logit())
+    assert (share * 1000).floor().long().tolist() == pytest.approx(list(range(1000)), abs=1)
+    assert (share * 1000 % 1).mean() == pytest.approx(0.5, abs=0.05)
+    reference = flow.sample_time(100_000, kind, torch.Generator().manual_seed(1))
+    assert t.mean() == pytest.approx(reference.mean().item(), abs=0.01)
+    assert t.std() == pytest.approx(reference.std().item(), rel=0.02)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("spread", [1e-4, 1.0, 50.0])
 def test_ot_permutation_is_optimal_by_brute_force(offset: float, spread: float) -> None:

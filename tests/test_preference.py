@@ -14,6 +14,7 @@ import flowrl
 from flowrl.envs.gaussians import GaussiansEnv, eight_gaussians
 from flowrl.errors import ConfigError
 from flowrl.functional.advantages import decoupled_advantage, trusted
+from flowrl.functional.endpoint import advantages
 from flowrl.functional.flow import x0_hat
 from flowrl.functional.losses import squared_error
 from flowrl.training.memory_plan import predict_memory
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.on_device
 
 SIZE = {"n_samples": 64, "group_size": 8, "batch_size": 32, "rollout_steps": 4}
 NAMES = ("flow_dpo", "dgpo", "crd", "fpo")
+ENDPOINT_NAMES = ("adrpo", "awm", "nft", "ram", "rvm")
 
 
 def make(name: str, env: Any = "gaussians-linear", **settings: Any) -> Any:
@@ -504,7 +506,7 @@ def two_rewards(limit: float = 100.0) -> Any:
     return env
 
 
-@pytest.mark.parametrize("name", ["flow_grpo", *NAMES])
+@pytest.mark.parametrize("name", ["flow_grpo", *NAMES, *ENDPOINT_NAMES])
 @pytest.mark.parametrize("limit", [100.0, 1.5])
 def test_components_are_rows_that_stay_with_their_samples(name: str, limit: float) -> None:
     env = two_rewards(limit)
@@ -524,8 +526,34 @@ def test_components_are_rows_that_stay_with_their_samples(name: str, limit: floa
             == (8 * torch.arange(8) + expected.argmax(1)).tolist()
         )
         return
+    if name in ENDPOINT_NAMES:
+        spread, most = model.config.spread, model.config.max_advantage
+        each = [advantages(reward, rollout.group, spread, float("inf")) for reward in rewards]
+        total = each[0] + 0.5 * each[1]
+        expected = (total / (total.square().mean().sqrt() + 1e-4)).clamp(-most, most)
     torch.testing.assert_close(model.advantage(rollout), expected)
     model.update()
+
+
+def test_each_reward_has_a_unit_of_its_own() -> None:
+    """In units of all rewards of the iteration, by hand; and without a unit there is nothing to compare by."""
+    rewards = torch.tensor([[1.0, 3.0, 5.0, 5.0], [0.0, 40.0, 0.0, 0.0]])
+    group = torch.tensor([0, 0, 1, 1])
+
+    def compare(reward: torch.Tensor, group: torch.Tensor, maximum: float) -> torch.Tensor:
+        return advantages(reward, group, "global", maximum)
+
+    a = [-1 / 2.75**0.5 - 20 / 300**0.5, 1 / 2.75**0.5 + 20 / 300**0.5, 0.0, 0.0]
+    found = decoupled_advantage(rewards, torch.ones(2), group, compare=compare)
+    size = (sum(value**2 for value in a) / 4) ** 0.5
+    torch.testing.assert_close(found, torch.tensor(a) / size, atol=1e-3, rtol=0)
+    with pytest.raises(ConfigError, match="take spread 'group' or 'global'"):
+        make("nft", two_rewards(), reward_aggregation="gdpo", spread="none")
+    for name in ("nft", "rvm", "ram", "crd", "flow_grpo"):
+        settings = {"beta_ref": 0.5} if name == "rvm" else {}
+        std = torch.tensor(1.0)
+        assert make(name, two_rewards(), **settings).tilt_of(std) is not None
+        assert make(name, two_rewards(), reward_aggregation="gdpo", **settings).tilt_of(std) is None
 
 
 def test_both_rewards_rise() -> None:
@@ -548,7 +576,7 @@ def test_a_mixture_tells_its_weights() -> None:
 
 
 def test_one_reward_cannot_be_compared_each_by_itself() -> None:
-    for name in ("flow_grpo", *NAMES):
+    for name in ("flow_grpo", *NAMES, *ENDPOINT_NAMES):
         with pytest.raises(ConfigError, match=r"'gaussians-linear' is no weighted sum.*--env.reward clip:0.7\+"):
             make(name, reward_aggregation="gdpo")
     with pytest.raises(ConfigError, match="reward_aggregation must be one of sum, gdpo, not 'mean'"):

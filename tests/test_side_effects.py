@@ -71,6 +71,22 @@ def test_diversity_and_velocities(diversity: float, ratio: float, what: str) -> 
     assert compare(RISEN, ({}, {}), (5.0, 5.0), math.nan).warnings == ()
 
 
+@pytest.mark.parametrize(("new", "warned"), [(1.5, True), (1.2, False), (0.3, False)])
+def test_an_error_that_rises_beside_the_reward(new: float, warned: bool) -> None:
+    """Errors of each sample, and one of all samples together."""
+    spread = 0.01 * torch.arange(100.0)
+    errors = (
+        {"each": spread + 0.5, "all": torch.tensor([1.0])},
+        {"each": spread + new - 0.5, "all": torch.tensor([new])},
+    )
+    found = compare(RISEN, ({}, {}), (5.0, 5.0), 1.0, errors=errors)
+    assert found.before["all"] == 1
+    assert found.after["all"] == pytest.approx(new)
+    expected = [f"the reward rose while {name} rose from" for name in ("each", "all")] if warned else []
+    assert [text[: len(text) - len(text.split("from")[1])] for text in found.warnings] == expected
+    assert compare(SAME, ({}, {}), (5.0, 5.0), 1.0, errors=errors).warnings == ()
+
+
 def test_a_flow_that_diverged() -> None:
     for reward in (RISEN, SAME, RISEN[::-1]):
         texts = compare(reward, ({}, {}), (5.0, 1e9), 1e10, 4e20, w2=(2.0, 1e10)).warnings

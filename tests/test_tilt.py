@@ -15,6 +15,7 @@ from flowrl.errors import ConfigError
 from flowrl.functional.losses import residual_weighted_loss
 from flowrl.functional.tilting import mixture_weight, tilt_level, tilt_ratio
 from flowrl.training.reference_pool import ReferencePool
+from flowrl.types import Batch
 
 pytestmark = pytest.mark.on_device
 
@@ -239,7 +240,7 @@ def test_a_minibatch_is_the_mixture() -> None:
     torch.testing.assert_close(rollout.weight, rho / (1 + 0.2 * (rho - 1)), rtol=1e-4, atol=1e-5)
     state = model.generator.get_state()
     x_1, reward = pool.draw(rollout.context_ids)
-    pairs = [model.noised(x, rollout.context_ids) for x in (rollout.x_1, x_1)]
+    pairs = [model.pair(Batch.of(x, rollout.context_ids)) for x in (rollout.x_1, x_1)]
     weights = [rollout.weight, model.weights_of(reward, rollout.context_ids)]
     expected = torch.zeros((), device=DEVICE)
     improved = []

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from flowrl.distributed.ranks import Ranks
-from flowrl.envs.base import GenerationEnv, draw_contexts
+from flowrl.envs.base import GenerationEnv, check_reward, draw_contexts
 from flowrl.envs.prompts import prompts_from, shares_of
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError
 from flowrl.evaluation.results import EvaluationResult, SampleStatistics
 from flowrl.evaluation.side_effects import compare, held_out, looks
-from flowrl.evaluation.steering import Steering, rewarded, steer
+from flowrl.evaluation.steering import Steering, steer
 from flowrl.functional import metrics
 from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
@@ -26,6 +26,7 @@ from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.construction import as_generation_env
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import velocities
+from flowrl.training.rollout import judged_by, roll_out
 from flowrl.types import Role
 
 Sampler = Callable[[torch.Tensor, torch.Tensor, Role], torch.Tensor]
@@ -132,7 +133,7 @@ def evaluate(
     ids = draw_contexts(len(core.contexts), n_samples, samples_per_context, generator, shares)
     noise = policy.noise(n_samples, generator)
     role = role or policy.sampling_role
-    n_kept = n_kept or (64 if core.flow.is_image else 1024)
+    n_kept = n_kept or (64 if core.shows_images else 1024)
 
     def plain(c: torch.Tensor, x_0: torch.Tensor, which: Role) -> torch.Tensor:
         return policy.sample_latents(c, role=which, x_0=x_0, **sampling)
@@ -160,7 +161,8 @@ def evaluate(
     diversity = reference.diversity, trained.diversity
     w2 = reference.w2_to_optimum, trained.w2_to_optimum
     rewards = before.reward, after.reward
-    side = compare(rewards, (sides[0], sides[1]), diversity, ratio, share, w2)
+    errors = [_judged(core, d.samples, ids, batch_size, seed) for d in (before, after)]
+    side = compare(rewards, (sides[0], sides[1]), diversity, ratio, share, w2, (errors[0], errors[1]))
     trained, reference = replace(trained, side=side.after), replace(reference, side=side.before)
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
@@ -233,13 +235,16 @@ def _drawn(
         def gather(rows: torch.Tensor, n: int = len(c), ranks: Ranks = ranks) -> torch.Tensor:
             return ranks.all_gather(rows, n, group)
 
-        own = ranks.shard(c, group)
-        x_1 = sampler(own, ranks.shard(x_0, group), role)
-        samples, output = rewarded(policy, subject.env, x_1, own)
+        own, own_noise = ranks.shard(c, group), ranks.shard(x_0, group)
+
+        def draw(ids: torch.Tensor, x_0: torch.Tensor = own_noise) -> tuple[torch.Tensor, Any]:
+            return sampler(ids, x_0, role), {}
+
+        done = roll_out(own, draw, policy.decode, judged_by(subject.env))
         n_drawn += len(own)
-        parts.append((gather(x_1), gather(samples)))
-        rewards.append(gather(output.reward))
-        components.append({key: gather(value) for key, value in output.components.items()})
+        parts.append((gather(done.x_1), gather(done.samples)))
+        rewards.append(gather(done.output.reward))
+        components.append({key: gather(value) for key, value in done.output.components.items()})
     together = {key: torch.cat([part[key] for part in components]) for key in components[0]}
     x_1, samples = (torch.cat(rows) for rows in zip(*parts))
     return Drawn(x_1, samples, torch.cat(rewards), together, (policy.evaluations - spent) / n_drawn)
@@ -310,6 +315,24 @@ def _side(
         asked = [env.contexts[i] for i in indices.tolist()]
         parts.append((looks(batch) if env.flow.is_image else {}) | held_out(eval_rewards, batch, asked))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _judged(
+    env: GenerationEnv, samples: torch.Tensor, context_ids: torch.Tensor, batch_size: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Compute errors by the environment's own judges: (n_samples,) by name, and (1,) those of all samples together."""
+    contexts = [env.contexts[i] for i in context_ids.tolist()]
+    parts = [
+        {
+            name: check_reward(value, batch, contexts[i : i + batch_size], f"{env.name}, {name}")
+            for name, value in env.errors(batch, contexts[i : i + batch_size]).items()
+        }
+        for i, batch in zip(range(0, len(samples), batch_size), samples.split(batch_size))
+    ]
+    together = env.errors_of_all(samples, contexts, seed)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {
+        name: torch.tensor([value]) for name, value in together.items()
+    }
 
 
 W2_POINTS = 2048

@@ -22,7 +22,8 @@ class SampleStatistics:
         components: Mean of each component of the reward.
         diversity: Mean Euclidean distance of two samples of the same context (flattened).
         w2_to_optimum: Exact W2 to equally many exact samples of the environment's optimum; NaN without an oracle.
-        side: Means of what was measured beside the reward: held-out rewards, and looks of images.
+        side: Means of what was measured beside the reward: held-out rewards, looks of images, and errors by the
+            environment's judges.
     """
 
     reward_mean: float

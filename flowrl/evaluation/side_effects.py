@@ -15,13 +15,14 @@ import torch
 from flowrl.envs.base import check_reward
 from flowrl.envs.rewards.aesthetic import colourfulness
 from flowrl.envs.rewards.catalogue import RewardFunction
+from flowrl.envs.rewards.frames import over_frames
 from flowrl.functional import metrics
 from flowrl.types import Contexts, RewardOutput
 
 SIGNIFICANT = 2.58
 """Standard errors by which means must differ to count as different (99 %)."""
 FALL = 0.25
-"""Share by which diversity or a look must fall for a warning."""
+"""Share by which diversity or a look must fall, or an error rise, for a warning."""
 VELOCITY = (0.5, 2.0)
 """Ratios of the sizes of velocities outside which there is a warning."""
 DIVERGED = 4.0
@@ -31,12 +32,13 @@ diverged: twice the reference's velocity in another direction is far beyond any 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means of the side measures, of the reference and of the trained flow.
+    """Means of the side measures and errors, of the reference and of the trained flow.
 
     Attributes:
         before: Name -> mean, of the reference's samples.
         after: Name -> mean, of the trained flow's samples.
-        warnings: What fell while the reward rose, and signs of a flow that has diverged or collapsed, a text each.
+        warnings: What fell (of errors: rose) while the reward rose, and signs of a flow that has diverged or
+            collapsed, a text each.
     """
 
     before: dict[str, float]
@@ -47,8 +49,11 @@ class Comparison:
 def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Compute statistics (B,) of images (B, 3, H, W) in [0, 1] that fall when they turn into flat or empty ones.
 
-    Grey images (B, 1, H, W) have no colourfulness.
+    Grey images (B, 1, H, W) have no colourfulness. Of videos (B, T, 3, H, W), means over their frames.
     """
+    if images.ndim == 5:
+        n, of_frames = len(images), looks(images.flatten(0, 1))
+        return {name: value.view(n, -1).mean(1) for name, value in of_frames.items()}
     measured = {"entropy": metrics.entropy(images), "edge density": metrics.edge_density(images)}
     return measured if images.shape[1] == 1 else measured | {"colourfulness": colourfulness(images)}
 
@@ -56,14 +61,14 @@ def looks(images: torch.Tensor) -> dict[str, torch.Tensor]:
 def held_out(
     rewards: Mapping[str, RewardFunction], samples: torch.Tensor, contexts: Contexts
 ) -> dict[str, torch.Tensor]:
-    """Compute values (B,) of rewards, by name.
+    """Compute values (B,) of rewards, by name; those of images are averaged over the frames of videos.
 
     Raises:
         RewardError: A reward is not one finite number per sample.
     """
     values = {}
     for name, reward in rewards.items():
-        output = reward(samples, contexts)
+        output = over_frames(reward)(samples, contexts)
         value = output.reward if isinstance(output, RewardOutput) else output
         values[f"held-out {name}"] = check_reward(value, samples, contexts, name)
     return values
@@ -76,6 +81,7 @@ def compare(
     velocity_ratio: float,
     drift_share: float = math.nan,
     w2: tuple[float, float] = (math.nan, math.nan),
+    errors: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] = ({}, {}),
 ) -> Comparison:
     """Compare the reference (first of each pair) with the trained flow (second).
 
@@ -86,16 +92,25 @@ def compare(
         velocity_ratio: `E|v| / E|v_ref|`; NaN where it was not measured.
         drift_share: `E|v - v_ref|^2 / E|v_ref|^2`; NaN where it was not measured.
         w2: Distances to the known optimum; NaN where there is none.
+        errors: Errors by the environment's judges, (B,) each, or (1,) for one of all samples together.
     """
-    before, after = ({name: value.mean().item() for name, value in part.items()} for part in measured)
+    before, after = (
+        {name: value.mean().item() for name, value in [*part.items(), *errors[i].items()]}
+        for i, part in enumerate(measured)
+    )
     change = _change(*reward)
     warnings: list[str] = []
     if change > SIGNIFICANT:
-        for name, old, new in zip(before, measured[0].values(), measured[1].values()):
+        for name, old in measured[0].items():
+            new = measured[1][name]
             is_reward = name.startswith("held-out ")
             far = is_reward or after[name] < (1 - FALL) * before[name]
             if far and _change(old, new) < -SIGNIFICANT:
                 warnings.append(f"the reward rose while {name} fell from {before[name]:.4g} to {after[name]:.4g}")
+        for name, old in errors[0].items():
+            is_sure = len(old) == 1 or _change(old, errors[1][name]) > SIGNIFICANT
+            if is_sure and after[name] > (1 + FALL) * before[name]:
+                warnings.append(f"the reward rose while {name} rose from {before[name]:.4g} to {after[name]:.4g}")
     elif change < -SIGNIFICANT:
         was, became = (part.mean().item() for part in reward)
         warnings.append(f"the reward fell from {was:.4g} to {became:.4g}")

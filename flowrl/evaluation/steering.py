@@ -16,6 +16,7 @@ from flowrl.functional.sde import SDE, GaussianStep, SDEKind
 from flowrl.functional.solvers import Solver, ode_sample
 from flowrl.training.construction import without_gradient
 from flowrl.training.policy import FlowPolicy
+from flowrl.training.rollout import judged_by, roll_out
 from flowrl.types import Field, RewardOutput, Role
 
 Method = Literal["best_of_n", "smc", "rbf", "d_flow"]
@@ -73,8 +74,8 @@ def rewarded(
     policy: FlowPolicy, env: GenerationEnv, x_1: torch.Tensor, context_ids: torch.Tensor
 ) -> tuple[torch.Tensor, RewardOutput]:
     """Decode latents (B, *latent_shape) and reward them: samples, and the environment's output."""
-    samples = policy.decode(x_1)
-    return samples, env.evaluate(samples, context_ids).detached()
+    done = roll_out(context_ids, lambda _: (x_1, {}), policy.decode, judged_by(env))
+    return done.samples, done.output
 
 
 def steer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -69,7 +70,11 @@ def best_and_worst(reward: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 
 
 def decoupled_advantage(
-    rewards: torch.Tensor, weights: torch.Tensor, group: torch.Tensor, maximum: float = 5.0
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    group: torch.Tensor,
+    maximum: float = 5.0,
+    compare: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = group_advantage,
 ) -> torch.Tensor:
     """Compute advantages (B,) of several rewards, each compared by itself (GDPO, Liu et al. 2026, arXiv 2601.05242).
 
@@ -82,8 +87,9 @@ def decoupled_advantage(
         weights: (R,), of either sign.
         group: (B,) int64 in [0, B), the group of each sample.
         maximum: Largest size.
+        compare: Another way to compare one reward: (rewards (B,), group, largest size) -> advantages (B,).
     """
-    each = torch.stack([group_advantage(reward, group, math.inf) for reward in rewards])
+    each = torch.stack([compare(reward, group, math.inf) for reward in rewards])
     total = (weights[:, None] * each).sum(0)
     return (total / (total.square().mean().sqrt() + 1e-4)).clamp(-maximum, maximum)
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from flowrl.functional.advantages import group_advantage
-from flowrl.functional.flow import TimeSampling, drawn, expand
+from flowrl.functional.flow import TimeSampling, drawn, expand, time_quantile
 from flowrl.functional.losses import group_mean
 from flowrl.types import Role
 
@@ -170,7 +170,7 @@ def stratified_times(
     u = ((u + torch.arange(strata, device=u.device)) / strata).flatten().clamp_max(1 - 2**-24)
     if kind == "early":
         return 1 - (1 - u).sqrt()
-    return u if kind == "uniform" else torch.special.ndtri(u.clamp_min(2**-24)).sigmoid()
+    return time_quantile(u, kind)
 
 
 def lagging_decay(step: int, flat: float, rate: float, hold: float) -> float:

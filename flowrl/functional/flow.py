@@ -57,6 +57,22 @@ def sample_time(n: int, kind: TimeSampling, generator: torch.Generator) -> torch
     return drawn(lambda rows: torch.randn(rows, generator=generator, device=generator.device), n, generator).sigmoid()
 
 
+def even_times(n: int, kind: TimeSampling, generator: torch.Generator) -> torch.Tensor:
+    """Draw `n` flow times of `sample_time`'s law (n,), one in each of as many parts of equal probability."""
+
+    def draw(rows: int) -> torch.Tensor:
+        device = generator.device
+        return (torch.arange(rows, device=device) + torch.rand(rows, generator=generator, device=device)) / rows
+
+    return time_quantile(drawn(draw, n, generator), kind)
+
+
+def time_quantile(u: torch.Tensor, kind: TimeSampling) -> torch.Tensor:
+    """Compute the flow times (B,) below which a share `u` (B,) of `sample_time`'s draws lies."""
+    u = u.clamp_max(1 - 2**-24)
+    return u if kind == "uniform" else torch.special.ndtri(u.clamp_min(2**-24)).sigmoid()
+
+
 def normal(n: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Draw standard normal noise (n, *shape), float32, on the generator's device."""
     return drawn(lambda rows: torch.randn(rows, *shape, generator=generator, device=generator.device), n, generator)

@@ -39,6 +39,36 @@ def wasserstein2(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.sqrt((a[index] - b).square().sum(1).mean().item())
 
 
+def quantile_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Compute the W1 distance between the values of two tensors of as many numbers, all of them taken together."""
+    if a.numel() != b.numel():
+        raise ConfigError(f"Values must be as many, not {a.numel()} and {b.numel()}.")
+    return (a.flatten().double().sort().values - b.flatten().double().sort().values).abs().mean().item()
+
+
+def spectrum_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Compute `sum_k |S_a(k) - S_b(k)| / sum_k S_b(k)` between the mean spectra of two sets of fields (N, n, n).
+
+    S(k) is the energy of a cosine transform at wave numbers whose length rounds to k half waves. 0 for equal spectra,
+    1 where a has no energy.
+    """
+    s_a, s_b = spectrum(a), spectrum(b)
+    return ((s_a - s_b).abs().sum() / s_b.sum()).item()
+
+
+def spectrum(fields: torch.Tensor) -> torch.Tensor:
+    """Compute the mean energy at each length of wave numbers: fields (N, n, n) -> float64 (largest + 1,)."""
+    n = fields.shape[-1]
+    k = torch.arange(n, dtype=torch.float64, device=fields.device)
+    cosines = (math.pi / n * k[:, None] * (k + 0.5)).cos() * math.sqrt(2 / n)
+    cosines[0] = math.sqrt(1 / n)
+    energy = (cosines @ fields.double() @ cosines.T).square().mean(0)
+    length = (k[:, None].square() + k.square()).sqrt().round().long()
+    return torch.zeros(int(length.max()) + 1, dtype=energy.dtype, device=energy.device).index_add_(
+        0, length.flatten(), energy.flatten()
+    )
+
+
 def grey(images: torch.Tensor) -> torch.Tensor:
     """Compute luma (B, H, W) of images (B, 3, H, W), ITU-R BT.601; grey images (B, 1, H, W) keep their values."""
     if images.shape[1] == 1:

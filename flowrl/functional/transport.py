@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-Coupling = Literal["independent", "ot"]
+Coupling = Literal["independent", "ot", "c2ot", "rectified"]
 
 
 def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
@@ -22,10 +22,36 @@ def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, context_ids: torch.Tens
         x_1: Samples (B, ...).
         context_ids: (B,) int64.
     """
-    from scipy.optimize import linear_sum_assignment
-
     same = (context_ids[:, None] == context_ids[None, :]).double()
     cost = torch.cdist(_standardised(x_1, same), _standardised(x_0, same)).square()
+    return _assigned(cost, context_ids).to(x_0.device)
+
+
+def conditional_permutation(
+    x_0: torch.Tensor, x_1: torch.Tensor, embedding: torch.Tensor, weight: float, apart: torch.Tensor
+) -> torch.Tensor:
+    """Find indices (B,) that reorder the noise so that it is coupled with `x_1` by conditional optimal transport.
+
+    C2OT (Cheng and Schwing 2025, arXiv 2503.10636): noise i is that of context i at first, and giving it to sample j
+    costs `|x_0_i - x_1_j|^2 + weight |c_i - c_j|^2`, the first a mean over dimensions. With a large weight noise moves
+    among samples of equal embeddings only, as by `ot_permutation`; with weight 0 contexts do not count.
+
+    Args:
+        x_0: Noise (B, ...).
+        x_1: Samples (B, ...).
+        embedding: Contexts c (B, E).
+        weight: Of their distance.
+        apart: (B,) int64; noise moves among samples of equal numbers only.
+    """
+    x_0, x_1, c = (x.flatten(1).double() for x in (x_0, x_1, embedding))
+    cost = torch.cdist(x_1 - x_1.mean(0) + x_0.mean(0), x_0).square() / x_0.shape[1]  # a shift does not change the best
+    return _assigned(cost + weight * torch.cdist(c, c).square(), apart).to(x_0.device)
+
+
+def _assigned(cost: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+    """Find the permutation (B,) within equal numbers (B,) of least cost (B, B), row by row; on the host."""
+    from scipy.optimize import linear_sum_assignment
+
     host = torch.cat([cost.nan_to_num(), context_ids[:, None].to(cost)], dim=1).cpu()
     cost, context_ids = host[:, :-1], host[:, -1]
     index = torch.empty(len(cost), dtype=torch.long)
@@ -35,7 +61,7 @@ def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, context_ids: torch.Tens
         costs = costs - costs.amin(1, keepdim=True)  # neither changes which is best; it is found sooner
         costs = costs - costs.amin(0)
         index[own] = own[torch.from_numpy(linear_sum_assignment(costs.numpy())[1])]
-    return index.to(x_0.device)
+    return index
 
 
 def _standardised(x: torch.Tensor, same: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +32,7 @@ class VelocityModel(nn.Module):
         distilled_guidance: The guidance scale is part of the condition; see `with_guidance`.
         casts_inputs: `forward` brings inputs into the type of the network's weights, which can then compute in it
             throughout, without autocast.
+        init_lora: The LoRA that lies in the network's weights since the start; see `started_from`.
     """
 
     network: nn.Module
@@ -37,6 +41,7 @@ class VelocityModel(nn.Module):
     lora_targets: list[str] | str | None = None
     distilled_guidance: bool = False
     casts_inputs: bool = False
+    init_lora: Mapping[str, Any] = MappingProxyType({})
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Compute the velocity (B, *latent_shape), float32, at `x_t` (B, *latent_shape) and `t` (B,)."""

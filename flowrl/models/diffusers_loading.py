@@ -17,12 +17,11 @@ from flowrl.models.base import VelocityModel
 from flowrl.models.diffusers_weights import hub_message, load_pipeline
 from flowrl.models.families import declared
 from flowrl.models.imports import importing
-from flowrl.models.pipeline import PipelineFlow, PipelineOptions, Shapes
+from flowrl.models.pipeline import CLIP_TOKENS, PipelineFlow, PipelineOptions, Shapes
 from flowrl.models.schedules import check_scheduler
 from flowrl.models.source import FlowSource, read_json
 from flowrl.storage import revisions
 
-CLIP_TOKENS = 77
 LIBRARIES = ("diffusers", "transformers")
 LARGEST_SIDE, LARGEST_SIZE, MOST_LAYERS = 2**16, 2**20, 1000
 """Limits of a configuration: pixels, any whole number, layers. Larger ones would take all memory, or for ever."""
@@ -50,16 +49,16 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     transformer, vae = (read_json(fetch(f"{part}/config.json"), what) for part in (adapter.NETWORK, "vae"))
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
-    _check_scheduler(index, fetch, location, what)
+    _check_scheduler(index, fetch, location, what, adapter.INVERTED_LEVELS)
     length = options.sequence_length or _length(Path(location) / "sampling.json", what)
+    trained = [adapter.NETWORK, *(part for part in adapter.MORE_NETWORKS if _is_there(index.get(part)))]
 
     def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
         def load_encoders() -> Any:
-            without = {adapter.NETWORK: None, "vae": None}
-            without = {part: None for part in without if part not in adapter.ALWAYS_THERE}
+            without = {part: None for part in (*trained, "vae") if part not in adapter.ALWAYS_THERE}
             return load_pipeline(source, name, index, adapter, options, frozen_dtype, **without)
 
-        dtypes = {adapter.NETWORK: network_dtype, "default": frozen_dtype}
+        dtypes = {**dict.fromkeys(trained, network_dtype), "default": frozen_dtype}
         pipeline = load_pipeline(source, name, index, adapter, options, dtypes)
         return adapter(pipeline, shapes, options, length, load_encoders)
 
@@ -68,19 +67,21 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
             kind = getattr(importlib.import_module("diffusers"), adapter.TRANSFORMER)
         try:
             with torch.device("meta"):
-                network = kind.from_config(transformer)
+                networks = {part: kind.from_config(transformer) for part in trained}
         except DAMAGE as error:
             raise ModelLoadError(f"The configuration of {what} is damaged: {str(error)[:300]}.") from error
-        return adapter(SimpleNamespace(**{adapter.NETWORK: network}), shapes, options)
+        return adapter(SimpleNamespace(config=index, **networks), shapes, options)
 
     def imitation(network_dtype: torch.dtype, frozen_dtype: torch.dtype) -> VelocityModel:
         pipeline = SimpleNamespace(
+            config=index,
             vae=_unloaded(fetch, index, "vae", frozen_dtype),
             tokenizer_max_length=_tokens(fetch("tokenizer/tokenizer_config.json")),
         )
-        setattr(pipeline, adapter.NETWORK, _unloaded(fetch, index, adapter.NETWORK, network_dtype).requires_grad_(True))
+        for part in trained:
+            setattr(pipeline, part, _unloaded(fetch, index, part, network_dtype).requires_grad_(True))
         for part in adapter.ENCODERS:
-            if index.get(part, [None])[0] and (options.t5 or part != adapter.WITHOUT_T5):
+            if _is_there(index.get(part)) and (options.t5 or part != adapter.WITHOUT_T5):
                 setattr(pipeline, part, _unloaded(fetch, index, part, frozen_dtype))
         model = adapter(pipeline, shapes, options, length, load_encoders=lambda: None)
         model.encode_prompts = model.imitate_prompts  # type: ignore[method-assign]
@@ -89,7 +90,8 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
         return model
 
     about = description.format(adapter.PIPELINE) + (f", commit {revision}" if revision else "")
-    return FlowSource(name, about, shapes.sample, load, skeleton, imitation, is_image=True, revision=revision or "")
+    known: dict[str, Any] = {"is_image": True, "frame_rate": adapter.FRAME_RATE, "revision": revision or ""}
+    return FlowSource(name, about, shapes.sample, load, skeleton, imitation, **known)
 
 
 def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type[PipelineFlow]:
@@ -101,11 +103,13 @@ def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type
     return adapter
 
 
-def _check_scheduler(index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str) -> None:
+def _check_scheduler(
+    index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str, inverted: bool
+) -> None:
     """Look at the scheduler's configuration; where a folder has none, loading says so."""
     named, file = index.get("scheduler"), "scheduler/scheduler_config.json"
     if isinstance(named, list) and len(named) == 2 and not (Path(location).exists() and not fetch(file).exists()):
-        check_scheduler(named[1], read_json(fetch(file), what), what)
+        check_scheduler(named[1], read_json(fetch(file), what), what, inverted)
 
 
 def _shapes(
@@ -173,6 +177,11 @@ def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dt
     finally:
         torch.set_default_dtype(default)
     return module.eval().requires_grad_(False)
+
+
+def _is_there(described: Any) -> bool:
+    """Tell whether a pipeline has a part, as its list of parts says."""
+    return isinstance(described, list) and bool(described) and described[0] is not None
 
 
 def _tokens(file: Path) -> int:

@@ -55,7 +55,8 @@ def load_pipeline(
     repository, revision = (location, None) if is_folder else revisions.split(location)
     if not options.t5 and adapter.WITHOUT_T5:
         absent |= {adapter.WITHOUT_T5: None, adapter.WITHOUT_T5.replace("text_encoder", "tokenizer"): None}
-    parts = tuple(part for part in (adapter.NETWORK, "vae", *adapter.ENCODERS) if part not in absent)
+    trained = (adapter.NETWORK, *adapter.MORE_NETWORKS)
+    parts = tuple(part for part in (*trained, "vae", *adapter.ENCODERS) if part not in absent)
     variants = _variants(folder, name, parts) if is_folder else {}
     try:
         with quiet():

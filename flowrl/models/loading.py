@@ -16,13 +16,14 @@ from flowrl.checks import is_whole
 from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
 from flowrl.models.base import VelocityModel
 from flowrl.models.pipeline import DEFAULTS, PipelineOptions
+from flowrl.models.prior import PriorFlow
 from flowrl.models.source import ASSETS, EMBEDDED, SMALL, FlowSource, read_json
 from flowrl.storage import revisions
 
 __all__ = ["ASSETS", "EMBEDDED", "SMALL", "FlowSource", "chosen_sd3", "read_json", "source_of"]
 
 DEFAULT_SD3 = "stabilityai/stable-diffusion-3.5-medium"
-LARGEST_MLP, DEEPEST_MLP = 2**14, 100
+LARGEST_MLP, DEEPEST_MLP, LARGEST_PICTURE = 2**14, 100, 256
 
 
 def source_of(
@@ -113,7 +114,7 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
         )
     folder = ASSETS / name if name in EMBEDDED else Path(name)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        return _with_resolution(_folder_source(folder, name), options.resolution)
+        return _with_size(_folder_source(folder, name), options)
     if not folder.exists() and ("/" not in name or name.startswith((".", "/", "~"))):
         raise ModelLoadError(
             f"There is no flow '{name}': not a shipped name ({', '.join(EMBEDDED)}), not a folder here, and not "
@@ -125,14 +126,19 @@ def _from_name(name: str, options: PipelineOptions, embedded: str) -> FlowSource
     return pipeline_source(str(folder) if folder.exists() else name, f"{name} ({kind})", name, options)
 
 
-def _with_resolution(source: FlowSource, resolution: int | tuple[int, int] | None) -> FlowSource:
-    """Check that a source of fixed size draws images of that size, and give it back."""
+def _with_size(source: FlowSource, options: PipelineOptions) -> FlowSource:
+    """Check that a source of fixed size draws samples of the size that is asked for, and give it back."""
+    resolution = options.resolution
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+    asked = {"frames": options.frames}
     if sides is not None and source.sample_shape[-2:] != sides:
-        raise ConfigError(
-            f"The flow '{source.source}' draws samples of shape {source.sample_shape}, of no other resolution: leave "
-            f"resolution = {resolution} out, or choose a text-to-image pipeline as the flow."
-        )
+        asked["resolution"] = resolution if isinstance(resolution, int) else "{}x{}".format(*sides)  # type: ignore[assignment]
+    for name, value in asked.items():
+        if value is not None:
+            raise ConfigError(
+                f"The flow '{source.source}' draws samples of shape {source.sample_shape}, of no other {name}: leave "
+                f"{name} = {value} out, or choose a pipeline of diffusers as the flow."
+            )
     return source
 
 
@@ -152,14 +158,10 @@ def _folder_source(folder: Path, name: str) -> FlowSource:
         return model
 
     def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
-        from safetensors.torch import load_file
-
         model = build()
-        try:
-            state = load_file(folder / "model.safetensors")
-            model.network.load_state_dict({key: value.float() for key, value in state.items()})
-        except Exception as error:
-            raise ModelLoadError(f"Cannot read '{folder / 'model.safetensors'}': {error}") from error
+        _fill(model.network, folder / "model.safetensors")
+        if isinstance(model, PriorFlow):
+            _fill(model.decoder, folder / "decoder.safetensors")
         return cast(model, network_dtype)
 
     def skeleton() -> VelocityModel:
@@ -170,7 +172,17 @@ def _folder_source(folder: Path, name: str) -> FlowSource:
         return cast(build(), network_dtype)
 
     about = str(config.get("description", kind))[:200]
-    return FlowSource(name, f"{name} ({about})", sample_shape, load, skeleton, imitation, is_image=kind == "unet")
+    return FlowSource(name, f"{name} ({about})", sample_shape, load, skeleton, imitation, is_image=kind in PICTURES)
+
+
+def _fill(module: nn.Module, path: Path) -> None:
+    """Put the weights of a file into a module, in float32."""
+    from safetensors.torch import load_file
+
+    try:
+        module.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except Exception as error:
+        raise ModelLoadError(f"Cannot read '{path}': {error}") from error
 
 
 def _mlp_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...], Callable[[], VelocityModel]]:
@@ -199,5 +211,44 @@ def _unet_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...]
     return (shape.channels, shape.size, shape.size), lambda: UNetFlow(shape)
 
 
-BUILDERS = {"mlp": _mlp_builder, "unet": _unet_builder}
+def _darcy_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...], Callable[[], VelocityModel]]:
+    from flowrl.models.darcy import DarcyFlow, check_scales
+    from flowrl.models.unet import UNetShape
+
+    scales = {key: config[key] for key in ("scale", "order", "log_scale") if key in config}
+    try:
+        shape = UNetShape.of({"channels": 2, **config})
+        check_scales(shape, **scales)
+    except ConfigError as error:
+        raise ModelLoadError(f"'{folder / 'config.json'}' describes no flow of 'darcy': {error}") from error
+    return (2, shape.size, shape.size), lambda: DarcyFlow(shape, **scales)
+
+
+def _latent_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...], Callable[[], VelocityModel]]:
+    from flowrl.models.decoder import PictureDecoder
+
+    described = config.get("decoder")
+    own = described if isinstance(described, dict) else {}
+    dim, width, depth = (config.get(key, 0) for key in ("dim", "width", "depth"))
+    size, decoder_width, decoder_depth = (own.get(key, 0) for key in ("size", "width", "depth"))
+    limits = [(n, LARGEST_MLP) for n in (dim, width, decoder_width)]
+    limits += [(depth, DEEPEST_MLP), (decoder_depth, DEEPEST_MLP), (size, LARGEST_PICTURE)]
+    if not all(is_whole(n, 1, largest) for n, largest in limits):
+        raise ModelLoadError(
+            f"'{folder / 'config.json'}' must say dim, width and depth of the flow of latents, and size, width and "
+            f"depth of its decoder: whole numbers from 1 to {LARGEST_MLP}, depth to {DEEPEST_MLP}, size to "
+            f"{LARGEST_PICTURE}."
+        )
+    shape = (1, size, size)
+
+    def build() -> VelocityModel:
+        decoder = PictureDecoder(dim, size, decoder_width, decoder_depth)
+        return PriorFlow(decoder, dim, sample_shape=shape, width=width, depth=depth)
+
+    return shape, build
+
+
+BUILDERS = {"mlp": _mlp_builder, "unet": _unet_builder, "darcy": _darcy_builder, "latent": _latent_builder}
 """By the kind of model that a folder's config.json names: the shape of a sample, and how to build the flow."""
+PICTURES = ("unet", "latent")
+"""Kinds of model whose samples are pictures."""

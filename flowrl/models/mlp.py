@@ -28,28 +28,31 @@ class TimeFeatures(nn.Module):
 
 
 class MLP(nn.Module):
-    """Velocity network `(x (B, dim), t (B,)) -> v (B, dim)`: SiLU layers with residual connections.
+    """Velocity network `(x (B, dim), t (B,), features (B, n)) -> v (B, dim)`: SiLU layers with residual connections.
 
     Args:
         dim: Dimension of x.
         width: Width of the hidden layers.
         depth: Number of hidden layers.
         zero_init: Start as the zero field, as a correction to another field needs it.
+        n_features: Numbers that describe the context; 0 for an unconditional field, which takes none.
     """
 
-    def __init__(self, dim: int, width: int = 256, depth: int = 3, zero_init: bool = False) -> None:
+    def __init__(
+        self, dim: int, width: int = 256, depth: int = 3, zero_init: bool = False, n_features: int = 0
+    ) -> None:
         super().__init__()
         self.time = TimeFeatures()
-        self.inputs = nn.Linear(dim + 2 * len(self.time.frequencies), width)
+        self.inputs = nn.Linear(dim + 2 * len(self.time.frequencies) + n_features, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.output = nn.Linear(width, dim)
         if zero_init:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: torch.Tensor, *features: torch.Tensor) -> torch.Tensor:
         """Compute the velocity at `x` and `t`."""
-        h = self.inputs(torch.cat([x, self.time(t)], dim=1))
+        h = self.inputs(torch.cat([x, self.time(t), *features], dim=1))
         for layer in self.hidden:
             h = h + layer(nn.functional.silu(h))
         return self.output(nn.functional.silu(h))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import nn
 
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
+from flowrl.models.init_lora import with_start
 from flowrl.models.latent_scale import to_autoencoder
 from flowrl.models.long_prompts import silenced, warn_of_cut
 from flowrl.models.packing import latent_sides
@@ -48,6 +50,7 @@ class PipelineOptions:
 
     Attributes:
         resolution: Height and width of the samples in pixels, one number for both; the pipeline's own when None.
+        frames: Frames of a video; the pipeline's own number when None.
         decode_batch: Samples that the autoencoder decodes at once.
         vae_tiling: Decode large images in tiles, for little memory.
         t5: Load the T5 text encoder where the pipeline can do without it (Stable Diffusion 3).
@@ -62,16 +65,27 @@ class PipelineOptions:
     t5: bool = True
     sequence_length: int | None = None
     embedded_guidance: float | None = None
+    frames: int | None = None
 
 
 DEFAULTS = PipelineOptions()
 
 
 class Part(NamedTuple):
-    """Part of one encoded prompt: its shape, and its type where that is not the text encoders'."""
+    """Part of one encoded prompt: its shape, its type where that is not the text encoders', and what stands in for it.
+
+    What stands in is 0, or 1 for masks (whole numbers and truth values), unless another number is given.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
+    imitation: int | None = None
+
+    def imitated(self, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Make what stands in for the part of `n` prompts, in the text encoders' `dtype` unless it has its own."""
+        kind = self.dtype or dtype
+        value = self.imitation if self.imitation is not None else int(not kind.is_floating_point)
+        return torch.full((n, *self.shape), value, dtype=kind, device=device)
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,8 @@ class PipelineFlow(VelocityModel):
     """Class name of the network that is trained."""
     NETWORK: ClassVar[str] = "transformer"
     """Name of the part that is trained."""
+    MORE_NETWORKS: ClassVar[tuple[str, ...]] = ()
+    """Names of further parts that are trained with it, where a pipeline has them."""
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the parts that encode prompts, and that can be released after that."""
     ALWAYS_THERE: ClassVar[tuple[str, ...]] = ()
@@ -114,9 +130,14 @@ class PipelineFlow(VelocityModel):
     """What the network is given as the time of noise; that of data is 0."""
     TIME_REVERSED: ClassVar[bool] = False
     """Whether the network's time runs the other way, with the noise at 0."""
+    INVERTED_LEVELS: ClassVar[bool] = False
+    """Whether the pipeline's scheduler counts data instead of noise: `invert_sigmas`."""
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
+    FRAME_RATE: ClassVar[float] = 0
+    """Frames per second at which the pipeline's videos are meant to be seen; 0 of images."""
     casts_inputs = True
+    told_of_guidance = False
 
     def __init__(
         self,
@@ -136,7 +157,8 @@ class PipelineFlow(VelocityModel):
         self.decode_batch = options.decode_batch
         self.embedded_guidance = options.embedded_guidance
         self.takes_guidance = self.embeds_guidance(getattr(self.network, "config", {}))
-        self.distilled_guidance = self.takes_guidance and options.embedded_guidance is None
+        self.ignores_guidance = self.without_guidance(getattr(pipeline, "config", {}))
+        self.distilled_guidance = self.ignores_guidance or (self.takes_guidance and options.embedded_guidance is None)
         if options.embedded_guidance is not None and not self.takes_guidance:
             raise ConfigError(
                 f"The network of this {self.PIPELINE} takes no guidance scale: leave embedded_guidance out, and set "
@@ -158,12 +180,19 @@ class PipelineFlow(VelocityModel):
         network: nn.Module = getattr(pipeline, cls.NETWORK)
         return network
 
+    @classmethod
+    def networks_of(cls, network: nn.Module) -> dict[str, Any]:
+        """Give the pipeline's own parts, by their names, of the network that is trained or of a copy of it."""
+        return {cls.NETWORK: network}
+
     # what the configuration says
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
         """Compute shapes from the configurations of the transformer and of the autoencoder."""
         scale = cls.reduction(vae)
+        if options.frames is not None:
+            raise ConfigError(f"A {cls.PIPELINE} draws images, which have no frames: leave frames out.")
         height, width = latent_sides(
             options.resolution,
             cls.default_sides(transformer),
@@ -204,6 +233,11 @@ class PipelineFlow(VelocityModel):
         """Tell whether the guidance scale is an input of the network."""
         return False
 
+    @classmethod
+    def without_guidance(cls, pipeline: Mapping[str, Any]) -> bool:
+        """Tell whether a pipeline's configuration says that it is distilled to do without guidance."""
+        return False
+
     # the network
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
@@ -232,6 +266,14 @@ class PipelineFlow(VelocityModel):
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
         """Put another guidance scale into a condition, whose last part it is."""
+        if self.ignores_guidance:
+            if scale != 1 and not self.told_of_guidance:
+                self.told_of_guidance = True
+                warnings.warn(
+                    f"guidance_scale={scale:g} does nothing: this {self.PIPELINE} is distilled to do without guidance.",
+                    stacklevel=2,
+                )
+            return cond
         return (*cond[:-1], torch.full_like(cond[-1], scale)) if self.distilled_guidance else cond
 
     def guidance_of(self, n: int) -> torch.Tensor:
@@ -254,10 +296,7 @@ class PipelineFlow(VelocityModel):
             length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
         frozen = self.pipeline.vae.dtype
-        return tuple(
-            torch.zeros(len(prompts), *part.shape, dtype=part.dtype or frozen, device=self.device)
-            for part in self.condition_parts()
-        )
+        return tuple(part.imitated(len(prompts), frozen, self.device) for part in self.condition_parts())
 
     @property
     @abstractmethod
@@ -343,8 +382,10 @@ class PipelineFlow(VelocityModel):
     def with_encoders(self, network: torch.nn.Module) -> Any:
         """Assemble the whole pipeline around a network, text encoders included, to be saved."""
         self._place_encoders()
-        parts = {name: network if part is self.network else part for name, part in self.pipeline.components.items()}
-        return type(self.pipeline)(**parts)
+        parts = {**self.pipeline.components, **self.networks_of(network)}
+        known = inspect.signature(type(self.pipeline).__init__).parameters
+        settings = {name: value for name, value in self.pipeline.config.items() if name in known and name not in parts}
+        return type(self.pipeline)(**parts, **settings)
 
     def offload(self) -> None:
         """Move the autoencoder to the host until samples are decoded again."""
@@ -373,15 +414,18 @@ class PipelineFlow(VelocityModel):
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
         """Write LoRA weights for `pipe.load_lora_weights(folder)`, or a `transformer` folder of a full fine-tune.
 
-        Of a class without `load_lora_weights`, the network's own `load_lora_adapter(folder)` reads them.
+        Of a class without `load_lora_weights`, the network's own `load_lora_adapter(folder, use_safetensors=True)`
+        reads them.
         """
         if lora_state is None:
-            network: Any = self.network
-            network.save_pretrained(folder / self.NETWORK, safe_serialization=True)
-        elif _saves_adapters(self.pipeline):
-            type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=lora_state)
+            for name, network in self.networks_of(self.network).items():
+                network.save_pretrained(folder / name, safe_serialization=True)
+            return
+        whole = with_start(lora_state, self.init_lora) if self.init_lora else lora_state
+        if _saves_adapters(self.pipeline):
+            type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=whole)
         else:
-            named = {f"transformer.{name}": value.contiguous() for name, value in lora_state.items()}
+            named = {f"{self.NETWORK}.{name}": value.contiguous() for name, value in whole.items()}
             save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
 

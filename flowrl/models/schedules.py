@@ -19,13 +19,14 @@ FIRST_LEVEL = 0.98
 REMEDY = "Save it with FlowMatchEulerDiscreteScheduler: pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=...)."
 
 
-def check_scheduler(name: Any, config: Mapping[str, Any], what: str) -> None:
+def check_scheduler(name: Any, config: Mapping[str, Any], what: str, inverted: bool = False) -> None:
     """Look at a scheduler's configuration before any weight is read.
 
     Args:
         name: Its class.
         config: Its configuration.
         what: The pipeline that it is of, for messages.
+        inverted: Whether such a pipeline's schedulers say `invert_sigmas`.
 
     Raises:
         ModelLoadError: It is none of a flow, or its time runs the other way.
@@ -37,10 +38,15 @@ def check_scheduler(name: Any, config: Mapping[str, Any], what: str) -> None:
             f"The scheduler of {what} is a {shown(name)} with prediction_type {shown(predicts)} and use_flow_sigmas "
             f"{shown(config.get('use_flow_sigmas'))}, which samples no flow. {REMEDY}"
         )
-    if config.get("invert_sigmas"):
+    if config.get("invert_sigmas") and not inverted:
         raise ModelLoadError(
             f"The scheduler of {what} says invert_sigmas: its time runs from data to noise, and the network of this "
             f"pipeline takes the other direction. {REMEDY}"
+        )
+    if inverted and not config.get("invert_sigmas"):
+        raise ModelLoadError(
+            f"The scheduler of {what} does not say invert_sigmas, and the network of this pipeline takes a time that "
+            "runs from noise to data. Save it with FlowMatchEulerDiscreteScheduler(invert_sigmas=True)."
         )
     steps = config.get("num_train_timesteps", TIMESTEPS)
     if not is_whole(steps, 1, 10**6):
@@ -71,7 +77,8 @@ def times_of(scheduler: Any, steps: int, sigmas: np.ndarray | None = None, mu: f
             raise ConfigError(f"The pipeline's {name} cannot be shifted by the resolution, as it says. {REMEDY}")
         given["mu"] = mu
     scheduler.set_timesteps(steps, **given)
-    levels = torch.unique_consecutive(scheduler.sigmas.float().cpu())
+    levels = scheduler.sigmas.float().cpu()
+    levels = torch.unique_consecutive(1 - levels if scheduler.config.get("invert_sigmas") else levels)
     levels = torch.cat([levels[levels > 0], torch.zeros(1)])
     falls = bool((levels[1:] < levels[:-1]).all())
     if len(levels) != steps + 1 or not falls or not FIRST_LEVEL <= levels[0] <= 1:

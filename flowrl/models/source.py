@@ -12,7 +12,7 @@ from flowrl.models.base import VelocityModel
 from flowrl.storage.files import LARGEST_JSON, parsed_json, read_file
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SMALL = ("gaussians", "plans", "digits", "emoji")
+SMALL = ("gaussians", "plans", "digits", "latent-digits", "emoji", "darcy")
 """Shipped flows that are no pipelines of diffusers."""
 EMBEDDED = (*SMALL, "mini-sd3", "mini-words", "mini-spatial")
 
@@ -31,7 +31,8 @@ class FlowSource:
         skeleton: Builds a model without weights (meta device), to count parameters.
         imitation: As `load`, with any weights, to predict memory: it is called where tensors have no storage.
         reloadable: The same weights can be had again from `source` (not so for a factory).
-        is_image: Samples are images with values in [0, 1].
+        is_image: Samples are images (C, H, W) with values in [0, 1], or videos (T, C, H, W) of such.
+        frame_rate: Frames per second of videos; 0 for anything else.
         revision: Commit of a flow from the hub; empty for others.
     """
 
@@ -44,6 +45,7 @@ class FlowSource:
     reloadable: bool = True
     is_image: bool = False
     revision: str = ""
+    frame_rate: float = 0
 
     @property
     def is_embedded(self) -> bool:

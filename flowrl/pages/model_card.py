@@ -115,24 +115,34 @@ def _pipeline(model: FlowAlgorithm) -> Any:
 def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any]) -> str:
     """Write a script that loads the folder and draws a picture as the run does."""
     pipeline = _pipeline(model)
-    cls, network = type(pipeline).__name__, type(model.policy.model.network).__name__
+    parts = model.policy.model.networks_of(model.policy.model.network)  # type: ignore[operator]
+    cls, network = type(pipeline).__name__, type(next(iter(parts.values()))).__name__
     imports = ["import torch"]
     imports.append(f"from diffusers import {f'{network}, {cls}' if kind == 'transformer' else cls}")
     lines = []
     if kind == "pipeline":
         lines.append(f"pipe = {cls}.from_pretrained({json.dumps(name)})")
     elif kind == "transformer":
-        lines.append(f'transformer = {network}.from_pretrained({json.dumps(name)}, subfolder="transformer")')
-        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, transformer=transformer)")
+        lines += [f'{part} = {network}.from_pretrained({json.dumps(name)}, subfolder="{part}")' for part in parts]
+        given = ", ".join(f"{part}={part}" for part in parts)
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, {given})")
     else:
         if model.env.core.flow.is_embedded:
             imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
         lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)})")
         lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
+        for part in list(parts)[1:]:
+            given = f'weight_name="{part}_lora.safetensors", load_into_{part}=True'
+            lines.append(f"pipe.load_lora_weights({json.dumps(name)}, {given})")
     options = [f"    {key}={value}," for key, value in sampling.items()]
     options.append("    generator=torch.Generator().manual_seed(0),")
     prompt = json.dumps(model.env.core.contexts[0], ensure_ascii=False)
-    call = ["image = pipe(", f"    {prompt},", *options, ").images[0]", 'image.save("image.png")']
+    rate = model.env.core.flow.frame_rate
+    kept, save = ("images", 'image.save("image.png")')
+    if rate:
+        imports.append("from diffusers.utils import export_to_video")
+        kept, save = "frames", f'export_to_video(video, "video.mp4", fps={rate:g})'
+    call = [f"{'video' if rate else 'image'} = pipe(", f"    {prompt},", *options, f").{kept}[0]", save]
     code = "\n".join([*imports, "", *lines, *call])
     solver = model.policy.solver
     note = "" if solver == "euler" else f" The run sampled with {solver}; the pipeline's own scheduler comes near it."

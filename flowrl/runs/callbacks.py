@@ -20,7 +20,7 @@ from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import CheckpointError
 from flowrl.evaluation.side_effects import held_out
 from flowrl.runs.logs import say, show_picture
-from flowrl.runs.pictures import save_picture
+from flowrl.runs.pictures import n_shown, save_picture
 from flowrl.storage.files import clear_away, read_json
 from flowrl.training.saving import Snapshot
 
@@ -55,7 +55,7 @@ class PictureCallback(IterationCallback):
         generator = torch.Generator(self.model.device)
         generator.manual_seed(0)
         env, policy = self.model.env.core, self.model.policy  # type: ignore[union-attr]
-        n = self.n if env.flow.is_image else 1024
+        n = n_shown(env, self.n)
         self.x_0 = policy.noise(n, generator)  # type: ignore[operator]
         self.contexts = torch.arange(n, device=self.x_0.device) % len(env.contexts)
         if self.model.num_timesteps == 0:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from flowrl.envs.base import GenerationEnv
 
 STEPS = "time/total_timesteps"
+FRAMES = 8
+"""Frames of a video in a picture at most."""
+VIDEOS = 8
+"""Videos in a picture at most; one can be as large as a hundred images."""
 CURVES = {
     "rollout/reward_mean": "reward",
     "rollout/diversity": "diversity",
@@ -30,7 +34,13 @@ CURVES = {
 
 
 def image_grid(images: torch.Tensor, columns: int = 0, pad: int = 2) -> Image.Image:
-    """Put images (B, 1 or 3, H, W) in [0, 1] into one picture, row by row; about square unless `columns` is given."""
+    """Put images (B, 1 or 3, H, W) in [0, 1] into one picture, row by row; about square unless `columns` is given.
+
+    Of videos (B, T, 3, H, W), a row each: frames at equal distances, the first and the last among them.
+    """
+    if images.ndim == 5:
+        times = torch.linspace(0, images.shape[1] - 1, min(FRAMES, images.shape[1])).round().long()
+        images, columns = images[:, times].flatten(0, 1), len(times)
     images = images.expand(-1, 3, -1, -1)
     pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     n, height, width, _ = pixels.shape
@@ -53,19 +63,25 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     return sheet
 
 
+def n_shown(env: GenerationEnv, images: int = 36) -> int:
+    """Give the number of samples in a picture of `images` images, of videos, or of points."""
+    return 1024 if not env.shows_images else min(images, VIDEOS) if env.flow.frame_rate else images
+
+
 def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
     """Save a picture of samples as PNG: a grid of images, or a scatter plot of points."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if env.flow.is_image:
-        image_grid(samples).save(path)
+    if env.shows_images:
+        image_grid(env.pictures(samples)).save(path)
     else:
         _save_plots([("samples", samples)], env, path)
 
 
 def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
     """Save a picture of reference and trained samples at the same noise, as PNG."""
-    if env.flow.is_image:
-        halves = [image_grid(s[:36]) for s in (result.reference_samples, result.samples)]
+    if env.shows_images:
+        sides = (side[: n_shown(env)] for side in (result.reference_samples, result.samples))
+        halves = [image_grid(env.pictures(side)) for side in sides]
         gap = 12
         both = Image.new("RGB", (2 * halves[0].width + gap, halves[0].height), "white")
         both.paste(halves[0], (0, 0))

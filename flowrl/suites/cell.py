@@ -74,8 +74,8 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
         unseen = evaluate(*subject, n_samples=cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
         numbers["held_out"] = unseen.to_dict()
     write_json(folder / "curve.json", stop.rows)
-    if core.flow.is_image:
-        image_grid(result.samples[:16], columns=4).save(folder / "samples.png")
+    if core.shows_images:
+        image_grid(core.pictures(result.samples[:16]), columns=4).save(folder / "samples.png")
     else:
         save_picture(result.samples, result.sample_contexts, core, folder / "samples.png")
     cost = {

@@ -26,7 +26,8 @@ from flowrl.training.networks import ExtraState
 from flowrl.training.optimizers import gradient_step
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
-from flowrl.training.reward_calls import RewardCalls, stand_ins, without_strays
+from flowrl.training.reward_calls import RewardCalls, without_strays
+from flowrl.training.rollout import roll_out
 from flowrl.training.sb3_algorithm import SB3Algorithm
 from flowrl.training.signal import check_learnt
 from flowrl.training.target import aim
@@ -204,20 +205,19 @@ class FlowAlgorithm(Method, SB3Algorithm):
             nothing = torch.zeros(len(context_ids), 0, device=self.device)
             self.buffer.add(nothing, context_ids, nothing.sum(1))
             return None
+        done = roll_out(context_ids, self._draw, self.policy.decode, self.reward)
+        rows = {**done.rows, **self.rows_of(done.output)}
+        if self.config.on_reward_error == "drop":
+            self.record.dropped += done.dropped
+            rows["stray"] = done.context_ids != context_ids  # stands in for another context: see `_weigh`
+        self.buffer.add(done.x_1, done.context_ids, done.output.reward, rows)
+        self.record.add(done.samples, done.context_ids, done.output)
+        return done.samples
+
+    def _draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         drawn = self.draw(context_ids)
         self.checks.draw(drawn, len(context_ids), self.policy.model.latent_shape)
-        x_1, extra = drawn
-        samples = self.policy.decode(x_1)
-        output, kept = self.reward(samples, context_ids)
-        if self.config.on_reward_error == "drop":
-            self.record.dropped += len(context_ids) - len(kept)
-            index = stand_ins(context_ids, kept)
-            extra = {name: rows[index] for name, rows in extra.items()}
-            extra["stray"] = context_ids[index] != context_ids  # stands in for another context: see `_weigh`
-            x_1, samples, context_ids, output = x_1[index], samples[index], context_ids[index], output.at(kept, index)
-        self.buffer.add(x_1, context_ids, output.reward, {**extra, **self.rows_of(output)})
-        self.record.add(samples, context_ids, output)
-        return samples
+        return drawn
 
     def _weigh(self) -> None:
         """Turn the rewards of an iteration into coefficients."""
@@ -267,7 +267,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             norms.append(gradient_step(self))
         means = {key: value / n_minibatches for key, value in totals.items()}
         means["grad_norm"] = torch.stack(norms).mean()
-        return means if "drift" in means or self.learns_from == "contexts" else {"drift": self.drift(), **means}
+        return means
 
     def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Add the gradient of a minibatch's loss to those of before; the loss and its figures."""

@@ -22,7 +22,8 @@ from flowrl.functional.endpoint import (
 )
 from flowrl.functional.losses import squared_error
 from flowrl.models.critic import StateCritic
-from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.groups import GroupConfig, GroupRelative
+from flowrl.training.noising import Coupled, CouplingConfig
 from flowrl.types import Batch, Pair, Role
 
 FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
@@ -30,11 +31,9 @@ FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
 
 
 @dataclass(frozen=True)
-class EndpointConfig(FlowConfig, ABC):
+class EndpointConfig(GroupConfig, CouplingConfig, ABC):
     """Settings of endpoint methods with advantages."""
 
-    group_size: int = 8
-    """Samples of the same context per iteration, whose rewards are compared; must divide n_samples."""
     spread: Spread = "group"
     """Unit of advantages: the standard deviation of the rewards of their group ("group"), of all rewards of the
     iteration ("global"), or none: the rewards' own ("none")."""
@@ -59,8 +58,8 @@ class EndpointConfig(FlowConfig, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(
-            self.group_size > 1,
-            "group_size must be at least 2: rewards are compared within a group (--algo.group-size 8).",
+            self.reward_aggregation == "sum" or self.spread != "none",
+            "reward_aggregation 'gdpo' gives each of several rewards its own unit: take spread 'group' or 'global'.",
         )
         for name in ("max_advantage", "noisings", "critic_width"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
@@ -90,7 +89,7 @@ class EndpointConfig(FlowConfig, ABC):
         )
 
 
-class EndpointAlgorithm(FlowAlgorithm):
+class EndpointAlgorithm(Coupled, GroupRelative):
     """A `FlowAlgorithm` with advantages, whose loss is a row of `flowrl.functional.endpoint`."""
 
     Config: ClassVar[type[FlowConfig]] = EndpointConfig
@@ -119,9 +118,13 @@ class EndpointAlgorithm(FlowAlgorithm):
         config = self.config
         return lagging_decay(self.iteration, config.decay_flat, config.decay_rate, config.decay_hold)
 
+    def compared(self, reward: torch.Tensor, group: torch.Tensor, maximum: float) -> torch.Tensor:
+        """Compare one reward (B,) within groups (B,): advantages (B,) in units of the spread."""
+        return advantages(reward, group, self.config.spread, maximum)
+
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Compare the rewards of each group: advantages (B,)."""
-        return advantages(rollout.reward, rollout.group, self.config.spread, self.config.max_advantage)
+        return self.relative(rollout, self.config.max_advantage)
 
     def noised(self, batch: Batch) -> tuple[Batch, Pair]:
         """Pair the samples of a minibatch with noise, each `noisings` times; gives the rows of the pairs, too."""
@@ -132,7 +135,8 @@ class EndpointAlgorithm(FlowAlgorithm):
             extra = {name: rows.repeat_interleave(config.noisings, 0) for name, rows in batch.extra.items()}
             vectors = [rows.repeat_interleave(config.noisings, 0) for rows in batch[:5]]
             batch = Batch(vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], extra)
-        return batch, self.pair(batch, t=t)
+        batch, x_0 = self.couple(batch)
+        return batch, self.pair(batch, x_0, t)
 
     def follow(
         self,
@@ -165,7 +169,8 @@ class EndpointAlgorithm(FlowAlgorithm):
             advantage = advantage - value.detach()
         if "stray" in batch.extra:  # no advantage is to carry nothing
             advantage = advantage.masked_fill(batch.extra["stray"], 0)
-        return endpoint_loss(v, row.gradient(pair.u, advantage, known)).mean(), figures
+        weight = self.time_weight(pair.t, squared_error(pair.u, known[row.base].detach()))
+        return endpoint_loss(v, row.gradient(pair.u, advantage, known, weight)).mean(), figures
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Give lambda of the tilt `q_ref e^(lambda r) / Z` that the method aims at; None where there is none.
@@ -177,14 +182,18 @@ class EndpointAlgorithm(FlowAlgorithm):
 
         (for concave rewards early times are tilted less, see docs/algorithms/ram.md). dA/dr is that of
         `advantage_slope`, where nothing is clipped. Without beta_ref each refresh tilts on. With a critic that knows
-        E[A | x_t] it is so for rows around the reference, too.
+        E[A | x_t] it is so for rows around the reference, too. None for rewards that are compared each by itself.
 
         Args:
             reward_std: Standard deviation of the rewards within their groups, pooled; a scalar tensor.
         """
         row = self.config.row()
         held = row.anchors.get("reference", 0.0)
-        if not held or (row.base == "reference" and not self.config.critic_learning_rate):
+        if (
+            self.config.reward_aggregation != "sum"
+            or not held
+            or (row.base == "reference" and not self.config.critic_learning_rate)
+        ):
             return None
         slope = advantage_slope(reward_std, self.config.spread, self.config.group_size)
         return row.gain * slope / held

@@ -69,13 +69,18 @@ class GroupRelative(FlowAlgorithm):
             return {}
         return {COMPONENT + name: output.components[name] for name in self.env.core.reward_weights}
 
+    def compared(self, reward: torch.Tensor, group: torch.Tensor, maximum: float) -> torch.Tensor:
+        """Compare one reward (B,) within groups (B,): advantages (B,), clipped at `maximum`."""
+        return group_advantage(reward, group, maximum)
+
     def relative(self, rollout: Batch, maximum: float = math.inf) -> torch.Tensor:
         """Compute advantages (B,) relative to the group, clipped at `maximum`; zero where all of a group agree."""
         if self.config.reward_aggregation == "sum":
-            return group_advantage(rollout.reward, rollout.group, maximum)
+            return self.compared(rollout.reward, rollout.group, maximum)
         weights = self.env.core.reward_weights
         rewards = torch.stack([rollout.extra[COMPONENT + name] for name in weights])
-        return decoupled_advantage(rewards, rewards.new_tensor(list(weights.values())), rollout.group, maximum)
+        given = rewards.new_tensor(list(weights.values()))
+        return decoupled_advantage(rewards, given, rollout.group, maximum, self.compared)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from flowrl.functional.guidance import guided_field
 from flowrl.functional.sde import SDE, sde_sample
 from flowrl.functional.solvers import Solver, evaluations_per_sample, ode_sample
 from flowrl.models.base import VelocityModel
+from flowrl.models.init_lora import started_from
 from flowrl.models.lora import LoRA
 from flowrl.training.construction import as_generation_env, check_device, on_device, sampling_config, weight_dtypes
 from flowrl.training.graphs import Graphs
@@ -107,7 +108,7 @@ class FlowPolicy(SB3Policy):
         return cls(
             core.observation_space,
             core.action_space,
-            model=core.flow.load(*weight_dtypes(config)),
+            model=started_from(core.flow.load(*weight_dtypes(config)), config.init_lora),
             contexts=core.contexts,
             config=config,
             copies=copies,

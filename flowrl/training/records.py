@@ -82,7 +82,12 @@ def velocities(
 
 
 def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], seconds: float) -> None:
-    """Write the figures of an iteration to the logger, and warn of what an algorithm cautions against, once each."""
+    """Write the figures of an iteration to the logger, and warn of what an algorithm cautions against, once each.
+
+    The drift is measured here, where the loss has not given it.
+    """
+    if "drift" not in updates and model.learns_from != "contexts":
+        updates = {"drift": model.drift(), **updates}
     measured = {**model.rollout_figures, **{f"train/{key}": value for key, value in updates.items()}}
     values = model.ranks.mean_(torch.stack([value.float() for value in measured.values()])).tolist()
     record = model.logger.record

@@ -8,6 +8,7 @@ import torch
 
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import drawn
+from flowrl.training.rollout import roll_out
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -87,10 +88,12 @@ class ReferencePool:
     def _rewarded(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw samples of the reference (B, *latent_shape) and their rewards (B,); others stand in for dropped ones."""
         model = self.model
-        x_1 = model.policy.sample_latents(context_ids, role="reference", generator=model.generator)
-        output, kept = model.reward(model.policy.decode(x_1), context_ids)
-        row = torch.arange(len(x_1), device=model.device) % len(kept)
-        return x_1[kept[row]], output.reward[row]
+
+        def draw(ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return model.policy.sample_latents(ids, role="reference", generator=model.generator), {}
+
+        done = roll_out(context_ids, draw, model.policy.decode, model.reward)
+        return done.x_1, done.output.reward
 
     def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw one of the samples of each context (B,): latents (B, *latent_shape), float32, and rewards (B,)."""

@@ -29,6 +29,7 @@ class Case:
         images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
         rounds: The network computes in lower precision in itself, so that differences of it say nothing.
         most_bytes: Of its weights.
+        why_unpredictable: What of its own network a dry run cannot try, as the prediction says; empty where it can.
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
     """
@@ -42,5 +43,6 @@ class Case:
     images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None
     rounds: bool = False
     most_bytes: float = 4e6
+    why_unpredictable: str = ""
     has_lora: bool = True
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None

@@ -73,5 +73,6 @@ CASES = [
         sizes=(16, (8, 32)),
         options=PipelineOptions(sequence_length=TOKENS),
         images=images,
+        why_unpredictable="nonzero",  # which expert takes a token
     )
 ]

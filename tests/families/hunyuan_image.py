@@ -74,20 +74,13 @@ def images(*given: Any) -> torch.Tensor:
 
 
 OPTIONS = PipelineOptions(sequence_length=TOKENS)
-BYTES = 20e6
-"""One layer of the transformer is 2048 wide whatever its configuration says."""
+LIMITS: dict[str, Any] = {
+    "most_bytes": 20e6,  # one layer of the transformer is 2048 wide whatever its configuration says
+    "why_unpredictable": "nonzero",  # tokens of a prompt come before what pads them
+    "has_lora": False,
+}
 CASES = [
-    Case(
-        "hunyuan-image",
-        build,
-        call,
-        (16, (16, 24)),
-        3.5,
-        options=OPTIONS,
-        images=images,
-        most_bytes=BYTES,
-        has_lora=False,
-    ),
+    Case("hunyuan-image", build, call, (16, (16, 24)), 3.5, options=OPTIONS, images=images, **LIMITS),
     Case(
         "hunyuan-image-distilled",
         lambda folder: build(folder, guidance_embeds=True),
@@ -95,7 +88,6 @@ CASES = [
         (16, (16, 24)),
         3.25,
         options=OPTIONS,
-        most_bytes=BYTES,
-        has_lora=False,
+        **LIMITS,
     ),
 ]

@@ -69,6 +69,7 @@ CASES = [
         scale=3.5,
         options=PipelineOptions(sequence_length=TOKENS),
         images=images,
+        why_unpredictable="_local_scalar_dense",  # lengths of the prompts
         rounds=True,  # positions in bfloat16
     )
 ]

@@ -58,5 +58,6 @@ CASES = [
         scale=4.0,
         options=PipelineOptions(sequence_length=TOKENS),
         images=images,
+        why_unpredictable="_local_scalar_dense",  # lengths of the prompts
     )
 ]

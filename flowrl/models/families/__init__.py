@@ -4,30 +4,51 @@ from __future__ import annotations
 
 from flowrl.models.families.auraflow import AuraFlowFlow
 from flowrl.models.families.bria import BriaFlow
+from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.flux import FluxFlow
+from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.hunyuan_image import HunyuanImageFlow
+from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
+from flowrl.models.families.longcat_image import LongCatImageFlow
+from flowrl.models.families.ltx import LTXFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
+from flowrl.models.families.mochi import MochiFlow
+from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.prx import PRXFlow
+from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sd3 import SD3Flow
+from flowrl.models.families.wan import WanFlow
+from flowrl.models.families.z_image import ZImageFlow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
     AuraFlowFlow,
     BriaFlow,
+    ChromaFlow,
     CogView4Flow,
+    Flux2Flow,
+    Flux2KleinFlow,
     FluxFlow,
     HiDreamFlow,
     HunyuanImageFlow,
+    HunyuanVideoFlow,
     Kandinsky5ImageFlow,
+    LongCatImageFlow,
+    LTXFlow,
     Lumina2Flow,
+    MochiFlow,
+    OvisImageFlow,
     PRXFlow,
+    QwenImageFlow,
     SanaFlow,
     SD3Flow,
+    WanFlow,
+    ZImageFlow,
 ):
     register_pipeline(family)

@@ -32,7 +32,8 @@ class CogView4Flow(PatchedFlow):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for block in self.network.transformer_blocks:  # type: ignore[union-attr]
+        network: Any = self.network
+        for block in network.transformer_blocks:
             block.attn1.set_processor(MaskedAttention())
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -33,7 +33,7 @@ class MaskedAttention:
             x = x.to(both.dtype)
             if image_rotary_emb is None:
                 return x
-            image: Any = apply_rotary_emb(x[:, :, words:], image_rotary_emb, use_real_unbind_dim=-2)
+            image: Any = apply_rotary_emb(x[:, :, words:], cast(Any, image_rotary_emb), use_real_unbind_dim=-2)
             return torch.cat([x[:, :, :words], image], dim=2)
 
         mask = None if attention_mask is None else F.pad(attention_mask.bool(), (0, patches), value=True)[:, None, None]

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from flowrl.models.packing import pack, positions, unpack
-from flowrl.models.pipeline import ATTENTION, Part, PipelineFlow
+from flowrl.models.families.tokens import TokensFlow
+from flowrl.models.packing import pack, positions
+from flowrl.models.pipeline import ATTENTION, Part
 from flowrl.types import Condition
 
 LORA_TARGETS = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-LATENTS = 128
-"""Height and width of the latents when no resolution is asked for; the pipeline states it in code only."""
 
 
-class FluxFlow(PipelineFlow):
-    """A `FluxPipeline`. Latents are (C, H, W) here; the transformer sees 2 x 2 patches of them as tokens.
+class FluxFlow(TokensFlow):
+    """A `FluxPipeline`.
 
     FLUX.1-dev is guidance-distilled: the guidance scale is an input of the transformer, part of the condition. Where
     the transformer has no such input (FLUX.1-schnell), or `embedded_guidance` fixes it, guidance is classifier-free.
@@ -27,18 +25,7 @@ class FluxFlow(PipelineFlow):
     PIPELINE = "FluxPipeline"
     TRANSFORMER = "FluxTransformer2DModel"
     ENCODERS = ("text_encoder", "text_encoder_2")
-    TIME_SCALE = 1.0
     lora_targets = LORA_TARGETS
-
-    @classmethod
-    def default_sides(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        """Give the size of the pipeline's own call."""
-        return LATENTS, LATENTS
-
-    @classmethod
-    def channels(cls, transformer: Mapping[str, Any]) -> int:
-        """Give the channels before 2 x 2 patches are packed."""
-        return int(transformer["in_channels"]) // 4
 
     @classmethod
     def embeds_guidance(cls, transformer: Mapping[str, Any]) -> bool:
@@ -55,12 +42,8 @@ class FluxFlow(PipelineFlow):
             "encoder_hidden_states": prompt_embeds,
             "pooled_projections": pooled,
             "txt_ids": time.new_zeros(prompt_embeds.shape[1], 3),
-            "img_ids": positions(self.latent_shape[1] // 2, self.latent_shape[2] // 2, x.device),
+            "img_ids": positions(*self.grid, x.device),
         }
-
-    def outputs(self, predicted: torch.Tensor) -> torch.Tensor:
-        """Bring what the transformer gives into the shape of latents."""
-        return unpack(predicted, self.latent_shape[1] // 2, self.latent_shape[2] // 2)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Encode prompts: T5 embeddings (B, tokens, dim), pooled CLIP embeddings (B, dim), guidance scales (B,)."""
@@ -74,13 +57,3 @@ class FluxFlow(PipelineFlow):
         config: Any = self.network.config
         shapes = (self.max_sequence_length, config.joint_attention_dim), (config.pooled_projection_dim,)
         return [*map(Part, shapes), Part((), torch.float32)]
-
-    @property
-    def sequence_length(self) -> int:
-        """Number of tokens of one image."""
-        _, height, width = self.latent_shape
-        return (height // 2) * (width // 2)
-
-    def sigmas(self, steps: int, config: Mapping[str, Any]) -> np.ndarray | None:
-        """Space noise levels equally, down to 1 / steps, before the shift."""
-        return None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)

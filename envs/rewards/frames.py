@@ -1,0 +1,37 @@
+"""Rewards of images on videos: the mean over the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flowrl.types import Contexts, RewardOutput
+
+MEAN_OVER_FRAMES = "the mean over the frames"
+
+
+def over_frames(reward: Callable[[torch.Tensor, Contexts], Any]) -> Callable[..., Any]:
+    """Make a reward of images take videos too: samples (B, T, 3, H, W) are given to it a frame (B, 3, H, W) at a time.
+
+    Rewards and components are means over the frames; groups of samples of a prompt stay together. A reward that says
+    `takes_videos = True` is given whole videos.
+    """
+    if getattr(reward, "takes_videos", False):
+        return reward
+
+    def of_samples(samples: torch.Tensor, contexts: Contexts) -> Any:
+        if samples.ndim != 5:
+            return reward(samples, contexts)
+        outputs = [reward(frame, contexts) for frame in samples.unbind(1)]
+        if not isinstance(outputs[0], RewardOutput):
+            return _mean(outputs)
+        components = {name: _mean([o.components[name] for o in outputs]) for name in outputs[0].components}
+        return RewardOutput(_mean([o.reward for o in outputs]), components, outputs[0].info)
+
+    return of_samples
+
+
+def _mean(values: list[Any]) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(value) for value in values]).mean(0)

@@ -1,0 +1,159 @@
+"""Noising: at which times samples are noised again, with which noise, and how times are weighed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from flowrl.config import FlowConfig
+from flowrl.functional.flow import sample_time
+from flowrl.functional.transport import Coupling, conditional_permutation, ot_permutation
+from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.types import Batch, Condition, Pair, Rows
+
+TIME_BINS = 16
+TimeWeighting = Literal["none", "variance"]
+
+
+@dataclass(frozen=True)
+class NoisingConfig(FlowConfig):
+    """Settings of methods that noise their samples again."""
+
+    time_weighting: TimeWeighting = "none"
+    """"variance" weights times by the inverse of E|u - base|^2 there, a running mean: noise is even, the optimum is
+    the same."""
+    max_time: float = 1.0
+    """Largest time of the loss: beyond, towards the sample, there may be noise without signal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
+
+
+class Noising(FlowAlgorithm):
+    """A `FlowAlgorithm` whose loss noises samples again."""
+
+    Config: ClassVar[type[FlowConfig]] = NoisingConfig
+    config: NoisingConfig
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.config.time_weighting == "variance":
+            self.noise_at = self.keep("noise_at", torch.zeros(2, TIME_BINS))  # sums of |u - base|^2, and counts
+
+    def pair(self, batch: Batch, x_0: torch.Tensor | None = None, t: torch.Tensor | None = None) -> Pair:
+        """Pair the samples of a minibatch with fresh noise, at fresh times up to the largest; or with given ones."""
+        x_0 = self.policy.noise(len(batch.x_1), self.generator) if x_0 is None else x_0
+        t = sample_time(len(x_0), self.config.time_sampling, self.generator) if t is None else t
+        return super().pair(batch, x_0, t if self.config.max_time == 1 else self.config.max_time * t)
+
+    def time_weight(self, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Compute weights (B,) of times t (B,), in the mean over times one.
+
+        With "variance" they are the inverse of the noise E|u - base|^2 at t, as seen so far.
+        """
+        if self.config.time_weighting == "none":
+            return torch.ones_like(t)
+        bins = (t / self.config.max_time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
+        seen = torch.zeros_like(self.noise_at)
+        seen[0].index_add_(0, bins, noise.detach())
+        seen[1].index_add_(0, bins, torch.ones_like(noise))
+        self.noise_at += self.ranks.all_reduce_(seen)
+        weight = self.noise_at[1].clamp_min(1) / self.noise_at[0].clamp_min(1e-12)
+        weight = torch.where(self.noise_at[1] > 0, weight, 0)
+        return weight[bins] * (self.noise_at[1] > 0).sum() / weight.sum()
+
+
+@dataclass(frozen=True)
+class CouplingConfig(NoisingConfig):
+    """Settings of methods that choose how noise is paired with samples."""
+
+    coupling: Coupling = "independent"
+    """How noise is paired with samples: independent; by exact minibatch optimal transport within a context ("ot"), or
+    between contexts that are alike, too ("c2ot"); or each sample with the noise that it came from ("rectified")."""
+    context_weight: float = 1.0
+    """Weight of the squared distance of contexts' embeddings (mean one) in the cost of "c2ot", beside that of noise
+    and sample; large keeps within a context, 0 forgets contexts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            0 <= self.context_weight < math.inf, f"context_weight must not be negative, not {self.context_weight}."
+        )
+
+
+class Coupled(Noising):
+    """A `Noising` algorithm with a choice of how noise is paired with samples."""
+
+    Config: ClassVar[type[FlowConfig]] = CouplingConfig
+    config: Any
+
+    def _setup_model(self) -> None:
+        if self.config.coupling == "rectified" and self.ranks.is_main:
+            warnings.warn(
+                "coupling 'rectified' keeps each sample with its own noise: the flow is straightened, and the reward "
+                "moves it only where paths cross. Take 'independent' to learn from the reward.",
+                stacklevel=4,
+            )
+        super()._setup_model()
+        self._embedding: torch.Tensor | None = None
+
+    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+        """Draw latents of the behaviour policy, and keep the noise that they come from where it is asked for."""
+        if self.config.coupling != "rectified":
+            return super().draw(context_ids)
+        x_0 = self.policy.noise(len(context_ids), self.generator)
+        return self.policy.sample_latents(context_ids, role=self.behaviour_role, x_0=x_0), {"x_0": x_0}
+
+    def couple(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
+        """Pair each sample of a minibatch with noise (B, *latent_shape).
+
+        Weighting optimally coupled pairs would tilt the noise as well. So transport first draws samples in proportion
+        to the size of their weight or advantage (each then carries the mean size, with its sign), and couples those:
+        samples of either sign by themselves, so that each has standard normal noise.
+        """
+        coupling, ranks = self.config.coupling, self.ranks
+        if coupling == "rectified":
+            return batch, batch.extra["x_0"]
+        x_0 = self.policy.noise(len(batch.x_1), self.generator)
+        if coupling == "independent":
+            return batch, x_0
+        n = len(x_0) * ranks.world_size  # coupled over the whole minibatch
+        x_0, x_1, ids, reward, coefficient, group = (ranks.all_gather(rows, n) for rows in (x_0, *batch[:5]))
+        size = coefficient.abs()
+        index = torch.multinomial(size + (size.sum() == 0), n, replacement=True, generator=self.generator)
+        x_1, ids, sign = x_1[index], ids[index], coefficient[index].sign()
+        if coupling == "ot":
+            order = ot_permutation(x_0, x_1, 2 * ids + (sign < 0))
+        else:
+            order = conditional_permutation(x_0, x_1, self.embedding()[ids], self.config.context_weight, (sign < 0) * 1)
+        own = ranks.shard
+        drawn = Batch(own(x_1), own(ids), own(reward[index]), own(size.mean() * sign), own(group[index]))
+        return drawn, own(x_0[order])
+
+    def embedding(self) -> torch.Tensor:
+        """Give the embeddings (C, E) of all contexts, whose squared distances are one in the mean."""
+        if self._embedding is None:
+            n = len(self.env.core.contexts)
+            self._embedding = embedding_of(self.policy.condition(torch.arange(n)), n)
+        return self._embedding
+
+
+def embedding_of(condition: Condition, n: int) -> torch.Tensor:
+    """Embed `n` encoded contexts: (n, E), float64, in units in which squared distances are one in the mean.
+
+    Parts of (n, ..., E) are averaged over all but the first and the last dimension; of whole numbers, names of classes,
+    any two are as far apart.
+    """
+    parts = [torch.zeros(n, 0, dtype=torch.double)]
+    for part in condition:
+        if not part.is_floating_point():
+            part = torch.nn.functional.one_hot(part.reshape(n, -1).unique(dim=0, return_inverse=True)[1])
+        parts.append((part.flatten(1, -2).double().mean(1) if part.dim() > 2 else part.reshape(n, -1)).double())
+    c = torch.cat([parts[0].to(parts[-1].device), *parts[1:]], dim=1)
+    spread = c.var(0, correction=1).sum() if n > 1 else c.new_zeros(())
+    return c / (2 * spread).sqrt().clamp_min(torch.finfo(c.dtype).tiny)

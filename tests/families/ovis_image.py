@@ -1,0 +1,61 @@
+"""Ovis-Image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, OvisImagePipeline, OvisImageTransformer2DModel
+from small_pipelines import autoencoder, louder
+from transformers import Qwen3Model
+
+from families import encoders
+from families.case import PROMPTS, Case
+from flowrl.models.packing import pack, unpack
+from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+
+LENGTH = 24
+
+
+def build(folder: Path) -> None:
+    torch.manual_seed(8)
+    transformer = OvisImageTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=encoders.WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipeline = OvisImagePipeline(
+        transformer=louder(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(),
+        text_encoder=Qwen3Model(encoders.qwen3_config()),
+        tokenizer=encoders.tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+
+
+def call(flow: PipelineFlow, x_0: torch.Tensor, scale: float, steps: int, **kwargs: Any) -> torch.Tensor:
+    _, height, width = flow.sample_shape
+    options = {"num_inference_steps": steps, "height": height, "width": width, "output_type": "latent", **kwargs}
+    options |= {"guidance_scale": scale, "max_sequence_length": LENGTH, "negative_prompt": [""] * len(PROMPTS)}
+    result = flow.pipeline(PROMPTS, latents=pack(x_0), **options).images
+    return result if kwargs else unpack(result, flow.latent_shape[1] // 2, flow.latent_shape[2] // 2)
+
+
+CASES = [
+    Case(
+        "ovis-image",
+        build,
+        call,
+        sizes=(16, (16, 24)),
+        options=PipelineOptions(sequence_length=LENGTH),
+        images=lambda *given: call(*given, output_type="pt"),
+        has_lora=False,
+    )
+]

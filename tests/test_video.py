@@ -1,0 +1,276 @@
+"""Videos: networks by time, frames and sizes, frames of rewards."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from families.wan import OPTIONS, wan
+from PIL import Image
+from torch import nn
+
+import flowrl.export
+import flowrl.run
+import flowrl.sample
+from flowrl.envs.registration import make
+from flowrl.envs.rewards.frames import over_frames
+from flowrl.envs.text_to_image import TextToImageConfig
+from flowrl.errors import ConfigError
+from flowrl.evaluation.side_effects import held_out, looks
+from flowrl.models.by_time import ByTime
+from flowrl.models.loading import source_of
+from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.models.schedules import times_of
+from flowrl.runs import media
+from flowrl.types import RewardOutput
+
+OPTIONS_16 = replace(OPTIONS, resolution=16)
+
+
+class Counting(nn.Module):
+    """A network that counts its calls and rows."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.weight, self.rows = nn.Parameter(torch.tensor(factor)), []
+
+    def forward(self, timestep: torch.Tensor, hidden_states: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        assert not return_dict
+        self.rows.append(len(timestep))
+        return (self.weight * hidden_states + timestep[:, None],)
+
+
+def test_a_batch_of_mixed_times_is_split_between_two_networks() -> None:
+    both = ByTime(Counting(2.0), Counting(3.0), boundary=500.0)
+    x, times = torch.randn(4, 3), torch.tensor([900.0, 499.9, 500.0, 0.0])
+    (whole,) = both(timestep=times, hidden_states=x, return_dict=False)
+    alone = [both(timestep=times[i : i + 1], hidden_states=x[i : i + 1], return_dict=False)[0] for i in range(4)]
+    assert torch.equal(whole, torch.cat(alone))
+    assert torch.allclose(whole, torch.tensor([2.0, 3.0, 2.0, 3.0])[:, None] * x + times[:, None])
+    assert both.transformer.rows == both.transformer_2.rows == [2, 1, 1]
+    whole.sum().backward()
+    for network, rows in ((both.transformer, [0, 2]), (both.transformer_2, [1, 3])):
+        assert torch.allclose(network.weight.grad, x[rows].sum())
+
+
+@pytest.mark.parametrize(("time", "used"), [(800.0, "transformer"), (100.0, "transformer_2")])
+def test_at_one_time_one_network_runs(time: float, used: str) -> None:
+    both = ByTime(Counting(2.0), Counting(3.0), boundary=500.0)
+    both(timestep=torch.full((3,), time), hidden_states=torch.randn(3, 2), return_dict=False)
+    assert {name: part.rows for name, part in both.parts().items()} == {
+        name: [3] if name == used else [] for name in both.parts()
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wan(tmp_path_factory.mktemp("video") / "wan")
+
+
+@pytest.mark.parametrize(("frames", "example"), [(6, 5), (7, 9), (0, 1), (-3, 1)])
+def test_a_number_of_frames_that_cannot_be_is_refused(folder: Path, frames: int, example: int) -> None:
+    with pytest.raises(ConfigError, match=rf"multiple of 4 and one more .* not {frames}; e\.g\. {example}\."):
+        source_of(str(folder), pipeline=PipelineOptions(frames=frames))
+
+
+def test_frames_and_sides_are_the_pipelines_own_unless_given(folder: Path) -> None:
+    assert source_of(str(folder)).sample_shape == (81, 3, 480, 832)
+    options = PipelineOptions(resolution=(32, 48), frames=9)
+    assert source_of(str(folder), pipeline=options).sample_shape == (9, 3, 32, 48)
+
+
+def test_the_noise_levels_of_a_published_scheduler_are_taken(folder: Path, tmp_path: Path) -> None:
+    """UniPC's levels, with its shift; the steps between them are Euler's."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    given: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = UniPCMultistepScheduler(**given)
+    WanPipeline.from_pretrained(folder, scheduler=scheduler).save_pretrained(tmp_path / "wan")
+    flow = source_of(str(tmp_path / "wan"), pipeline=OPTIONS).load()
+    assert isinstance(flow, PipelineFlow)
+    assert torch.equal(flow.times(4), times_of(scheduler, 4))
+    scheduler.set_timesteps(4)
+    assert torch.allclose(flow.times(4)[1:], 1 - scheduler.sigmas[1:], atol=1e-6)
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"resolution": 512}, 512),
+        ({"resolution": "512"}, 512),
+        ({"resolution": "768x1344"}, (768, 1344)),
+        ({"height": 768, "width": 1344}, (768, 1344)),
+    ],
+)
+def test_sizes_as_they_are_written(settings: dict[str, Any], expected: Any) -> None:
+    assert TextToImageConfig(**settings).pipeline().resolution == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution": "large"}, "HEIGHTxWIDTH, e.g. 768x1344, not 'large'"),
+        ({"resolution": "768x"}, "HEIGHTxWIDTH"),
+        ({"resolution": "768X1344"}, "HEIGHTxWIDTH"),
+        ({"resolution": "-8"}, "HEIGHTxWIDTH"),
+        ({"resolution": 0}, "must be positive, not 0"),
+        ({"height": 768}, "go together"),
+        ({"width": 768}, "go together"),
+        ({"height": 768, "width": 0}, "must be positive"),
+        ({"resolution": 512, "height": 768, "width": 512}, "give one or the others"),
+        ({"sequence_length": 0}, "sequence_length must be positive"),
+        ({"embedded_guidance": float("inf")}, "embedded_guidance must be finite"),
+    ],
+)
+def test_sizes_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TextToImageConfig(**settings)
+
+
+@pytest.mark.parametrize("given", [["--env.resolution", "768x1344"], ["--env.height", "768", "--env.width", "1344"]])
+def test_sizes_on_the_command_line(given: list[str]) -> None:
+    config = tyro.cli(Program, args=[*given, "--env.frames", "9", "--env.sequence-length", "12"])
+    options = config.env.pipeline()
+    assert (options.resolution, options.frames, options.sequence_length) == ((768, 1344), 9, 12)
+    assert tyro.cli(Program, args=["--env.resolution", "512"]).env.resolution == 512
+
+
+@dataclass
+class Program:
+    """Options as a program has them."""
+
+    env: TextToImageConfig = field(default_factory=TextToImageConfig)
+
+
+@pytest.mark.parametrize("flow", ["mini-sd3", "emoji"])
+def test_images_have_no_frames(flow: str) -> None:
+    with pytest.raises(ConfigError, match="frames"):
+        source_of(flow, pipeline=PipelineOptions(frames=5))
+
+
+# frames of rewards, statistics and pictures
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_reward_of_images_is_averaged_over_the_frames(whole: bool) -> None:
+    seen = []
+
+    def reward(images: torch.Tensor, prompts: Any) -> RewardOutput:
+        seen.append(tuple(images.shape))
+        values = images.flatten(1).mean(1)
+        return RewardOutput(values, {"twice": 2 * values})
+
+    reward.takes_videos = whole  # type: ignore[attr-defined]
+    videos = torch.rand(2, 3, 3, 4, 4, requires_grad=True)
+    output = over_frames(reward)(videos, ["a", "b"])
+    assert torch.allclose(output.reward, videos.flatten(1).mean(1))
+    assert torch.allclose(output.components["twice"], 2 * output.reward)
+    assert output.reward.requires_grad
+    assert seen == ([(2, 3, 3, 4, 4)] if whole else [(2, 3, 4, 4)] * 3)
+
+
+def test_held_out_rewards_and_looks_take_videos() -> None:
+    videos = torch.rand(2, 3, 3, 8, 8)
+    values = held_out({"bright": lambda images, prompts: images.flatten(1).mean(1)}, videos, ["a", "b"])
+    assert torch.allclose(values["held-out bright"], videos.flatten(1).mean(1))
+    of_frames = [looks(videos[:, t]) for t in range(3)]
+    for name, value in looks(videos).items():
+        assert torch.allclose(value, torch.stack([frame[name] for frame in of_frames]).mean(0))
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two iterations on videos, with its evaluation and pictures."""
+    place = tmp_path_factory.mktemp("runs")
+    given = f"""
+        --algo orw_w2 --env sd3-aesthetic --env.flow {folder} --env.reward colourfulness --env.resolution 16x32
+        --env.frames 5 --env.sequence-length 12 --env.prompts stars circles
+        --algo.n-samples 4 --algo.group-size 2 --algo.batch-size 2 --algo.n-epochs 1 --algo.rollout-steps 2
+        --algo.rollout-batch-size 4 --algo.lora-rank 2 --total-timesteps 4 --eval-samples 4 --device cpu
+        --out {place} --name wan
+    """
+    head = io.StringIO()
+    with contextlib.redirect_stdout(head):
+        assert flowrl.run.main(given.split()) == 0
+    (place / "wan" / "head.txt").write_text(head.getvalue())
+    return place / "wan"
+
+
+def test_a_run_on_videos_shows_frames_and_says_what_is_rewarded(run: Path) -> None:
+    assert "the mean over the frames" in (run / "head.txt").read_text()
+    with Image.open(run / "before_after.png") as picture:
+        assert picture.width == 2 * (5 * (32 + 2) + 2) + 12  # a row of five frames, before and after
+
+
+def test_samples_of_videos_are_written_as_videos(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "writes_mp4", lambda: False)
+    monkeypatch.setattr(flowrl.sample, "writes_mp4", lambda: False)
+    args = [str(run), "--prompt", "stars", "-n", "2", "--steps", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert flowrl.sample.main(args) == 0
+    about = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert about["frames_per_second"] == 16
+    for entry in about["samples"]:
+        with Image.open(tmp_path / "out" / entry["file"]) as video:
+            assert (video.n_frames, video.size) == (5, (32, 16))
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.width == 5 * (32 + 2) + 2
+
+
+def test_mp4_is_written_by_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+
+    class Writer(contextlib.AbstractContextManager):  # type: ignore[type-arg]
+        append_data = written.append
+
+        def __exit__(self, *exc: object) -> None:
+            written.append("closed")
+
+    def get_writer(path: Path, **options: Any) -> Writer:
+        written.extend([path, options["fps"]])
+        return Writer()
+
+    monkeypatch.setattr(media, "writes_mp4", lambda: True)
+    monkeypatch.setitem(sys.modules, "imageio", ModuleType("imageio"))
+    monkeypatch.setitem(sys.modules, "imageio.v2", SimpleNamespace(get_writer=get_writer))
+    assert media.save_video(torch.rand(4, 3, 8, 6), tmp_path / "a.png", 16) == tmp_path / "a.mp4"
+    assert written[:2] == [tmp_path / "a.mp4", 16]
+    assert [frame.shape for frame in written[2:-1]] == [(8, 6, 3)] * 4
+    assert written[-1] == "closed"
+
+
+def test_the_export_says_how_many_frames_and_draws_a_video(run: Path, tmp_path: Path) -> None:
+    assert flowrl.export.main([str(run), str(tmp_path / "shared"), "--device", "cpu"]) == 0
+    sampling = json.loads((tmp_path / "shared" / "sampling.json").read_text())
+    assert (sampling["height"], sampling["width"], sampling["num_frames"]) == (16, 32, 5)
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert ").frames[0]\nexport_to_video(video" in card
+
+
+def test_a_pipeline_of_two_networks_is_exported_whole(tmp_path: Path) -> None:
+    """Both networks, after full fine-tuning, with the boundary between them."""
+    folder = wan(tmp_path / "wan", two=True, boundary_ratio=0.65)
+    options: dict[str, Any] = {"frames": 5, "sequence_length": 12, "prompts": ("stars",)}
+    env = make("sd3-aesthetic", flow=str(folder), reward="colourfulness", resolution=16, **options)
+    settings: dict[str, Any] = {"precision": "float32", "n_samples": 4, "group_size": 2, "rollout_batch_size": 4}
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", lora_rank=0, batch_size=2, n_epochs=1, **settings)
+    model.learn(4)
+    flowrl.export.export(model, tmp_path, tmp_path / "shared")
+    again = source_of(str(tmp_path / "shared"), pipeline=OPTIONS_16).load()
+    assert isinstance(again.network, ByTime)
+    assert again.network.boundary == 650
+    kept = model.policy.networks.model_of(model.policy.sampling_role).network
+    for ours, theirs in zip(kept.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
