@@ -135,6 +135,8 @@ def test_training_and_export(case: Case, folder: Path, algorithm: str, tmp_path:
 @pytest.mark.parametrize("mode", [False, True])
 def test_gradients_are_those_of_the_velocity(case: Case, folder: Path, mode: bool) -> None:
     """In either mode: along a direction of the weights its gradient is its change, no part is computed without."""
+    if case.rounds:
+        pytest.skip("this network rounds")
     flow = loaded(case, folder).train(mode)
     cond = tuple(part.double() if part.is_floating_point() else part for part in flow.encode(PROMPTS[:2]))
     parameters = [p.requires_grad_(True) for p in flow.network.double().parameters()]
@@ -149,7 +151,8 @@ def test_gradients_are_those_of_the_velocity(case: Case, folder: Path, mode: boo
                 parameter.add_(direction, alpha=step)
         return (flow(x, t, cond) * r).sum()
 
-    assert float(along(0.0)) == pytest.approx(float((flow.train(not mode)(x, t, cond) * r).sum()), rel=1e-4)
+    other_mode = (flow.train(not mode)(x, t, cond) * r).sum()
+    assert float(along(0.0).detach()) == pytest.approx(float(other_mode.detach()), rel=1e-4)
     flow.train(mode)
     gradients = torch.autograd.grad(along(0.0), parameters, allow_unused=True)
     slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions) if g is not None)

@@ -54,7 +54,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
 
     def load(network_dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype = torch.float32) -> VelocityModel:
         def load_encoders() -> Any:
-            without = dict.fromkeys((*trained, "vae"))
+            without = {part: None for part in (*trained, "vae") if part not in adapter.ALWAYS_THERE}
             return load_pipeline(source, name, index, adapter, options, frozen_dtype, **without)
 
         dtypes = {**dict.fromkeys(trained, network_dtype), "default": frozen_dtype}

@@ -120,6 +120,8 @@ class PipelineFlow(VelocityModel):
     """Names of the parts that encode prompts, and that can be released after that."""
     ENCODERS_ALONE: ClassVar[bool] = True
     """Whether the pipeline can be loaded without network and autoencoder; else text encoders are kept on the host."""
+    ALWAYS_THERE: ClassVar[tuple[str, ...]] = ()
+    """Names of parts that the pipeline is not assembled without, not even to encode prompts."""
     WITHOUT_T5: ClassVar[str | None] = None
     """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
     SEQUENCE_LENGTH: ClassVar[int] = 512
@@ -426,7 +428,7 @@ class PipelineFlow(VelocityModel):
                 network.save_pretrained(folder / name, safe_serialization=True)
             return
         whole = with_start(lora_state, self.init_lora) if self.init_lora else lora_state
-        if hasattr(self.pipeline, "save_lora_weights"):
+        if _saves_adapters(self.pipeline):
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=whole)
         else:
             named = {f"{self.NETWORK}.{name}": value.contiguous() for name, value in whole.items()}
@@ -435,3 +437,9 @@ class PipelineFlow(VelocityModel):
 
 def _is_clip(encoder: nn.Module) -> bool:
     return "CLIP" in type(encoder).__name__
+
+
+def _saves_adapters(pipeline: Any) -> bool:
+    """Tell whether a pipeline writes adapters of a transformer: some have inherited a writer for a UNet."""
+    write = getattr(pipeline, "save_lora_weights", None)
+    return write is not None and "transformer_lora_layers" in inspect.signature(write).parameters

@@ -27,6 +27,8 @@ class Case:
         scale: The guidance scale to try beside 1.
         options: Further fields of `PipelineOptions`.
         images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
+        rounds: The network computes in lower precision in itself, so that differences of it say nothing.
+        most_bytes: Of its weights.
         why_unpredictable: What of its own network a dry run cannot try, as the prediction says; empty where it can.
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
         most_bytes: Size of all weights at most.
@@ -40,6 +42,8 @@ class Case:
     scale: float = 4.5
     options: PipelineOptions = DEFAULTS
     images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None
+    rounds: bool = False
+    most_bytes: float = 4e6
     why_unpredictable: str = ""
     has_lora: bool = True
     most_bytes: float = 4e6

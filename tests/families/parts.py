@@ -7,9 +7,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from small_pipelines import WORDS, louder
+from small_pipelines import WORDS, clip_config, clip_tokenizer, louder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from families.case import PROMPTS
 from flowrl.models.pipeline import PipelineFlow
@@ -91,3 +98,27 @@ def call(flow: PipelineFlow, x_0: torch.Tensor, scale: float, steps: int, **kwar
     _, height, width = flow.sample_shape
     options = {"num_inference_steps": steps, "height": height, "width": width, "output_type": "latent", **kwargs}
     return flow.pipeline(PROMPTS, latents=x_0, guidance_scale=scale, **options).images
+
+
+def signs_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word or row of other signs: templates of chats are long enough for what pipelines cut off them."""
+    made = Tokenizer(models.WordLevel({word.lstrip("▁"): i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def clip() -> dict[str, Any]:
+    """A CLIP of the usual 77 tokens and its tokenizer, as second text encoder."""
+    config = clip_config()
+    config.max_position_embeddings = 77
+    return {"text_encoder_2": CLIPTextModel(config), "tokenizer_2": clip_tokenizer()}
+
+
+def qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL that sees no pictures here."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": DIM}
+    text = {**text_config(), "num_hidden_layers": 3, "rope_parameters": rope}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))

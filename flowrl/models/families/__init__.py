@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from flowrl.models.families.auraflow import AuraFlowFlow
+from flowrl.models.families.bria import BriaFlow
 from flowrl.models.families.chroma import ChromaFlow
 from flowrl.models.families.cogview4 import CogView4Flow
 from flowrl.models.families.ernie_image import ErnieImageFlow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.hidream import HiDreamFlow
+from flowrl.models.families.hunyuan_image import HunyuanImageFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.hunyuan_video15 import HunyuanVideo15Flow
+from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
 from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ltx import LTXFlow
@@ -18,6 +21,7 @@ from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.mochi import MochiFlow
 from flowrl.models.families.nucleusmoe_image import NucleusMoEImageFlow
 from flowrl.models.families.ovis_image import OvisImageFlow
+from flowrl.models.families.prx import PRXFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
@@ -29,6 +33,7 @@ __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
     AuraFlowFlow,
+    BriaFlow,
     ChromaFlow,
     CogView4Flow,
     ErnieImageFlow,
@@ -36,8 +41,10 @@ for family in (
     Flux2KleinFlow,
     FluxFlow,
     HiDreamFlow,
+    HunyuanImageFlow,
     HunyuanVideo15Flow,
     HunyuanVideoFlow,
+    Kandinsky5ImageFlow,
     Krea2Flow,
     LongCatImageFlow,
     LTXFlow,
@@ -45,6 +52,7 @@ for family in (
     MochiFlow,
     NucleusMoEImageFlow,
     OvisImageFlow,
+    PRXFlow,
     QwenImageFlow,
     SanaFlow,
     SD3Flow,

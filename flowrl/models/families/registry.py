@@ -13,21 +13,33 @@ Declaration = TypeVar("Declaration", bound=type[PipelineFlow])
 DECLARED: dict[str, type[PipelineFlow]] = {}
 """Declarations by the class name of the pipeline."""
 DIFFUSION = "it predicts noise, or is made for a diffusion schedule; losses and samplers here are those of a flow"
+FLOW_MAP = "its network is given two times, and maps from one to the other"
+TRIGONOMETRIC = "it is distilled to a trigonometric schedule of one to four steps, which is no straight path"
 NO_FLOWS: Mapping[str, str] = {
     "AceStepPipeline": "its guidance adds momentum from step to step, so that no velocity at a point is guided, and "
     "its network takes the padding of the other prompts of a batch for text",
     "AllegroPipeline": DIFFUSION,
+    "AnyFlowFARPipeline": FLOW_MAP,
+    "AnyFlowPipeline": FLOW_MAP,
     "CogVideoXPipeline": DIFFUSION,
+    "CogView3PlusPipeline": DIFFUSION,
+    "CosmosTextToWorldPipeline": DIFFUSION,
+    "GlmImagePipeline": "another model draws tokens of an image first, anew in every call, and the flow paints "
+    "those: a prompt alone is no condition of it",
     "HunyuanDiTPipeline": DIFFUSION,
     "Ideogram4Pipeline": "its guidance is that of a second network, which would not follow the one that is trained",
     "Kandinsky5T2VPipeline": "its network takes the padding of the other prompts of a batch for text, so that a prompt "
     "alone gives another velocity",
     "KolorsPipeline": DIFFUSION,
     "LattePipeline": DIFFUSION,
+    "OmniGenPipeline": "it has no text encoder: its network takes the words themselves, and conditions here are "
+    "embeddings",
+    "PRXPixelPipeline": "it predicts images, which its call turns into velocities down to a noise level of 0.05 only",
     "PixArtAlphaPipeline": DIFFUSION,
     "PixArtSigmaPipeline": DIFFUSION,
-    "SanaSprintPipeline": "it is distilled to a trigonometric schedule of one to four steps, which is no straight path",
+    "SanaSprintPipeline": TRIGONOMETRIC,
     "StableAudioPipeline": DIFFUSION,
+    "StableCascadeCombinedPipeline": DIFFUSION,
     "StableDiffusionPipeline": DIFFUSION,
     "StableDiffusionXLPipeline": DIFFUSION,
 }
