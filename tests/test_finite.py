@@ -75,7 +75,7 @@ def test_many_in_a_row_stop_the_run_with_a_diagnosis() -> None:
         trained.learn(64 * 10)
     text = str(caught.value)
     assert trained._n_updates == 16  # two good, then 2 + 4 + 4 bad, when the third iteration's end is looked at
-    for fact in ("last 10 gradient steps", "loss of a minibatch nan", "tau 1", "effective sample share", "first '"):
+    for fact in ("last 10 gradient steps", "loss of a minibatch nan", "tau 0.5", "effective sample share", "first '"):
         assert fact in text
     assert weights(trained).isfinite().all()
 
