@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from flowrl.evaluation.measure import EvaluationResult
 
@@ -25,6 +26,8 @@ FRAMES = 8
 """Frames of a video in a picture at most."""
 VIDEOS = 8
 """Videos in a picture at most; one can be as large as a hundred images."""
+SPECTROGRAM = (96, 192)
+"""Height and width of a sound's picture."""
 CURVES = {
     "rollout/reward_mean": "reward",
     "rollout/diversity": "diversity",
@@ -63,24 +66,39 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     return sheet
 
 
+def as_images(samples: torch.Tensor, env: GenerationEnv) -> torch.Tensor:
+    """Give what `image_grid` draws of images, videos or sounds: of the latter their spectrograms."""
+    return spectrograms(samples) if env.flow.sample_rate else samples
+
+
+def spectrograms(sounds: torch.Tensor) -> torch.Tensor:
+    """Draw sounds (B, channels, N) as images (B, 1, *SPECTROGRAM): time to the right, frequency upwards, over 80 dB."""
+    mono = sounds.detach().float().mean(1)
+    n_fft = max(16, min(1024, mono.shape[1] // 8))
+    window = torch.hann_window(n_fft, device=mono.device)
+    spectrum = torch.stft(mono, n_fft, n_fft // 4, window=window, pad_mode="constant", return_complex=True).abs()
+    level = 20 * F.adaptive_avg_pool2d(spectrum[:, None], SPECTROGRAM).clamp_min(1e-8).log10()
+    return ((level - level.amax((1, 2, 3), keepdim=True)) / 80 + 1).clamp(0, 1).flip(2)
+
+
 def n_shown(env: GenerationEnv, images: int = 36) -> int:
-    """Give the number of samples in a picture of `images` images, of videos, or of points."""
-    return 1024 if not env.flow.is_image else min(images, VIDEOS) if env.flow.frame_rate else images
+    """Give the number of samples in a picture of `images` images or sounds, of videos, or of points."""
+    return 1024 if not env.flow.is_media else min(images, VIDEOS) if env.flow.frame_rate else images
 
 
 def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
-    """Save a picture of samples as PNG: a grid of images, or a scatter plot of points."""
+    """Save a picture of samples as PNG: a grid of images or of spectrograms, or a scatter plot of points."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if env.flow.is_image:
-        image_grid(samples).save(path)
+    if env.flow.is_media:
+        image_grid(as_images(samples, env)).save(path)
     else:
         _save_plots([("samples", samples)], env, path)
 
 
 def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
     """Save a picture of reference and trained samples at the same noise, as PNG."""
-    if env.flow.is_image:
-        halves = [image_grid(s[: n_shown(env)]) for s in (result.reference_samples, result.samples)]
+    if env.flow.is_media:
+        halves = [image_grid(as_images(s[: n_shown(env)], env)) for s in (result.reference_samples, result.samples)]
         gap = 12
         both = Image.new("RGB", (2 * halves[0].width + gap, halves[0].height), "white")
         both.paste(halves[0], (0, 0))
