@@ -161,7 +161,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     @property
     def shows_images(self) -> bool:
         """Whether `pictures` are to be shown of samples, in place of what `plot` draws."""
-        return self.flow.is_image or self.renderer is not None
+        return self.flow.is_media or self.renderer is not None
 
     def pictures(self, samples: torch.Tensor) -> torch.Tensor:
         """Draw samples (B, *sample_shape) as images (B, 1 or 3, H, W) in [0, 1], if `shows_images`.

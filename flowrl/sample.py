@@ -21,8 +21,8 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.runs.folder import cannot_write, load_model, new_folder
-from flowrl.runs.media import NO_WRITER, save_video, writes_mp4
-from flowrl.runs.pictures import image_grid, n_shown, save_picture
+from flowrl.runs.media import NO_WRITER, save_sound, save_video, writes_mp4
+from flowrl.runs.pictures import as_images, image_grid, n_shown, save_picture
 from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
 from flowrl.storage.files import write_json
 from flowrl.training.algorithm import FlowAlgorithm
@@ -47,7 +47,7 @@ class SampleConfig:
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to draw; give it several times for several prompts. Without it, up to eight of the run's own."""
     n: Annotated[int | None, tyro.conf.arg(aliases=("-n",))] = None
-    """Samples of each prompt; 4 images or videos, or 1024 points, when not given."""
+    """Samples of each prompt; 4 images, videos or sounds, or 1024 points, when not given."""
     steps: int | None = None
     """Solver steps; as in training when not given."""
     guidance_scale: float | None = None
@@ -163,7 +163,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
     out = config.out.resolve()
     folder = new_folder(out.parent, out.name)
     try:
-        write = _write_images if env.flow.is_image else _write_points
+        write = _write_media if env.flow.is_media else _write_points
         entries, picture = write(folder, env, each, seeds, chain([first], batches), n)
         about = {
             "flowrl": __version__,
@@ -177,6 +177,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
             "batch_size": config.batch_size,
             "noise": "torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)), on the CPU",
             **({"frames_per_second": env.flow.frame_rate} if env.flow.frame_rate else {}),
+            **({"sample_rate": env.flow.sample_rate} if env.flow.sample_rate else {}),
             "samples": entries,
         }
         write_json(folder / "samples.json", about)
@@ -187,10 +188,10 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
     return [folder, picture, folder / "samples.json"]
 
 
-def _write_images(
+def _write_media(
     folder: Path, env: GenerationEnv, contexts: list[Any], seeds: list[int], batches: Iterator[torch.Tensor], n: int
 ) -> tuple[list[dict[str, Any]], Path]:
-    """Write a PNG for each image, or a video, and `grid.png`; give entries for `samples.json` and the grid's path."""
+    """Write a file for each image, video or sound, and `grid.png`; give entries for `samples.json`, the grid's path."""
     entries: list[dict[str, Any]] = []
     shown: list[torch.Tensor] = []
     rate, most = env.flow.frame_rate, n_shown(env, GRID)
@@ -203,11 +204,13 @@ def _write_images(
             name = f"{number:04d}-{slug(context)}-seed{seed}.png"
             if rate:
                 name = save_video(image, folder / name, rate).name
+            elif env.flow.sample_rate:
+                name = save_sound(image, folder / name, env.flow.sample_rate).name
             else:
                 image_grid(image[None], pad=0).save(folder / name)
             entries.append({"file": name, "prompt": context, "seed": seed})
         shown += batch[: most - len(shown)]
-    image_grid(torch.stack(shown), columns=n if 1 < n < len(contexts) else 0).save(folder / "grid.png")
+    image_grid(as_images(torch.stack(shown), env), columns=n if 1 < n < len(contexts) else 0).save(folder / "grid.png")
     return entries, folder / "grid.png"
 
 

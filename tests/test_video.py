@@ -1,4 +1,4 @@
-"""Videos: networks by time, frames and sizes, frames of rewards."""
+"""Videos and sounds: networks by time, frames and sizes, frames of rewards, files and pictures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import scipy.io.wavfile
 import torch
 import tyro
 from families.wan import OPTIONS, wan
@@ -21,7 +22,7 @@ from torch import nn
 import flowrl.export
 import flowrl.run
 import flowrl.sample
-from flowrl.envs.registration import make
+from flowrl.envs.registration import CustomEnv, make
 from flowrl.envs.rewards.frames import over_frames
 from flowrl.envs.text_to_image import TextToImageConfig
 from flowrl.errors import ConfigError
@@ -31,6 +32,7 @@ from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 from flowrl.models.schedules import times_of
 from flowrl.runs import media
+from flowrl.runs.pictures import SPECTROGRAM, save_picture, spectrograms
 from flowrl.types import RewardOutput
 
 OPTIONS_16 = replace(OPTIONS, resolution=16)
@@ -308,3 +310,64 @@ def test_the_plan_of_two_networks_is_tried(tmp_path: Path, capsys: pytest.Captur
     told = capsys.readouterr().out
     assert "not tried" not in told
     assert "the mean over the frames" in told
+
+
+# sounds
+
+RATE = 8000
+
+
+class Sound(nn.Module):
+    """A flow of sounds of two channels."""
+
+    sample_shape = (2, 800)
+    sample_rate = RATE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(2, 1))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.scale * x - x  # the noise fades
+
+
+def test_a_sound_is_a_wav_file(tmp_path: Path) -> None:
+    tone = torch.stack([torch.sin(torch.arange(800) * 0.3), torch.full((800,), 2.0)])
+    path = media.save_sound(tone, tmp_path / "tone.png", RATE)
+    assert path.name == "tone.wav"
+    rate, values = scipy.io.wavfile.read(path)
+    assert (rate, values.shape, str(values.dtype)) == (RATE, (800, 2), "int16")
+    assert abs(values[:, 0] / 32767 - tone[0].numpy()).max() < 1e-4
+    assert (values[:, 1] == 32767).all()  # clipped
+
+
+def test_a_spectrogram_shows_the_frequency() -> None:
+    """A tone is a line, higher up where it is higher; silence is nothing."""
+    time = torch.arange(8000) / RATE
+    low, high = (torch.sin(2 * torch.pi * hertz * time)[None] for hertz in (500, 3000))
+    images = spectrograms(torch.stack([low, high]))
+    assert images.shape == (2, 1, *SPECTROGRAM)
+    assert images.min() >= 0
+    assert images.max() == 1
+    rows = images[:, 0, :, 50:-50].mean(2).argmax(1)
+    expected = SPECTROGRAM[0] * (1 - torch.tensor([500, 3000]) / (RATE / 2))
+    assert (rows - expected).abs().max() <= 2
+
+
+def test_a_flow_of_sounds_is_heard_and_seen(tmp_path: Path) -> None:
+    """From training to files: spectrograms for pictures, wav for samples."""
+    core = CustomEnv(source_of(Sound), [None], lambda sounds, _: -sounds.square().mean((1, 2)), "quiet", -9.0, 9.0)
+    assert core.flow.sample_rate == RATE
+    settings: dict[str, Any] = {"n_samples": 8, "group_size": 2, "rollout_batch_size": 8, "rollout_steps": 2}
+    model = flowrl.ORWCFMW2("FlowPolicy", core, seed=0, device="cpu", batch_size=8, n_epochs=1, **settings)
+    model.learn(8)
+    config = flowrl.sample.SampleConfig(run=tmp_path, n=3, out=tmp_path / "out")
+    _, picture, listed = flowrl.sample.write_samples(model, [None], config)
+    about = json.loads(listed.read_text())
+    assert about["sample_rate"] == RATE
+    assert [Path(entry["file"]).suffix for entry in about["samples"]] == [".wav"] * 3
+    with Image.open(picture) as grid:
+        assert grid.size == (2 * (SPECTROGRAM[1] + 2) + 2, 2 * (SPECTROGRAM[0] + 2) + 2)
+    save_picture(torch.randn(4, *Sound.sample_shape), [None] * 4, core, tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.height == 2 * (SPECTROGRAM[0] + 2) + 2

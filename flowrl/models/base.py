@@ -27,6 +27,7 @@ class VelocityModel(nn.Module):
             registered as submodules: they are shared by all copies.
         latent_shape: Shape of one `x_t`, the space the flow works in.
         sample_shape: Shape of one decoded sample, the space the reward sees.
+        sample_rate: Values per second of samples that are sounds (channels, values) in [-1, 1]; 0 for anything else.
         lora_targets: Names (or a regular expression) of the modules that LoRA adapts, as peft takes them;
             None adapts every linear layer.
         distilled_guidance: The guidance scale is part of the condition; see `with_guidance`.
@@ -38,6 +39,7 @@ class VelocityModel(nn.Module):
     network: nn.Module
     latent_shape: tuple[int, ...]
     sample_shape: tuple[int, ...]
+    sample_rate: int = 0
     lora_targets: list[str] | str | None = None
     distilled_guidance: bool = False
     casts_inputs: bool = False

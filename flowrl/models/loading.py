@@ -79,9 +79,13 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
             )
         return ModuleFlow(model, tuple(shape))
 
-    shape = sample_shape or build().sample_shape
+    known: Any = factory if sample_shape else build()
+    shape = sample_shape or known.sample_shape
+    rate = getattr(known, "sample_rate", 0) or getattr(getattr(known, "network", None), "sample_rate", 0)
     name = getattr(factory, "__qualname__", type(factory).__name__)
-    return FlowSource("", f"from factory {name}", tuple(shape), load, build, load, reloadable=False)
+    return FlowSource(
+        "", f"from factory {name}", tuple(shape), load, build, load, reloadable=False, sample_rate=int(rate)
+    )
 
 
 def chosen_sd3(embedded: str = "mini-sd3") -> tuple[str, str]:

@@ -33,6 +33,7 @@ class FlowSource:
         reloadable: The same weights can be had again from `source` (not so for a factory).
         is_image: Samples are images (C, H, W) with values in [0, 1], or videos (T, C, H, W) of such.
         frame_rate: Frames per second of videos; 0 for anything else.
+        sample_rate: Values per second of sounds (channels, values), in [-1, 1]; 0 for anything else.
         revision: Commit of a flow from the hub; empty for others.
     """
 
@@ -46,6 +47,12 @@ class FlowSource:
     is_image: bool = False
     revision: str = ""
     frame_rate: float = 0
+    sample_rate: int = 0
+
+    @property
+    def is_media(self) -> bool:
+        """Whether a sample is a picture, a video or a sound, which has a file of its own."""
+        return self.is_image or bool(self.sample_rate)
 
     @property
     def is_embedded(self) -> bool:

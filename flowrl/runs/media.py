@@ -1,7 +1,8 @@
-"""Files of samples that are no still pictures: videos."""
+"""Files of samples that are no still pictures: videos and sounds."""
 
 from __future__ import annotations
 
+import wave
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,4 +44,22 @@ def save_video(video: torch.Tensor, path: Path, frame_rate: float) -> Path:
     else:
         path = path.with_suffix(".png")
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / frame_rate, loop=0)
+    return path
+
+
+def save_sound(sound: torch.Tensor, path: Path, sample_rate: int) -> Path:
+    """Write a sound (channels, N) with values in [-1, 1], others clipped, as wav of 16 bits; give the file.
+
+    Args:
+        sound: Its values.
+        path: File to write; the ending is put in place of its own.
+        sample_rate: Values per second.
+    """
+    path = path.with_suffix(".wav")
+    values = (sound.detach().float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu().T.contiguous()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(sound.shape[0])
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes(values.numpy().astype("<i2").tobytes())
     return path

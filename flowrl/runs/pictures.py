@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from flowrl.envs.base import GenerationEnv, plotted
 from flowrl.evaluation.measure import EvaluationResult
@@ -25,6 +26,8 @@ FRAMES = 8
 """Frames of a video in a picture at most."""
 VIDEOS = 8
 """Videos in a picture at most; one can be as large as a hundred images."""
+SPECTROGRAM = (96, 192)
+"""Height and width of a sound's picture."""
 CURVES = {
     "rollout/reward_mean": "reward",
     "rollout/diversity": "diversity",
@@ -63,16 +66,31 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     return sheet
 
 
+def as_images(samples: torch.Tensor, env: GenerationEnv) -> torch.Tensor:
+    """Give what `image_grid` draws of samples: images, videos, spectrograms of sounds, or what the environment draws."""
+    return spectrograms(samples) if env.flow.sample_rate and not env.renderer else env.pictures(samples)
+
+
+def spectrograms(sounds: torch.Tensor) -> torch.Tensor:
+    """Draw sounds (B, channels, N) as images (B, 1, *SPECTROGRAM): time to the right, frequency upwards, over 80 dB."""
+    mono = sounds.detach().float().mean(1)
+    n_fft = max(16, min(1024, mono.shape[1] // 8))
+    window = torch.hann_window(n_fft, device=mono.device)
+    spectrum = torch.stft(mono, n_fft, n_fft // 4, window=window, pad_mode="constant", return_complex=True).abs()
+    level = 20 * F.adaptive_avg_pool2d(spectrum[:, None], SPECTROGRAM).clamp_min(1e-8).log10()
+    return ((level - level.amax((1, 2, 3), keepdim=True)) / 80 + 1).clamp(0, 1).flip(2)
+
+
 def n_shown(env: GenerationEnv, images: int = 36) -> int:
-    """Give the number of samples in a picture of `images` images, of videos, or of points."""
+    """Give the number of samples in a picture of `images` images or sounds, of videos, or of points."""
     return 512 if not env.shows_images else min(images, VIDEOS) if env.flow.frame_rate else images
 
 
 def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
-    """Save a picture of samples as PNG: a grid of images, or a scatter plot of points."""
+    """Save a picture of samples as PNG: a grid of images or of spectrograms, or a scatter plot of points."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if env.shows_images:
-        image_grid(env.pictures(samples)).save(path)
+        image_grid(as_images(samples, env)).save(path)
     else:
         _save_plots([("samples", samples)], env, path)
 
@@ -81,7 +99,7 @@ def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) 
     """Save a picture of reference and trained samples at the same noise, as PNG."""
     if env.shows_images:
         sides = (side[: n_shown(env)] for side in (result.reference_samples, result.samples))
-        halves = [image_grid(env.pictures(side)) for side in sides]
+        halves = [image_grid(as_images(side, env)) for side in sides]
         gap = 12
         both = Image.new("RGB", (2 * halves[0].width + gap, halves[0].height), "white")
         both.paste(halves[0], (0, 0))
