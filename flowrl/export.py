@@ -134,16 +134,8 @@ def export(model: FlowAlgorithm, run: Path, folder: Path, name: str = "") -> lis
 def sampling_settings(model: FlowAlgorithm) -> dict[str, Any]:
     """Give the options with which a diffusers pipeline samples as the run did."""
     policy = model.policy
-    *frames, _, height, width = policy.model.sample_shape
-    settings = {
-        "num_inference_steps": policy.steps,
-        "guidance_scale": policy.guidance_scale,
-        "height": height,
-        "width": width,
-        **({"num_frames": frames[0]} if frames else {}),
-    }
-    length = getattr(policy.model, "max_sequence_length", None)
-    return settings if length is None else {**settings, "max_sequence_length": length}
+    flow: Any = policy.model
+    return {"num_inference_steps": policy.steps, **flow.call_settings(policy.guidance_scale)}
 
 
 def _must_be_new(folder: Path) -> None:

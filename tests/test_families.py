@@ -190,6 +190,16 @@ def test_the_plan_knows_the_prompts(case: Case, folder: Path) -> None:
     assert [part.shape[1:] for part in null] == [part.shape[1:] for part in real]
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_pipelines_call_takes_what_the_model_card_says(case: Case, folder: Path, scale: float) -> None:
+    flow = loaded(case, folder)
+    settings = flow.call_settings(scale)
+    with torch.no_grad(), silenced():
+        drawn = flow.pipeline(PROMPTS[0], num_inference_steps=1, output_type="pt", **settings)
+    samples = torch.as_tensor(next(iter(drawn.values())))
+    assert samples.shape == (1, *flow.sample_shape)
+
+
 def test_memory_is_predicted(case: Case, folder: Path) -> None:
     """A dry run tries every class, and says where the work of its network depends on what is drawn."""
     from flowrl.training.memory_plan import predict_memory

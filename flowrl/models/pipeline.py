@@ -385,6 +385,24 @@ class PipelineFlow(VelocityModel):
         """Bring latents to the scale and shape of the autoencoder's."""
         return to_autoencoder(x_1, self.pipeline.vae.config)
 
+    def call_settings(self, scale: float) -> dict[str, Any]:
+        """Give the arguments of the pipeline's own call that draws samples of this size with this guidance, by name."""
+        takes = inspect.signature(type(self.pipeline).__call__).parameters
+        *frames, _, height, width = self.sample_shape
+        is_free = not self.distilled_guidance
+        given = {
+            "guidance_scale": self.embedded_guidance if is_free and "true_cfg_scale" in takes else scale,
+            "true_cfg_scale": scale if is_free else None,
+            "negative_prompt": "" if is_free and scale != 1 else None,
+            "height": height,
+            "width": width,
+            "num_frames": frames[0] if frames else None,
+            "max_sequence_length": self.max_sequence_length,
+            "use_resolution_binning": False,
+            "enable_prompt_rewrite": False,
+        }
+        return {name: value for name, value in given.items() if name in takes and value is not None}
+
     def with_encoders(self, network: torch.nn.Module) -> Any:
         """Assemble the whole pipeline around a network, text encoders included, to be saved."""
         self._place_encoders()

@@ -67,7 +67,7 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 
 
 def as_images(samples: torch.Tensor, env: GenerationEnv) -> torch.Tensor:
-    """Give what `image_grid` draws of samples: images, videos, spectrograms of sounds, or what the environment draws."""
+    """Give what `image_grid` draws of samples: images, videos, spectrograms, or what the environment draws."""
     return spectrograms(samples) if env.flow.sample_rate and not env.renderer else env.pictures(samples)
 
 
