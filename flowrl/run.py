@@ -35,7 +35,6 @@ from flowrl.runs.logs import logger, say, telling_warnings
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.plan import dry_run, head_of
 from flowrl.runs.program import EXIT_STOPPED, guarded
-from flowrl.runs.put_off import imports_put_off
 from flowrl.runs.wandb_writer import WandbWriter
 from flowrl.storage.files import clear_away, read_json
 from flowrl.training.algorithm import FlowAlgorithm
@@ -50,9 +49,6 @@ def main(args: list[str] | None = None) -> int:
 
     Of several processes the main one prints and writes files.
     """
-    if args is None and "--dry-run" in sys.argv:  # this process predicts and ends
-        with imports_put_off():
-            return guarded(_main, args)
     return guarded(_main, args)
 
 

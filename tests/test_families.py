@@ -192,10 +192,12 @@ def test_the_plan_knows_the_prompts(case: Case, folder: Path) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_pipelines_call_takes_what_the_model_card_says(case: Case, folder: Path, scale: float) -> None:
+    if case.own_noise:
+        pytest.skip(f"its call draws noise {case.own_noise}")
     flow = loaded(case, folder)
     settings = flow.call_settings(scale)
     with torch.no_grad(), silenced():
-        drawn = flow.pipeline(PROMPTS[0], num_inference_steps=1, output_type="pt", **settings)
+        drawn = flow.pipeline(prompt=PROMPTS[0], num_inference_steps=2, output_type="pt", **settings)
     samples = torch.as_tensor(next(iter(drawn.values())))
     assert samples.shape == (1, *flow.sample_shape)
 

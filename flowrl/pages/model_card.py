@@ -145,7 +145,7 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
     if rate:
         imports.append("from diffusers.utils import export_to_video")
         kept, save = "frames", f'export_to_video(video, "video.mp4", fps={rate:g})'
-    call = [f"{'video' if rate else 'image'} = pipe(", f"    {prompt},", *options, f").{kept}[0]", save]
+    call = [f"{'video' if rate else 'image'} = pipe(", f"    prompt={prompt},", *options, f").{kept}[0]", save]
     code = "\n".join([*imports, "", *lines, *call])
     solver = model.policy.solver
     note = "" if solver == "euler" else f" The run sampled with {solver}; the pipeline's own scheduler comes near it."

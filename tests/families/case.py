@@ -30,6 +30,7 @@ class Case:
         rounds: The network computes in lower precision in itself, so that differences of it say nothing.
         most_bytes: Of its weights.
         why_unpredictable: What of its own network a dry run cannot try, as the prediction says; empty where it can.
+        own_noise: Why the pipeline's call draws no noise of the small sizes here by itself; empty where it does.
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
         most_bytes: Size of all weights at most.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
@@ -45,6 +46,7 @@ class Case:
     rounds: bool = False
     most_bytes: float = 4e6
     why_unpredictable: str = ""
+    own_noise: str = ""
     has_lora: bool = True
     most_bytes: float = 4e6
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None

@@ -73,6 +73,7 @@ CASES = [
         sizes=(16, (8, 32)),
         options=PipelineOptions(sequence_length=TOKENS),
         images=images,
+        own_noise="of the area that its transformer was made for",
         why_unpredictable="nonzero",  # which expert takes a token
     )
 ]

@@ -56,6 +56,7 @@ CASES = [
         sizes=(16, (16, 24)),
         options=PipelineOptions(sequence_length=LENGTH),
         images=lambda *given: call(*given, output_type="pt"),
+        own_noise="of 16 channels, whatever the autoencoder has",
         has_lora=False,
     )
 ]
