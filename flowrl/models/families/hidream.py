@@ -51,13 +51,12 @@ class HiDreamFlow(PatchedFlow):
 
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
         """Give the transformer's arguments."""
-        t5, llama, pooled = cond
         return {
             "hidden_states": x,
             "timesteps": time,
-            "encoder_hidden_states_t5": t5,
-            "encoder_hidden_states_llama3": dict(zip(self.layers, llama.unbind(1))),
-            "pooled_embeds": pooled,
+            "encoder_hidden_states_t5": cond[0],
+            "encoder_hidden_states_llama3": dict(zip(self.layers, cond[1].unbind(1))),
+            "pooled_embeds": cond[2],
         }
 
     def outputs(self, predicted: torch.Tensor) -> torch.Tensor:

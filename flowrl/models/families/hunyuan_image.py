@@ -73,7 +73,7 @@ class HunyuanImageFlow(PatchedFlow):
         self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # type: ignore[operator]
 
     def tokenizers(self) -> list[tuple[str, Any, int]]:
-        """Qwen's: ByT5 is given what a prompt quotes only."""
+        """Give Qwen's only: ByT5 is given what a prompt quotes."""
         return super().tokenizers()[:1]
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
