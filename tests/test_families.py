@@ -219,6 +219,8 @@ def test_prompts_are_cut_where_the_warning_says(case: Case, folder: Path) -> Non
 
     But one, as the number of tokens of a template's message that a pipeline drops is that of its own tokenizer.
     """
+    if case.drops_template:
+        pytest.skip("how many tokens its template has is known of its own tokenizer only")
     flow = loaded(case, folder)
     if not flow.tokenizers():
         pytest.skip("its template holds the prompt")

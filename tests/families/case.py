@@ -31,6 +31,7 @@ class Case:
         most_bytes: Of its weights.
         why_unpredictable: What of its own network a dry run cannot try, as the prediction says; empty where it can.
         own_noise: Why the pipeline's call draws no noise of the small sizes here by itself; empty where it does.
+        drops_template: The pipeline drops as many tokens as its template has by its own tokenizer, not by the one here.
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
         most_bytes: Size of all weights at most.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
@@ -47,6 +48,7 @@ class Case:
     most_bytes: float = 4e6
     why_unpredictable: str = ""
     own_noise: str = ""
+    drops_template: bool = False
     has_lora: bool = True
     most_bytes: float = 4e6
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None

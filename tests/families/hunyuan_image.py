@@ -75,6 +75,7 @@ def images(*given: Any) -> torch.Tensor:
 
 OPTIONS = PipelineOptions(sequence_length=TOKENS)
 LIMITS: dict[str, Any] = {
+    "drops_template": True,
     "most_bytes": 20e6,  # one layer of the transformer is 2048 wide whatever its configuration says
     "why_unpredictable": "nonzero",  # tokens of a prompt come before what pads them
     "has_lora": False,

@@ -105,7 +105,9 @@ def videos(*given: Any) -> torch.Tensor:
 
 
 OPTIONS = PipelineOptions(frames=5, sequence_length=24)
-HUNYUAN = Case("hunyuan-video", hunyuan_video, call, sizes=(16, (32, 16)), options=OPTIONS, images=videos)
+HUNYUAN = Case(
+    "hunyuan-video", hunyuan_video, call, sizes=(16, (32, 16)), options=OPTIONS, images=videos, drops_template=True
+)
 CASES = [
     HUNYUAN,
     replace(HUNYUAN, name="hunyuan-video-cfg", options=replace(OPTIONS, embedded_guidance=6.0), images=None),

@@ -70,6 +70,7 @@ CASES = [
         options=PipelineOptions(sequence_length=TOKENS),
         images=images,
         why_unpredictable="_local_scalar_dense",  # lengths of the prompts
+        drops_template=True,
         own_noise="of the nearest of seven sizes",
         rounds=True,  # positions in bfloat16
     )
