@@ -30,7 +30,7 @@ MIB = 2**20
 VARIANTS: dict[str, dict[str, Any]] = {
     "weights": {"alpha": 0.0, "target": "plain"},
     "weights, penalty": {"alpha": 0.3, "target": "plain"},
-    "weights, penalty, residual target": {"alpha": 0.3, "target": "residual"},
+    "weights, penalty, residual target": {"alpha": 0.3, "target": "residual", "baseline": "clipped"},
 }
 PLAIN, WHOLE = "plain flow matching, bare loop", "whole iteration with rollout"
 SMALL, LARGE = {"n_samples": 512, "batch_size": 128}, {"n_samples": 32, "batch_size": 32}

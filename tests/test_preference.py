@@ -633,7 +633,8 @@ def test_ranks_need_whole_groups_and_pairs(name: str, settings: dict, message: s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_they_raise_their_reward(name: str) -> None:
-    model = make(name, n_samples=256, learning_rate=1e-3).learn(256 * 8)
+    rate = 5e-4 if name == "fpo" else 1e-3  # which nothing holds: at 1e-3 single samples can run away
+    model = make(name, n_samples=256, learning_rate=rate).learn(256 * 8)
     result = flowrl.evaluate(model, n_samples=512)
     assert result.reward_mean > result.reference.reward_mean + 0.15
     assert result.w2_to_optimum < 0.9 * result.reference.w2_to_optimum
