@@ -43,7 +43,7 @@ SHOWN = "DRaFT"
 STEERED = ("best of n", "guidance")
 REFERENCE, DATA = "reference", "data"
 METHODS = (REFERENCE, DATA, *TRAINED, *STEERED)
-STRENGTH = 1.0
+STRENGTH = 0.3
 """Of guidance: length of its push in units of the velocity's own, root mean squares."""
 GUIDED_COST = 3
 """Network evaluations of a guided step: a forward and the backward that goes through it."""
@@ -134,7 +134,7 @@ def run(method: str, seed: int, args: argparse.Namespace) -> tuple[Result, Any]:
         "seed": seed,
         "samples": n,
         "trained_for": trained_for,
-        "evaluations": policy.evaluations + (2 * n * (per_sample // GUIDED_COST) if method == "guidance" else 0),
+        "evaluations": policy.evaluations,
         "seconds": time.process_time() - started,
         "gradient_steps": 0 if model is None else model._n_updates,
         **figures(env, torch.cat(parts), ids, 20_000 + seed),
@@ -212,8 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=int, default=76_800, help="network evaluations of a method, samples included")
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--budget", type=int, default=20_480, help="network evaluations of a method, samples included")
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--samples-at-once", type=int, default=64)
     parser.add_argument("--strength", type=float, default=STRENGTH, help="of guidance")
     parser.add_argument("--set", nargs="*", type=setting, default=[], help="settings of all that is trained, KEY=VALUE")

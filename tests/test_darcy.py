@@ -14,7 +14,7 @@ import flowrl
 from flowrl.envs.darcy import FLOOR, DarcyEnv
 from flowrl.envs.darcy_data import CONTRAST, KINDS, LENGTHS, random_log_k, solved_pairs
 from flowrl.errors import ConfigError, ModelLoadError
-from flowrl.functional.darcy import LARGEST_LOG, conductances, residual, sines, solve
+from flowrl.functional.darcy import LARGEST_LOG, conductances, energy, residual, sines, solve
 from flowrl.functional.metrics import quantile_distance, spectrum, spectrum_distance
 from flowrl.models.darcy import DarcyFlow
 from flowrl.models.loading import source_of
@@ -29,7 +29,7 @@ def pairs() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def env() -> flowrl.GenerationEnv:
-    return flowrl.make("darcy")
+    return flowrl.make("darcy", gradient="exact")
 
 
 def manufactured(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,6 +175,24 @@ def test_gradient_of_the_reward(env: DarcyEnv, pairs: torch.Tensor) -> None:
         step = 1e-5
         numeric = (logarithm(x + step * direction) - logarithm(x - step * direction)) / (2 * step)
     torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), numeric, rtol=1e-5, atol=1e-7)
+
+
+def test_a_mixed_gradient_leaves_values_alone(pairs: torch.Tensor) -> None:
+    """Half of the gradient is that of the energy's logarithm."""
+    x = (pairs[:2] * 1.1).requires_grad_()
+    exact, mixed = (flowrl.make("darcy", gradient=kind).reward(x, KINDS).reward for kind in ("exact", "mixed"))
+    assert torch.equal(exact, mixed)
+    of_energy = -energy(residual(x[:, 0], x[:, 1])).log()
+    half = [torch.autograd.grad(part.sum(), x, retain_graph=True)[0] / 2 for part in (exact, of_energy)]
+    torch.testing.assert_close(torch.autograd.grad(mixed.sum(), x)[0], half[0] + half[1], rtol=1e-4, atol=1e-4)
+
+
+def test_energy_of_a_residual() -> None:
+    """For K = 1 it is `|grad e|^2`, the sum of squared differences between neighbours."""
+    e = torch.zeros(1, 9, 9, dtype=torch.float64)
+    e[:, 1:-1, 1:-1] = torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    differences = sum(8**2 * e.diff(dim=axis).square().sum() for axis in (1, 2))
+    torch.testing.assert_close(energy(residual(torch.zeros_like(e), e, 0.0)), (differences / 49)[None])
 
 
 def test_rewards_stay_finite(env: DarcyEnv) -> None:

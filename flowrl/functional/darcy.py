@@ -91,3 +91,13 @@ def sines(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     k = torch.arange(1, size - 1, dtype=torch.float64)
     vectors = math.sqrt(2 / (size - 1)) * (math.pi * k[:, None] * k / (size - 1)).sin()
     return vectors, (2 * (size - 1) * (math.pi * k / (2 * (size - 1))).sin()).square()
+
+
+def energy(residuals: torch.Tensor) -> torch.Tensor:
+    """Compute `<r, (-laplace)^-1 r>` of residuals (B, n - 2, n - 2), mean over nodes: (B,), with a gradient.
+
+    For K = 1 it is the energy `|grad e|^2` of the error e of p, whose squared residual is `(laplace e)^2`: it is about
+    an error's extent where the squared residual is about its differences from node to node.
+    """
+    vectors, values = (part.to(residuals) for part in sines(residuals.shape[-1] + 2))
+    return ((vectors @ residuals @ vectors).square() / (values[:, None] + values)).mean((1, 2))
