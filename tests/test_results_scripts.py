@@ -168,6 +168,31 @@ def test_table_and_distance_of_emoji() -> None:
     assert emoji.frechet(a, 3 * a + 2) == pytest.approx(4 * trace + (2 * a.mean(0) + 2).square().sum().item(), rel=1e-5)
 
 
+def test_guidance_of_darcy() -> None:
+    """Without strength it is the sampler; with some the reward rises; a step costs a forward and a backward."""
+    darcy, env = script("darcy"), flowrl.make("darcy")
+    policy = flowrl.FlowPolicy.of(env, device="cpu", seed=0)
+    ids, x_0 = torch.tensor([0, 1]), policy.noise(2, torch.Generator().manual_seed(0))
+    plain = policy.sample_latents(ids, x_0=x_0, steps=4, role="reference")
+    before = policy.evaluations
+    torch.testing.assert_close(darcy.guided(policy, env, ids, x_0, 4, 0.0), plain, atol=1e-4, rtol=1e-4)
+    assert policy.evaluations - before == darcy.GUIDED_COST * 2 * 4
+    pushed = darcy.guided(policy, env, ids, x_0, 4, 0.3)
+    rewards = [env.evaluate(policy.decode(x), ids).reward.mean() for x in (plain, pushed)]
+    assert rewards[1] > rewards[0]
+
+
+def test_table_of_darcy() -> None:
+    """Ratios are to the reference of the same seed."""
+    darcy = script("darcy")
+    row = dict.fromkeys(darcy.COLUMNS, 1.0) | {"evaluations": 2000, "trained_for": 0}
+    results = [row | {"method": "reference", "seed": seed, "residual": 2.0 + seed} for seed in (0, 1)]
+    results += [row | {"method": "DRaFT", "seed": seed, "residual": 1.0 + seed / 2} for seed in (0, 1)]
+    lines = darcy.table(results).splitlines()
+    assert lines[2].startswith("| reference | 2 | 2,000, 0 | 2.5000 ± 0.7071 | 1.0000 ± 0.0000 |")
+    assert lines[3].startswith("| DRaFT | 2 | 2,000, 0 | 1.2500 ± 0.3536 (x 0.500 ± 0.000) | 1.0000 ± 0.0000 (x 1.000")
+
+
 def test_settings_of_digits() -> None:
     digits = script("digits")
     assert [digits.setting(text) for text in ("target=plain", "tau=2.5")] == [("target", "plain"), ("tau", 2.5)]
