@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=2)
     parser.add_argument("--order", type=float, default=1.5, help="derivatives of p that latents have")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=256, help="drawn in the end, to say how well they solve")
     parser.add_argument("--out", type=Path, default=ASSET)
     args = parser.parse_args()
     if args.size != 32 and args.out == ASSET:
@@ -112,7 +113,7 @@ def main() -> None:
     trained = fit(flow, draw, args.steps, args.batch, args.seed, bfloat16=True, keep=keep, until=args.until)
     as_shipped(trained.network)
     assert isinstance(trained, DarcyFlow)
-    figures = described(trained)
+    figures = described(trained, args.samples)
     print(figures, f"{time.process_time() - started:.0f} s of CPU", flush=True)
     save(trained.network, args.out, config | {"samples": figures})
 
