@@ -149,7 +149,7 @@ def picture(model: flowrl.FlowAlgorithm, path: Path) -> None:
     policy, ids = model.policy, torch.arange(2)
     x_0 = policy.noise(2, torch.Generator().manual_seed(5))
     roles = (("before", "reference"), ("after", policy.sampling_role))
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
     grid = figure.subplots(len(KINDS), 2 * 3)
     for half, (title, role) in enumerate(roles):
         pairs = policy.decode(policy.sample_latents(ids, x_0=x_0, role=role)).detach()

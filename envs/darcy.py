@@ -149,7 +149,7 @@ SPECS = [
         factory=_make,
         config=DarcyConfig(),
         recommended=lambda config: RECOMMENDED,
-        total_timesteps=8_192,
+        total_timesteps=1_280,
         summary="permeability and pressure of Darcy flow: make the equation hold, minus the log of its residual",
     )
 ]
