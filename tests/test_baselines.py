@@ -348,7 +348,7 @@ def test_without_regularisation_the_best_point_is_found(cls: type, own: dict) ->
     model = cls("FlowPolicy", "gaussians-quadratic", seed=0, device=DEVICE, **settings)
     result = flowrl.evaluate(model.learn(40 * 256), n_samples=512)
     assert result.reference.reward_mean == pytest.approx(-3.0, abs=0.3)
-    assert result.reward_mean > -0.1
+    assert result.reward_mean > -0.2
 
 
 def test_raft_plans_the_updates_it_makes() -> None:
