@@ -30,8 +30,8 @@ RECIPES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("24 GB", "Tongyi-MAI/Z-Image", 512, {"batch_size": 4}),
     ("48 GB", "Tongyi-MAI/Z-Image", 1024, {"batch_size": 4}),
     ("80 GB", "Qwen/Qwen-Image", 512, {"batch_size": 4}),
-    ("80 GB", "black-forest-labs/FLUX.2-dev", 512, {"batch_size": 2, "rollout_batch_size": 4}),
-    ("80 GB", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 256, {"batch_size": 1, "rollout_batch_size": 2, **GROUPS}),
+    ("141 GB", "black-forest-labs/FLUX.2-dev", 512, {"batch_size": 2, "rollout_batch_size": 4}),
+    ("141 GB", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 256, {"batch_size": 1, "rollout_batch_size": 2, **GROUPS}),
 ]
 
 

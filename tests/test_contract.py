@@ -41,7 +41,7 @@ def make(name: str, env: str, flow: Path | None = None, **settings: object) -> f
     if cls.needs_gradient and env == "sd3-compress":  # no gradient there; colourfulness has one
         env, own["env_settings"]["reward"] = "sd3-aesthetic", "colourfulness"
     if name == "kl" and env != "gaussians-linear":  # likelihoods take long
-        own |= {"tolerance": 0.3, "n_samples": 4, "group_size": 2}
+        own |= {"tolerance": 0.3, "n_samples": 4, "group_size": 4}
     return cls("FlowPolicy", env, seed=0, device=DEVICE, **{**settings_of_env, **own, **settings})
 
 
