@@ -188,6 +188,8 @@ def test_the_plan_knows_the_prompts(case: Case, folder: Path) -> None:
     assert [part.shape for part in imitation.encode(PROMPTS)] == [part.shape for part in real]
     null = flow.null_condition()
     assert [part.shape[1:] for part in null] == [part.shape[1:] for part in real]
+    flow.release_encoders()
+    assert all(map(torch.equal, flow.encode(PROMPTS), real))  # they come back when they are needed
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

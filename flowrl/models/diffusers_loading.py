@@ -59,7 +59,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
 
         dtypes = {**dict.fromkeys(trained, network_dtype), "default": frozen_dtype}
         pipeline = load_pipeline(source, name, index, adapter, options, dtypes)
-        return adapter(pipeline, shapes, options, length, load_encoders if adapter.ENCODERS_ALONE else None)
+        return adapter(pipeline, shapes, options, length, load_encoders)
 
     def skeleton() -> VelocityModel:
         kind = looked_up("diffusers", adapter.TRANSFORMER)

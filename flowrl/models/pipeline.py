@@ -118,8 +118,6 @@ class PipelineFlow(VelocityModel):
     """Names of further parts that are trained with it, where a pipeline has them."""
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Names of the parts that encode prompts, and that can be released after that."""
-    ENCODERS_ALONE: ClassVar[bool] = True
-    """Whether the pipeline can be loaded without network and autoencoder; else text encoders are kept on the host."""
     ALWAYS_THERE: ClassVar[tuple[str, ...]] = ()
     """Names of parts that the pipeline is not assembled without, not even to encode prompts."""
     WITHOUT_T5: ClassVar[str | None] = None

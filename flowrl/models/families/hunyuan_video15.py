@@ -25,7 +25,7 @@ class HunyuanVideo15Flow(VideoFlow):
     PIPELINE = "HunyuanVideo15Pipeline"
     TRANSFORMER = "HunyuanVideo15Transformer3DModel"
     ENCODERS = ("text_encoder", "text_encoder_2")
-    ENCODERS_ALONE = False
+    ALWAYS_THERE = ("vae",)
     SEQUENCE_LENGTH = 1000
     FRAMES, FRAME_RATE = 121, 24
 
