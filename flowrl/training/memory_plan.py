@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import FlowRLError
 from flowrl.training.hooks import NoChecks
+from flowrl.training.rollout import roll_out
 from flowrl.training.without_storage import WithoutStorage, without_storage
 from flowrl.types import RewardOutput, Rows
 
@@ -118,11 +119,11 @@ def _iterate(model: Any, tracker: WithoutStorage) -> None:
     if model.learns_from == "contexts":
         model._fill(ids)
     else:
-        with tracker.phase("drawing samples"):
-            x_1, rows = _drawn(model, ids)
+        draw = tracker.within("drawing samples", partial(_drawn, model))
+        decode, reward = (tracker.within("decoding samples", work) for work in (policy.decode, model.reward))
+        done = roll_out(ids, draw, decode, reward)
         with tracker.phase("decoding samples"):
-            output, _ = model.reward(policy.decode(x_1), ids)
-            buffer.add(x_1, ids, output.reward, {**rows, **model.rows_of(output)})
+            buffer.add(done.x_1, ids, done.output.reward, {**done.rows, **model.rows_of(done.output)})
     n = -(-config.batch_size * config.accumulation // buffer.parts)
     buffer.size = min(config.n_samples, -(-n // config.group_size) * config.group_size)
     n = min(buffer.size * buffer.parts, config.entries_per_epoch())

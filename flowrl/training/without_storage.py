@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -50,6 +50,15 @@ class WithoutStorage(FakeTensorMode):
         self.peak = self.live
         yield
         self.phases[name] = max(self.peak, self.phases.get(name, 0))
+
+    def within(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Give the same work, as part of a phase."""
+
+        def noted(*args: Any) -> Any:
+            with self.phase(name):
+                return work(*args)
+
+        return noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE_OF:
