@@ -230,7 +230,7 @@ class Total(nn.Module):
         ({"encode": 3, "prompts": ["a"]}, "must be a function of a list of contexts, not 3"),
         ({"encode": len, "prompts": ["a"]}, r"encode must give a tensor of shape \(1, n\) for 1 contexts.*gave a int"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
 def test_mistakes_are_explained(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -124,6 +124,7 @@ def _iterate(model: Any, tracker: WithoutStorage) -> None:
         done = roll_out(ids, draw, decode, reward)
         with tracker.phase("decoding samples"):
             buffer.add(done.x_1, ids, done.output.reward, {**done.rows, **model.rows_of(done.output)})
+        del done
     n = -(-config.batch_size * config.accumulation // buffer.parts)
     buffer.size = min(config.n_samples, -(-n // config.group_size) * config.group_size)
     n = min(buffer.size * buffer.parts, config.entries_per_epoch())
