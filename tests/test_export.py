@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import errno
 import json
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from flowrl.errors import CheckpointError, ConfigError, HubError
 from flowrl.export import export, main
 from flowrl.models.loading import ASSETS, source_of
-from flowrl.pages.model_card import LIMITATIONS, _without_folders
+from flowrl.pages.model_card import LIMITATIONS, _use, _without_folders
 from flowrl.runs.folder import load_model
 from flowrl.sample import draw, seeded_noise
 from flowrl.storage import hub
@@ -430,3 +431,11 @@ def test_the_real_client_without_network(
     assert done.stderr.startswith("error: Uploading to 'me/my-sd3' failed: ")
     assert "HF_HUB_OFFLINE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_cards_code_is_python_whatever_the_call_takes(tiny_runs: dict[str, Path]) -> None:
+    model = load_model(tiny_runs["lora"], device="cpu")
+    text = _use(model, "lora", "me/my-sd3", {"guidance_scale": 4.5, "negative_prompt": ""})
+    code = text.split("```python\n")[1].split("```")[0]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.keyword)]
+    assert {call.arg: ast.unparse(call.value) for call in calls}["negative_prompt"] == "''"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_pipelines
@@ -11,8 +13,9 @@ from small_pipelines import PROMPTS
 
 import flowrl
 from flowrl.errors import ConfigError, ModelLoadError
-from flowrl.models.families import register_pipeline
+from flowrl.models.families import register_pipeline, registry
 from flowrl.models.families.flux import FluxFlow
+from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.loading import source_of
 from flowrl.models.packing import pack, unpack
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
@@ -187,6 +190,12 @@ def test_a_pipeline_that_is_not_declared_shows_how_to(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"(?s)Fluxx2Pipeline.*not declared.*--modules") as told:
         source_of(str(tmp_path))
     assert '    PIPELINE = "Fluxx2Pipeline"' in str(told.value)
+    shown = str(told.value)[str(told.value).index("from flowrl") :]
+    made: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "DECLARED", {})
+        exec(shown, made)  # noqa: S102
+        assert {"Fluxx2Pipeline": made["MyFlow"]} == registry.DECLARED
 
 
 def test_declarations_are_looked_at() -> None:
@@ -197,3 +206,20 @@ def test_declarations_are_looked_at() -> None:
     with pytest.raises(ConfigError, match=r"FluxPipeline is declared already, by flowrl\.models"):
         register_pipeline(type("Mine", (FluxFlow,), {}))
     assert register_pipeline(FluxFlow) is FluxFlow  # a module that is loaded twice
+
+
+def test_a_class_that_is_declared_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another class of diffusers' with the parts of Stable Diffusion 3 trains as that one does."""
+    folder = small_pipelines.sd3(tmp_path / "pag", t5=False)
+    index = json.loads((folder / "model_index.json").read_text())
+    monkeypatch.setattr(registry, "DECLARED", dict(registry.DECLARED))
+    expected = load(folder)
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3PAGPipeline"}))
+    with pytest.raises(ModelLoadError, match="not declared"):
+        load(folder)
+    register_pipeline(type("PAGFlow", (SD3Flow,), {"PIPELINE": "StableDiffusion3PAGPipeline"}))
+    flow = load(folder)
+    assert type(flow.pipeline).__name__ == "StableDiffusion3PAGPipeline"
+    x, t, cond = torch.randn(2, *flow.latent_shape), torch.tensor([0.2, 0.7]), flow.encode(PROMPTS[:2])
+    with torch.no_grad():
+        assert torch.equal(flow(x, t, cond), expected(x, t, expected.encode(PROMPTS[:2])))

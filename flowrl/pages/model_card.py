@@ -137,7 +137,7 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
         for part in list(parts)[1:]:
             given = f'weight_name="{part}_lora.safetensors", load_into_{part}=True'
             lines.append(f"pipe.load_lora_weights({json.dumps(name)}, {given})")
-    options = [f"    {key}={value}," for key, value in sampling.items()]
+    options = [f"    {key}={value!r}," for key, value in sampling.items()]
     options.append("    generator=torch.Generator().manual_seed(0),")
     prompt = json.dumps(model.env.core.contexts[0], ensure_ascii=False)
     rate = model.env.core.flow.frame_rate

@@ -45,7 +45,8 @@ NO_FLOWS: Mapping[str, str] = {
 }
 """Pipelines that are asked for and cannot be had, with the reason."""
 EXAMPLE = """\
-from flowrl.models.pipeline import PipelineFlow, register_pipeline
+from flowrl.models.families import register_pipeline
+from flowrl.models.pipeline import PipelineFlow
 
 @register_pipeline
 class MyFlow(PipelineFlow):
