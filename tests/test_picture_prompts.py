@@ -150,6 +150,14 @@ def test_a_bad_picture_is_named_with_its_prompt(fault: str, tmp_path: Path, monk
     assert "whole PNG, JPEG or WebP file" in str(told.value)
 
 
+@pytest.mark.parametrize("place", ["a\0b.png", "\ud800.png", "\x1b[31m.png"])
+def test_paths_that_cannot_be_are_written_so_that_they_can_be_printed(place: str, tmp_path: Path) -> None:
+    (prompt,) = prompts_from(write(tmp_path / "a.jsonl", {"prompt": "a", "image": place})).train
+    with pytest.raises(ConfigError, match="there is no such file") as told:
+        read_picture(prompt, 8, 8)
+    assert str(told.value).isprintable()
+
+
 @pytest.mark.parametrize("prompt", ["white circles", Prompt("white circles", {"image": 3})])
 def test_a_prompt_without_a_picture_is_refused(prompt: str, kontext: Path) -> None:
     with pytest.raises(ConfigError, match=r"a picture with each prompt, and 'white circles' has none: .*\"image\""):

@@ -78,7 +78,7 @@ def _place(prompt: str) -> str:
 def _unreadable(prompt: str, error: Exception) -> ConfigError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ConfigError(
-        f"Cannot read the picture '{_place(prompt)}' of the prompt {str(prompt)!r}: {reason}. Give it as a whole PNG, "
+        f"Cannot read the picture {_place(prompt)!r} of the prompt {str(prompt)!r}: {reason}. Give it as a whole PNG, "
         "JPEG or WebP file."
     )
 
