@@ -30,6 +30,8 @@ Things = tuple[Mapping[str, Any], ...]
 """Things that a line of GenEval asks for: `({"class": "bench", "count": 2, "color": "red"}, ...)`, read-only."""
 THINGS = ("include", "exclude")
 """Fields that hold such."""
+PICTURE = "image"
+"""Field that names the file of a picture, for pipelines that take one with each prompt."""
 SURROGATES = ("\ud800", "\udfff")
 
 
@@ -144,6 +146,34 @@ def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
     return weights / weights.sum()
 
 
+def picture_of(context: Any) -> str | None:
+    """Give the file of a prompt's picture, as its field says; None where it has none."""
+    place = context.fields.get(PICTURE) if isinstance(context, Prompt) else None
+    return place if isinstance(place, str) and place else None
+
+
+def positions_of(wanted: Sequence[Any], contexts: Sequence[Any]) -> tuple[list[int], list[Any]]:
+    """Find the wanted contexts among others, by text and picture; without a picture, the first of that text.
+
+    Returns:
+        The position of each, and those that are missing, once each: these stand behind the others.
+    """
+    found: dict[tuple[str, str | None], int] = {}
+    missing: list[Any] = []
+
+    def add(context: Any, position: int) -> None:
+        for picture in (None, picture_of(context)):
+            found.setdefault((repr(context), picture), position)
+
+    for i, context in enumerate(contexts):
+        add(context, i)
+    for context in wanted:
+        if (repr(context), picture_of(context)) not in found:
+            add(context, len(contexts) + len(missing))
+            missing.append(context)
+    return [found[repr(context), picture_of(context)] for context in wanted], missing
+
+
 def fingerprint(contexts: Sequence[Any]) -> str | None:
     """Hash prompts with their weights and fields, in order; None where contexts are no prompts."""
     if not all(isinstance(context, Prompt) for context in contexts):
@@ -221,21 +251,31 @@ def _read(path: Path) -> list[tuple[Prompt, str | None]]:
         )
     parse = _PARSERS[path.suffix.lower()]
     entries: list[tuple[Prompt, str | None]] = []
-    first: dict[str, int] = {}
+    first: dict[tuple[str, str | None], int] = {}
     for number, line in _lines(path):
         try:
             entry = parse(_decoded(line))
             if entry is None:
                 continue
-            if entry[0] in first:
-                raise ConfigError(f"the prompt {str(entry[0])!r} is in line {first[entry[0]]} already")
+            prompt = _with_picture_from(path.parent, entry[0])
+            key = prompt, picture_of(prompt)
+            if key in first:
+                raise ConfigError(f"the prompt {str(prompt)!r} is in line {first[key]} already")
         except ConfigError as error:
             raise ConfigError(f"'{path}', line {number}: {error}.") from error
-        first[entry[0]] = number
-        entries.append(entry)
+        first[key] = number
+        entries.append((prompt, entry[1]))
     if not entries:
         raise ConfigError(f"The prompt file '{path}' holds no prompt.")
     return entries
+
+
+def _with_picture_from(folder: Path, prompt: Prompt) -> Prompt:
+    """Make the path of a prompt's picture absolute: a relative one counts from `folder`. Addresses stay as they are."""
+    place = picture_of(prompt)
+    if place is None or "://" in place:
+        return prompt
+    return Prompt(prompt, {**prompt.fields, PICTURE: os.path.abspath(folder / place)}, prompt.weight)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

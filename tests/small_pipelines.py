@@ -63,8 +63,11 @@ def sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
     return folder
 
 
-def flux(folder: Path, guidance_embeds: bool = True) -> Path:
-    """A `FluxPipeline`, guidance-distilled as FLUX.1-dev or not as FLUX.1-schnell; the schedule's shift is dynamic."""
+def flux(folder: Path, guidance_embeds: bool = True, cls: Any = FluxPipeline) -> Path:
+    """A `FluxPipeline`, guidance-distilled as FLUX.1-dev or not as FLUX.1-schnell; the schedule's shift is dynamic.
+
+    `cls`: another class of the same parts.
+    """
     torch.manual_seed(2)
     transformer = FluxTransformer2DModel(
         in_channels=16,
@@ -77,7 +80,7 @@ def flux(folder: Path, guidance_embeds: bool = True) -> Path:
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 6, 6),
     )
-    pipeline = FluxPipeline(
+    pipeline = cls(
         transformer=louder(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds),
         vae=autoencoder(),

@@ -39,10 +39,10 @@ def source(case: Case, folder: Path, size: Any = None) -> FlowSource:
     return source_of(str(folder), pipeline=replace(case.options, resolution=size or case.sizes[0]))
 
 
-def policy_of(flow: PipelineFlow, scale: float) -> FlowPolicy:
+def policy_of(case: Case, flow: PipelineFlow, scale: float) -> FlowPolicy:
     box = spaces.Box(0, 1, flow.sample_shape)
     config = flowrl.FlowConfig(guidance_scale=scale)
-    return FlowPolicy(spaces.Discrete(3), box, model=flow, contexts=PROMPTS, config=config, seed=0)
+    return FlowPolicy(spaces.Discrete(3), box, model=flow, contexts=case.contexts, config=config, seed=0)
 
 
 def loaded(case: Case, folder: Path, size: Any = None) -> PipelineFlow:
@@ -68,7 +68,7 @@ def type_of(case: Case, folder: Path) -> str:
 def test_our_sampler_gives_the_pipelines_latents(case: Case, folder: Path, size: int, steps: int) -> None:
     """With and without guidance, in float32, at two resolutions."""
     flow, theirs = (loaded(case, folder, case.sizes[size]) for _ in range(2))
-    policy = policy_of(flow, 1.0)
+    policy = policy_of(case, flow, 1.0)
     x_0, ids = policy.noise(3), torch.arange(3)
     for scale in (1.0, case.scale):
         ours = policy.sample_latents(ids, x_0=x_0, steps=steps, solver="euler", guidance_scale=scale)
@@ -87,7 +87,7 @@ def test_decoding_gives_the_pipelines_samples(case: Case, folder: Path) -> None:
     if case.images is None:
         pytest.skip("another case of this class decodes")
     flow, theirs = loaded(case, folder), loaded(case, folder)
-    policy = policy_of(flow, 1.0)
+    policy = policy_of(case, flow, 1.0)
     x_0 = policy.noise(3)
     with torch.no_grad():
         expected = case.images(theirs, x_0, 1.0, 3)
@@ -104,7 +104,7 @@ def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
 @pytest.mark.parametrize("algorithm", ["ORWCFMW2", "FlowGRPO", "DRaFT"])
 def test_training_and_export(case: Case, folder: Path, algorithm: str, tmp_path: Path) -> None:
     """One iteration with LoRA; the exported adapter gives diffusers our velocity."""
-    env = TextToImageEnv(source(case, folder), PROMPTS, brightness)
+    env = TextToImageEnv(source(case, folder), case.contexts, brightness)
     settings: dict[str, Any] = {"n_samples": 4, "group_size": 2, "batch_size": 2, "rollout_steps": 3}
     model = getattr(flowrl, algorithm)("FlowPolicy", env, seed=0, device="cpu", lora_rank=2, n_epochs=1, **settings)
     before = {key: value.clone() for key, value in model.policy.parameters_of("current").items()}
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_velocity(case: Case, folder: Path, mode: boo
     if case.rounds:
         pytest.skip("this network rounds")
     flow = loaded(case, folder).train(mode)
-    cond = tuple(part.double() if part.is_floating_point() else part for part in flow.encode(PROMPTS[:2]))
+    cond = tuple(part.double() if part.is_floating_point() else part for part in flow.encode(case.contexts[:2]))
     parameters = [p.requires_grad_(True) for p in flow.network.double().parameters()]
     draws = torch.Generator().manual_seed(0)
     x, r = (torch.randn(2, *flow.latent_shape, generator=draws, dtype=torch.float64) for _ in range(2))
@@ -166,7 +166,7 @@ def test_lora_adapts_the_attention(case: Case, folder: Path) -> None:
     """Of every block that has any, by the names that the class declares; and blocks are found for compilation."""
     from flowrl.models.compiling import repeated_blocks
 
-    env = TextToImageEnv(source(case, folder), PROMPTS, brightness)
+    env = TextToImageEnv(source(case, folder), case.contexts, brightness)
     config = flowrl.FlowConfig(lora_rank=2)
     network = FlowPolicy.of(env, config).model.network
     blocks = [{name: type(part).__name__ for name, part in block.named_modules()} for block in repeated_blocks(network)]
@@ -180,16 +180,16 @@ def test_lora_adapts_the_attention(case: Case, folder: Path) -> None:
 def test_the_plan_knows_the_prompts(case: Case, folder: Path) -> None:
     """What a dry run puts in the place of encoded prompts has their shapes and types."""
     flow = loaded(case, folder)
-    real = flow.encode(PROMPTS)
+    real = flow.encode(case.contexts)
     parts = flow.condition_parts()
     assert [tuple(part.shape[1:]) for part in real] == [part.shape for part in parts]
     assert [part.dtype for part in real] == [part.dtype or torch.float32 for part in parts]
     imitation = source(case, folder).imitation(torch.float32, torch.float32)
-    assert [part.shape for part in imitation.encode(PROMPTS)] == [part.shape for part in real]
+    assert [part.shape for part in imitation.encode(case.contexts)] == [part.shape for part in real]
     null = flow.null_condition()
     assert [part.shape[1:] for part in null] == [part.shape[1:] for part in real]
     flow.release_encoders()
-    assert all(map(torch.equal, flow.encode(PROMPTS), real))  # they come back when they are needed
+    assert all(map(torch.equal, flow.encode(case.contexts), real))  # they come back when they are needed
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -208,7 +208,7 @@ def test_memory_is_predicted(case: Case, folder: Path) -> None:
     """A dry run tries every class, and says where the work of its network depends on what is drawn."""
     from flowrl.training.memory_plan import predict_memory
 
-    env = TextToImageEnv(source(case, folder), PROMPTS, brightness)
+    env = TextToImageEnv(source(case, folder), case.contexts, brightness)
     settings = {"n_samples": 4, "group_size": 2, "batch_size": 2, "rollout_steps": 3, "lora_rank": 2}
     plan = predict_memory(flowrl.ORWCFMW2, flowrl.ORWCFMW2.configure(settings=settings), env)
     assert case.why_unpredictable in plan.missing
@@ -231,7 +231,7 @@ def test_prompts_are_cut_where_the_warning_says(case: Case, folder: Path) -> Non
 
     def encoded(words: int) -> list[torch.Tensor]:
         with silenced():
-            return [flow.encode(["white " * (words - 1) + last])[0] for last in ("white", "circles")]
+            return [flow.encode([case.context("white " * (words - 1) + last)])[0] for last in ("white", "circles")]
 
     white, circles = encoded(words)
     assert (white - circles).abs().max() > 1e-3
@@ -244,7 +244,7 @@ def test_checkpoints_of_gradients_change_nothing(case: Case, folder: Path) -> No
     """Neither the velocity nor its gradient, which blocks compute again then."""
     flow = loaded(case, folder)
     torch.manual_seed(0)
-    x, t, cond = torch.randn(2, *flow.latent_shape), torch.tensor([0.3, 0.7]), flow.encode(PROMPTS[:2])
+    x, t, cond = torch.randn(2, *flow.latent_shape), torch.tensor([0.3, 0.7]), flow.encode(case.contexts[:2])
     cond = flow.with_guidance(cond, 2.0) if flow.takes_guidance else cond
     weight = max(flow.network.parameters(), key=torch.Tensor.numel).requires_grad_()
     found = []
@@ -263,7 +263,7 @@ def test_a_distilled_pipeline_goes_without_guidance(tmp_path: Path) -> None:
     case = CASES["flux2-klein"]
     flux2.build_klein(tmp_path / "klein", is_distilled=True)
     flow, theirs = loaded(case, tmp_path / "klein"), loaded(case, tmp_path / "klein")
-    policy = policy_of(flow, 1.0)
+    policy = policy_of(case, flow, 1.0)
     x_0, ids = policy.noise(3), torch.arange(3)
     with pytest.warns(UserWarning, match="guidance_scale=4 does nothing: this Flux2KleinPipeline is distilled") as told:
         ours = [policy.sample_latents(ids, x_0=x_0, steps=3, solver="euler", guidance_scale=4.0) for _ in range(2)]

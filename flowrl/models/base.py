@@ -57,6 +57,13 @@ class VelocityModel(nn.Module):
         """Give the condition of one empty context, for classifier-free guidance."""
         raise ConfigError(f"{type(self).__name__} has no empty context; leave guidance_scale at 1.")
 
+    def null_like(self, null: Condition, cond: Condition) -> Condition:
+        """Give the empty context's condition (one row) for every sample of `cond`: what guidance leads away from.
+
+        An override takes those parts from `cond` that guidance keeps, such as a picture beside the prompt.
+        """
+        return tuple(row.expand(len(part), *row.shape[1:]) for row, part in zip(null, cond))
+
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
         """Put a guidance scale into a condition, where guidance is distilled into the network."""
         return cond

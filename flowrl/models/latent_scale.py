@@ -8,6 +8,16 @@ from typing import Any
 import torch
 
 
+def from_autoencoder(z: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Bring latents (B, C, ...) of an autoencoder to the scale of the flow's: the inverse of `to_autoencoder`."""
+    scale, mean, std = (config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std"))
+    scale = 1.0 if scale is None else scale
+    if mean is None or std is None:
+        return (z - (config.get("shift_factor") or 0.0)) * scale
+    shape = (1, -1, *(1,) * (z.ndim - 2))
+    return (z - z.new_tensor(mean).view(shape)) / (z.new_tensor(std).view(shape) / scale)
+
+
 def to_autoencoder(x: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Bring latents (B, C, ...) of a flow to the scale of the autoencoder that decodes them.
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowrl.envs.base import GenerationEnv
+from flowrl.envs.prompts import picture_of
 from flowrl.models.loading import FlowSource
+from flowrl.models.pictures import PicturesFlow
 from flowrl.pages.text import markdown_table, number
 from flowrl.runs.logs import read_metrics
 from flowrl.runs.pictures import curves
@@ -140,6 +142,11 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
     options = [f"    {key}={value!r}," for key, value in sampling.items()]
     options.append("    generator=torch.Generator().manual_seed(0),")
     prompt = json.dumps(model.env.core.contexts[0], ensure_ascii=False)
+    if isinstance(model.policy.model, PicturesFlow):
+        *_, height, width = model.policy.model.sample_shape
+        imports += ["from diffusers.utils import load_image", "from PIL import Image"]
+        picture = json.dumps(Path(picture_of(model.env.core.contexts[0]) or "").name, ensure_ascii=False)
+        options.insert(0, f"    image=load_image({picture}).resize(({width}, {height}), Image.Resampling.LANCZOS),")
     rate = model.env.core.flow.frame_rate
     kept, save = ("images", 'image.save("image.png")')
     if rate:

@@ -12,6 +12,7 @@ from stable_baselines3.common.utils import get_device
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
+from flowrl.envs.prompts import positions_of
 from flowrl.functional.flow import normal
 from flowrl.functional.guidance import guided_field
 from flowrl.functional.sde import SDE, sde_sample
@@ -167,7 +168,7 @@ class FlowPolicy(SB3Policy):
         if self._null is None:
             self._null = on_device(self.model.null_condition(), self._home)
             self.model.release_encoders()
-        both = tuple(torch.cat([part, null.expand(n, *null.shape[1:])]) for part, null in zip(cond, self._null))
+        both = tuple(torch.cat(halves) for halves in zip(cond, self.model.null_like(self._null, cond)))
         return guided_field(lambda x, t: self.velocity(x, t, both, role, exact), scale, self.guidance, self.model.guide)
 
     def noise(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -249,15 +250,13 @@ class FlowPolicy(SB3Policy):
 
     def _indices(self, contexts: Sequence[Any]) -> torch.Tensor:
         """Give the indices (B,) of contexts; new ones are encoded and kept."""
-        known = {repr(c): i for i, c in enumerate(self.contexts)}
-        new = [c for c in dict.fromkeys(contexts) if repr(c) not in known]
+        positions, new = positions_of(contexts, self.contexts)
         if new:
             encoded = self.encode(new)
             self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, encoded))
             self.graphs.forget()
             self.contexts += new
-            known = {repr(c): i for i, c in enumerate(self.contexts)}
-        return torch.tensor([known[repr(c)] for c in contexts])
+        return torch.tensor(positions)
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents to samples (B, *sample_shape); gradients by the latents flow through."""

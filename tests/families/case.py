@@ -35,6 +35,7 @@ class Case:
         has_lora: The pipeline has `load_lora_weights`; else the network's own `load_lora_adapter` is used.
         most_bytes: Size of all weights at most.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
+        context: Makes a context of a prompt: adds what the pipeline takes beside it.
     """
 
     name: str
@@ -52,3 +53,9 @@ class Case:
     has_lora: bool = True
     most_bytes: float = 4e6
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None
+    context: Callable[[str], str] = str
+
+    @property
+    def contexts(self) -> list[str]:
+        """`PROMPTS` as contexts."""
+        return [self.context(prompt) for prompt in PROMPTS]
