@@ -325,9 +325,9 @@ MUTATIONS = (
     # rows and gradients
     Mutation(
         "rows-of-dropped-samples",
-        ALGORITHM,
-        "{name: rows[index] for name, rows in extra.items()}",
-        "{name: rows for name, rows in extra.items()}",
+        "flowrl/training/rollout.py",
+        "{name: row[index] for name, row in rows.items()}",
+        "{name: row for name, row in rows.items()}",
         ("test_outside.py::test_each_survives_a_reward_that_fails_for_some",),
     ),
     Mutation(
@@ -1123,8 +1123,8 @@ MUTATIONS = (
     Mutation(
         "repeated-levels",
         "flowrl/models/schedules.py",
-        "torch.unique_consecutive(scheduler.sigmas.float().cpu())",
-        "scheduler.sigmas.float().cpu()",
+        'torch.unique_consecutive(1 - levels if scheduler.config.get("invert_sigmas") else levels)',
+        '(1 - levels if scheduler.config.get("invert_sigmas") else levels)',
         ("test_saved_pipelines.py::test_schedulers_of_other_solvers",),
     ),
 )

@@ -98,7 +98,7 @@ def test_the_recommended_sampler_gives_the_reference_back(generator: torch.Gener
 def test_a_linear_reward_moves_the_mean_alone(algo: str, settings: dict) -> None:
     """q* = N(lambda a, I), with lambda = tau; for `orw` 4 tau, after four refreshes that each tilt exactly."""
     env = flowrl.make(registered(linear, generator=nn.Identity(), latent=2, bounds=(-10, 10)))
-    size = {"n_samples": 1024, "batch_size": 256, "n_epochs": 4}
+    size = {"n_samples": 1024, "batch_size": 256, "n_epochs": 4, "ema_decay": 0.98}  # samples are of the average
     if algo == "orw":
         settings = {**settings, "refresh_every": 6, "baseline": "mean", "weight_normalisation": "none"}
     model = flowrl.algorithm_class(algo)("FlowPolicy", env, seed=0, device=DEVICE, **size, **settings)

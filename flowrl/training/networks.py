@@ -10,7 +10,7 @@ from torch import nn
 
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import CheckpointError
-from flowrl.training.optimizers import laid_out_like, step_unless
+from flowrl.training.optimizers import AdamW, laid_out_like, step_unless
 
 
 class TrainedNetwork:
@@ -24,7 +24,7 @@ class TrainedNetwork:
 
     def __init__(self, module: nn.Module, learning_rate: float, ranks: Ranks) -> None:
         self.module, self.ranks = module, ranks
-        self.optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True)
+        self.optimizer = AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
