@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from families import CASES
 from families.case import PROMPTS, Case
 from gymnasium import spaces
@@ -17,7 +18,7 @@ from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.models.families import DECLARED
 from flowrl.models.loading import source_of
 from flowrl.models.long_prompts import silenced
-from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.models.pipeline import PipelineFlow
 from flowrl.models.source import FlowSource
 from flowrl.training.policy import FlowPolicy
 
@@ -54,6 +55,14 @@ def loaded(case: Case, folder: Path, size: Any = None) -> PipelineFlow:
 
 def test_every_declared_class_has_a_case(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert {type_of(case, tmp_path_factory.mktemp("declared")) for case in CASES.values()} == set(DECLARED)
+
+
+def test_pages_name_every_declared_class() -> None:
+    pages = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/pipelines.md")}
+    unnamed = [kind for kind in DECLARED if f"`{kind.removesuffix('Pipeline')}`" not in pages["README.md"]]
+    assert not unnamed
+    table, left_out = pages["docs/pipelines.md"].split("## Left out")
+    assert not [kind for kind in DECLARED if f"`{kind}`" not in table or f"| `{kind}` |" in left_out]
 
 
 def type_of(case: Case, folder: Path) -> str:
@@ -276,4 +285,3 @@ def test_a_distilled_pipeline_goes_without_guidance(tmp_path: Path) -> None:
 
 def test_cases_are_of_random_weights_and_small(case: Case, folder: Path) -> None:
     assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < case.most_bytes
-    assert isinstance(case.options, PipelineOptions)

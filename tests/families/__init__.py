@@ -1,63 +1,11 @@
-"""Small random pipelines of each declared class, and what their own calls give; `CASES` lists them all."""
+"""Small random pipelines of each declared class, and what their own calls give; `CASES` lists those of every module."""
 
 from __future__ import annotations
 
-from families import (
-    auraflow,
-    bria,
-    chroma,
-    cogview4,
-    ernie_image,
-    flux,
-    flux2,
-    flux_kontext,
-    hidream,
-    hunyuan_image,
-    hunyuan_video,
-    hunyuan_video15,
-    kandinsky5_image,
-    krea2,
-    longcat_image,
-    ltx,
-    lumina2,
-    mochi,
-    nucleusmoe_image,
-    ovis_image,
-    prx,
-    qwen_image,
-    sana,
-    sd3,
-    wan,
-    z_image,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from families.case import Case
 
-MODULES = (
-    auraflow,
-    bria,
-    chroma,
-    cogview4,
-    ernie_image,
-    flux,
-    flux2,
-    flux_kontext,
-    hidream,
-    hunyuan_image,
-    hunyuan_video,
-    hunyuan_video15,
-    kandinsky5_image,
-    krea2,
-    longcat_image,
-    ltx,
-    lumina2,
-    mochi,
-    nucleusmoe_image,
-    ovis_image,
-    prx,
-    qwen_image,
-    sana,
-    sd3,
-    wan,
-    z_image,
-)
-CASES: dict[str, Case] = {case.name: case for module in MODULES for case in module.CASES}
+MODULES = [import_module(f"families.{found.name}") for found in iter_modules(__path__)]
+CASES: dict[str, Case] = {case.name: case for module in MODULES for case in getattr(module, "CASES", ())}

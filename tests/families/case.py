@@ -28,7 +28,6 @@ class Case:
         options: Further fields of `PipelineOptions`.
         images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
         rounds: The network computes in lower precision in itself, so that differences of it say nothing.
-        most_bytes: Of its weights.
         why_unpredictable: What of its own network a dry run cannot try, as the prediction says; empty where it can.
         own_noise: Why the pipeline's call draws no noise of the small sizes here by itself; empty where it does.
         drops_template: The pipeline drops as many tokens as its template has by its own tokenizer, not by the one here.
@@ -46,7 +45,6 @@ class Case:
     options: PipelineOptions = DEFAULTS
     images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None
     rounds: bool = False
-    most_bytes: float = 4e6
     why_unpredictable: str = ""
     own_noise: str = ""
     drops_template: bool = False

@@ -121,7 +121,6 @@ CASES = [
         images=videos,
         why_unpredictable="_local_scalar_dense",  # lengths of the prompts
         has_lora=False,
-        load_adapter=lambda flow, folder: flow.network.load_lora_adapter(folder, use_safetensors=True),
         most_bytes=20e6,  # a projection of 2048 x 2048 is fixed in the transformer's code
     )
 ]
