@@ -198,7 +198,7 @@ LATENTS: Mapping[str, Any] = {
     "n_epochs": 8,
     "rollout_steps": 8,
     "solver": "midpoint",  # gives the latents of the reference back; Euler's would shrink them
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
     "ema_decay": 0.98,
     "tau": 2.5,
     "endpoint.weight_normalisation": "none",

@@ -104,7 +104,7 @@ def _finished_before(cell: Cell, root: Path) -> bool:
     path, shown = root / cell.folder / "result.json", reprlib.Repr().repr
     if not path.exists():
         return False
-    old, new = read_json(path).get("cell"), json.loads(json.dumps(cell.to_dict()))
+    old, new = read_json(path).get("cell"), json.loads(json.dumps(finite_or_none(cell.to_dict())))
     if not (isinstance(old, dict) and isinstance(old.get("config", {}), dict)):
         raise ConfigError(f"'{path}' says of no cell that it has finished. Remove that folder to run the cell again.")
     old, new = (made.pop("config", {}) | made for made in (old, new))

@@ -26,6 +26,8 @@ from flowrl.pages.benchmark_plots import frontier, learning_curves
 from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, collect, summary
 from flowrl.pages.benchmark_tables import drift, markdown, target
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
+from flowrl.runs.folder import finite_or_none
+from flowrl.storage.files import write_json
 from flowrl.suites.cell import run_cell
 from flowrl.suites.suite import Cell, load_suite, suites
 
@@ -192,6 +194,14 @@ def test_a_cell_finished_with_another_default_is_not_taken_for_this_one(suite: P
     (tmp_path / cell.folder / "result.json").write_text(json.dumps({"cell": made}))
     with pytest.raises(ConfigError, match=r"settings \(learning_rate 0.5, not 3e-05\)"):
         run_cells([cell], tmp_path, workers=1)
+
+
+def test_a_finished_cell_with_an_infinite_setting_is_not_run_again(suite: Path, tmp_path: Path) -> None:
+    cell = replace(load_suite(str(suite), algos=["ddpo"], seeds=[0])[0], algo="raft", config={"threshold": -math.inf})
+    (tmp_path / cell.folder).mkdir(parents=True)
+    write_json(tmp_path / cell.folder / "result.json", finite_or_none({"cell": cell.to_dict()}))  # as cells do
+    assert run_cells([cell], tmp_path, workers=1) == []
+    assert not (tmp_path / cell.folder / "cell.json").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
