@@ -10,50 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import newer_architectures
+from published_parts import T5_XXL, clip, plain_autoencoder
 
 Configs = dict[str, dict[str, Any]]
-
-
-def _clip(width: int, layers: int, projected: bool = True) -> dict[str, Any]:
-    return {
-        "model_type": "clip_text_model",
-        "vocab_size": 49408,
-        "max_position_embeddings": 77,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
-        **({"projection_dim": width} if projected else {}),
-    }
-
-
-T5_XXL = {
-    "model_type": "t5",
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": False,
-    "use_cache": False,
-}
-
-
-def _vae(scaling_factor: float, shift_factor: float) -> dict[str, Any]:
-    return {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "scaling_factor": scaling_factor,
-        "shift_factor": shift_factor,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
 
 
 def _sd3(layers: int, positions: int, **more: Any) -> Configs:
@@ -83,9 +42,9 @@ def _sd3(layers: int, positions: int, **more: Any) -> Configs:
             "pos_embed_max_size": positions,
             **more,
         },
-        "vae/config.json": _vae(1.5305, 0.0609),
-        "text_encoder/config.json": _clip(768, 12),
-        "text_encoder_2/config.json": _clip(1280, 32),
+        "vae/config.json": plain_autoencoder(1.5305, 0.0609),
+        "text_encoder/config.json": clip(768, 12),
+        "text_encoder_2/config.json": clip(1280, 32),
         "text_encoder_3/config.json": T5_XXL,
         "tokenizer/tokenizer_config.json": {"model_max_length": 77},
     }
@@ -113,8 +72,8 @@ FLUX: Configs = {
         "guidance_embeds": True,
         "axes_dims_rope": [16, 56, 56],
     },
-    "vae/config.json": _vae(0.3611, 0.1159),
-    "text_encoder/config.json": _clip(768, 12, projected=False),
+    "vae/config.json": plain_autoencoder(0.3611, 0.1159),
+    "text_encoder/config.json": clip(768, 12, projected=False),
     "text_encoder_2/config.json": T5_XXL,
     "tokenizer/tokenizer_config.json": {"model_max_length": 77},
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from published_parts import UMT5_XXL, autoencoder, index, language_model, plain_autoencoder, video_autoencoder
+
 Configs = dict[str, dict[str, Any]]
 NAMED: dict[str, str] = {
     "Qwen/Qwen-Image": "20",
@@ -14,33 +16,8 @@ NAMED: dict[str, str] = {
 }
 """Billions of parameters of the trained network, as its publisher names them."""
 
-
-def _language_model(kind: str, width: int, layers: int, heads: int, kv: int, mlp: int, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "intermediate_size": mlp,
-        **more,
-    }
-
-
-def _index(kind: str, transformer: str, vae: str, encoder: str, **more: Any) -> dict[str, Any]:
-    return {
-        "_class_name": kind,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", encoder],
-        "tokenizer": ["transformers", "AutoTokenizer"],
-        "transformer": ["diffusers", transformer],
-        "vae": ["diffusers", vae],
-        **more,
-    }
-
-
 QWEN_IMAGE: Configs = {
-    "model_index.json": _index(
+    "model_index.json": index(
         "QwenImagePipeline",
         "QwenImageTransformer2DModel",
         "AutoencoderKLQwenImage",
@@ -58,24 +35,15 @@ QWEN_IMAGE: Configs = {
         "guidance_embeds": False,
         "axes_dims_rope": [16, 56, 56],
     },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKLQwenImage",
-        "base_dim": 96,
-        "z_dim": 16,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "temperal_downsample": [False, True, True],
-        "latents_mean": [0.0] * 16,
-        "latents_std": [1.0] * 16,
-    },
+    "vae/config.json": video_autoencoder("AutoencoderKLQwenImage"),
     "text_encoder/config.json": {
         "model_type": "qwen2_5_vl",
-        "text_config": _language_model("qwen2_5_vl_text", 3584, 28, 28, 4, 18944, vocab_size=152064),
+        "text_config": language_model("qwen2_5_vl_text", 3584, 28, 28, 4, 18944, vocab_size=152064),
         "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
     },
 }
 Z_IMAGE: Configs = {
-    "model_index.json": _index("ZImagePipeline", "ZImageTransformer2DModel", "AutoencoderKL", "Qwen3Model"),
+    "model_index.json": index("ZImagePipeline", "ZImageTransformer2DModel", "AutoencoderKL", "Qwen3Model"),
     "transformer/config.json": {
         "_class_name": "ZImageTransformer2DModel",
         "all_patch_size": [2],
@@ -90,22 +58,11 @@ Z_IMAGE: Configs = {
         "axes_dims": [32, 48, 48],
         "axes_lens": [1536, 512, 512],
     },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder/config.json": _language_model("qwen3", 2560, 36, 32, 8, 9728, vocab_size=151936, head_dim=128),
+    "vae/config.json": plain_autoencoder(0.3611, 0.1159),
+    "text_encoder/config.json": language_model("qwen3", 2560, 36, 32, 8, 9728, vocab_size=151936, head_dim=128),
 }
 FLUX_2: Configs = {
-    "model_index.json": _index(
+    "model_index.json": index(
         "Flux2Pipeline", "Flux2Transformer2DModel", "AutoencoderKLFlux2", "Mistral3ForConditionalGeneration"
     ),
     "transformer/config.json": {
@@ -121,23 +78,15 @@ FLUX_2: Configs = {
         "axes_dims_rope": [32, 32, 32, 32],
         "guidance_embeds": True,
     },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKLFlux2",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 32,
-        "patch_size": [2, 2],
-    },
+    "vae/config.json": autoencoder("AutoencoderKLFlux2", 32, patch_size=[2, 2]),
     "text_encoder/config.json": {
         "model_type": "mistral3",
-        "text_config": _language_model("mistral", 5120, 40, 32, 8, 32768, vocab_size=131072, head_dim=128),
+        "text_config": language_model("mistral", 5120, 40, 32, 8, 32768, vocab_size=131072, head_dim=128),
         "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24},
     },
 }
 WAN_2_2: Configs = {
-    "model_index.json": _index(
+    "model_index.json": index(
         "WanPipeline",
         "WanTransformer3DModel",
         "AutoencoderKLWan",
@@ -162,36 +111,14 @@ WAN_2_2: Configs = {
         }
         for part in ("transformer", "transformer_2")
     },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKLWan",
-        "base_dim": 96,
-        "z_dim": 16,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "temperal_downsample": [False, True, True],
-        "scale_factor_spatial": 8,
-        "scale_factor_temporal": 4,
-        "latents_mean": [0.0] * 16,
-        "latents_std": [1.0] * 16,
-    },
-    "text_encoder/config.json": {
-        "model_type": "umt5",
-        "vocab_size": 256384,
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-        "is_encoder_decoder": False,
-        "use_cache": False,
-    },
+    "vae/config.json": video_autoencoder("AutoencoderKLWan", scale_factor_spatial=8, scale_factor_temporal=4),
+    "text_encoder/config.json": UMT5_XXL,
 }
 _STAGES = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 _WIDTHS = [128, 256, 512, 512, 1024, 1024]
 _SCALES: list[list[int]] = [[], [], [], [5], [5], [5]]
 SANA: Configs = {
-    "model_index.json": _index("SanaPipeline", "SanaTransformer2DModel", "AutoencoderDC", "Gemma2Model"),
+    "model_index.json": index("SanaPipeline", "SanaTransformer2DModel", "AutoencoderDC", "Gemma2Model"),
     "transformer/config.json": {
         "_class_name": "SanaTransformer2DModel",
         "in_channels": 32,
@@ -223,6 +150,6 @@ SANA: Configs = {
         "downsample_block_type": "conv",
         "scaling_factor": 0.41407,
     },
-    "text_encoder/config.json": _language_model("gemma2", 2304, 26, 8, 4, 9216, vocab_size=256000, head_dim=256),
+    "text_encoder/config.json": language_model("gemma2", 2304, 26, 8, 4, 9216, vocab_size=256000, head_dim=256),
 }
 PIPELINES: dict[str, Configs] = dict(zip(NAMED, (QWEN_IMAGE, Z_IMAGE, FLUX_2, WAN_2_2, SANA)))

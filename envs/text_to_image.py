@@ -18,7 +18,7 @@ from flowrl.envs.rewards.mixture import MixtureReward, make_mixture, parse_mixtu
 from flowrl.envs.sizes import sides
 from flowrl.errors import ConfigError
 from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3, source_of
-from flowrl.models.pipeline import PipelineOptions
+from flowrl.models.pipeline_options import PipelineOptions
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
 

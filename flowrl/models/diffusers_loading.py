@@ -16,9 +16,11 @@ from flowrl.models.base import VelocityModel
 from flowrl.models.diffusers_weights import hub_message, load_pipeline
 from flowrl.models.families import declared
 from flowrl.models.imports import looked_up
-from flowrl.models.pipeline import CLIP_TOKENS, PipelineFlow, PipelineOptions, Shapes
+from flowrl.models.pipeline import PipelineFlow
+from flowrl.models.pipeline_options import PipelineOptions, Shapes
 from flowrl.models.schedules import check_scheduler
 from flowrl.models.source import FlowSource, read_json
+from flowrl.models.text_encoders import CLIP_TOKENS
 from flowrl.storage import revisions
 
 LIBRARIES = ("diffusers", "transformers")

@@ -10,7 +10,8 @@ from typing import Any
 
 from flowrl.errors import ModelLoadError
 from flowrl.models.imports import first_failure, importing, looked_up
-from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.models.pipeline import PipelineFlow
+from flowrl.models.pipeline_options import PipelineOptions
 from flowrl.models.source import read_json
 from flowrl.storage import revisions
 

@@ -15,7 +15,7 @@ from torch import nn
 from flowrl.checks import is_whole
 from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
 from flowrl.models.base import VelocityModel
-from flowrl.models.pipeline import DEFAULTS, PipelineOptions
+from flowrl.models.pipeline_options import DEFAULTS, PipelineOptions
 from flowrl.models.prior import PriorFlow
 from flowrl.models.source import ASSETS, EMBEDDED, SMALL, FlowSource, read_json
 from flowrl.storage import revisions

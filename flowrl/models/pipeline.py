@@ -11,9 +11,8 @@ import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,16 +20,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flowrl.errors import ConfigError
-from flowrl.models.base import VelocityModel
 from flowrl.models.init_lora import with_start
 from flowrl.models.latent_scale import to_autoencoder
-from flowrl.models.long_prompts import silenced, warn_of_cut
 from flowrl.models.packing import latent_sides
+from flowrl.models.pipeline_options import DEFAULTS, PipelineOptions, Shapes
 from flowrl.models.schedules import TIMESTEPS, times_of
-from flowrl.types import Condition, Contexts
+from flowrl.models.text_encoders import Part, PromptedFlow
+from flowrl.types import Condition
 
-PROMPTS_AT_ONCE = 64
-CLIP_TOKENS = 77
+__all__ = ["ATTENTION", "DEFAULTS", "Part", "PipelineFlow", "PipelineOptions", "Shapes"]
+
 ATTENTION = [
     "attn.to_q",
     "attn.to_k",
@@ -44,59 +43,7 @@ ATTENTION = [
 """Projections of the attention of image and text, which LoRA adapts."""
 
 
-@dataclass(frozen=True)
-class PipelineOptions:
-    """Use of a pipeline.
-
-    Attributes:
-        resolution: Height and width of the samples in pixels, one number for both; the pipeline's own when None.
-        frames: Frames of a video; the pipeline's own number when None.
-        decode_batch: Samples that the autoencoder decodes at once.
-        vae_tiling: Decode large images in tiles, for little memory.
-        t5: Load the T5 text encoder where the pipeline can do without it (Stable Diffusion 3).
-        sequence_length: Tokens of a prompt; as in the pipeline's own call when None.
-        embedded_guidance: Guidance scale that a guidance-distilled network is always given, so that the other scale is
-            of classifier-free guidance; None gives it that scale, and leaves classifier-free guidance out.
-    """
-
-    resolution: int | tuple[int, int] | None = None
-    decode_batch: int = 64
-    vae_tiling: bool = False
-    t5: bool = True
-    sequence_length: int | None = None
-    embedded_guidance: float | None = None
-    frames: int | None = None
-
-
-DEFAULTS = PipelineOptions()
-
-
-class Part(NamedTuple):
-    """Part of one encoded prompt: its shape, its type where that is not the text encoders', and what stands in for it.
-
-    What stands in is 0, or 1 for masks (whole numbers and truth values), unless another number is given.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
-    imitation: int | None = None
-
-    def imitated(self, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Make what stands in for the part of `n` prompts, in the text encoders' `dtype` unless it has its own."""
-        kind = self.dtype or dtype
-        value = self.imitation if self.imitation is not None else int(not kind.is_floating_point)
-        return torch.full((n, *self.shape), value, dtype=kind, device=device)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Shapes of one latent and one decoded sample, as a pipeline's configuration says."""
-
-    latent: tuple[int, ...]
-    sample: tuple[int, ...]
-
-
-class PipelineFlow(VelocityModel):
+class PipelineFlow(PromptedFlow):
     """A flow pipeline, of which one network is fine-tuned; subclasses declare families (docs/how-to/pipeline.md).
 
     Args:
@@ -116,14 +63,10 @@ class PipelineFlow(VelocityModel):
     """Name of the part that is trained."""
     MORE_NETWORKS: ClassVar[tuple[str, ...]] = ()
     """Names of further parts that are trained with it, where a pipeline has them."""
-    ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    """Names of the parts that encode prompts, and that can be released after that."""
     ALWAYS_THERE: ClassVar[tuple[str, ...]] = ()
     """Names of parts that the pipeline is not assembled without, not even to encode prompts."""
     WITHOUT_T5: ClassVar[str | None] = None
     """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
-    SEQUENCE_LENGTH: ClassVar[int] = 512
-    """Tokens of a prompt in the pipeline's own call."""
     MAX_SHIFT: ClassVar[float] = 1.15
     """The pipeline's own default of `max_shift` in a schedule that depends on the resolution."""
     TIME_SCALE: ClassVar[float] = 1000.0
@@ -280,95 +223,10 @@ class PipelineFlow(VelocityModel):
         """Give the guidance scales (n,) that a guidance-distilled network is given at first."""
         return torch.full((n,), 1.0 if self.embedded_guidance is None else self.embedded_guidance, device=self.device)
 
-    # prompts
-
-    @abstractmethod
-    def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Encode prompts by the pipeline's own text encoders."""
-
-    @abstractmethod
-    def condition_parts(self) -> list[Part]:
-        """Give the parts of one encoded prompt, as `encode_prompts` makes them."""
-
-    def imitate_prompts(self, prompts: list[str]) -> Condition:
-        """Make meaningless embeddings, of the shapes and types that `encode_prompts` gives, at the same cost."""
-        for encoder in self._encoders().values():
-            length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
-            encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
-        frozen = self.pipeline.vae.dtype
-        return tuple(part.imitated(len(prompts), frozen, self.device) for part in self.condition_parts())
-
     @property
     @abstractmethod
     def sequence_length(self) -> int:
         """Number of tokens of one image in the transformer; a schedule may be shifted by it."""
-
-    @torch.no_grad()
-    def encode(self, contexts: Contexts) -> Condition:
-        """Encode prompts by the pipeline's own text encoders."""
-        for prompt in contexts:
-            if not isinstance(prompt, str):
-                raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
-        self._place_encoders()
-        warn_of_cut(contexts, self.tokenizers(), "the flow's text encoders")
-        with silenced():  # each library warns of each prompt again
-            chunks = [
-                self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
-                for i in range(0, len(contexts), PROMPTS_AT_ONCE)
-            ]
-        return tuple(torch.cat(parts) for parts in zip(*chunks))
-
-    def tokenizers(self) -> list[tuple[str, Any, int]]:
-        """Name of each kind of text encoder, its tokenizer, and how many tokens of a prompt it is given."""
-        found: dict[str, tuple[str, Any, int]] = {}
-        for part, encoder in self._encoders().items():
-            tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"), None)
-            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and images
-            name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
-            if tokenizer is not None and name not in found:  # two encoders of one kind are given the same
-                longest = self.max_sequence_length - self.template_tokens()
-                found[name] = (name, tokenizer, self._clip_tokens if name == "CLIP" else longest)
-        return list(found.values())
-
-    def template_tokens(self) -> int:
-        """Count the tokens of a prompt's that the pipeline's template takes, so that they are lost for the prompt."""
-        return 0
-
-    @property
-    def _clip_tokens(self) -> int:
-        """Tokens that the pipeline gives CLIP; where it does not say, those that CLIP takes."""
-        return int(getattr(self.pipeline, "tokenizer_max_length", CLIP_TOKENS))
-
-    @torch.no_grad()
-    def null_condition(self) -> Condition:
-        """Encode the empty prompt, as the pipeline's own guidance uses it."""
-        self._place_encoders()
-        return self.encode_null()
-
-    def encode_null(self) -> Condition:
-        """Encode the prompt that guidance leads away from; another than "" where the pipeline treats that otherwise."""
-        return self.encode_prompts([""])
-
-    def _place_encoders(self) -> None:
-        """Put the text encoders on the device, loaded again where they had been released."""
-        if self.load_encoders is not None and getattr(self.pipeline, self.ENCODERS[0], None) is None:
-            loaded = self.load_encoders()
-            for name in self.ENCODERS:
-                if getattr(loaded, name, None) is not None:
-                    setattr(self.pipeline, name, getattr(loaded, name))
-        for encoder in self._encoders().values():
-            encoder.to(self.device)
-
-    def release_encoders(self) -> None:
-        """Give back the memory of the text encoders; they come back when a new prompt is to be encoded."""
-        for name, encoder in self._encoders().items():
-            if self.load_encoders is None:
-                encoder.to("cpu")
-            else:
-                setattr(self.pipeline, name, None)
-
-    def _encoders(self) -> dict[str, torch.nn.Module]:
-        return {name: part for name in self.ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents to images (B, 3, H, W), float32 in [0, 1]."""
@@ -449,10 +307,6 @@ class PipelineFlow(VelocityModel):
         else:
             named = {f"{self.NETWORK}.{name}": value.contiguous() for name, value in whole.items()}
             save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
-
-
-def _is_clip(encoder: nn.Module) -> bool:
-    return "CLIP" in type(encoder).__name__
 
 
 def _saves_adapters(pipeline: Any) -> bool:

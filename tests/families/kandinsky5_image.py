@@ -16,12 +16,11 @@ from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 TOKENS = 24
 
 
-def build(folder: Path) -> Path:
-    torch.manual_seed(9)
-    transformer = Kandinsky5Transformer3DModel(
+def transformer(text_dim: int = parts.DIM, **more: Any) -> Kandinsky5Transformer3DModel:
+    made = Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         out_visual_dim=4,
-        in_text_dim=parts.DIM,
+        in_text_dim=text_dim,
         in_text_dim2=small_pipelines.POOLED,
         time_dim=16,
         model_dim=32,
@@ -29,14 +28,20 @@ def build(folder: Path) -> Path:
         num_text_blocks=1,
         num_visual_blocks=1,
         axes_dims=(4, 6, 6),
+        **more,
     )
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in made.named_parameters():
         if "modulation.out_layer.weight" in name:  # zeros at first, so that nothing depends on prompts
             torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def build(folder: Path) -> Path:
+    torch.manual_seed(9)
     return parts.save(
         Kandinsky5T2IPipeline,
         folder,
-        transformer,
+        transformer(),
         scheduler=parts.euler(),
         vae=parts.autoencoder(4),
         text_encoder=parts.qwen_vl(),

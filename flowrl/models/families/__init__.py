@@ -15,6 +15,7 @@ from flowrl.models.families.hunyuan_image import HunyuanImageFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.hunyuan_video15 import HunyuanVideo15Flow
 from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
+from flowrl.models.families.kandinsky5_video import Kandinsky5VideoFlow
 from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ltx import LTXFlow
@@ -47,6 +48,7 @@ for family in (
     HunyuanVideo15Flow,
     HunyuanVideoFlow,
     Kandinsky5ImageFlow,
+    Kandinsky5VideoFlow,
     Krea2Flow,
     LongCatImageFlow,
     LTXFlow,

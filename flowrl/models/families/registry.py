@@ -28,8 +28,6 @@ NO_FLOWS: Mapping[str, str] = {
     "those: a prompt alone is no condition of it",
     "HunyuanDiTPipeline": DIFFUSION,
     "Ideogram4Pipeline": "its guidance is that of a second network, which would not follow the one that is trained",
-    "Kandinsky5T2VPipeline": "its network takes the padding of the other prompts of a batch for text, so that a prompt "
-    "alone gives another velocity",
     "KolorsPipeline": DIFFUSION,
     "LattePipeline": DIFFUSION,
     "OmniGenPipeline": "it has no text encoder: its network takes the words themselves, and conditions here are "
