@@ -186,6 +186,8 @@ class Lab:
             "lora_rank": self.sizes.rank,
             "precision": "bfloat16",
             "gradient_checkpointing": False,
+            "working_copies": "on",
+            "fit_memory": (),
             "offload": False,
             "ema_decay": 0.0,
             "standardise": "none",

@@ -6,6 +6,7 @@ python benchmarks/recipes.py
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,11 @@ RECIPES: list[tuple[str, str, int, dict[str, Any]]] = [
 
 def main() -> None:
     """Print the table."""
-    print("| GPU | pipeline | pixels | settings | loading | drawing | decoding | training | parameters trained |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| GPU | pipeline | pixels | settings | loading | drawing | decoding | training | working copies "
+        "| most without them | parameters trained |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for gpu, name, resolution, settings in RECIPES:
         with tempfile.TemporaryDirectory() as folder:
             flow = architectures.write(name, Path(folder))
@@ -46,13 +50,18 @@ def main() -> None:
             decode |= {"frames": FRAMES} if "Wan" in name else {}
             env = flowrl.make("sd3-compress", flow=flow, resolution=resolution, **decode)
             config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
+            config = replace(config, fit_memory=(), working_copies="on")
             plan = predict_memory(flowrl.ORWCFMW2, config, env)
-        if plan.missing:
-            raise SystemExit(f"{name}: {plan.missing}")
+            without = predict_memory(flowrl.ORWCFMW2, replace(config, working_copies="off"), env)
+        if plan.missing or without.missing:
+            raise SystemExit(f"{name}: {plan.missing or without.missing}")
         shown = ", ".join(f"`{key} {value}`" for key, value in settings.items()) or "as recommended"
         phases = " | ".join(f"{size / GIB:.1f}" for size in plan.phases.values())
+        copies = plan.parts["copies to compute with"] / GIB
+        least = max(size for phase, size in without.phases.items() if not phase.startswith("loading")) / GIB
         print(
-            f"| {gpu} | `{name}` | {resolution} | {shown} | {phases} | {plan.parts['trained weights'] // 4:,} |",
+            f"| {gpu} | `{name}` | {resolution} | {shown} | {phases} | {copies:.1f} | {least:.1f} "
+            f"| {plan.parts['trained weights'] // 4:,} |",
             flush=True,
         )
 

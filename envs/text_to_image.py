@@ -282,6 +282,7 @@ LARGE_MODEL: Mapping[str, Any] = {
     "lora_rank": 32,
     "precision": "bfloat16",
     "gradient_checkpointing": True,
+    "fit_memory": ("gradient_checkpointing", "batch_size", "rollout_batch_size", "decode_batch"),
     "offload": True,
     "half_buffer": True,
 }

@@ -11,19 +11,21 @@ from flowrl.errors import ConfigError
 from flowrl.functional.flow import TimeSampling
 from flowrl.functional.guidance import GUIDANCES, Guidance
 from flowrl.functional.solvers import SOLVERS, Solver
-from flowrl.types import Compile
+from flowrl.types import Compile, Switch
 
 Precision = Literal["float32", "bfloat16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
 OnRewardError = Literal["raise", "retry", "drop"]
 
-
+FITTED = ("gradient_checkpointing", "batch_size", "rollout_batch_size", "decode_batch")
+"""Settings that `fit_memory` may name."""
 CHOICES = {
     "solver": SOLVERS,
     "guidance": GUIDANCES,
     "optimizer": get_args(OptimizerKind),
     "precision": get_args(Precision),
     "compile": get_args(Compile),
+    "working_copies": get_args(Switch),
     "on_reward_error": get_args(OnRewardError),
 }
 
@@ -92,6 +94,14 @@ class FlowConfig:
     iteration); "whole", at once (longer); "off"; "auto", the blocks of large networks that train on CUDA."""
     cuda_graphs: bool = False
     """Capture updates and samplers of small networks on CUDA, and replay them: the same numbers with few launches."""
+    working_copies: Switch = "auto"
+    """Compute passes without gradients on copies of the weights, with adapters merged and in the type that is computed
+    in: faster, at the memory of the adapted matrices (without LoRA, of the network) for each role that draws. "off":
+    adapters beside the weights, as in training; "auto": off on CUDA where the copies do not fit."""
+    fit_memory: tuple[str, ...] = ()
+    """Settings that the memory plan lowers, from the values here, until a run fits into the memory that is free on a
+    CUDA device: gradient_checkpointing (off where it can be), batch_size (with accumulation, so that a gradient step is
+    of as many samples), rollout_batch_size, decode_batch. A setting that is given is left as it is."""
     offload: bool = False
     """Keep the autoencoder on the host while the network trains."""
     half_buffer: bool = False
@@ -125,6 +135,8 @@ class FlowConfig:
         for name, known in CHOICES.items():
             value = getattr(self, name)
             self.require(value in known, f"{name} must be one of {', '.join(known)}, not '{value}'.")
+        for name in self.fit_memory:
+            self.require(name in FITTED, f"fit_memory knows {', '.join(FITTED)}, not '{name}'.")
         self.require(0 <= self.max_dropped < 1, f"max_dropped must be in [0, 1), not {self.max_dropped}.")
         self.require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}.")
         for name in ("group_size", "rollout_batch_size"):

@@ -85,7 +85,7 @@ def _main(args: list[str]) -> int:
         check_device(run.device)
         if ranks.is_main:
             folder = run.out / _name(run, algo)
-            print(dry_run(folder, algo, algo_config, env, _timesteps(run, spec), ranks.world_size))
+            print(dry_run(folder, algo, algo_config, env, _timesteps(run, spec), ranks.world_size, run.device))
         return 0
     _set_deterministic(run)
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)

@@ -22,6 +22,9 @@ Role = Literal["current", "reference", "behaviour", "ema"]
 Compile = Literal["auto", "off", "blocks", "whole"]
 """What of a network is compiled."""
 
+Switch = Literal["auto", "on", "off"]
+"""Whether something is done: "auto" decides by the device and what is known of the run."""
+
 Contexts = Sequence[Any]
 """Contexts of samples, one entry per sample: prompts, labels, or None."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,3 +148,39 @@ def _floor(model) -> torch.Tensor:
     model._setup_learn(4, callback, True, "", False)
     model.collect(callback)
     return model.ratio_floor()
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
+def test_without_working_copies_adapters_are_beside_the_weights(
+    folder: Path, lora_rank: int, precision: str, bound: float
+) -> None:
+    settings = {"lora_rank": lora_rank, "precision": precision, "ema_decay": 0.5, "refresh_every": 2}
+    on, off = (algorithm(folder, working_copies=c, lora_dropout=0.3, **settings).policy for c in ("on", "off"))
+    for policy in (on, off):
+        moved(SimpleNamespace(policy=policy), 0.05 if lora_rank else 0.02)
+        policy.set_training_mode(True)  # passes by the weights have no dropout all the same
+    with torch.no_grad():
+        for role in (*on.roles, "reference"):
+            merged, apart = (policy.velocity(*point(policy), role) for policy in (on, off))
+            assert (merged - apart).norm() <= bound * (2 if not lora_rank else 1) * apart.norm(), role
+            if role != "current":
+                assert torch.equal(apart, off.velocity(*point(off), role, exact=True)), role
+        x_0 = torch.randn(2, *on.model.latent_shape, generator=torch.Generator().manual_seed(1))
+        drawn = [policy.sample_latents(torch.arange(2), x_0=x_0, role="behaviour") for policy in (on, off)]
+        assert (drawn[0] - drawn[1]).norm() <= bound * drawn[1].norm()
+    assert off.networks.working_bytes == 0
+    assert bool(on.networks.working_bytes) == (bool(lora_rank) or precision == "bfloat16")
+
+
+def test_training_without_working_copies_follows_the_roles(folder: Path) -> None:
+    model = algorithm(folder, lora_rank=4, refresh_every=2, learning_rate=0.05, working_copies="off")
+    model.learn(8)
+    policy = model.policy
+    with torch.no_grad():
+        current, behaviour = (policy.velocity(*point(policy), role) for role in ("current", "behaviour"))
+        assert torch.equal(current, policy.velocity(*point(policy), "current", exact=True))
+        assert torch.equal(current, behaviour), "refreshed after two iterations"
+        moved(model)
+        assert not torch.equal(current, policy.velocity(*point(policy)))
+    assert policy.networks.working_bytes == 0

@@ -20,6 +20,7 @@ from flowrl.runs.folder import imported_algorithm
 from flowrl.runs.program import Device, OwnModules
 from flowrl.storage.files import read_json
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.construction import without_given
 from flowrl.training.loading import check_description, pinned_settings, tupled
 from flowrl.training.saving import algorithm_name
 
@@ -195,8 +196,15 @@ def second_pass(
     parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
     config = getattr(parsed, "algo", None)
     if algo is not None and config is not None:
-        config = meant(algo, default, config)
+        config = without_given(meant(algo, default, config), given_settings(args))
     return parsed.run, config, getattr(parsed, "env", None)
+
+
+def given_settings(args: list[str]) -> set[str]:
+    """Collect the names of the settings of algorithm and environment that arguments give."""
+    options = [arg.partition("=")[0] for arg in args if arg.startswith(("--algo.", "--env."))]
+    names = {option.partition(".")[2].replace("-", "_") for option in options}
+    return names | {name.removeprefix("no_") for name in names}
 
 
 def meant(algo: type[FlowAlgorithm], default: FlowConfig, given: FlowConfig) -> FlowConfig:

@@ -7,10 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from flowrl.config import FlowConfig
+from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
 from flowrl.models.compiling import cache_folder
 from flowrl.models.lora import LoRA, count_parameters
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.fitting import fitted
 from flowrl.training.memory_plan import predict_memory
 from flowrl.training.saving import algorithm_name
 
@@ -21,6 +23,7 @@ def head_of(model: FlowAlgorithm, folder: Path, total: int) -> str:
         *_chosen(type(model), model.config, model.env.core),
         f"device: {model.device}{_shared_by(model.ranks.world_size)}, seed: {model.seed}",
         _work(model.config, total),
+        *model.fit.lines,
         *_speed(model),
         f"files: {folder}",
     ]
@@ -74,14 +77,23 @@ def _work(config: FlowConfig, total: int) -> str:
 
 
 def dry_run(
-    folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, total: int, n_ranks: int = 1
+    folder: Path,
+    algo: type[FlowAlgorithm],
+    config: FlowConfig,
+    env: GenerationEnv,
+    total: int,
+    n_ranks: int = 1,
+    device: str = "cpu",
 ) -> str:
-    """Say what a run would do, for `--dry-run`: reads configurations, loads no weights."""
+    """Say what a run on a device would do, for `--dry-run`: reads configurations, loads no weights."""
     frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config))
-    memory = predict_memory(algo, config.of_one_rank(n_ranks), env)
+    fit = fitted(algo, config, env, device, Ranks(), n_ranks)
+    config, env = fit.config, fit.env
+    memory = fit.plan or predict_memory(algo, config.of_one_rank(n_ranks), env)
     lines = [
         *_chosen(algo, config, env),
         _work(config, total),
+        *fit.lines,
         f"trainable parameters: {trained:,} of {frozen + trained:,} in the velocity network",
         f"memory of the network and its training{f', on each of {n_ranks} devices' if n_ranks > 1 else ''}, by part:",
         *(f"  {name}: {_bytes(size)}" for name, size in memory.parts.items()),

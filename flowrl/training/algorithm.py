@@ -20,6 +20,7 @@ from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.training import construction
 from flowrl.training.buffer import RolloutBuffer
 from flowrl.training.diagnosis import BadUpdates, check_updates
+from flowrl.training.fitting import fitted
 from flowrl.training.hooks import HookChecks, NoChecks, check_names
 from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
@@ -83,6 +84,8 @@ class FlowAlgorithm(Method, SB3Algorithm):
         core = construction.as_generation_env(env, env_settings)
         self.config = self.configure(config, core.recommended, settings)
         construction.check_run(core, self.config, self.ranks.world_size)
+        self.fit = fitted(type(self), self.config, core, device, self.ranks)
+        self.config, core = self.fit.config, self.fit.env
         construction.keep_freed_memory()
         if self.ranks.world_size > 1 and seed is None:
             seed = int(self.ranks.broadcast(str(torch.seed() % 2**31)))

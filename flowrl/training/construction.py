@@ -63,9 +63,17 @@ def configured(
         config = cls.Config(**{**found, **settings})
     elif settings:
         config = replace(config, **settings)
+    config = without_given(config, settings)
     if type(config) is not cls.Config:
         raise ConfigError(f"{cls.__name__} takes a {cls.Config.__name__}, not a {type(config).__name__}.")
     return config
+
+
+def without_given(config: FlowConfig, given: Collection[str]) -> FlowConfig:
+    """Leave out of `fit_memory` what was given: it is taken as it is. `accumulation` goes with `batch_size`."""
+    fixed = {*given, *(("batch_size",) if "accumulation" in given else ())}
+    left = tuple(name for name in config.fit_memory if name not in fixed)
+    return config if left == config.fit_memory else replace(config, fit_memory=left)
 
 
 def recommended_settings(cls: type[Method], known: Collection[str], recommended: Mapping[str, Any]) -> dict[str, Any]:

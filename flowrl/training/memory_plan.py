@@ -71,9 +71,15 @@ def ways_to_save(config: FlowConfig) -> list[str]:
         "--algo.offload": not config.offload,
         "--algo.lora-rank 32": not config.lora_rank,
         "--algo.optimizer adamw8bit": config.optimizer == "adamw",
+        "--algo.working-copies off": config.working_copies != "off" and has_working_copies(config),
         "a smaller --env.resolution": True,
     }
     return [way for way, applies in ways.items() if applies]
+
+
+def has_working_copies(config: FlowConfig) -> bool:
+    """Tell whether passes without gradients have weights of their own, unless they are told not to."""
+    return bool(config.lora_rank) or config.precision != "float32"
 
 
 def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv) -> MemoryPlan:
@@ -82,7 +88,9 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     One iteration is tried: prompts encoded, a batch drawn and decoded, a gradient step. Work that depends on the
     values of tensors (adaptive solvers, optimal transport) cannot be tried; `missing` says so.
     """
+    copies = "on" if config.working_copies == "auto" else config.working_copies
     config = replace(config, on_reward_error="raise", compile="off", cuda_graphs=False)
+    config = replace(config, working_copies=copies, fit_memory=())  # as they are: nothing to choose within a prediction
     random_state = torch.get_rng_state()
     gc.freeze()  # looking for what is left between two phases then looks at the prediction's own objects
     try:

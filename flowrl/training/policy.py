@@ -73,7 +73,8 @@ class FlowPolicy(SB3Policy):
         model.network.to(device)  # now: text encoders can be as large as the network
         self.generator = torch.Generator(device)
         self.generator.manual_seed(torch.seed() if seed is None else seed)
-        self.networks = RoleNetworks(model, copies, self.lora, getattr(torch, config.precision))
+        precision, has_copies = getattr(torch, config.precision), config.working_copies != "off"
+        self.networks = RoleNetworks(model, copies, self.lora, precision, has_copies)
         self.graphs = Graphs(self.networks, device, config.cuda_graphs)
         if config.gradient_checkpointing:
             self.networks.checkpoint_gradients()

@@ -24,13 +24,15 @@ class RoleNetworks(nn.Module):
 
     Full fine-tuning keeps a network per role, made only for the roles asked for. With LoRA there is one base network:
     the reference is the adapter switched off, behaviour and ema are further adapters. Passes without gradients by the
-    weights go through the plain base network, or a working copy with the adapter merged.
+    weights go through the plain base network, or a working copy with the adapter merged; without working copies,
+    through the weights that are trained or kept, with the adapter beside them.
 
     Args:
         model: The flow; its network becomes the current role.
         copies: Roles to keep beside the current one.
         lora: Adapters instead of full fine-tuning.
         precision: Type that the networks compute in.
+        with_working_copies: Whether passes without gradients may have copies of weights to compute with.
 
     Attributes:
         roles: Roles that have weights of their own.
@@ -47,9 +49,11 @@ class RoleNetworks(nn.Module):
         copies: Iterable[Role] = ("reference",),
         lora: LoRA | None = None,
         precision: torch.dtype = torch.float32,
+        with_working_copies: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.lora, self.precision = model, lora, precision
+        self.with_working_copies = with_working_copies
         lagged: list[Role] = [role for role in ("behaviour", "ema") if role in copies]
         self.roles: tuple[Role, ...] = ("current", *lagged)
         frozen: tuple[Role, ...] = ("reference",) if "reference" in copies or lora is not None else ()
@@ -84,8 +88,9 @@ class RoleNetworks(nn.Module):
         with_grad = torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
         self.spent[0] += len(x_t) * (3 if with_grad else 1)
         trains = with_grad and role == "current"
-        merges = not (trains or exact or self.is_sharded)
-        model = self._trained[0] if trains else self.working(role) if merges else self._exact(role)
+        by_weights = not (trains or exact or self.is_sharded)
+        merges = by_weights and self.with_working_copies
+        model = self._trained[0] if trains else self.working(role) if merges else self._exact(role, by_weights)
         in_own_type = self.precision == torch.float32 or (model.casts_inputs and (merges or self.lora is not None))
         switches = self.lora is not None and role != "current" and self.is_sharded
         with (
@@ -95,9 +100,12 @@ class RoleNetworks(nn.Module):
         ):
             return model(x_t, t, cond).float()
 
-    def _exact(self, role: Role) -> VelocityModel:
-        """Give the flow around the network that computes a role as the trained one does, with its adapter apart."""
-        if self.lora is None or role == "current" or self.is_sharded:
+    def _exact(self, role: Role, by_weights: bool = False) -> VelocityModel:
+        """Give the flow around the network that computes a role as the trained one does, with its adapter apart.
+
+        `by_weights`: the trained role's too, without dropout.
+        """
+        if self.lora is None or (role == "current" and not by_weights) or self.is_sharded:
             return self._models[role]
         if role == "reference":
             return self.working(role)
