@@ -42,6 +42,8 @@ def make(name: str, env: str, flow: Path | None = None, **settings: object) -> f
         env, own["env_settings"]["reward"] = "sd3-aesthetic", "colourfulness"
     if name == "kl" and env != "gaussians-linear":  # likelihoods take long
         own |= {"tolerance": 0.3, "n_samples": 4, "group_size": 4}
+    if name == "tilt" and env != "gaussians-linear":  # each of its contexts is drawn and decoded for
+        own["pool"] = 64
     return cls("FlowPolicy", env, seed=0, device=DEVICE, **{**settings_of_env, **own, **settings})
 
 
