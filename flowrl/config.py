@@ -92,6 +92,9 @@ class FlowConfig:
     compile: Compile = "off"
     """Compile the networks for speed: "blocks", each kind of block that a network repeats (a minute or two at the first
     iteration); "whole", at once (longer); "off"; "auto", the blocks of large networks that train on CUDA."""
+    attention_backend: str = ""
+    """Backend of diffusers that networks compute attention with in training: native, flash, flex, xformers, ...; any
+    other name lists those that are there. diffusers' own choice when not given, and in programs that do not train."""
     cuda_graphs: bool = False
     """Capture updates and samplers of small networks on CUDA, and replay them: the same numbers with few launches."""
     working_copies: Switch = "auto"

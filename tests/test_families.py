@@ -201,6 +201,17 @@ def test_the_plan_knows_the_prompts(case: Case, folder: Path) -> None:
     assert all(map(torch.equal, flow.encode(case.contexts), real))  # they come back when they are needed
 
 
+def test_networks_compute_in_bfloat16_without_autocast(case: Case, folder: Path) -> None:
+    """As with LoRA in low precision: embeddings are all in that type, and so is every product."""
+    flow = source(case, folder).load(torch.bfloat16, torch.bfloat16)
+    cond = flow.encode(case.contexts[:2])
+    embeddings = [part for part in (*cond, *flow.null_condition()) if part.is_floating_point() and part.dim() > 1]
+    assert {part.dtype for part in embeddings} == {torch.bfloat16}
+    x, t = torch.randn(2, *flow.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        assert bool(flow(x, t, cond).isfinite().all())
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_pipelines_call_takes_what_the_model_card_says(case: Case, folder: Path, scale: float) -> None:
     if case.own_noise:

@@ -84,7 +84,7 @@ class PromptedFlow(VelocityModel):
                 self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
                 for i in range(0, len(contexts), PROMPTS_AT_ONCE)
             ]
-        return tuple(torch.cat(parts) for parts in zip(*chunks))
+        return in_one_type(tuple(torch.cat(parts) for parts in zip(*chunks)))
 
     def tokenizers(self) -> list[tuple[str, Any, int]]:
         """Name of each kind of text encoder, its tokenizer, and how many tokens of a prompt it is given."""
@@ -111,7 +111,7 @@ class PromptedFlow(VelocityModel):
     def null_condition(self) -> Condition:
         """Encode the empty prompt, as the pipeline's own guidance uses it."""
         self._place_encoders()
-        return self.encode_null()
+        return in_one_type(self.encode_null())
 
     def encode_null(self) -> Condition:
         """Encode the prompt that guidance leads away from; another than "" where the pipeline treats that otherwise."""
@@ -137,6 +137,15 @@ class PromptedFlow(VelocityModel):
 
     def _encoders(self) -> dict[str, torch.nn.Module]:
         return {name: part for name in self.ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
+
+
+def in_one_type(cond: Condition) -> Condition:
+    """Bring all embeddings of a condition into the type of the first, which the network computes in.
+
+    Masks stay, and so does what is one number per prompt, such as a guidance scale.
+    """
+    first = cond[0].dtype
+    return tuple(part.to(first) if part.is_floating_point() and part.dim() > 1 else part for part in cond)
 
 
 def _is_clip(encoder: nn.Module) -> bool:

@@ -57,7 +57,7 @@ def load_checkpoint(
 ) -> FlowAlgorithm:
     """Load an algorithm from a checkpoint folder, or a run folder's newest checkpoint; see `FlowAlgorithm.load`.
 
-    `to_train`: with random states, which only training needs.
+    `to_train`: with random states and the attention backend, which only training needs.
     """
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
@@ -81,7 +81,8 @@ def load_checkpoint(
     env_settings = pinned_settings(env, env_settings, config)
     _compare_settings(cls, config, folder)
     try:
-        algorithm_config = cls.Config(**cast(Any, tupled(config["settings"])))
+        settings = tupled(config["settings"])
+        algorithm_config = cls.Config(**cast(Any, settings if to_train else settings | {"attention_backend": ""}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}."

@@ -90,7 +90,7 @@ def predict_memory(cls: type[FlowAlgorithm], config: FlowConfig, env: Generation
     """
     copies = "on" if config.working_copies == "auto" else config.working_copies
     config = replace(config, on_reward_error="raise", compile="off", cuda_graphs=False)
-    config = replace(config, working_copies=copies, fit_memory=())  # as they are: nothing to choose within a prediction
+    config = replace(config, working_copies=copies, fit_memory=(), attention_backend="")  # nothing to choose, or try
     random_state = torch.get_rng_state()
     gc.freeze()  # looking for what is left between two phases then looks at the prediction's own objects
     try:

@@ -17,6 +17,7 @@ from flowrl.functional.flow import normal
 from flowrl.functional.guidance import guided_field
 from flowrl.functional.sde import SDE, sde_sample
 from flowrl.functional.solvers import Solver, evaluations_per_sample, ode_sample
+from flowrl.models.attention import set_attention_backend
 from flowrl.models.base import VelocityModel
 from flowrl.models.init_lora import started_from
 from flowrl.models.lora import LoRA
@@ -74,6 +75,8 @@ class FlowPolicy(SB3Policy):
         self.generator = torch.Generator(device)
         self.generator.manual_seed(torch.seed() if seed is None else seed)
         precision, has_copies = getattr(torch, config.precision), config.working_copies != "off"
+        if config.attention_backend:
+            set_attention_backend(model.network, config.attention_backend, device, precision)
         self.networks = RoleNetworks(model, copies, self.lora, precision, has_copies)
         self.graphs = Graphs(self.networks, device, config.cuda_graphs)
         if config.gradient_checkpointing:

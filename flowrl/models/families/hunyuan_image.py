@@ -60,7 +60,7 @@ class HunyuanImageFlow(PatchedFlow):
         embeds, mask, glyphs, glyph_mask, guidance = cond
         return {
             "hidden_states": x,
-            "timestep": time,
+            "timestep": time.to(x.dtype),  # as its own call: the type is that of the embedding
             "guidance": 1000 * guidance if self.takes_guidance else None,
             "encoder_hidden_states": embeds,
             "encoder_attention_mask": mask,

@@ -45,7 +45,7 @@ class HunyuanVideo15Flow(VideoFlow):
         embeds, mask, glyphs, glyph_mask = cond
         return {
             "hidden_states": torch.cat([x, x.new_zeros(len(x), config.in_channels - x.shape[1], *x.shape[2:])], dim=1),
-            "timestep": time,
+            "timestep": time.to(x.dtype),  # as its own call: the type is that of the embedding
             "encoder_hidden_states": embeds,
             "encoder_attention_mask": mask,
             "encoder_hidden_states_2": glyphs,
