@@ -21,7 +21,7 @@ from flowrl.types import Batch
 pytestmark = pytest.mark.on_device
 
 N = 2000
-FIT = {"n_samples": 1024, "batch_size": 512, "n_epochs": 4, "rollout_steps": 10, "solver": "midpoint"}
+FIT = {"n_samples": 1024, "batch_size": 512, "n_epochs": 8, "rollout_steps": 6, "solver": "midpoint"}
 FIT |= {"learning_rate": 1e-3, "ema_decay": 0.98}
 
 
@@ -37,7 +37,7 @@ def test_offline_rwr_gives_the_tilt(target: str) -> None:
     """C6: q_ref e^{tau r} / Z, however long it goes on."""
     env = flowrl.make("gaussians-linear")
     model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, tau=0.8, target=target, baseline="mean", **FIT)
-    model.learn(30 * 1024)
+    model.learn(15 * 1024)
     assert_matches(model, env.mixture.tilt(0.8, linear=(1.0, 0.0)).sample)
 
 
@@ -59,9 +59,9 @@ def test_who_draws_for_rwr(mode: str) -> None:
 
 def test_online_rwr_goes_on_tilting() -> None:
     env = flowrl.make("gaussians-linear")
-    settings = {**FIT, "n_samples": 2048, "refresh_every": 20}
+    settings = {**FIT, "n_samples": 2048, "refresh_every": 10}
     model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, mode="online", tau=0.4, **settings)
-    model.learn(2 * 20 * 2048)
+    model.learn(2 * 10 * 2048)
     assert_matches(model, env.mixture.tilt(2 * 0.4, linear=(1.0, 0.0)).sample)
 
 
@@ -71,7 +71,7 @@ def test_rwr_fits_given_samples(tmp_path) -> None:
     file = tmp_path / "samples.safetensors"
     n = 20_000
     save_file({"x_1": other.sample(n), "contexts": torch.zeros(n, dtype=torch.long)}, file)
-    model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, tau=0.5, data=str(file), **FIT)
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, tau=0.5, data=str(file), **{**FIT, "n_epochs": 4})
     model.learn(75 * 1024)
     assert_matches(model, other.tilt(0.5, linear=(1.0, 0.0)).sample)
     assert model.policy.evaluations <= 75 * 1024 * 4 * 4  # updates and drift, no rollout
@@ -115,7 +115,7 @@ def test_raft_moves_as_far_as_the_best_of_k(target: str) -> None:
     env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
     settings = {**FIT, "n_samples": 2048, "refresh_every": 10**6, "target": target, "baseline": "mean"}
     model = flowrl.RAFT("FlowPolicy", env, seed=0, device=DEVICE, group_size=k, **settings)
-    model.learn(40 * 2048)
+    model.learn(20 * 2048)
     best = torch.randn(N, k).amax(1, keepdim=True)
     samples = model.policy.sample(n=N, steps=20, solver="midpoint")
     assert wasserstein2(samples, best) < 0.1
@@ -145,7 +145,7 @@ def test_raft_with_the_penalty_goes_a_known_part_of_the_way() -> None:
     """A kept sample weighs K: where kept samples pass, the best velocity lies K / (K + alpha) of the way to RAFT's."""
     moves = []
     for alpha in (0.0, 8.0):
-        settings = {**FIT, "refresh_every": 10**6, "n_epochs": 8, "seed": 0, "device": DEVICE}
+        settings = {**FIT, "refresh_every": 10**6, "seed": 0, "device": DEVICE}
         model = flowrl.RAFT("FlowPolicy", "gaussians-linear", group_size=8, alpha=alpha, **settings)
         model.learn(10 * 1024)
         kept = torch.cat([batch.x_1 for batch in model.minibatches()]).repeat(20, 1)
@@ -302,7 +302,7 @@ def test_exact_kl_is_taken_off_the_reward() -> None:
 def test_exact_kl_agrees_with_the_cheap_one() -> None:
     """`kl` with beta stops at q_ref e^{r / beta}."""
     env = flowrl.make("gaussians-linear")
-    settings = {**FIT, "n_samples": 512, "n_epochs": 8}
+    settings = {**FIT, "n_samples": 512}
     model = flowrl.ExactKL("FlowPolicy", env, seed=0, device=DEVICE, beta=1.25, tau=0.5, **settings)
     model.learn(20 * 512)
     assert_matches(model, env.mixture.tilt(1 / 1.25, linear=(1.0, 0.0)).sample)

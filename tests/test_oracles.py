@@ -21,14 +21,14 @@ pytestmark = pytest.mark.on_device
 N = 2000  # points in a comparison by optimal transport
 
 
-def trained(cls, env, iterations, *, refresh_every=1, n_samples=1024, n_epochs=4, seed=0, **settings):
+def trained(cls, env, iterations, *, refresh_every=1, n_samples=1024, n_epochs=8, seed=0, **settings):
     """An algorithm after `iterations`, with raw weights, exact tilts and a second-order sampler."""
     config = cls.Config(
         weight_normalisation="none",
         n_samples=n_samples,
         batch_size=512,
         n_epochs=n_epochs,
-        rollout_steps=10,
+        rollout_steps=6,
         solver="midpoint",
         learning_rate=1e-3,
         ema_decay=0.98,
@@ -65,7 +65,7 @@ def first_step_answer(base: GaussianMixture, tau: float, alpha: float):
 def test_one_step_with_penalty_gives_the_flattened_tilt(target, lora_rank):
     env = flowrl.make("gaussians-linear")
     model = trained(
-        flowrl.ORWCFMW2, env, 20, tau=0.5, alpha=1.0, target=target, refresh_every=10**6, lora_rank=lora_rank
+        flowrl.ORWCFMW2, env, 10, tau=0.5, alpha=1.0, target=target, refresh_every=10**6, lora_rank=lora_rank
     )
     assert_matches(model, first_step_answer(env.mixture, tau=0.5, alpha=1.0))
 
@@ -73,7 +73,7 @@ def test_one_step_with_penalty_gives_the_flattened_tilt(target, lora_rank):
 @pytest.mark.parametrize("target", ["plain", "residual"])
 def test_refreshes_without_penalty_add_up_their_tilts(target):
     env = flowrl.make("gaussians-linear")
-    model = trained(flowrl.ORWCFM, env, 2 * 20, tau=0.4, target=target, refresh_every=20, n_samples=2048)
+    model = trained(flowrl.ORWCFM, env, 2 * 10, tau=0.4, target=target, refresh_every=10, n_samples=2048)
     tilted = env.mixture.tilt(2 * 0.4, linear=(1.0, 0.0))
     assert_matches(model, tilted.sample)
 
@@ -89,7 +89,7 @@ class LinearlyWeighted(flowrl.ORWCFMW2):
 def test_fixed_point_of_a_linear_weight(target):
     mean, variance, a, b, alpha = 0.5, 1.0, 0.3, 0.6, 0.5
     env = GaussiansEnv(GaussianMixture([[mean]], [[variance]]), LinearReward((a,), b))
-    model = trained(LinearlyWeighted, env, 15 * 6, refresh_every=6, alpha=alpha, target=target, n_epochs=2)
+    model = trained(LinearlyWeighted, env, 15 * 3, refresh_every=3, alpha=alpha, target=target, n_epochs=4)
     expected = GaussianMixture([[mean + variance * a / alpha]], [[variance]])
     assert_matches(model, expected.sample)
     samples = model.policy.sample(n=8000, steps=20, solver="midpoint")
@@ -182,7 +182,7 @@ def test_flattened_weight_example():
     z = math.exp(0.5)
     assert z / (z + 1) * 1.0 == pytest.approx(0.6225, abs=1e-4)
     env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
-    model = trained(flowrl.ORWCFMW2, env, 30, tau=1.0, alpha=1.0, target="plain", refresh_every=10**6)
+    model = trained(flowrl.ORWCFMW2, env, 15, tau=1.0, alpha=1.0, target="plain", refresh_every=10**6)
     assert model.policy.sample(n=8000, steps=20, solver="midpoint").mean().item() == pytest.approx(0.6225, abs=0.07)
 
 
