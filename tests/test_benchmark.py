@@ -64,7 +64,21 @@ def suite(tmp_path: Path) -> Path:
 def test_shipped_suites_have_meaning_and_leave_no_algorithm_out(name: str) -> None:
     cells = load_suite(name)
     own = {n for n, c in ALGORITHMS.items() if c.__module__.startswith("flowrl.")}
-    untuned = {"adjoint", "crd", "dgpo", "draft", "flow_dpo", "fpo", "refl", "tilt", "adrpo", "awm", "nft", "ram", "rvm"}
+    untuned = {
+        "adjoint",
+        "crd",
+        "dgpo",
+        "draft",
+        "flow_dpo",
+        "fpo",
+        "refl",
+        "tilt",
+        "adrpo",
+        "awm",
+        "nft",
+        "ram",
+        "rvm",
+    }
     left_out = {"toy": set(), "alignment": {"orw_kl", "kl", "dpok"} | untuned}.get(name, untuned)
     assert {cell.algo for cell in cells} - {""} == own - left_out
     assert len({cell.folder for cell in cells}) == len(cells)
