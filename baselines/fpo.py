@@ -64,6 +64,7 @@ class FPO(GroupRelative):
     """PPO whose log-likelihood is the flow-matching error at kept draws of noise and time."""
 
     replayable = True
+    draws_ahead = True
     Config: ClassVar[type[FlowConfig]] = FPOConfig
     kind = "endpoint-free"
     config: FPOConfig

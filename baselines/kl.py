@@ -44,6 +44,7 @@ class ExactKL(ORWCFMW2):
 
     Config: ClassVar[type[FlowConfig]] = ExactKLConfig
     kind = "likelihood"
+    draws_ahead = True
     tilt_setting = ("beta", -1)
     unpredictable = "likelihoods, by a solver with adaptive steps"
     config: ExactKLConfig

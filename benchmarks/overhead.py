@@ -2,10 +2,12 @@
 
     python benchmarks/overhead.py --out figures.json
 
-Three comparisons:
+Four comparisons:
 - a whole ORW-CFM-W2 iteration (rollout, reward, weights, updates, metrics, log) against a bare PyTorch loop that
   does the same arithmetic and nothing else, on the 2-D MLP and on mini-sd3;
-- images per second of a rollout on mini-sd3 against diffusers' own pipeline call;
+- images per second of a rollout on mini-sd3, eager and with compiled blocks, against diffusers' own pipeline call; by
+  seconds of the process, which other work on the machine changes little;
+- drawing and rewarding samples with rewards in a thread, which takes a second core, against one after the other;
 - bytes of the rollout buffer against the number of sampler steps.
 """
 
@@ -83,23 +85,20 @@ def compare(name: str, model: flowrl.ORWCFMW2, bare: BareLoop, repeats: int) -> 
 
 
 def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, float]]:
-    """Images per second of our sampler and of diffusers' pipeline call, latents only."""
+    """Images per second of our sampler, eager and with compiled blocks, and of diffusers' call, latents only."""
     results = {}
     for scale in (1.0, 3.0):
-        model = flowrl.ORWCFMW2(
-            "FlowPolicy",
-            "sd3-count",
-            env_settings={"flow": "mini-sd3"},
-            seed=0,
-            rollout_steps=steps,
-            guidance_scale=scale,
+        settings = {"seed": 0, "rollout_steps": steps, "guidance_scale": scale}
+        eager, compiled = (
+            flowrl.ORWCFMW2("FlowPolicy", "sd3-count", env_settings={"flow": "mini-sd3"}, compile=kind, **settings)
+            for kind in ("off", "blocks")
         )
-        flow = model.policy.model
+        flow = eager.policy.model
         pipeline = flow.with_encoders(flow.network)  # flowrl releases them once prompts are encoded
         pipeline.set_progress_bar_config(disable=True)
-        prompts, index = model.env.core.contexts[:n], torch.arange(n)
+        prompts, index = eager.env.core.contexts[:n], torch.arange(n)
 
-        def theirs(pipeline=pipeline, prompts=prompts, scale=scale, length=model.policy.model.max_sequence_length):
+        def theirs(pipeline=pipeline, prompts=prompts, scale=scale, length=flow.max_sequence_length):
             pipeline(
                 prompts,
                 num_inference_steps=steps,
@@ -108,15 +107,38 @@ def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, f
                 max_sequence_length=length,
             )
 
-        median = in_turn({"flowrl": lambda m=model, i=index: m.policy.sample_latents(i), "diffusers": theirs}, repeats)
+        works = {
+            "flowrl": lambda m=eager, i=index: m.policy.sample_latents(i),
+            "flowrl, blocks compiled": lambda m=compiled, i=index: m.policy.sample_latents(i),
+            "diffusers": theirs,
+        }
+        median = in_turn(works, repeats, time.process_time)
         speed = {key: n / value for key, value in median.items()}
-        ratio = speed["flowrl"] / speed["diffusers"]
+        ratios = {f"{key} / diffusers": speed[key] / speed["diffusers"] for key in list(works)[:2]}
+        said = ", ".join(f"{key} {value:.1f}" for key, value in speed.items())
+        said += "".join(f", {key} {value:.3f}" for key, value in ratios.items())
+        print(f"rollout, mini-sd3, {steps} steps, guidance {scale:g}, images/s: {said}", flush=True)
+        results[f"guidance {scale:g}"] = {**speed, **ratios}
+    return results
+
+
+def rewards_in_a_thread(repeats: int, n: int = 64, chunk: int = 8) -> dict[str, float]:
+    """Seconds of drawing and rewarding by a reward on the host, one after the other over both at once."""
+    results = {}
+    for env in ("sd3-compress", "sd3-ocr"):
+        settings = {"n_samples": n, "rollout_batch_size": chunk, "group_size": 4, "rollout_steps": 8, "seed": 0}
+        works = {}
+        for overlap in ("off", "on"):
+            model = flowrl.ORWCFMW2("FlowPolicy", env, overlap_rewards=overlap, **settings)
+            _, callback = model._setup_learn(n, None, True, "", False)
+            works[overlap] = lambda m=model, c=callback: m.collect(c)
+        median = in_turn(works, repeats)
+        results[env] = median["off"] / median["on"]
         print(
-            f"rollout, mini-sd3, {steps} steps, guidance {scale:g}: flowrl {speed['flowrl']:.1f} images/s, "
-            f"diffusers {speed['diffusers']:.1f} images/s, ratio {ratio:.3f}",
+            f"drawing and rewarding {n} samples of {env}, {chunk} at once: one after the other {median['off']:.2f} s, "
+            f"rewards in a thread {median['on']:.2f} s, ratio {results[env]:.2f}",
             flush=True,
         )
-        results[f"guidance {scale:g}"] = {**speed, "ratio": ratio}
     return results
 
 
@@ -140,6 +162,7 @@ def main() -> None:
         "mlp": mlp(8 * args.repeats),
         "mini_sd3": mini(args.repeats),
         "rollout": rollout(args.repeats),
+        "rewards_in_a_thread": rewards_in_a_thread(args.repeats),
         "buffer_bytes": buffer_bytes(),
     }
     if args.out:

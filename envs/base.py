@@ -79,6 +79,11 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         """
         return getattr(getattr(self, "reward_function", None), "weights", {})
 
+    @property
+    def rewards_on_host(self) -> bool:
+        """Whether the reward computes on the host, wherever samples are: its attribute `on_host`."""
+        return bool(getattr(getattr(self, "reward_function", None), "on_host", False))
+
     @abstractmethod
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward samples (B, *sample_shape) on any device, with one context per sample."""

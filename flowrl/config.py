@@ -26,6 +26,7 @@ CHOICES = {
     "precision": get_args(Precision),
     "compile": get_args(Compile),
     "working_copies": get_args(Switch),
+    "overlap_rewards": get_args(Switch),
     "on_reward_error": get_args(OnRewardError),
 }
 
@@ -116,6 +117,9 @@ class FlowConfig:
     """How often "retry" asks again, after 1, 2, 4, ... seconds."""
     reward_timeout: float = 0.0
     """Seconds for a batch after which a reward has failed; 0 waits for ever."""
+    overlap_rewards: Switch = "auto"
+    """Reward samples in a thread while the next rollout_batch_size are drawn: the same numbers in the same order.
+    "auto": on CUDA, for rewards that compute on the host; "on": for any reward; in several processes never."""
     max_bad_updates: int = 10
     """Gradient steps in a row whose gradient is not finite. They are left out; so many stop the run."""
     max_dropped: float = 0.1

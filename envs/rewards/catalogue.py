@@ -54,7 +54,9 @@ def register_reward(name: str) -> Callable[[Any], Any]:
     hold whole groups), `takes` (the least and the greatest value of the images that it takes, (0.0, 1.0) as flows draw
     them: images of another range are refused), `pairwise = True` (called with images_a, images_b and prompts, gives the
     probability that a is better; its reward is the mean over the samples of the same context), `takes_videos = True`
-    (called with videos (B, T, 3, H, W); other rewards get a frame at a time, and are means over the frames).
+    (called with videos (B, T, 3, H, W); other rewards get a frame at a time, and are means over the frames), `on_host =
+    True` (computes on the host wherever samples are, without torch's global random numbers: it may be called in a
+    thread while the next samples are drawn, by one thread at a time).
     """
 
     def register(reward: Any) -> Any:

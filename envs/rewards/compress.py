@@ -38,6 +38,7 @@ class IncompressReward:
 
     sign, what = 1, "the JPEG size in kB"
     takes = UNIT
+    on_host = True
 
     def __init__(self, quality: int = 95) -> None:
         self.quality = quality

@@ -59,6 +59,7 @@ class CountReward:
     description = "share of background, colour, number and shape that are right"
     scale = 0.15
     takes = UNIT
+    on_host = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward images (B, 3, H, W) in [0, 1], with values in [0, 1]; see `count_components`."""

@@ -45,6 +45,7 @@ class WinRateReward:
 
     def __init__(self, reward: RewardFunction, name: str) -> None:
         self.reward, self.name = reward, name
+        self.on_host = getattr(reward, "on_host", False)
         self.description = f"share of the samples of the same prompt that are beaten in {name}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:

@@ -185,6 +185,11 @@ class MixtureReward:
         )
 
     @property
+    def on_host(self) -> bool:
+        """Whether all parts compute on the host."""
+        return all(getattr(part.reward, "on_host", False) for part in self.parts)
+
+    @property
     def weights(self) -> dict[str, float]:
         """Weight of each part by the name of its component."""
         return {part.label: part.weight for part in self.parts}

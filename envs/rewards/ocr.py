@@ -60,6 +60,7 @@ class OCRReward:
 
     scale = 2.0
     takes = UNIT
+    on_host = True
 
     def __init__(self, strips: int = 3, share: float = 0.5) -> None:
         if strips < 1 or not 0 < share <= 1:

@@ -64,6 +64,8 @@ class RemoteReward:
         ConfigError: An option without meaning, or a token that is not there.
     """
 
+    on_host = True
+
     def __init__(
         self,
         url: str = "",

@@ -28,6 +28,7 @@ class SpatialReward:
     description = "share of number, first thing, second thing and relation that are right"
     scale = 0.2
     takes = UNIT
+    on_host = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Reward images (B, 3, H, W) in [0, 1], with values in [0, 1].

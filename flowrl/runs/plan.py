@@ -12,6 +12,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.models.compiling import cache_folder
 from flowrl.models.lora import LoRA, count_parameters
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.construction import overlaps_rewards
 from flowrl.training.fitting import fitted
 from flowrl.training.memory_plan import predict_memory
 from flowrl.training.saving import algorithm_name
@@ -25,6 +26,7 @@ def head_of(model: FlowAlgorithm, folder: Path, total: int) -> str:
         _work(model.config, total),
         *model.fit.lines,
         *_speed(model),
+        *_overlap(model),
         f"files: {folder}",
     ]
     return "\n".join(lines)
@@ -48,6 +50,18 @@ def _speed(model: FlowAlgorithm) -> list[str]:
         why = "captured in the first iterations" if is_on else "off: for small networks on one CUDA device"
         lines.append(f"CUDA graphs: {why}")
     return lines
+
+
+def _overlap(model: FlowAlgorithm) -> list[str]:
+    """Say whether rewards are computed while samples are drawn, where that was asked or is done."""
+    if overlaps_rewards(model):
+        return [f"rewards: in a thread, while the next {model.config.rollout_batch_size} samples are drawn"]
+    if model.config.overlap_rewards == "on":
+        return [
+            "rewards: not while samples are drawn, which takes one process, --algo.rollout-batch-size below n_samples, "
+            "and an algorithm that draws without knowing them"
+        ]
+    return []
 
 
 def _chosen(algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv) -> list[str]:

@@ -125,7 +125,7 @@ def _iterate(model: Any, tracker: WithoutStorage) -> None:
     _without_values(model, "contexts", lambda: torch.zeros(config.n_samples, dtype=torch.long))
     ids = model.contexts()[: model.env.num_envs]
     if model.learns_from == "contexts":
-        model._fill(ids)
+        list(model._fill([ids]))
     else:
         draw = tracker.within("drawing samples", partial(_drawn, model))
         decode, reward = (tracker.within("decoding samples", work) for work in (policy.decode, model.reward))

@@ -54,6 +54,9 @@ class Method(ABC):
     replayable: ClassVar[bool] = False
     """Whether CUDA graphs may hold `loss` (for small networks): it does the same on the device in every call, takes no
     number off it, and reads nothing on the host that changes in training. A class says so for itself alone."""
+    draws_ahead: ClassVar[bool] = True
+    """Whether `draw` needs nothing of the samples before it, neither their rewards nor their places in the buffer, so
+    that they may be rewarded at the same time. A class that replaces `draw` says so for itself alone."""
     config: Any
     policy: FlowPolicy
     env: GenerationVecEnv

@@ -89,6 +89,7 @@ class CouplingConfig(NoisingConfig):
 class Coupled(Noising):
     """A `Noising` algorithm with a choice of how noise is paired with samples."""
 
+    draws_ahead = True
     Config: ClassVar[type[FlowConfig]] = CouplingConfig
     config: Any
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -38,10 +39,50 @@ class Rollout(NamedTuple):
     dropped: int = 0
 
 
+class Drawn(NamedTuple):
+    """Samples that are drawn and decoded, and have no rewards yet: the attributes as in `Rollout`."""
+
+    context_ids: torch.Tensor
+    x_1: torch.Tensor
+    rows: Mapping[str, torch.Tensor]
+    samples: torch.Tensor
+
+
 def roll_out(context_ids: torch.Tensor, draw: Draw, decode: Decode, reward: Reward) -> Rollout:
     """Draw, decode and reward one sample of each context (B,)."""
+    return _rewarded(_drawn(context_ids, draw, decode), reward)
+
+
+def roll_outs(
+    chunks: Iterable[torch.Tensor], draw: Draw, decode: Decode, reward: Reward, overlap: bool = False
+) -> Iterator[Rollout]:
+    """Roll out one chunk of contexts after the other.
+
+    With `overlap` a chunk is rewarded in a thread while the next is drawn. Rewards are asked in the same order, one
+    chunk at a time; an error is raised where the chunk is due, and no other chunk is being rewarded then.
+    """
+    if not overlap:
+        for context_ids in chunks:
+            yield roll_out(context_ids, draw, decode, reward)
+        return
+    waiting: Future[Rollout] | None = None
+    with ThreadPoolExecutor(1, "rewards") as thread:
+        for context_ids in chunks:
+            drawn = _drawn(context_ids, draw, decode)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = thread.submit(_rewarded, drawn, reward)
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _drawn(context_ids: torch.Tensor, draw: Draw, decode: Decode) -> Drawn:
     x_1, rows = draw(context_ids)
-    samples = decode(x_1)
+    return Drawn(context_ids, x_1, rows, decode(x_1))
+
+
+def _rewarded(drawn: Drawn, reward: Reward) -> Rollout:
+    context_ids, x_1, rows, samples = drawn
     output, kept = reward(samples, context_ids)
     dropped = len(context_ids) - len(kept)
     if not dropped:

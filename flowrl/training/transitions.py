@@ -59,6 +59,7 @@ class TransitionAlgorithm(FlowAlgorithm):
     Config: ClassVar[type[FlowConfig]] = TransitionConfig
     kind = "steps"
     learns_from = "steps"
+    draws_ahead = True
     config: TransitionConfig
 
     @classmethod
