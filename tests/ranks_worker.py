@@ -48,7 +48,9 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """Algorithm, environment, its settings, and those of the algorithm, by name."""
     found: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {}
     for name in ALGORITHMS:
-        own = {"kl": {"tolerance": 1e-5}, "orw_w2": {"ema_decay": 0.9, "refresh_every": 2}}.get(name, {})
+        own = {"kl": {"tolerance": 1e-5}, "orw_w2": {"ema_decay": 0.9, "refresh_every": 2}, "tilt": {"pool": 64}}.get(
+            name, {}
+        )
         found[name] = (name, "gaussians-linear", {}, SMALL | own)
         if name in ("orw_w2", "dpok", "flow_grpo"):
             found[f"{name}, LoRA"] = (name, "gaussians-linear", {}, SMALL | own | {"lora_rank": 4})

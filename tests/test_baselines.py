@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import DEVICE
 from safetensors.torch import save_file
+from toys import RATE, narrow, narrow_linear
 
 import flowrl
-from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward
+from flowrl.envs.gaussians import GaussianMixture, LinearReward
 from flowrl.errors import ConfigError
 from flowrl.evaluation.steering import Steering, steer
 from flowrl.functional.flow import interpolate
@@ -67,11 +68,19 @@ def test_online_rwr_goes_on_tilting() -> None:
 
 def test_rwr_fits_given_samples(tmp_path) -> None:
     """Samples of another law than the flow's, tilted: no sample of the flow is drawn."""
-    env, other = flowrl.make("gaussians-linear"), GaussianMixture([[1.0, 1.0]], [[[0.5, 0.2], [0.2, 0.3]]])
+    env, other = narrow_linear(), GaussianMixture([[1.0, 1.0]], [[[0.5, 0.2], [0.2, 0.3]]])
     file = tmp_path / "samples.safetensors"
     n = 20_000
     save_file({"x_1": other.sample(n), "contexts": torch.zeros(n, dtype=torch.long)}, file)
-    model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, tau=0.5, data=str(file), **{**FIT, "n_epochs": 4})
+    model = flowrl.RWR(
+        "FlowPolicy",
+        env,
+        seed=0,
+        device=DEVICE,
+        tau=0.5,
+        data=str(file),
+        **{**FIT, "n_epochs": 4, "learning_rate": RATE},
+    )
     model.learn(75 * 1024)
     assert_matches(model, other.tilt(0.5, linear=(1.0, 0.0)).sample)
     assert model.policy.evaluations <= 75 * 1024 * 4 * 4  # updates and drift, no rollout
@@ -112,8 +121,9 @@ def test_rwr_settings_that_contradict_each_other() -> None:
 def test_raft_moves_as_far_as_the_best_of_k(target: str) -> None:
     """One round on N(0, 1) with r = x gives the law of the largest of K: KL log K - (K - 1) / K to the reference."""
     k = 4
-    env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
+    env = narrow(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
     settings = {**FIT, "n_samples": 2048, "refresh_every": 10**6, "target": target, "baseline": "mean"}
+    settings |= {"learning_rate": RATE}
     model = flowrl.RAFT("FlowPolicy", env, seed=0, device=DEVICE, group_size=k, **settings)
     model.learn(20 * 2048)
     best = torch.randn(N, k).amax(1, keepdim=True)
@@ -173,7 +183,7 @@ def steered(env, steering: Steering, n: int) -> torch.Tensor:
 
 def test_best_of_n_is_the_law_of_the_best() -> None:
     """KL log n - (n - 1) / n, and W2 to the largest of n normals."""
-    env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
+    env = narrow(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
     n = 6
     samples = steered(env, Steering("best_of_n", n), 10_000)
     assert wasserstein2(samples[:N], torch.randn(N, n).amax(1, keepdim=True)) < 0.1
@@ -184,7 +194,7 @@ def test_best_of_n_is_the_law_of_the_best() -> None:
 
 def test_smc_reaches_the_tilt() -> None:
     """q_ref e^{r / lambda}; best-of-n with as many samples is somewhere else."""
-    env = flowrl.make("gaussians-linear")
+    env = narrow_linear()
     exact = env.mixture.tilt(1 / 1.25, linear=(1.0, 0.0)).sample
     samples = steered(env, Steering("smc", 16, temperature=1.25), N)
     generator = torch.Generator(DEVICE).manual_seed(7)
@@ -195,7 +205,7 @@ def test_smc_reaches_the_tilt() -> None:
 
 
 def test_steering_of_one_is_no_steering() -> None:
-    env = flowrl.make("gaussians-linear")
+    env = narrow_linear()
     for method in ("best_of_n", "smc"):
         samples = steered(env, Steering(method, 1), N)
         generator = torch.Generator(DEVICE).manual_seed(7)

@@ -89,8 +89,8 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where / "three"
 
 
-def test_no_arguments_prints_help_and_the_lists(run_module) -> None:
-    done = run_module("flowrl.run")
+def test_no_arguments_prints_help_and_the_lists(run_here) -> None:
+    done = run_here("flowrl.run")
     assert done.returncode == 0
     for expected in ("usage", "algorithms:", "orw_w2", "orw_kl", "environments:", "gaussians-ring", "sd3-aesthetic"):
         assert expected in done.stdout

@@ -94,7 +94,9 @@ def test_the_recommended_sampler_gives_the_reference_back(generator: torch.Gener
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algo", "settings"), [("tilt", {"tau": 1.0}), ("orw", {"tau": 0.25}), ("rwr", {"tau": 1.0})])
+@pytest.mark.parametrize(
+    ("algo", "settings"), [("tilt", {"tau": 1.0, "pool": 2048}), ("orw", {"tau": 0.25}), ("rwr", {"tau": 1.0})]
+)
 def test_a_linear_reward_moves_the_mean_alone(algo: str, settings: dict) -> None:
     """q* = N(lambda a, I), with lambda = tau; for `orw` 4 tau, after four refreshes that each tilt exactly."""
     env = flowrl.make(registered(linear, generator=nn.Identity(), latent=2, bounds=(-10, 10)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import small_pipelines
 import torch
 from conftest import DEVICE
+from toys import RATE, narrow, narrow_linear
 
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward, eight_gaussians
@@ -30,10 +32,9 @@ def trained(cls, env, iterations, *, refresh_every=1, n_samples=1024, n_epochs=8
         n_epochs=n_epochs,
         rollout_steps=6,
         solver="midpoint",
-        learning_rate=1e-3,
         ema_decay=0.98,
         refresh_every=refresh_every,
-        **{"baseline": "mean", **settings},
+        **{"baseline": "mean", "learning_rate": 1e-3, **settings},
     )
     model = cls("FlowPolicy", env, config=config, seed=seed, device=DEVICE)
     return model.learn(iterations * n_samples)
@@ -63,10 +64,9 @@ def first_step_answer(base: GaussianMixture, tau: float, alpha: float):
 @pytest.mark.parametrize("target", ["plain", "residual"])
 @pytest.mark.parametrize("lora_rank", [0, 16])
 def test_one_step_with_penalty_gives_the_flattened_tilt(target, lora_rank):
-    env = flowrl.make("gaussians-linear")
-    model = trained(
-        flowrl.ORWCFMW2, env, 10, tau=0.5, alpha=1.0, target=target, refresh_every=10**6, lora_rank=lora_rank
-    )
+    env = narrow_linear()
+    settings = {"lora_rank": lora_rank, "learning_rate": RATE, "refresh_every": 10**6}
+    model = trained(flowrl.ORWCFMW2, env, 10, tau=0.5, alpha=1.0, target=target, **settings)
     assert_matches(model, first_step_answer(env.mixture, tau=0.5, alpha=1.0))
 
 
@@ -88,8 +88,9 @@ class LinearlyWeighted(flowrl.ORWCFMW2):
 @pytest.mark.parametrize("target", ["plain", "residual"])
 def test_fixed_point_of_a_linear_weight(target):
     mean, variance, a, b, alpha = 0.5, 1.0, 0.3, 0.6, 0.5
-    env = GaussiansEnv(GaussianMixture([[mean]], [[variance]]), LinearReward((a,), b))
-    model = trained(LinearlyWeighted, env, 15 * 3, refresh_every=3, alpha=alpha, target=target, n_epochs=4)
+    env = narrow(GaussianMixture([[mean]], [[variance]]), LinearReward((a,), b))
+    settings = {"refresh_every": 3, "n_epochs": 4, "learning_rate": RATE}
+    model = trained(LinearlyWeighted, env, 15 * 3, alpha=alpha, target=target, **settings)
     expected = GaussianMixture([[mean + variance * a / alpha]], [[variance]])
     assert_matches(model, expected.sample)
     samples = model.policy.sample(n=8000, steps=20, solver="midpoint")
@@ -302,9 +303,15 @@ def constant_reward(images, prompts):
     return torch.ones(len(images))
 
 
-def movement(target: str, *, lora_rank: int = 0) -> float:
-    """Largest change of samples at fixed noise after 20 refreshes on mini-sd3 with a constant reward."""
-    flowrl.register_env("constant", flow="mini-sd3", prompts=["two red stars on white", "circles"])(constant_reward)
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A Stable Diffusion 3 of a few weights."""
+    return small_pipelines.sd3(tmp_path_factory.mktemp("oracles") / "sd3")
+
+
+def movement(pipeline, target: str, *, lora_rank: int = 0) -> float:
+    """Largest change of samples at fixed noise after 20 refreshes of a pipeline with a constant reward."""
+    flowrl.register_env("constant", flow=str(pipeline), prompts=small_pipelines.PROMPTS[:2])(constant_reward)
     model = flowrl.ORWCFMW2(
         "FlowPolicy",
         "constant",
@@ -329,12 +336,12 @@ def movement(target: str, *, lora_rank: int = 0) -> float:
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_constant_reward_does_not_move_the_residual_target(lora_rank):
-    assert movement("residual", lora_rank=lora_rank) <= 1e-6
+def test_constant_reward_does_not_move_the_residual_target(pipeline, lora_rank):
+    assert movement(pipeline, "residual", lora_rank=lora_rank) <= 1e-6
 
 
-def test_constant_reward_moves_the_plain_target():
-    assert movement("plain") > 1e-2
+def test_constant_reward_moves_the_plain_target(pipeline):
+    assert movement(pipeline, "plain") > 1e-2
 
 
 @pytest.mark.parametrize("target", ["plain", "residual"])
