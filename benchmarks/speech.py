@@ -3,10 +3,10 @@
     python benchmarks/speech.py --out docs/results/speech            # needs the extra [speech]
 
 To say a sentence and to judge it is what costs here, so a method's cost is the number of samples that it has judged:
-`--budget` for training, or for choosing among several for each of the `--samples` of the evaluation. Those are drawn from the
-same noise by all methods of a seed, and judged by DNSMOS and a recogniser, too. Writes results.json, table.md, and of
-the first seed pictures and sounds before and after; what results.json has is not made again. Settings are the environment's,
-but for those that `TRAINED` and `--set` say.
+`--budget` for training, or for choosing among several for each of the `--samples` of the evaluation. Those are drawn
+from the same noise by all methods of a seed, and judged by DNSMOS and a recogniser, too. Writes results.json, table.md,
+and of the first seed pictures and sounds before and after; what results.json has is not made again. Settings are the
+environment's, but for those that `TRAINED` and `--set` say.
 """
 
 from __future__ import annotations

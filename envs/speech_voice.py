@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +17,8 @@ from flowrl.functional.vocoder import BINS, HOP, LOWEST, RATE, Frames, at_each, 
 HEARD = 16_000
 """Values per second of what listeners hear."""
 MARGIN, MULTIPLE = 8, 16
-"""Frames after the end of an utterance, and what the number of frames is a multiple of: a sound then hardly depends on the
-others of its batch."""
+"""Frames after the end of an utterance, and what the number of frames is a multiple of: a sound then hardly depends on
+the others of its batch."""
 HIGHEST_PITCH, LARGEST_STRETCH, LARGEST_GAIN = 12.0, 1.0, 12.0
 """Semitones around `BASE`, octaves of a word's length and dB: a prosody beyond is taken as one at the bound."""
 AT_ONCE = 16
@@ -69,7 +70,7 @@ class Hibari:
 def spoken_prosody(frames: Frames, edges: Sequence[int]) -> torch.Tensor:
     """Measure the prosody (3, WORDS) with which the synthesiser itself says words between these edges."""
     semitones = 12 * (filled_pitch(frames.pitch) / BASE).log2()
-    pairs = list(zip(edges, edges[1:]))
+    pairs = list(pairwise(edges))
     pitch = [semitones[a:b].mean() for a, b in pairs]
     duration = [math.log2((b - a) * HOP / RATE) for a, b in pairs]
     return torch.stack([torch.stack(pitch), torch.tensor(duration), torch.zeros(len(pairs))])
@@ -101,8 +102,8 @@ class Voice:
         """
         if text not in self.sentences:
             raise ConfigError(
-                f"'speech-mos' cannot say {str(text)[:80]!r}, only {', '.join(map(repr, self.sentences))}: it must know "
-                "where words begin. Add yours to envs/speech_data.py and train a flow by pretrain/speech.py."
+                f"'speech-mos' cannot say {str(text)[:80]!r}, only {', '.join(map(repr, self.sentences))}: it must "
+                "know where words begin. Add yours to envs/speech_data.py and train a flow by pretrain/speech.py."
             )
         if not self.said:
             synthesiser = self.make()
@@ -138,13 +139,13 @@ class Voice:
         stretch = (prosodies[:, 1] - own[1]).clamp(-LARGEST_STRETCH, LARGEST_STRETCH)
         gain = prosodies[:, 2].clamp(-LARGEST_GAIN, LARGEST_GAIN)
         n = len(frames)
-        counts = torch.tensor([edges[0], *(b - a for a, b in zip(edges, edges[1:])), n - edges[-1]])
+        counts = torch.tensor([edges[0], *(b - a for a, b in pairwise(edges)), n - edges[-1]])
         around = torch.nn.functional.pad(stretch, (1, 1))
         lengths = (2**around).repeat_interleave(counts, dim=1)
         total = lengths.sum(1, keepdim=True)
         wanted = -(-(math.ceil(total.max().item()) + MARGIN) // MULTIPLE) * MULTIPLE
         places = warp(lengths, wanted)
-        middles = torch.tensor([(a + b) / 2 for a, b in zip(edges, edges[1:])])
+        middles = torch.tensor([(a + b) / 2 for a, b in pairwise(edges)])
         contour = filled_pitch(frames.pitch).log2() + between(pitch, middles, n) / 12
         voiced = (frames.pitch > LOWEST)[places.detach().round().long()]
         sounding = (torch.arange(wanted) + 0.5) < total
@@ -156,7 +157,7 @@ class Voice:
 
 
 def between(values: torch.Tensor, middles: torch.Tensor, n: int) -> torch.Tensor:
-    """Interpolate values (B, k) at increasing places (k,) linearly to 0, ..., n - 1: (B, n); constant beyond the ends."""
+    """Interpolate values (B, k) at increasing places (k,) linearly to 0, ..., n - 1: (B, n); constant beyond."""
     places = torch.arange(n).float()
     right = torch.searchsorted(middles, places).clamp(1, len(middles) - 1)
     a, b = middles[right - 1], middles[right]
@@ -177,6 +178,6 @@ def resampled(sounds: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def pitch_and_rate(prosodies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give mean pitches (B,) in semitones above BASE, and rates (B,) in words per second, of prosodies (B, 3, WORDS)."""
+    """Give mean pitches (B,) in semitones above BASE and rates (B,) in words per second of prosodies (B, 3, WORDS)."""
     assert prosodies.shape[1:] == (len(ROWS), WORDS)
     return prosodies[:, 0].mean(1), WORDS / (2 ** prosodies[:, 1].clamp(-10, 10)).sum(1)
