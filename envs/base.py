@@ -40,6 +40,8 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     renderer: Callable[[torch.Tensor], torch.Tensor] | None = None
     """`samples (B, *sample_shape) -> (B, 1 or 3, H, W)` in [0, 1], a picture of each for grids; None where samples are
     images themselves, or are drawn by `plot`."""
+    sound_rate: int = 0
+    """Values per second of what `sounds` gives; 0 where samples are nothing to be heard."""
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         self.shares = shares_of(self.contexts)  # (n,) share of each context in the draws, None when all are equal
         self.name = name
         self.render_mode = render_mode
-        self.sample_shape = flow.sample_shape
+        self.sample_shape, self.sound_rate = flow.sample_shape, flow.sample_rate
         self.observation_space = spaces.Discrete(len(self.contexts))
         self.action_space = spaces.Box(low, high, self.sample_shape, np.float32)
         self.oracle: Any = None
@@ -162,6 +164,10 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
             for key, value in output.components.items()
         }
         return RewardOutput(reward, components, output.info)
+
+    def sounds(self, samples: torch.Tensor, contexts: Contexts) -> torch.Tensor:
+        """Make what samples (B, *sample_shape) sound like: (B, channels, N) in [-1, 1], if there is a `sound_rate`."""
+        return samples
 
     @property
     def shows_images(self) -> bool:

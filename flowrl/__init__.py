@@ -24,6 +24,7 @@ from flowrl.envs import digits as _digits
 from flowrl.envs import emoji as _emoji
 from flowrl.envs import gaussians as _gaussians
 from flowrl.envs import plans as _plans
+from flowrl.envs import speech as _speech
 from flowrl.envs import text_to_image as _text_to_image
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.prompts import Prompt
@@ -40,8 +41,9 @@ from flowrl.training.policy import FlowPolicy
 from flowrl.types import Batch, RewardOutput
 from flowrl.version import __version__ as __version__
 
-for _spec in (*_darcy.SPECS, *_digits.SPECS, *_emoji.SPECS, *_gaussians.SPECS, *_plans.SPECS, *_text_to_image.SPECS):
-    register(_spec)
+for _module in (_darcy, _digits, _emoji, _gaussians, _plans, _speech, _text_to_image):
+    for _spec in _module.SPECS:
+        register(_spec)
 
 __all__ = [
     "ADRPO",

@@ -24,6 +24,7 @@ from flowrl.functional.solvers import Solver
 from flowrl.pages.run_page import write_report
 from flowrl.registry import environment_spec
 from flowrl.runs.folder import load_model, write_evaluation
+from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
 from flowrl.training.algorithm import FlowAlgorithm
@@ -114,6 +115,7 @@ def _write(folder: Path, env: GenerationEnv, result: EvaluationResult, prompts: 
     tag = "" if prompts == "train" else f"-{Path(prompts).stem}"
     files = [write_evaluation(folder, result, tag), folder / f"before_after{tag}.png"]
     save_before_after(result, env, files[1])
+    files += save_sounds(result, env, folder / f"sounds{tag}")
     if (folder / "metrics.csv").exists():
         files.append(write_report(folder, tag))
     return files

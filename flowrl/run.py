@@ -32,6 +32,7 @@ from flowrl.runs.commandline import (
 )
 from flowrl.runs.folder import algorithm_of, alone_in, cannot_write, create_run_folder, write_config, write_evaluation
 from flowrl.runs.logs import logger, say, telling_warnings
+from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.plan import dry_run, head_of
 from flowrl.runs.program import EXIT_STOPPED, guarded
@@ -253,6 +254,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Map
         return 0
     write_evaluation(folder, result)
     save_before_after(result, model.env.core, folder / "before_after.png")
+    save_sounds(result, model.env.core, folder / "sounds")
     from flowrl.pages.run_page import write_report
 
     report = write_report(folder)

@@ -217,9 +217,14 @@ def _write_media(
 def _write_points(
     folder: Path, env: GenerationEnv, contexts: list[Any], seeds: list[int], batches: Iterator[torch.Tensor], n: int
 ) -> tuple[list[dict[str, Any]], Path]:
-    """Write `samples.safetensors` (samples (B, *sample_shape), seeds (B,)) and `scatter.png`; likewise."""
+    """Write `samples.safetensors` (samples (B, *sample_shape), seeds (B,)) and `scatter.png`, and a wav for each sample
+    where there is a sound; likewise.
+    """
     samples = torch.cat(list(batches))
     save_file({"samples": samples.contiguous(), "seeds": torch.tensor(seeds)}, folder / "samples.safetensors")
+    if env.sound_rate:
+        for i, sound in enumerate(env.sounds(samples, contexts)):
+            save_sound(sound, folder / f"{i:04d}-{slug(contexts[i])}-seed{seeds[i]}", env.sound_rate)
     shown = samples[:GRID] if env.shows_images else samples
     save_picture(shown, contexts, env, folder / "scatter.png")
     entries = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 import flowrl
 from flowrl.envs.base import GenerationVecEnv
 from flowrl.envs.gaussians import GaussianMixture
+from flowrl.envs.speech import PACKAGES
 from flowrl.envs.text_to_image import embedded_for
 from flowrl.errors import ConfigError, RewardError, UnknownNameError
 from flowrl.models.loading import source_of
@@ -50,6 +52,10 @@ def names() -> Iterator[Callable[[], str]]:
 def env(request: pytest.FixtureRequest) -> flowrl.GenerationEnv:
     reward = request.param.removeprefix("sd3-")
     settings = {"flow": embedded_for(reward)} if request.param.startswith("sd3-") else {}
+    if request.param == "speech-mos":
+        missing = [module for module in PACKAGES if find_spec(module) is None]
+        if missing:
+            pytest.skip(f"not installed: {missing} (extra [speech])")
     return flowrl.make(request.param, **settings)
 
 

@@ -252,7 +252,28 @@ def _latent_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ..
     return shape, build
 
 
-BUILDERS = {"mlp": _mlp_builder, "unet": _unet_builder, "darcy": _darcy_builder, "latent": _latent_builder}
+def _prosody_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, ...], Callable[[], VelocityModel]]:
+    from flowrl.models.prosody import ProsodyFlow
+
+    keys = ("sentences", "words", "centre", "scale", "width", "depth")
+
+    def build() -> VelocityModel:
+        return ProsodyFlow(**{key: config.get(key) for key in keys})
+
+    try:
+        with torch.device("meta"):
+            return build().sample_shape, build
+    except ConfigError as error:
+        raise ModelLoadError(f"'{folder / 'config.json'}' describes no flow of prosodies: {error}") from error
+
+
+BUILDERS = {
+    "mlp": _mlp_builder,
+    "unet": _unet_builder,
+    "darcy": _darcy_builder,
+    "latent": _latent_builder,
+    "prosody": _prosody_builder,
+}
 """By the kind of model that a folder's config.json names: the shape of a sample, and how to build the flow."""
 PICTURES = ("unet", "latent")
 """Kinds of model whose samples are pictures."""

@@ -12,7 +12,7 @@ from flowrl.models.base import VelocityModel
 from flowrl.storage.files import LARGEST_JSON, parsed_json, read_file
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SMALL = ("gaussians", "plans", "digits", "latent-digits", "emoji", "darcy")
+SMALL = ("gaussians", "plans", "digits", "latent-digits", "emoji", "darcy", "speech")
 """Shipped flows that are no pipelines of diffusers."""
 EMBEDDED = (*SMALL, "mini-sd3", "mini-words", "mini-spatial")
 

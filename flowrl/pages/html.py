@@ -86,9 +86,14 @@ def warning_list(texts: Sequence[str]) -> str:
     return f'<section class="warnings"><h2>Warnings</h2><ul>{items}</ul></section>'
 
 
-def data_url(data: bytes, kind: str) -> str:
-    """Write a picture of a kind (png, jpeg) as an address that holds it."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def data_url(data: bytes, kind: str, of: str = "image") -> str:
+    """Write a picture of a kind (png, jpeg), or a sound (wav, of="audio"), as an address that holds it."""
+    return f"data:{of}/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def player(wav: bytes) -> str:
+    """Write a sound into the page, to be played."""
+    return f'<audio controls preload="none" src="{data_url(wav, "wav", "audio")}"></audio>'
 
 
 def picture(png: bytes, described: str) -> str:

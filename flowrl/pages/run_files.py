@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from flowrl.errors import CheckpointError, ConfigError
 from flowrl.registry import ALGORITHMS
 from flowrl.runs.logs import WARNINGS, read_metrics
 from flowrl.runs.pictures import STEPS
-from flowrl.storage.files import read_json
+from flowrl.storage.files import read_file, read_json
 from flowrl.training.loading import DAMAGE
 
 Row = dict[str, float]
+LARGEST_SOUND = 2**24
+"""Bytes: some minutes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class RunFiles:
         evaluation: `evaluation{tag}.json`; empty when there is none.
         before_after: The picture of samples, PNG; empty when there is none.
         warnings: Warnings of the training.
+        sounds: Contexts, and what a sample of each sounds like before and after, WAV.
     """
 
     name: str
@@ -39,6 +42,7 @@ class RunFiles:
     evaluation: dict[str, Any]
     before_after: bytes
     warnings: list[str]
+    sounds: list[tuple[str, bytes, bytes]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path, tag: str = "") -> RunFiles:
@@ -62,6 +66,7 @@ class RunFiles:
             evaluated,
             picture.read_bytes() if picture.exists() else b"",
             warnings.read_text().splitlines() if warnings.exists() else [],
+            _sounds(folder / f"sounds{tag}"),
         )
 
     @property
@@ -103,6 +108,26 @@ class RunFiles:
             elapsed, before = elapsed + (steps - before) / speed / 3600, steps
             hours.append(elapsed)
         return hours
+
+
+def _sounds(folder: Path) -> list[tuple[str, bytes, bytes]]:
+    """Read what `flowrl.runs.media.save_sounds` wrote; nothing where there are none.
+
+    Raises:
+        ConfigError: A file is missing or damaged; names it.
+    """
+    if not (folder / "contexts.json").exists():
+        return []
+    try:
+        contexts = read_json(folder / "contexts.json")["contexts"]
+        return [
+            (str(context), *(read_file(folder / f"{i}-{side}.wav", LARGEST_SOUND) for side in ("before", "after")))
+            for i, context in enumerate(contexts)
+        ]  # type: ignore[return-value]
+    except (OSError, CheckpointError, *DAMAGE) as error:
+        raise ConfigError(
+            f"The sounds in '{folder}' are damaged: {error}; write them anew by flowrl.evaluate."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from flowrl.pages import charts
 from flowrl.pages.charts import Point, Series, chart
-from flowrl.pages.html import paragraph, picture
+from flowrl.pages.html import escaped, paragraph, picture, player
 from flowrl.pages.run_files import Row, RunFiles
 from flowrl.runs import pictures
 from flowrl.training.records import REWARD
@@ -79,7 +79,11 @@ def _path(rows: Sequence[Row]) -> list[Point]:
 
 
 def before_after(run: RunFiles) -> str:
-    """Show samples of a run before and after training."""
-    return paragraph("Reference (left) and trained flow (right), same noise and contexts.") + picture(
+    """Show samples of a run before and after training, and let them be heard where they are sounds."""
+    shown = paragraph("Reference (left) and trained flow (right), same noise and contexts.") + picture(
         run.before_after, f"samples of {run.name} before and after"
+    )
+    return shown + "".join(
+        f"<figure><figcaption>{escaped(context)}</figcaption>before {player(before)} after {player(after)}</figure>"
+        for context, before, after in run.sounds
     )

@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowrl.envs.base import GenerationEnv
+from flowrl.evaluation.measure import EvaluationResult
 from flowrl.runs.pictures import image_grid
+from flowrl.storage.files import write_json
 
 WRITER = ("imageio", "imageio_ffmpeg")
 """Packages that write mp4; the extra [video]."""
+SOUNDS = 4
+"""Contexts of which an evaluation keeps a sound before and after."""
 NO_WRITER = "Videos are animated PNGs here; for mp4: pip install imageio imageio-ffmpeg."
 
 
@@ -63,3 +68,29 @@ def save_sound(sound: torch.Tensor, path: Path, sample_rate: int) -> Path:
         file.setframerate(sample_rate)
         file.writeframes(values.numpy().astype("<i2").tobytes())
     return path
+
+
+def save_sounds(result: EvaluationResult, env: GenerationEnv, folder: Path) -> list[Path]:
+    """Write what the first sample of each of the first contexts sounds like before and after, where there is a sound.
+
+    Args:
+        result: Its kept samples are at the same noise before and after.
+        env: Where samples have sounds (`sound_rate`).
+        folder: Gets `0-before.wav`, `0-after.wav`, and so on, and `contexts.json`, which says what they are of.
+
+    Returns:
+        The folder; nothing where samples are not to be heard.
+    """
+    if not env.sound_rate:
+        return []
+    firsts: dict[str, int] = {}
+    for i, context in enumerate(result.sample_contexts):
+        firsts.setdefault(str(context), i)
+    rows = list(firsts.values())[:SOUNDS]
+    contexts = [result.sample_contexts[i] for i in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, samples in (("before", result.reference_samples), ("after", result.samples)):
+        for i, sound in enumerate(env.sounds(samples[rows], contexts)):
+            save_sound(sound, folder / f"{i}-{name}", env.sound_rate)
+    write_json(folder / "contexts.json", {"contexts": [str(context) for context in contexts]})
+    return [folder]
