@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flowrl.errors import ConfigError
-from flowrl.models.base import VelocityModel
+from flowrl.models.base import VelocityModel, in_one_type
 from flowrl.models.init_lora import with_start
 from flowrl.models.latent_scale import to_autoencoder
 from flowrl.models.long_prompts import silenced, warn_of_cut
@@ -449,15 +449,6 @@ class PipelineFlow(VelocityModel):
         else:
             named = {f"{self.NETWORK}.{name}": value.contiguous() for name, value in whole.items()}
             save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
-
-
-def in_one_type(cond: Condition) -> Condition:
-    """Bring all embeddings of a condition into the type of the first, which the network computes in.
-
-    Masks stay, and so does what is one number per prompt, such as a guidance scale.
-    """
-    first = cond[0].dtype
-    return tuple(part.to(first) if part.is_floating_point() and part.dim() > 1 else part for part in cond)
 
 
 def _is_clip(encoder: nn.Module) -> bool:
