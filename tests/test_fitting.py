@@ -206,3 +206,29 @@ def test_working_copies_are_a_way_to_save() -> None:
     assert "--algo.working-copies off" in ways_to_save(low)
     assert "--algo.working-copies off" not in ways_to_save(replace(low, working_copies="off"))
     assert "--algo.working-copies off" not in ways_to_save(CLS.Config())
+
+
+def test_working_copies_that_do_not_fit_by_themselves_cost_one_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def heavy(cls: type, config: flowrl.FlowConfig, env: flowrl.GenerationEnv) -> MemoryPlan:
+        tried.append(config.working_copies)
+        plan = made_up(cls, config, env)
+        return replace(plan, parts={**plan.parts, "frozen weights": 1000})
+
+    monkeypatch.setattr(fitting, "predict_memory", heavy)
+    assert chosen(unloaded(folder), 1490)[4] == "off"
+    assert tried == ["on", "off", "off"]  # the last two: without gradient checkpointing and with it
+
+
+def test_small_networks_are_not_planned_for_their_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fitting, "predict_memory", None)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 24 * 2**30)
+    model = CLS("FlowPolicy", "gaussians-linear", device="cpu", lora_rank=2)
+    assert model.config.working_copies == "auto"
+    assert "memory" not in head_of(model, tmp_path, 512)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 2**20)
+    model = CLS("FlowPolicy", "gaussians-linear", device="cpu", lora_rank=2)  # a plan is tried, and cannot be made here
+    assert "working copies on; what they need could not be predicted" in head_of(model, tmp_path, 512)

@@ -116,3 +116,12 @@ class VelocityModel(nn.Module):
 
     def export(self, folder: Path, lora_state: dict[str, torch.Tensor] | None) -> None:
         """Write the network (or its LoRA weights) into `folder` as other libraries load it; optional."""
+
+
+def in_one_type(cond: Condition) -> Condition:
+    """Bring all embeddings of a condition into the type of the first, which the network computes in.
+
+    Masks stay, and so does what is one number per prompt, such as a guidance scale.
+    """
+    first = cond[0].dtype
+    return tuple(part.to(first) if part.is_floating_point() and part.dim() > 1 else part for part in cond)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flowrl.errors import ConfigError
-from flowrl.models.base import VelocityModel
+from flowrl.models.base import VelocityModel, in_one_type
 from flowrl.models.long_prompts import silenced, warn_of_cut
 from flowrl.types import Condition, Contexts
 
@@ -137,15 +137,6 @@ class PromptedFlow(VelocityModel):
 
     def _encoders(self) -> dict[str, torch.nn.Module]:
         return {name: part for name in self.ENCODERS if (part := getattr(self.pipeline, name, None)) is not None}
-
-
-def in_one_type(cond: Condition) -> Condition:
-    """Bring all embeddings of a condition into the type of the first, which the network computes in.
-
-    Masks stay, and so does what is one number per prompt, such as a guidance scale.
-    """
-    first = cond[0].dtype
-    return tuple(part.to(first) if part.is_floating_point() and part.dim() > 1 else part for part in cond)
 
 
 def _is_clip(encoder: nn.Module) -> bool:

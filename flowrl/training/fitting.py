@@ -13,14 +13,13 @@ from stable_baselines3.common.utils import get_device
 from flowrl.config import FITTED, FlowConfig
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
-from flowrl.errors import ConfigError, FlowRLError, OutOfMemoryError
+from flowrl.errors import ConfigError, OutOfMemoryError
 from flowrl.models.base import VelocityModel
 from flowrl.registry import ENVIRONMENTS
 from flowrl.training.construction import check_run
 from flowrl.training.memory_plan import (
     MemoryPlan,
     has_working_copies,
-    is_out_of_memory,
     predict_memory,
     ways_to_save,
 )
@@ -37,6 +36,8 @@ LOWERED_BY = {
     "training": ("gradient_checkpointing", "batch_size"),
 }
 """Phases of a plan that take place on the device, and what lowers their memory, in this order."""
+NOTHING = 0.05
+"""Share of the free memory that working copies may take without a plan being made for them."""
 GIB = 2**30
 
 
@@ -92,10 +93,17 @@ def fitted(
         why = "with sharded weights (FSDP)" if ranks.is_sharded else f"on {device.type}"
         said = f"memory: settings as they are; {why} none are chosen by the memory that is free (--algo.fit-memory)"
         return Fit(config, env, (said,) if config.fit_memory else ())
+    if not config.fit_memory and _copies_at_most(env) <= NOTHING * free:
+        return Fit(config, env)
     if ranks.world_size > 1:
         everyones = ranks.all_gather(torch.tensor([free], device=ranks.device), ranks.world_size)
         free = int(everyones.min())
     return fit(cls, config, env, free, n_ranks or ranks.world_size, str(device))
+
+
+def _copies_at_most(env: GenerationEnv) -> int:
+    """Bound the bytes of working copies: the network in float32, of the three roles that have weights of their own."""
+    return 3 * 4 * sum(parameter.numel() for parameter in env.flow.skeleton().network.parameters())
 
 
 def fit(
@@ -122,9 +130,7 @@ def fit(
     for copies in choices:
         try:
             found = search.lowered(copies, to_the_end=copies == choices[-1])
-        except FlowRLError:
-            raise
-        except Exception as error:
+        except Exception as error:  # if it is no matter of the plan, it comes again where the flow is loaded
             return _unplanned(config, env, f"{type(error).__name__}: {error}")
         if found.plan.missing:
             return _unplanned(config, env, found.plan.missing)
@@ -205,6 +211,8 @@ class _Search:
         ways = self._ways(config, decode)
         while True:
             tried = self._tried(config, decode)
+            if sum(tried.plan.parts.values()) > self.budget and not to_the_end:
+                return tried  # weights alone are too much
             changes: dict[str, Any] = {}
             for phase in tried.excess:
                 step = next((s for name in LOWERED_BY[phase] if (s := next(ways[name], None))), None)
@@ -248,12 +256,7 @@ class _Search:
 
     def _tried(self, config: FlowConfig, decode: int | None) -> _Tried:
         env = self.env if decode is None else decoding(self.env, decode)
-        try:
-            plan = predict_memory(self.cls, config.of_one_rank(self.n_ranks), env)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError("This machine has too little memory to predict what a run needs.") from error
+        plan = predict_memory(self.cls, config.of_one_rank(self.n_ranks), env)
         self.n_plans += 1
         over = {phase: plan.phases.get(phase, 0) - self.budget for phase in LOWERED_BY}
         return _Tried(config, decode, plan, {phase: excess for phase, excess in over.items() if excess > 0})
