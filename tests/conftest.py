@@ -47,9 +47,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def forgetting(*modules: str) -> Iterator[None]:
     """Context in which modules may register what they like: it is forgotten afterwards, and so are they."""
     from flowrl.envs.rewards.catalogue import REWARDS
+    from flowrl.models.families import DECLARED
     from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 
-    registries: list[dict[str, Any]] = [ALGORITHMS, ENVIRONMENTS, REWARDS, gymnasium.registry]
+    registries: list[dict[str, Any]] = [ALGORITHMS, ENVIRONMENTS, REWARDS, DECLARED, gymnasium.registry]
     before = [dict(registry) for registry in registries]
     for name in modules:  # of the same name, from another test
         sys.modules.pop(name, None)

@@ -29,9 +29,14 @@ SMALL: dict[str, Any] = {
     "group_size": 8,
 }
 SEVERAL: dict[str, Any] = {"reward_aggregation": "gdpo", "lora_rank": 4, "learning_rate": 1e-5}
+SMALLER: dict[str, Any] = {"resolution": 32}  # at which rewards differ in most groups, too
 PICTURES: dict[str, Any] = {"n_samples": 8, "batch_size": 8, "rollout_steps": 2, "group_size": 4}
 
-
+OWN: dict[str, dict[str, Any]] = {
+    "kl": {"tolerance": 1e-5},
+    "orw_w2": {"ema_decay": 0.9, "refresh_every": 2},
+    "tilt": {"pool": 64},
+}
 OUTSIDE: dict[str, dict[str, Any]] = {
     "nft:NFT": {},
     "awm:AWM": {},
@@ -48,9 +53,7 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """Algorithm, environment, its settings, and those of the algorithm, by name."""
     found: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {}
     for name in ALGORITHMS:
-        own = {"kl": {"tolerance": 1e-5}, "orw_w2": {"ema_decay": 0.9, "refresh_every": 2}, "tilt": {"pool": 64}}.get(
-            name, {}
-        )
+        own = OWN.get(name, {})
         found[name] = (name, "gaussians-linear", {}, SMALL | own)
         if name in ("orw_w2", "dpok", "flow_grpo"):
             found[f"{name}, LoRA"] = (name, "gaussians-linear", {}, SMALL | own | {"lora_rank": 4})
@@ -58,18 +61,18 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
         found[name] = (f"outside.{name}", "gaussians-linear", {}, SMALL | OUTSIDE[name])
     found["transport"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"coupling": "ot", "target": "plain"})
     alike = {"coupling": "c2ot", "target": "plain", "context_weight": 0.1}
-    found["transport, contexts"] = ("orw_w2", "sd3-count", {}, PICTURES | alike)
+    found["transport, contexts"] = ("orw_w2", "sd3-count", SMALLER, PICTURES | alike)
     found["own noise"] = ("nft", "gaussians-linear", {}, SMALL | {"coupling": "rectified", "noisings": 2})
     found["times"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"time_weighting": "variance", "max_time": 0.7})
     found["branches"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"branch": True, "window": 2, "ratio": "guard"})
-    found["pictures"] = ("orw_w2", "sd3-count", {}, PICTURES)
-    found["pictures, LoRA"] = ("flow_grpo", "sd3-count", {}, PICTURES | {"lora_rank": 4})
+    found["pictures"] = ("orw_w2", "sd3-count", SMALLER, PICTURES)
+    found["pictures, LoRA"] = ("flow_grpo", "sd3-count", SMALLER, PICTURES | {"lora_rank": 4})
     found["shared draws"] = ("fpo", "gaussians-linear", {}, SMALL | {"shared": True, "draws": 3})
     found["masked"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"mask": "dppo", "dppo_delta": 1e-4})
-    two = {"reward": "colourfulness:1+count:0.5"}
+    two = SMALLER | {"reward": "colourfulness:1+count:0.5"}
     found["several rewards"] = ("dgpo", "sd3-count", two, PICTURES | SEVERAL)
     found["ties"] = ("flow_dpo", "sd3-count", {}, PICTURES | {"group_size": 2, "lora_rank": 4})
-    mixture = {"reward": "colourfulness:1:running+winrate(count):0.5"}
+    mixture = SMALLER | {"reward": "colourfulness:1:running+winrate(count):0.5"}
     found["mixture"] = ("raft", "sd3-count", mixture, PICTURES | {"group_size": 2, "n_best": 1, "lora_rank": 4})
     return found
 

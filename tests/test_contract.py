@@ -37,7 +37,8 @@ def make(name: str, env: str, flow: Path | None = None, **settings: object) -> f
     own: dict[str, Any] = {}
     cls, settings_of_env = flowrl.algorithm_class(name), SMALL[env]
     if env == "sd3-compress":
-        own["env_settings"] = {"flow": str(flow), "prompts": tuple(small_pipelines.PROMPTS), "resolution": 16}
+        own["env_settings"] = {"flow": str(flow), "prompts": tuple(small_pipelines.PROMPTS)}
+        own["env_settings"] |= {"resolution": 16, "sequence_length": 16}  # most of the work would be padding of prompts
     if cls.needs_gradient and env == "sd3-compress":  # no gradient there; colourfulness has one
         env, own["env_settings"]["reward"] = "sd3-aesthetic", "colourfulness"
     if name == "kl" and env != "gaussians-linear":  # likelihoods take long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import small_pipelines
@@ -11,10 +12,15 @@ from families.case import PROMPTS, Case
 from flowrl.models.packing import pack, unpack
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 
+TOKENS = 16
+"""Of a prompt, but for one case, which takes as many as its pipeline does by itself."""
+
 
 def call(flow: PipelineFlow, x_0: torch.Tensor, scale: float, steps: int, **kwargs: Any) -> torch.Tensor:
     _, height, width = flow.sample_shape
     options = {"num_inference_steps": steps, "height": height, "width": width, "output_type": "latent", **kwargs}
+    if flow.max_sequence_length == TOKENS:
+        options["max_sequence_length"] = TOKENS
     if flow.distilled_guidance:
         options["guidance_scale"] = scale
     else:
@@ -28,8 +34,9 @@ def images(*given: Any) -> torch.Tensor:
     return call(*given, output_type="pt")
 
 
+SHORT = PipelineOptions(sequence_length=TOKENS)
 CASES = [
-    Case("flux-dev", small_pipelines.flux, call, sizes=(16, (16, 24)), images=images),
+    Case("flux-dev", small_pipelines.flux, call, sizes=(16, (16, 24)), images=images, options=SHORT),
     Case("flux-schnell", lambda folder: small_pipelines.flux(folder, guidance_embeds=False), call, images=images),
-    Case("flux-true-cfg", small_pipelines.flux, call, options=PipelineOptions(embedded_guidance=3.5)),
+    Case("flux-true-cfg", small_pipelines.flux, call, options=replace(SHORT, embedded_guidance=3.5)),
 ]
