@@ -193,6 +193,17 @@ def test_table_of_darcy() -> None:
     assert lines[3].startswith("| DRaFT | 2 | 2,000, 0 | 1.2500 ± 0.3536 (x 0.500 ± 0.000) | 1.0000 ± 0.0000 (x 1.000")
 
 
+def test_table_of_speech() -> None:
+    """Gains are over the reference of the same seed, which has none."""
+    speech = script("speech")
+    row = dict.fromkeys(speech.COLUMNS, 1.0) | {"judged": 512}
+    results = [row | {"method": "reference", "seed": seed, "opinion": 3.0 + seed, "judged": 0} for seed in (0, 1)]
+    results += [row | {"method": "tilt", "seed": seed, "opinion": 3.25 + 1.5 * seed} for seed in (0, 1)]
+    lines = speech.table(results).splitlines()
+    assert lines[2].startswith("| reference | 0, 1 | 0 | 3.50 ± 0.71 |  | 1.000 ± 0.000 |")
+    assert lines[3].startswith("| tilt | 0, 1 | 512 | 4.00 ± 1.06 | 0.50 ± 0.35 | 1.000 ± 0.000 |")
+
+
 def test_settings_of_digits() -> None:
     digits = script("digits")
     assert [digits.setting(text) for text in ("target=plain", "tau=2.5")] == [("target", "plain"), ("tau", 2.5)]
