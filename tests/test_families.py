@@ -15,6 +15,7 @@ from gymnasium import spaces
 
 import flowrl
 from flowrl.envs.text_to_image import TextToImageEnv
+from flowrl.errors import ConfigError
 from flowrl.models.families import DECLARED
 from flowrl.models.loading import source_of
 from flowrl.models.long_prompts import silenced
@@ -71,6 +72,13 @@ def type_of(case: Case, folder: Path) -> str:
     import json
 
     return str(json.loads((Path(built or folder) / "model_index.json").read_text())["_class_name"])
+
+
+def test_odd_sizes_name_the_nearest(case: Case, folder: Path) -> None:
+    largest = "at most [0-9]+ pixels" if case.name.startswith("auraflow") else r"multiple of [0-9]+ pixels .* e\.g\. "
+    for size in (33, (32, 33)):
+        with pytest.raises(ConfigError, match=largest):
+            source(case, folder, size)
 
 
 @pytest.mark.parametrize(("size", "steps"), [(0, 3), (1, 5)])

@@ -42,5 +42,5 @@ def test_a_preview_is_drawn_before_them(flow: GlmImageFlow, monkeypatch: pytest.
 
 
 def test_quoted_text_is_not_cut(flow: GlmImageFlow) -> None:
-    with pytest.raises(ConfigError, match="quotes has 1[0-9] tokens, more than 12: set sequence_length to at least"):
+    with pytest.raises(ConfigError, match=r"quotes has 1[0-9] tokens, more than 12: set sequence_length to at least"):
         flow.encode(["a sign 'of many words'"])

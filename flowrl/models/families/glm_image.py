@@ -65,7 +65,7 @@ class GlmImageFlow(CogView4Flow):
         return []
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Encode prompts: quoted text (B, tokens, dim), which is there (B, tokens), image tokens (B, patches), False."""
+        """Encode prompts: quoted text (B, tokens, dim), a mask of it, image tokens (B, patches), not left out (B,)."""
         embeds, there = self._quoted(prompts)
         return embeds, there, torch.cat([self._drawn(prompt) for prompt in prompts]), torch.zeros_like(there[:, 0])
 
