@@ -15,6 +15,7 @@ from gymnasium import spaces
 
 import flowrl
 from flowrl.envs.text_to_image import TextToImageEnv
+from flowrl.errors import ConfigError
 from flowrl.models.families import DECLARED
 from flowrl.models.loading import source_of
 from flowrl.models.long_prompts import silenced
@@ -64,9 +65,10 @@ def test_every_declared_class_has_a_case(tmp_path_factory: pytest.TempPathFactor
 
 
 def test_pages_name_every_declared_class() -> None:
-    pages = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/pipelines.md")}
-    unnamed = [kind for kind in DECLARED if f"`{kind.removesuffix('Pipeline')}`" not in pages["README.md"]]
-    assert not unnamed
+    names = "README.md", "docs/large-models.md", "docs/pipelines.md"
+    pages = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in names}
+    for name in names[:2]:
+        assert not [kind for kind in DECLARED if f"`{kind.removesuffix('Pipeline')}`" not in pages[name]]
     table, left_out = pages["docs/pipelines.md"].split("## Left out")
     assert not [kind for kind in DECLARED if f"`{kind}`" not in table or f"| `{kind}` |" in left_out]
 
@@ -77,6 +79,13 @@ def type_of(case: Case, folder: Path) -> str:
     import json
 
     return str(json.loads((Path(built or folder) / "model_index.json").read_text())["_class_name"])
+
+
+def test_odd_sizes_name_the_nearest(case: Case, folder: Path) -> None:
+    largest = "at most [0-9]+ pixels" if case.name.startswith("auraflow") else r"multiple of [0-9]+ pixels .* e\.g\. "
+    for size in (33, (32, 33)):
+        with pytest.raises(ConfigError, match=largest):
+            source(case, folder, size)
 
 
 @pytest.mark.parametrize(("size", "steps"), [(0, 3), (1, 5)])

@@ -46,7 +46,11 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     fetch, revision = _fetcher(location)
     what = f"pipeline '{name}'"
     index = read_json(fetch("model_index.json"), what)
-    adapter = _adapter(index, name, options)
+    adapter = declared(index.get("_class_name"), name)
+    index = {part: _of_transformers(value, adapter) for part, value in index.items()}
+    _check_libraries(index, name)
+    if adapter.WITHOUT_T5 is None and not options.t5:
+        raise ConfigError(f"'{name}' ({adapter.PIPELINE}) cannot do without T5: leave --env.t5 on.")
     transformer, vae = (read_json(fetch(f"{part}/config.json"), what) for part in (adapter.NETWORK, "vae"))
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
@@ -94,13 +98,11 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     return FlowSource(name, about, shapes.sample, load, skeleton, imitation, **known)
 
 
-def _adapter(index: dict[str, Any], name: str, options: PipelineOptions) -> type[PipelineFlow]:
-    """Find the declaration of a pipeline's class, if it is made of what flowrl loads."""
-    adapter = declared(index.get("_class_name"), name)
-    _check_libraries(index, name)
-    if adapter.WITHOUT_T5 is None and not options.t5:
-        raise ConfigError(f"'{name}' ({adapter.PIPELINE}) cannot do without T5: leave --env.t5 on.")
-    return adapter
+def _of_transformers(described: Any, adapter: type[PipelineFlow]) -> Any:
+    """Name transformers as the library of a part that diffusers wrote down under another name."""
+    if isinstance(described, list) and described and described[0] == adapter.TRANSFORMERS_AS:
+        return ["transformers", *described[1:]]
+    return described
 
 
 def _check_scheduler(

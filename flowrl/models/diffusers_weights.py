@@ -55,6 +55,8 @@ def load_pipeline(
     repository, revision = (location, None) if is_folder else revisions.split(location)
     if not options.t5 and adapter.WITHOUT_T5:
         absent |= {adapter.WITHOUT_T5: None, adapter.WITHOUT_T5.replace("text_encoder", "tokenizer"): None}
+    if is_folder:
+        _check_parts(folder, name, {part: value for part, value in index.items() if part not in absent})
     trained = (adapter.NETWORK, *adapter.MORE_NETWORKS)
     parts = tuple(part for part in (*trained, "vae", *adapter.ENCODERS) if part not in absent)
     variants = _variants(folder, name, parts) if is_folder else {}
@@ -185,6 +187,22 @@ def _absent_components(location: str, name: str) -> dict[str, None]:
         ):
             raise ModelLoadError(f"The pipeline folder '{name}' is incomplete: '{key}' holds no vocabulary.")
     return absent
+
+
+def _check_parts(folder: Path, name: str, index: Mapping[str, Any]) -> None:
+    """Check that a local pipeline has a folder with files for each part; the libraries would not name it.
+
+    Raises:
+        ModelLoadError: One has none.
+    """
+    for part, value in index.items():
+        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)):
+            continue
+        if not (folder / part).is_dir() or not any((folder / part).iterdir()):
+            raise ModelLoadError(
+                f"The pipeline folder '{name}' is incomplete: the part '{part}' ({value[1]}) has no files. Download or "
+                "save the whole pipeline again."
+            )
 
 
 def hub_message(name: str, error: Exception) -> str:

@@ -65,6 +65,8 @@ class PipelineFlow(PromptedFlow):
     """Names of further parts that are trained with it, where a pipeline has them."""
     ALWAYS_THERE: ClassVar[tuple[str, ...]] = ()
     """Names of parts that the pipeline is not assembled without, not even to encode prompts."""
+    TRANSFORMERS_AS: ClassVar[str] = "transformers"
+    """Library that diffusers writes down for parts of transformers whose module has the name of one of its own."""
     WITHOUT_T5: ClassVar[str | None] = None
     """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
     MAX_SHIFT: ClassVar[float] = 1.15

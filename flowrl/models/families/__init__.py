@@ -10,6 +10,7 @@ from flowrl.models.families.ernie_image import ErnieImageFlow
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.flux2 import Flux2Flow, Flux2KleinFlow
 from flowrl.models.families.flux_kontext import FluxKontextFlow
+from flowrl.models.families.glm_image import GlmImageFlow
 from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.hunyuan_image import HunyuanImageFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
@@ -43,6 +44,7 @@ for family in (
     Flux2KleinFlow,
     FluxFlow,
     FluxKontextFlow,
+    GlmImageFlow,
     HiDreamFlow,
     HunyuanImageFlow,
     HunyuanVideo15Flow,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowrl.models.families.cogview4_attention import MaskedAttention
+from flowrl.models.families.masked_attention import MaskedAttention
 from flowrl.models.families.patches import PatchedFlow
 from flowrl.models.packing import of_length
 from flowrl.models.pipeline import Part

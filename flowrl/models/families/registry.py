@@ -24,8 +24,6 @@ NO_FLOWS: Mapping[str, str] = {
     "CogVideoXPipeline": DIFFUSION,
     "CogView3PlusPipeline": DIFFUSION,
     "CosmosTextToWorldPipeline": DIFFUSION,
-    "GlmImagePipeline": "another model draws tokens of an image first, anew in every call, and the flow paints "
-    "those: a prompt alone is no condition of it",
     "HunyuanDiTPipeline": DIFFUSION,
     "Ideogram4Pipeline": "its guidance is that of a second network, which would not follow the one that is trained",
     "KolorsPipeline": DIFFUSION,

@@ -1,4 +1,7 @@
-"""Attention of CogView4 that leaves out what pads the text; diffusers' own adds 1 to the logits of the rest instead."""
+"""Attention of CogView4 and GLM-Image that leaves out what pads the text.
+
+diffusers' own adds 1 to the logits of the rest instead.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ class MaskedAttention:
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
+        kv_cache: None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend from text and image to both; positions are the image's only."""
+        """Attend from text and image to both; positions are the image's only, and no images were cached."""
         from diffusers.models.embeddings import apply_rotary_emb
 
         words, patches = encoder_hidden_states.shape[1], hidden_states.shape[1]

@@ -1,0 +1,48 @@
+"""Folders that are no whole pipeline, and classes that are no flow: what is said of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_pipelines
+from families import glm_image, hunyuan_image, nucleusmoe_image
+
+from flowrl.errors import ModelLoadError
+from flowrl.models.families import NO_FLOWS
+from flowrl.models.loading import source_of
+
+
+@pytest.mark.parametrize(
+    ("build", "parts"),
+    [
+        (small_pipelines.sd3, ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer_3"]),
+        (hunyuan_image.build, ["text_encoder", "tokenizer_2"]),  # a tokenizer without a vocabulary
+        (glm_image.build, ["processor", "vision_language_encoder"]),
+        (nucleusmoe_image.CASES[0].build, ["processor", "text_encoder"]),
+    ],
+)
+def test_a_missing_part_is_named(build: Callable[[Path], Any], parts: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    build(folder)
+    for part in parts:
+        shutil.move(folder / part, tmp_path / "away")
+        with pytest.raises(ModelLoadError, match=f"is incomplete: .*'{part}'"):
+            source_of(str(folder)).load()
+        shutil.move(tmp_path / "away", folder / part)
+
+
+@pytest.mark.parametrize("kind", NO_FLOWS)
+def test_a_class_that_is_no_flow_says_why(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(ModelLoadError, match=re.escape(f"is a {kind}, which flowrl does not train: {NO_FLOWS[kind]}.")):
+        source_of(str(tmp_path))
+
+
+def test_what_is_often_taken_for_a_flow_is_among_them() -> None:
+    assert {"SanaSprintPipeline", "StableAudioPipeline", "CogVideoXPipeline"} <= NO_FLOWS.keys()
