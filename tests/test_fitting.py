@@ -232,3 +232,21 @@ def test_small_networks_are_not_planned_for_their_copies(monkeypatch: pytest.Mon
     monkeypatch.setattr(fitting, "free_memory", lambda device: 2**20)
     model = CLS("FlowPolicy", "gaussians-linear", device="cpu", lora_rank=2)  # a plan is tried, and cannot be made here
     assert "working copies on; what they need could not be predicted" in head_of(model, tmp_path, 512)
+
+
+def test_the_command_line_chooses_what_it_was_not_given(folder: Path) -> None:
+    from flowrl.registry import environment_spec
+    from flowrl.runs.commandline import second_pass
+
+    def chosen_by(*more: str) -> tuple[str, ...]:
+        args = ["--algo", "orw_w2", "--env", "sd3-compress", "--env.flow", str(folder), *more]
+        config = second_pass(args, CLS, environment_spec("sd3-compress"), None)[1]
+        assert config is not None
+        assert (config.batch_size, config.rollout_batch_size) == (8, 8)
+        return config.fit_memory
+
+    assert chosen_by() == ALL
+    assert chosen_by("--algo.batch-size", "8", "--env.decode-batch=64") == (ALL[0], ALL[2])  # as recommended, but given
+    assert chosen_by("--algo.no-gradient-checkpointing") == ALL[1:]
+    assert chosen_by("--algo.fit-memory") == ()
+    assert chosen_by("--algo.fit-memory", "batch_size") == ("batch_size",)

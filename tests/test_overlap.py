@@ -15,8 +15,7 @@ from flowrl.envs.rewards.catalogue import make_reward
 from flowrl.envs.rewards.mixture import make_mixture
 from flowrl.errors import ConfigError, RewardError
 from flowrl.runs.plan import head_of
-from flowrl.training.construction import overlaps_rewards
-from flowrl.training.rollout import roll_outs
+from flowrl.training.rollout import overlaps, roll_outs
 from flowrl.types import RewardOutput
 
 SETTINGS: dict[str, Any] = {"n_samples": 24, "rollout_batch_size": 6, "batch_size": 12, "n_epochs": 1}
@@ -63,8 +62,8 @@ def test_rewards_are_computed_while_the_next_are_drawn_in_order() -> None:
 def test_the_run_is_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None:
     cls = flowrl.algorithm_class(name)
     plain, ahead = (make(cls, overlap_rewards=o).learn(2 * 24) for o in ("off", "on"))
-    assert not overlaps_rewards(plain)
-    assert overlaps_rewards(ahead)
+    assert not overlaps(plain)
+    assert overlaps(ahead)
     assert torch.equal(weights(plain), weights(ahead))
     assert torch.equal(plain.buffer.reward, ahead.buffer.reward)
     ahead.save(tmp_path / "saved")
@@ -119,17 +118,17 @@ class Looks(flowrl.ORWCFMW2):
 
 
 def test_it_is_done_only_where_it_is_right(tmp_path: Path) -> None:
-    assert not overlaps_rewards(make()), "on the CPU it has to be asked for"
-    assert not overlaps_rewards(make(overlap_rewards="on", rollout_batch_size=0)), "one chunk"
+    assert not overlaps(make()), "on the CPU it has to be asked for"
+    assert not overlaps(make(overlap_rewards="on", rollout_batch_size=0)), "one chunk"
     asked = make(Looks, overlap_rewards="on")
-    assert not overlaps_rewards(asked), "a draw of one's own, which does not say that it can"
+    assert not overlaps(asked), "a draw of one's own, which does not say that it can"
     assert "rewards: not while samples are drawn" in head_of(asked, tmp_path, 24)
     assert "rewards: in a thread, while the next 6" in head_of(make(overlap_rewards="on"), tmp_path, 24)
     model = make()
     model.device = torch.device("cuda")
-    assert not overlaps_rewards(model), "a reward that computes where samples are"
+    assert not overlaps(model), "a reward that computes where samples are"
     model.env.core.reward_function = make_reward("compress")  # type: ignore[attr-defined]
-    assert overlaps_rewards(model)
+    assert overlaps(model)
     with pytest.raises(ConfigError, match="overlap_rewards must be one of auto, on, off"):
         make(overlap_rewards="yes")
 

@@ -19,12 +19,14 @@ def set_attention_backend(network: nn.Module, name: str, device: torch.device, d
     """Let a network, and those within it, compute attention by a backend of diffusers.
 
     It is tried first on the device in the type that networks compute in, gradients included. Only this network is
-    changed: networks that are made later in the same process have diffusers' own choice.
+    changed: networks that are made later in the same process have diffusers' own choice. An empty name does nothing.
 
     Raises:
         ConfigError: diffusers knows no such backend or cannot use it here (lists those that it can), it gives no
             gradients, or the network is not of diffusers, or has attention that takes no backend.
     """
+    if not name:
+        return
     networks: list[Any] = [module for module in network.modules() if hasattr(module, "set_attention_backend")]
     if not networks:
         raise ConfigError(

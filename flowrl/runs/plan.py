@@ -12,9 +12,9 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.models.compiling import cache_folder
 from flowrl.models.lora import LoRA, count_parameters
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.construction import overlaps_rewards
 from flowrl.training.fitting import fitted
 from flowrl.training.memory_plan import predict_memory
+from flowrl.training.rollout import overlaps
 from flowrl.training.saving import algorithm_name
 
 
@@ -54,7 +54,7 @@ def _speed(model: FlowAlgorithm) -> list[str]:
 
 def _overlap(model: FlowAlgorithm) -> list[str]:
     """Say whether rewards are computed while samples are drawn, where that was asked or is done."""
-    if overlaps_rewards(model):
+    if overlaps(model):
         return [f"rewards: in a thread, while the next {model.config.rollout_batch_size} samples are drawn"]
     if model.config.overlap_rewards == "on":
         return [

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -28,7 +28,7 @@ from flowrl.training.optimizers import gradient_step
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, without_strays
-from flowrl.training.rollout import roll_outs
+from flowrl.training.rollout import filling
 from flowrl.training.sb3_algorithm import SB3Algorithm
 from flowrl.training.signal import check_learnt
 from flowrl.training.target import aim, held
@@ -189,7 +189,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         drawn_contexts = self.contexts()
         self.checks.contexts(drawn_contexts, self.config.n_samples, len(self.env.core.contexts))
         chunks = drawn_contexts.split(self.env.num_envs)
-        for (contexts, samples), drawn in zip(self._fill([self.ranks.shard(c) for c in chunks]), chunks):
+        for (contexts, samples), drawn in zip(filling(self, [self.ranks.shard(chunk) for chunk in chunks]), chunks):
             self.num_timesteps += len(drawn) * self.draws
             known = {**locals(), "contexts": contexts, "samples": samples}
             callback.update_locals({**known, "dones": [True] * len(drawn)})  # every sample is an episode
@@ -201,29 +201,6 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self._close_record()
         callback.on_rollout_end()
         return True
-
-    def _fill(self, chunks: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Draw and reward samples of chunks of contexts into the buffer: contexts, and samples where there are any."""
-        if self.learns_from == "contexts":
-            for context_ids in chunks:
-                nothing = torch.zeros(len(context_ids), 0, device=self.device)
-                self.buffer.add(nothing, context_ids, nothing.sum(1))
-                yield context_ids, None
-            return
-        overlap = construction.overlaps_rewards(self)
-        for done, context_ids in zip(roll_outs(chunks, self._draw, self.policy.decode, self.reward, overlap), chunks):
-            rows = {**done.rows, **self.rows_of(done.output)}
-            if self.config.on_reward_error == "drop":
-                self.record.dropped += done.dropped
-                rows["stray"] = done.context_ids != context_ids  # stands in for another context: see `_weigh`
-            self.buffer.add(done.x_1, done.context_ids, done.output.reward, rows)
-            self.record.add(done.samples, done.context_ids, done.output)
-            yield context_ids, done.samples
-
-    def _draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        drawn = self.draw(context_ids)
-        self.checks.draw(drawn, len(context_ids), self.policy.model.latent_shape)
-        return drawn
 
     def _weigh(self) -> None:
         """Turn the rewards of an iteration into coefficients."""

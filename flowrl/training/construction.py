@@ -230,22 +230,6 @@ def check_reward_errors(on_error: str, timeout: float, env: GenerationEnv, n_ran
         raise ConfigError("Running statistics of a reward over several processes need on_reward_error 'raise'.")
 
 
-def overlaps_rewards(model: FlowAlgorithm) -> bool:
-    """Tell whether samples are rewarded in a thread while the next are drawn.
-
-    Only where `draw` needs nothing of the rewards before, of one process, with several chunks an iteration. "auto"
-    does it on CUDA for rewards that compute on the host.
-    """
-    config, core = model.config, model.env.core
-    drawer = next(cls for cls in type(model).__mro__ if "draw" in vars(cls))
-    several = 0 < config.rollout_batch_size < config.n_samples
-    if config.overlap_rewards == "off" or not several or not vars(drawer).get("draws_ahead", False):
-        return False
-    if model.ranks.world_size > 1:
-        return False
-    return config.overlap_rewards == "on" or (model.device.type == "cuda" and core.rewards_on_host)
-
-
 def prepare_training(model: FlowAlgorithm) -> None:
     """Make the optimizer, compile what is to be compiled, and join the network with those of the other ranks."""
     config, policy, ranks = model.config, model.policy, model.ranks

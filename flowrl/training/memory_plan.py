@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import FlowRLError
 from flowrl.training.hooks import NoChecks
-from flowrl.training.rollout import roll_out
+from flowrl.training.rollout import filling, roll_out
 from flowrl.training.without_storage import WithoutStorage, without_storage
 from flowrl.types import RewardOutput, Rows
 
@@ -125,7 +125,7 @@ def _iterate(model: Any, tracker: WithoutStorage) -> None:
     _without_values(model, "contexts", lambda: torch.zeros(config.n_samples, dtype=torch.long))
     ids = model.contexts()[: model.env.num_envs]
     if model.learns_from == "contexts":
-        list(model._fill([ids]))
+        list(filling(model, [ids]))
     else:
         draw = tracker.within("drawing samples", partial(_drawn, model))
         decode, reward = (tracker.within("decoding samples", work) for work in (policy.decode, model.reward))

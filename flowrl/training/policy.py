@@ -75,8 +75,7 @@ class FlowPolicy(SB3Policy):
         self.generator = torch.Generator(device)
         self.generator.manual_seed(torch.seed() if seed is None else seed)
         precision, has_copies = getattr(torch, config.precision), config.working_copies != "off"
-        if config.attention_backend:
-            set_attention_backend(model.network, config.attention_backend, device, precision)
+        set_attention_backend(model.network, config.attention_backend, device, precision)
         self.networks = RoleNetworks(model, copies, self.lora, precision, has_copies)
         self.graphs = Graphs(self.networks, device, config.cuda_graphs)
         if config.gradient_checkpointing:

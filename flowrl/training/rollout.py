@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from flowrl.envs.base import GenerationEnv
 from flowrl.training.reward_calls import stand_ins
 from flowrl.types import RewardOutput
+
+if TYPE_CHECKING:
+    from flowrl.training.algorithm import FlowAlgorithm
 
 Draw = Callable[[torch.Tensor], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 """Context indices (B,) to latents (B, *latent_shape) and further rows (B, ...) by name."""
@@ -74,6 +77,46 @@ def roll_outs(
             waiting = thread.submit(_rewarded, drawn, reward)
         if waiting is not None:
             yield waiting.result()
+
+
+def filling(model: FlowAlgorithm, chunks: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Draw and reward samples of chunks of contexts into the buffer: contexts, and samples where there are any."""
+    if model.learns_from == "contexts":
+        for context_ids in chunks:
+            nothing = torch.zeros(len(context_ids), 0, device=model.device)
+            model.buffer.add(nothing, context_ids, nothing.sum(1))
+            yield context_ids, None
+        return
+
+    def draw(context_ids: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        drawn = model.draw(context_ids)
+        model.checks.draw(drawn, len(context_ids), model.policy.model.latent_shape)
+        return drawn
+
+    for done, context_ids in zip(roll_outs(chunks, draw, model.policy.decode, model.reward, overlaps(model)), chunks):
+        rows = {**done.rows, **model.rows_of(done.output)}
+        if model.config.on_reward_error == "drop":
+            model.record.dropped += done.dropped
+            rows["stray"] = done.context_ids != context_ids  # stands in for another context: see `_weigh`
+        model.buffer.add(done.x_1, done.context_ids, done.output.reward, rows)
+        model.record.add(done.samples, done.context_ids, done.output)
+        yield context_ids, done.samples
+
+
+def overlaps(model: FlowAlgorithm) -> bool:
+    """Tell whether samples are rewarded in a thread while the next are drawn.
+
+    Only where `draw` needs nothing of the rewards before, of one process, with several chunks an iteration. "auto"
+    does it on CUDA for rewards that compute on the host.
+    """
+    config = model.config
+    drawer = next(cls for cls in type(model).__mro__ if "draw" in vars(cls))
+    several = 0 < config.rollout_batch_size < config.n_samples
+    if config.overlap_rewards == "off" or not several or not vars(drawer).get("draws_ahead", False):
+        return False
+    if model.ranks.world_size > 1:
+        return False
+    return config.overlap_rewards == "on" or (model.device.type == "cuda" and model.env.core.rewards_on_host)
 
 
 def _drawn(context_ids: torch.Tensor, draw: Draw, decode: Decode) -> Drawn:
