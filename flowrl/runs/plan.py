@@ -77,7 +77,7 @@ def dry_run(
     folder: Path, algo: type[FlowAlgorithm], config: FlowConfig, env: GenerationEnv, total: int, n_ranks: int = 1
 ) -> str:
     """Say what a run would do, for `--dry-run`: reads configurations, loads no weights."""
-    frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config))
+    frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config), config.trained_parameters)
     memory = predict_memory(algo, config.of_one_rank(n_ranks), env)
     lines = [
         *_chosen(algo, config, env),
