@@ -83,6 +83,8 @@ class FlowConfig:
     init_lora: str = ""
     """LoRA weights to start from, a folder or a .safetensors file: they are put into the weights, and the reference is
     that start. Exported LoRA weights hold both, the start and what was trained."""
+    trained_parameters: tuple[str, ...] = ()
+    """Train only the parameters whose names contain one of these; all when not given. For LoRA: lora_targets."""
     optimizer: OptimizerKind = "adamw"
     """AdamW, or with moments in 8 bits ("adamw8bit", needs bitsandbytes)."""
     precision: Precision = "float32"
@@ -138,6 +140,11 @@ class FlowConfig:
         others = ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha", "target_lambda")
         for name in (*others, "reward_retries", "reward_timeout"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
+        self.require(
+            not (self.lora_rank and self.trained_parameters),
+            "trained_parameters is for training the weights themselves; with lora_rank say what is adapted by "
+            "lora_targets.",
+        )
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), not {self.lora_dropout}.")
         for name, known in CHOICES.items():
             value = getattr(self, name)

@@ -244,6 +244,7 @@ RESUMED = {
     "rectified": ("nft", {"coupling": "rectified"}),
     "rectified, plain": ("rwr", {"coupling": "rectified", "mode": "online"}),
     "times": ("orw_w2", {"time_weighting": "variance", "max_time": 0.7}),
+    "fewer": ("tilt", {"draw_steps": 1, "trained_parameters": ("layer",), "pool": 80}),
 }
 
 
@@ -268,6 +269,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(case: str, tmp_path: Path) -> No
         ("nft", {"coupling": "c2ot", "context_weight": -1.0}, "context_weight must not be negative"),
         ("rwr", {"coupling": "rectified", "data": "given"}, "no noise that given samples come from"),
         ("rvm", {"max_time": 0.0}, "max_time must be in"),
+        ("awm", {"draw_steps": -1}, "draw_steps must not be negative"),
         ("ram", {"time_weighting": "even"}, "time_weighting must be one of none, variance, not 'even'"),
     ],
 )

@@ -410,6 +410,29 @@ def test_lora_targets_that_match_nothing(targets: tuple[str, ...]) -> None:
         small(lora_rank=2, lora_targets=targets)
 
 
+def test_trained_parameters_alone_move() -> None:
+    model = small(trained_parameters=("inputs", "output.weight"), ema_decay=0.5)
+    names = [name for name, _ in model.policy.networks.trained.named_parameters()]
+    chosen = [name for name in names if "inputs" in name or "output.weight" in name]
+    assert 0 < len(chosen) < len(names)
+    assert list(model.policy.parameters_of("ema")) == chosen
+    model.learn(64)
+    tensors, before = (model.policy.networks.model_of(role).network.state_dict() for role in ("current", "reference"))
+    assert [name for name in names if not torch.equal(tensors[name], before[name])] == chosen
+    with pytest.raises(ConfigError, match="no parameter of this network has 'nowhere' in its name"):
+        small(trained_parameters=("out", "nowhere"))
+    with pytest.raises(ConfigError, match="with lora_rank say what is adapted by lora_targets"):
+        small(lora_rank=2, trained_parameters=("out",))
+
+
+def test_samples_to_learn_from_may_take_fewer_steps_than_those_to_show() -> None:
+    few, many = small(rollout_steps=8, draw_steps=2), small(rollout_steps=2)
+    for model in (few, many):
+        model.learn(32)
+    assert torch.equal(few.buffer.all().x_1, many.buffer.all().x_1)
+    assert few.policy.evaluations_per_sample() == 8
+
+
 # Samples that a reward failed for
 
 

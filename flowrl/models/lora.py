@@ -111,13 +111,35 @@ def _keep_factors_in_float32(adapters: Iterable[Any]) -> None:
                     factors[name] = Factor(factor.weight)
 
 
-def count_parameters(model: VelocityModel, lora: LoRA | None) -> tuple[int, int]:
+def freeze_others(network: nn.Module, trained: Iterable[str]) -> None:
+    """Leave gradients to those parameters alone (in place) whose names contain one of `trained`; to all when empty.
+
+    Raises:
+        ConfigError: One of them is in no name.
+    """
+    trained = list(trained)
+    for part in trained:
+        if not any(part in name for name, _ in network.named_parameters()):
+            names = dict.fromkeys(
+                name.removesuffix(".weight").rpartition(".")[2] for name, _ in network.named_parameters()
+            )
+            raise ConfigError(
+                f"trained_parameters: no parameter of this network has '{part}' in its name, so nothing there would be "
+                f"trained. Names have for example {', '.join(list(names)[:12])}."
+            )
+    for name, parameter in network.named_parameters():
+        if trained and not any(part in name for part in trained):
+            parameter.requires_grad_(False)
+
+
+def count_parameters(model: VelocityModel, lora: LoRA | None, trained: Iterable[str] = ()) -> tuple[int, int]:
     """Count the frozen and the trained parameters of the network; `model` may be on the meta device."""
     if lora is not None:
         add_adapters(model, ["current"], lora)
+    freeze_others(model.network, trained)
     parameters = list(model.network.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return sum(p.numel() for p in parameters) - trained, trained
+    n_trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(p.numel() for p in parameters) - n_trained, n_trained
 
 
 def _linear_layers(network: nn.Module) -> list[str]:

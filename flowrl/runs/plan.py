@@ -100,7 +100,7 @@ def dry_run(
     device: str = "cpu",
 ) -> str:
     """Say what a run on a device would do, for `--dry-run`: reads configurations, loads no weights."""
-    frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config))
+    frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config), config.trained_parameters)
     fit = fitted(algo, config, env, device, Ranks(), n_ranks)
     config, env = fit.config, fit.env
     memory = fit.plan or predict_memory(algo, config.of_one_rank(n_ranks), env)

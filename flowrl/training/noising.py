@@ -13,7 +13,7 @@ from flowrl.config import FlowConfig
 from flowrl.functional.flow import sample_time
 from flowrl.functional.transport import Coupling, conditional_permutation, ot_permutation
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.types import Batch, Condition, Pair, Rows
+from flowrl.types import Batch, Condition, Pair, Role, Rows
 
 TIME_BINS = 16
 TimeWeighting = Literal["none", "variance"]
@@ -28,9 +28,12 @@ class NoisingConfig(FlowConfig):
     the same."""
     max_time: float = 1.0
     """Largest time of the loss: beyond, towards the sample, there may be noise without signal."""
+    draw_steps: int = 0
+    """Solver steps of the samples to learn from, often fewer than those to show; 0 takes rollout_steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(self.draw_steps >= 0, f"draw_steps must not be negative, not {self.draw_steps}.")
         self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
 
 
@@ -44,6 +47,15 @@ class Noising(FlowAlgorithm):
         super()._setup_model()
         if self.config.time_weighting == "variance":
             self.noise_at = self.keep("noise_at", torch.zeros(2, TIME_BINS))  # sums of |u - base|^2, and counts
+
+    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+        """Draw latents of the behaviour policy, with as many solver steps as are asked for."""
+        x_0 = self.policy.noise(len(context_ids), self.generator)
+        return self.drawn_from(x_0, context_ids, self.behaviour_role), {}
+
+    def drawn_from(self, x_0: torch.Tensor, context_ids: torch.Tensor, role: Role) -> torch.Tensor:
+        """Draw latents of a role from noise (B, *latent_shape)."""
+        return self.policy.sample_latents(context_ids, role=role, x_0=x_0, steps=self.config.draw_steps or None)
 
     def pair(self, batch: Batch, x_0: torch.Tensor | None = None, t: torch.Tensor | None = None) -> Pair:
         """Pair the samples of a minibatch with fresh noise, at fresh times up to the largest; or with given ones."""
@@ -108,7 +120,7 @@ class Coupled(Noising):
         if self.config.coupling != "rectified":
             return super().draw(context_ids)
         x_0 = self.policy.noise(len(context_ids), self.generator)
-        return self.policy.sample_latents(context_ids, role=self.behaviour_role, x_0=x_0), {"x_0": x_0}
+        return self.drawn_from(x_0, context_ids, self.behaviour_role), {"x_0": x_0}
 
     def couple(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
         """Pair each sample of a minibatch with noise (B, *latent_shape).

@@ -20,7 +20,7 @@ from flowrl.functional.solvers import Solver, evaluations_per_sample, ode_sample
 from flowrl.models.attention import set_attention_backend
 from flowrl.models.base import VelocityModel
 from flowrl.models.init_lora import started_from
-from flowrl.models.lora import LoRA
+from flowrl.models.lora import LoRA, freeze_others
 from flowrl.training.construction import as_generation_env, check_device, on_device, sampling_config, weight_dtypes
 from flowrl.training.graphs import Graphs
 from flowrl.training.role_networks import RoleNetworks
@@ -71,6 +71,7 @@ class FlowPolicy(SB3Policy):
         guided = self.guidance_scale != 1 and not model.distilled_guidance
         self._null = on_device(model.null_condition(), device) if guided else None
         self._condition = self.encode(self.contexts)
+        freeze_others(model.network, config.trained_parameters)
         model.network.to(device)  # now: text encoders can be as large as the network
         self.generator = torch.Generator(device)
         self.generator.manual_seed(torch.seed() if seed is None else seed)

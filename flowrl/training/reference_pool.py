@@ -11,7 +11,7 @@ from flowrl.functional.flow import drawn
 from flowrl.training.rollout import roll_out
 
 if TYPE_CHECKING:
-    from flowrl.training.algorithm import FlowAlgorithm
+    from flowrl.training.noising import Noising
 
 
 class ReferencePool:
@@ -33,7 +33,7 @@ class ReferencePool:
         ConfigError: It has no room for the contexts of one iteration.
     """
 
-    def __init__(self, model: FlowAlgorithm, capacity: int, least: int) -> None:
+    def __init__(self, model: Noising, capacity: int, least: int) -> None:
         self.model, n = model, len(model.env.core.contexts)
         self.size = max(least, capacity // n)
         slots = min(n, max(1, capacity // self.size))
@@ -90,7 +90,7 @@ class ReferencePool:
         model = self.model
 
         def draw(ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return model.policy.sample_latents(ids, role="reference", generator=model.generator), {}
+            return model.drawn_from(model.policy.noise(len(ids), model.generator), ids, "reference"), {}
 
         done = roll_out(context_ids, draw, model.policy.decode, model.reward)
         return done.x_1, done.output.reward
