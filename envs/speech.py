@@ -57,7 +57,8 @@ class SpeechEnv(GenerationEnv):
         super().__init__(flow, contexts=TEXTS, low=-12.0, high=12.0, name="speech-mos", render_mode=render_mode)
         self.renderer, self.sound_rate = melodies, HEARD
         self.voice, self.opinion = voice, opinion
-        self._make_judges, self._judges = (dnsmos, recogniser), ()
+        self._make_judges = dnsmos, recogniser
+        self._judges: tuple[Any, ...] = ()
 
     def sounds(self, samples: torch.Tensor, contexts: Contexts) -> torch.Tensor:
         """Say sentences with prosodies (B, 3, WORDS): sounds (B, 1, N), 16 kHz, on the CPU."""

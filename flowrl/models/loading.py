@@ -256,9 +256,10 @@ def _prosody_builder(config: dict[str, Any], folder: Path) -> tuple[tuple[int, .
     from flowrl.models.prosody import ProsodyFlow
 
     keys = ("sentences", "words", "centre", "scale", "width", "depth")
+    settings: dict[str, Any] = {key: config.get(key) for key in keys}
 
     def build() -> VelocityModel:
-        return ProsodyFlow(**{key: config.get(key) for key in keys})
+        return ProsodyFlow(**settings)
 
     try:
         with torch.device("meta"):

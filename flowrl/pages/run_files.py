@@ -120,10 +120,11 @@ def _sounds(folder: Path) -> list[tuple[str, bytes, bytes]]:
         return []
     try:
         contexts = read_json(folder / "contexts.json")["contexts"]
-        return [
-            (str(context), *(read_file(folder / f"{i}-{side}.wav", LARGEST_SOUND) for side in ("before", "after")))
-            for i, context in enumerate(contexts)
-        ]  # type: ignore[return-value]
+        before, after = (
+            [read_file(folder / f"{i}-{side}.wav", LARGEST_SOUND) for i in range(len(contexts))]
+            for side in ("before", "after")
+        )
+        return list(zip(map(str, contexts), before, after))
     except (OSError, CheckpointError, *DAMAGE) as error:
         raise ConfigError(
             f"The sounds in '{folder}' are damaged: {error}; write them anew by flowrl.evaluate."
