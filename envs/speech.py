@@ -115,7 +115,7 @@ class SpeechConfig:
     flow: str = "speech"
     """Flow to fine-tune: "speech" (shipped), or a folder that `pretrain/speech.py` wrote."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type that the listener's convolutions compute in: half the time, and scores differ by some hundredths."""
+    """Type that the listener's convolutions compute in: half their time, and scores differ by less than 0.1."""
 
 
 @lru_cache(maxsize=2)
