@@ -26,8 +26,8 @@ from flowrl.types import Contexts, RewardOutput
 
 PACKAGES = {"hibari": "hibari-tts"} | {name: name for name in ("distillmos", "speechmos", "pocketsphinx")}
 """Modules of the extra [speech], and their packages."""
-AT_ONCE = 16
-"""Sounds that the listener hears together: its network takes some 20 MB for each."""
+AT_ONCE = 1
+"""Sounds that the listener hears together: one, so that a score does not depend on the others of a batch."""
 PERFECT = 5.0
 """Best opinion score."""
 
