@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import wave
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from families.case import PROMPTS
 from gymnasium import spaces
 
 import flowrl
+from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.errors import ConfigError
 from flowrl.models.families.ace_step import AceStepFlow
 from flowrl.models.loading import source_of
-from flowrl.models.long_prompts import silenced
 from flowrl.models.pipeline import PipelineOptions
+from flowrl.sample import SampleConfig, write_samples
 from flowrl.training.policy import FlowPolicy
 
 
@@ -74,25 +76,21 @@ def test_a_resolution_and_prompts_without_room_are_refused(folder: Path) -> None
         loaded(folder, 8, sequence_length=20).encode(["white circles"])
 
 
+def loudness(sounds: torch.Tensor, prompts: Any) -> torch.Tensor:
+    return sounds.square().mean((1, 2))
+
+
 def test_samples_are_written_as_sounds(folder: Path, tmp_path: Path) -> None:
-    @flowrl.register_env("loud-ace", flow=str(folder), prompts=PROMPTS)
-    def loudness(sounds: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Mean square."""
-        return sounds.square().mean((1, 2))
-
-    from flowrl.run import main
-    from flowrl.sample import main as sample
-
-    settings = {"n-samples": 4, "group-size": 2, "batch-size": 2, "rollout-steps": 2, "lora-rank": 2}
-    algo = [part for name, value in settings.items() for part in (f"--algo.{name}", str(value))]
-    env = ["--env", "loud-ace", "--env.frames", "16", "--env.sequence-length", "80", "--out", str(tmp_path)]
-    with silenced():
-        assert (
-            main(["--algo", "orw_w2", *algo, *env, "--total-timesteps", "4", "--eval-samples", "4", "--name", "a"]) == 0
-        )
-        assert sample([str(tmp_path / "a"), "-n", "2", "--out", str(tmp_path / "drawn")]) == 0
-    assert list((tmp_path / "a").rglob("*.png"))  # spectrograms
+    source = source_of(str(folder), pipeline=PipelineOptions(sequence_length=80, frames=16))
+    with pytest.raises(ConfigError, match=r"draws sounds \(2, 512\), and the reward is of images: .* takes_sounds"):
+        TextToImageEnv(source, PROMPTS, loudness)
+    loudness.takes_sounds = True  # type: ignore[attr-defined]
+    env = TextToImageEnv(source, PROMPTS, loudness)
+    assert (env.action_space.low.min(), env.action_space.high.max()) == (-1, 1)
+    model = flowrl.ORWCFMW2("FlowPolicy", env, n_samples=4, group_size=2, batch_size=2, lora_rank=2, device="cpu")
+    write_samples(model, PROMPTS[:2], SampleConfig(run=tmp_path, n=2, out=tmp_path / "drawn"))
     files = sorted((tmp_path / "drawn").rglob("*.wav"))
-    assert len(files) == 2
+    assert len(files) == 4
+    assert (tmp_path / "drawn" / "grid.png").exists()  # of spectrograms
     with wave.open(str(files[0])) as file:
         assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (256, 2, 512)

@@ -131,6 +131,9 @@ def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
     return images.flatten(1).mean(1)
 
 
+brightness.takes_sounds = True  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("algorithm", ["ORWCFMW2", "FlowGRPO", "DRaFT"])
 def test_training_and_export(case: Case, folder: Path, algorithm: str, tmp_path: Path) -> None:
     """One iteration with LoRA; the exported adapter gives diffusers our velocity."""
