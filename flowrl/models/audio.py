@@ -17,7 +17,7 @@ class AudioFlow(PipelineFlow):
 
     FRAMES: ClassVar[int]
     """Frames of latents in the pipeline's own call."""
-    lora_targets: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
