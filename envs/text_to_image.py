@@ -62,7 +62,7 @@ class TextToImageConfig:
     width: int | None = None
     """Width in pixels."""
     frames: int | None = None
-    """Frames of a video; the pipeline's own number when not given."""
+    """Frames of a video, or of the latents of a sound; the pipeline's own number when not given."""
     sequence_length: int | None = None
     """Tokens of a prompt; as in the pipeline's own call when not given."""
     embedded_guidance: float | None = None
@@ -101,7 +101,8 @@ class TextToImageEnv(GenerationEnv):
     """A text-to-image task: the sample is an image (3, H, W) with values in [0, 1], the context a prompt.
 
     Or a text-to-video task: a sample is (T, 3, H, W) then. A reward of images is averaged over its frames, one that
-    says `takes_videos = True` is given whole videos.
+    says `takes_videos = True` is given whole videos. Or one of sounds (channels, values) in [-1, 1], with a reward that
+    says `takes_sounds = True`.
 
     Args:
         flow: Source of the flow, see `source_of`.
@@ -109,6 +110,9 @@ class TextToImageEnv(GenerationEnv):
         reward: `(images (B, 3, H, W) in [0, 1], B prompts) -> (B,)`, or a `RewardOutput`.
         reward_name: Description of the reward for the head of a run.
         held_out: Prompts that are never drawn, for evaluation.
+
+    Raises:
+        ConfigError: The flow draws sounds, and the reward does not say that it takes them.
     """
 
     def __init__(
@@ -122,10 +126,16 @@ class TextToImageEnv(GenerationEnv):
         render_mode: str | None = None,
         held_out: Sequence[str] = (),
     ) -> None:
+        source = source_of(flow)
+        if source.sample_rate and not getattr(reward, "takes_sounds", False):
+            raise ConfigError(
+                f"The flow '{source.source}' draws sounds {source.sample_shape}, and the reward is of images: give one "
+                "of sounds (B, channels, values) in [-1, 1], that says takes_sounds = True."
+            )
         super().__init__(
-            source_of(flow),
+            source,
             contexts=prompts,
-            low=0.0,
+            low=-1.0 if source.sample_rate else 0.0,
             high=1.0,
             name=name,
             render_mode=render_mode,

@@ -44,7 +44,7 @@ def untouched(case: Case, folder: Path) -> PipelineFlow:
 
 
 def source(case: Case, folder: Path, size: Any = None) -> FlowSource:
-    return source_of(str(folder), pipeline=replace(case.options, resolution=size or case.sizes[0]))
+    return source_of(str(folder), pipeline=replace(case.options, **{case.sized_by: size or case.sizes[0]}))
 
 
 def policy_of(case: Case, flow: PipelineFlow, scale: float) -> FlowPolicy:
@@ -82,6 +82,8 @@ def type_of(case: Case, folder: Path) -> str:
 
 
 def test_odd_sizes_name_the_nearest(case: Case, folder: Path) -> None:
+    if case.sized_by != "resolution":
+        pytest.skip("any length will do")
     largest = "at most [0-9]+ pixels" if case.name.startswith("auraflow") else r"multiple of [0-9]+ pixels .* e\.g\. "
     for size in (33, (32, 33)):
         with pytest.raises(ConfigError, match=largest):
@@ -98,17 +100,17 @@ def test_our_sampler_gives_the_pipelines_latents(
     policy = policy_of(case, flow, 1.0)
     x_0, ids = policy.noise(3), torch.arange(3)
     found = []
-    for scale in (1.0, case.scale):
+    for scale in dict.fromkeys((1.0, case.scale)):
         found.append(policy.sample_latents(ids, x_0=x_0, steps=steps, solver="euler", guidance_scale=scale))
         with torch.no_grad():
             expected = case.call(theirs, x_0, scale, steps)
         assert expected.dtype == torch.float32
         assert (found[-1] - expected).abs().max() <= 1e-4
         assert (expected - x_0).abs().max() > 0.1
-    plain, ours = found
+    plain, ours = found[0], found[-1]
     other = policy.sample_latents(ids.flip(0), x_0=x_0, steps=steps, solver="euler", guidance_scale=1.0)
     assert (plain - other).abs().max() > 1e-3  # prompts do something
-    assert (plain - ours).abs().max() > 1e-3  # and so does guidance
+    assert case.scale == 1 or (plain - ours).abs().max() > 1e-3  # and so does guidance
 
 
 def test_decoding_gives_the_pipelines_samples(case: Case, folder: Path, untouched: PipelineFlow) -> None:
@@ -127,6 +129,9 @@ def test_decoding_gives_the_pipelines_samples(case: Case, folder: Path, untouche
 
 def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
     return images.flatten(1).mean(1)
+
+
+brightness.takes_sounds = True  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("algorithm", ["ORWCFMW2", "FlowGRPO", "DRaFT"])

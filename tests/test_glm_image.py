@@ -10,9 +10,10 @@ from families import glm_image
 from transformers import GlmImageProcessor
 
 from flowrl.errors import ConfigError
-from flowrl.models.families.glm_image import GlmImageFlow, seed_of
+from flowrl.models.families.glm_image import GlmImageFlow
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineOptions
+from flowrl.models.text_encoders import seed_of
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     what = f"pipeline '{name}'"
     index = read_json(fetch("model_index.json"), what)
     adapter = declared(index.get("_class_name"), name)
-    index = {part: _of_transformers(value, adapter) for part, value in index.items()}
+    index = {part: _named(value, adapter) for part, value in index.items()}
     _check_libraries(index, name)
     if adapter.WITHOUT_T5 is None and not options.t5:
         raise ConfigError(f"'{name}' ({adapter.PIPELINE}) cannot do without T5: leave --env.t5 on.")
@@ -94,14 +94,16 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
         return model
 
     about = description.format(adapter.PIPELINE) + (f", commit {revision}" if revision else "")
-    known: dict[str, Any] = {"is_image": True, "frame_rate": adapter.FRAME_RATE, "revision": revision or ""}
-    return FlowSource(name, about, shapes.sample, load, skeleton, imitation, **known)
+    rate = adapter.values_per_second(vae)
+    known: dict[str, Any] = {"is_image": not rate, "frame_rate": adapter.FRAME_RATE, "revision": revision or ""}
+    return FlowSource(name, about, shapes.sample, load, skeleton, imitation, sample_rate=rate, **known)
 
 
-def _of_transformers(described: Any, adapter: type[PipelineFlow]) -> Any:
-    """Name transformers as the library of a part that diffusers wrote down under another name."""
-    if isinstance(described, list) and described and described[0] == adapter.TRANSFORMERS_AS:
-        return ["transformers", *described[1:]]
+def _named(described: Any, adapter: type[PipelineFlow]) -> Any:
+    """Name the library of a part that diffusers wrote down under another name."""
+    if isinstance(described, list) and described and isinstance(described[0], str):
+        libraries = {adapter.TRANSFORMERS_AS: "transformers", adapter.DIFFUSERS_AS: "diffusers"}
+        return [libraries.get(described[0], described[0]), *described[1:]]
     return described
 
 

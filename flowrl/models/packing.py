@@ -74,3 +74,10 @@ def padded(prompts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, 
     """Bring encoded prompts (tokens, dim) of their own lengths to one (B, length, dim), and give their lengths (B,)."""
     lengths = torch.tensor([min(len(prompt), length) for prompt in prompts], device=prompts[0].device)
     return torch.cat([of_length(prompt[None], length) for prompt in prompts]), lengths
+
+
+def with_mask(prompts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring encoded prompts (1, tokens, dim) to one (B, length, dim), and tell which tokens there are (B, length)."""
+    there = [torch.ones_like(prompt[..., 0], dtype=torch.bool) for prompt in prompts]
+    embeds, mask = (torch.cat([of_length(one, length) for one in part]) for part in (prompts, there))
+    return embeds, mask

@@ -67,6 +67,8 @@ class PipelineFlow(PromptedFlow):
     """Names of parts that the pipeline is not assembled without, not even to encode prompts."""
     TRANSFORMERS_AS: ClassVar[str] = "transformers"
     """Library that diffusers writes down for parts of transformers whose module has the name of one of its own."""
+    DIFFUSERS_AS: ClassVar[str] = "diffusers"
+    """Name that diffusers writes down for parts that stand beside the pipeline in its own package."""
     WITHOUT_T5: ClassVar[str | None] = None
     """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
     MAX_SHIFT: ClassVar[float] = 1.15
@@ -79,6 +81,8 @@ class PipelineFlow(PromptedFlow):
     """Whether the pipeline's scheduler counts data instead of noise: `invert_sigmas`."""
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
+    NO_GUIDANCE: ClassVar[str] = ""
+    """Why the pipeline's own guidance cannot be had, and any scale but 1 is refused; empty where it can."""
     FRAME_RATE: ClassVar[float] = 0
     """Frames per second at which the pipeline's videos are meant to be seen; 0 of images."""
     casts_inputs = True
@@ -103,7 +107,8 @@ class PipelineFlow(PromptedFlow):
         self.embedded_guidance = options.embedded_guidance
         self.takes_guidance = self.embeds_guidance(getattr(self.network, "config", {}))
         self.ignores_guidance = self.without_guidance(getattr(pipeline, "config", {}))
-        self.distilled_guidance = self.ignores_guidance or (self.takes_guidance and options.embedded_guidance is None)
+        embedded = self.takes_guidance and options.embedded_guidance is None
+        self.distilled_guidance = bool(self.NO_GUIDANCE) or self.ignores_guidance or embedded
         if options.embedded_guidance is not None and not self.takes_guidance:
             raise ConfigError(
                 f"The network of this {self.PIPELINE} takes no guidance scale: leave embedded_guidance out, and set "
@@ -113,6 +118,7 @@ class PipelineFlow(PromptedFlow):
         self.device = torch.device("cpu")
         vae = getattr(pipeline, "vae", None)
         if vae is not None:
+            self.sample_rate = self.values_per_second(vae.config)
             vae.requires_grad_(False)  # gradients of a reward flow through it, none are its own
         if options.vae_tiling and vae is not None:
             if not hasattr(vae, "enable_tiling"):
@@ -152,6 +158,11 @@ class PipelineFlow(PromptedFlow):
         """Compute the pixels per latent along each side, from the autoencoder's configuration."""
         channels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]  # the latter: AutoencoderTiny
         return int(2 ** (len(channels) - 1))
+
+    @classmethod
+    def values_per_second(cls, vae: Mapping[str, Any]) -> int:
+        """Give the sample rate of a pipeline that draws sounds; 0 of others."""
+        return 0
 
     @classmethod
     @abstractmethod
@@ -210,7 +221,15 @@ class PipelineFlow(PromptedFlow):
         return predicted
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:
-        """Put another guidance scale into a condition, whose last part it is."""
+        """Put another guidance scale into a condition, whose last part it is.
+
+        Raises:
+            ConfigError: A scale other than 1 where there is no guidance.
+        """
+        if self.NO_GUIDANCE:
+            if scale != 1:
+                raise ConfigError(f"guidance_scale must be 1 for {self.PIPELINE}, not {scale:g}: {self.NO_GUIDANCE}.")
+            return cond
         if self.ignores_guidance:
             if scale != 1 and not self.told_of_guidance:
                 self.told_of_guidance = True

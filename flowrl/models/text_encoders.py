@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -141,3 +143,27 @@ class PromptedFlow(VelocityModel):
 
 def _is_clip(encoder: nn.Module) -> bool:
     return "CLIP" in type(encoder).__name__
+
+
+def check_length(what: str, tokens: int, most: int) -> None:
+    """Check that there is room for an encoded text, where nothing of it is cut.
+
+    Raises:
+        ConfigError: It has more than `most` tokens.
+    """
+    if tokens > most:
+        raise ConfigError(
+            f"{what} has {tokens} tokens, more than {most}: set sequence_length to at least {tokens}, or shorten it."
+        )
+
+
+def seed_of(prompt: str) -> int:
+    """Give the seed by which what belongs to a prompt is drawn."""
+    return crc32(prompt.encode())
+
+
+@contextmanager
+def seeded(prompt: str, device: torch.device) -> Iterator[torch.Generator]:
+    """Give a generator of a prompt's seed, and put back torch's own states on `device` and the CPU afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield torch.Generator().manual_seed(seed_of(prompt))

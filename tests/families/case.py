@@ -23,8 +23,9 @@ class Case:
         build: Builds a small random pipeline from configurations, by diffusers alone, and saves it into a folder.
         call: The pipeline's own call for `PROMPTS` from latents `x_0` (3, *latent_shape), with a guidance scale and a
             number of steps; gives latents of that shape.
-        sizes: Two resolutions in pixels; both are tried.
-        scale: The guidance scale to try beside 1.
+        sizes: Two resolutions in pixels, or other sizes; both are tried.
+        sized_by: The field of `PipelineOptions` that `sizes` are of.
+        scale: The guidance scale to try beside 1; 1 where there is no guidance.
         options: Further fields of `PipelineOptions`.
         images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
         rounds: The network computes in lower precision in itself, so that differences of it say nothing.
@@ -41,6 +42,7 @@ class Case:
     build: Callable[[Path], Any]
     call: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor]
     sizes: tuple[int | tuple[int, int], int | tuple[int, int]] = (16, 32)
+    sized_by: str = "resolution"
     scale: float = 4.5
     options: PipelineOptions = DEFAULTS
     images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None

@@ -23,8 +23,8 @@ from transformers import (
 
 from families import encoders, parts
 from families.case import PROMPTS, Case
-from flowrl.models.families.glm_image import seed_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.models.text_encoders import seed_of
 
 TOKENS, CODES = 24, 64
 TEMPLATE = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flowrl.models.families.ace_step import AceStepFlow
 from flowrl.models.families.auraflow import AuraFlowFlow
 from flowrl.models.families.bria import BriaFlow
 from flowrl.models.families.chroma import ChromaFlow
@@ -35,6 +36,7 @@ from flowrl.models.families.z_image import ZImageFlow
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
 
 for family in (
+    AceStepFlow,
     AuraFlowFlow,
     BriaFlow,
     ChromaFlow,

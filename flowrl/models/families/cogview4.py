@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import exp
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from flowrl.models.families.masked_attention import MaskedAttention
 from flowrl.models.families.patches import PatchedFlow
-from flowrl.models.packing import of_length
+from flowrl.models.packing import with_mask
 from flowrl.models.pipeline import Part
 from flowrl.types import Condition
-
-MULTIPLE = 16
-"""A prompt's tokens are padded to a multiple of this, by tokens that the transformer sees."""
 
 
 class CogView4Flow(PatchedFlow):
@@ -29,6 +26,8 @@ class CogView4Flow(PatchedFlow):
     PIPELINE = "CogView4Pipeline"
     TRANSFORMER = "CogView4Transformer2DModel"
     SEQUENCE_LENGTH = 1024
+    MULTIPLE: ClassVar[int] = 16
+    """A prompt's tokens are padded to a multiple of this, by tokens that the transformer sees."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,14 +65,13 @@ class CogView4Flow(PatchedFlow):
     @property
     def tokens(self) -> int:
         """Tokens of an encoded prompt."""
-        return -(-self.max_sequence_length // MULTIPLE) * MULTIPLE
+        return -(-self.max_sequence_length // self.MULTIPLE) * self.MULTIPLE
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Encode prompts: GLM's embeddings (B, tokens, dim), and which of them there are (B, tokens)."""
         given = {"device": self.device, "max_sequence_length": self.max_sequence_length}
         embeds = [self.pipeline.encode_prompt([prompt], None, False, **given)[0] for prompt in prompts]
-        there = [torch.ones_like(one[..., 0], dtype=torch.bool) for one in embeds]
-        return tuple(torch.cat([of_length(one, self.tokens) for one in part]) for part in (embeds, there))
+        return with_mask(embeds, self.tokens)
 
     def condition_parts(self) -> list[Part]:
         """Give the shapes of embeddings and mask."""

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
 
-from flowrl.errors import ConfigError
 from flowrl.models.families.cogview4 import CogView4Flow
-from flowrl.models.packing import of_length
+from flowrl.models.latent_scale import to_autoencoder
+from flowrl.models.packing import with_mask
 from flowrl.models.pipeline import Part
+from flowrl.models.text_encoders import check_length, seeded
 from flowrl.types import Condition
-
-
-def seed_of(prompt: str) -> int:
-    """Give the seed by which a prompt's image tokens are drawn."""
-    return crc32(prompt.encode())
 
 
 class GlmImageFlow(CogView4Flow):
@@ -34,6 +29,7 @@ class GlmImageFlow(CogView4Flow):
     TRANSFORMERS_AS = "glm_image"
     SEQUENCE_LENGTH = 2048
     LATENTS = 128
+    MULTIPLE = 1
 
     @classmethod
     def patch(cls, transformer: Mapping[str, Any]) -> int:
@@ -55,11 +51,6 @@ class GlmImageFlow(CogView4Flow):
         del given["original_size"]
         return {**given, "prior_token_id": cond[2], "prior_token_drop": cond[3][:, None].expand_as(cond[2])}
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of an encoded prompt's quoted text."""
-        return self.max_sequence_length
-
     def tokenizers(self) -> list[tuple[str, Any, int]]:
         """Give none: prompts are not cut."""
         return []
@@ -76,26 +67,16 @@ class GlmImageFlow(CogView4Flow):
         return embeds, there, tokens, torch.ones_like(there[:, 0])
 
     def _quoted(self, prompts: list[str]) -> Condition:
-        """Encode what each prompt quotes.
-
-        Raises:
-            ConfigError: It has more tokens than there is room for.
-        """
+        """Encode what each prompt quotes, of which nothing is cut."""
         embeds = [self.pipeline.encode_prompt([prompt], False, device=self.device)[0] for prompt in prompts]
         for prompt, one in zip(prompts, embeds):
-            if one.shape[1] > self.tokens:
-                raise ConfigError(
-                    f"What the prompt {prompt[:100]!r} quotes has {one.shape[1]} tokens, more than {self.tokens}: set "
-                    f"sequence_length to at least {one.shape[1]}, or quote less."
-                )
-        there = [torch.ones_like(one[..., 0], dtype=torch.bool) for one in embeds]
-        return tuple(torch.cat([of_length(one, self.tokens) for one in part]) for part in (embeds, there))
+            check_length(f"What the prompt {prompt[:100]!r} quotes", one.shape[1], self.tokens)
+        return with_mask(embeds, self.tokens)
 
     def _drawn(self, prompt: str) -> torch.Tensor:
         """Draw image tokens (1, patches); the pipeline seeds the generator of everything for that."""
         _, height, width = self.sample_shape
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            by = torch.Generator().manual_seed(seed_of(prompt))
+        with seeded(prompt, self.device) as by:
             tokens, *_ = self.pipeline.generate_prior_tokens([prompt], height, width, device=self.device, generator=by)
         return tokens
 
@@ -111,6 +92,4 @@ class GlmImageFlow(CogView4Flow):
 
     def to_autoencoder(self, x_1: torch.Tensor) -> torch.Tensor:
         """Bring latents to the autoencoder's mean and deviation, whatever its scale."""
-        config = self.pipeline.vae.config
-        std, mean = (x_1.new_tensor(config[name])[:, None, None] for name in ("latents_std", "latents_mean"))
-        return x_1 * std + mean
+        return to_autoencoder(x_1, {**self.pipeline.vae.config, "scaling_factor": None})

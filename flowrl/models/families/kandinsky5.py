@@ -7,22 +7,18 @@ from typing import Any
 
 import torch
 
+from flowrl.models.one_by_one import OneByOneFlow
 from flowrl.models.packing import of_length
-from flowrl.models.pipeline import Part, PipelineFlow
+from flowrl.models.pipeline import Part
 from flowrl.types import Condition
 
-ATTENTIONS = ("self_attention", "cross_attention")
-LORA_TARGETS = ["to_query", "to_key", "to_value", *(f"{attention}.out_layer" for attention in ATTENTIONS)]
+LORA_TARGETS = ["to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"]
 POSITIONS = 128
 """Frames, rows and columns that the transformer has positions for."""
 
 
-class Kandinsky5Flow(PipelineFlow):
-    """A pipeline around the transformer of Kandinsky 5.0; subclasses say which latents.
-
-    The transformer has no mask of text, so that it is called sample by sample, each prompt at its own length, as in a
-    call of its own: in a call of several, the pipeline shows it what pads all to the longest.
-    """
+class Kandinsky5Flow(OneByOneFlow):
+    """A pipeline around the transformer of Kandinsky 5.0, which has no mask of text; subclasses say which latents."""
 
     TRANSFORMER = "Kandinsky5Transformer3DModel"
     ENCODERS = ("text_encoder", "text_encoder_2")
@@ -64,17 +60,13 @@ class Kandinsky5Flow(PipelineFlow):
             "visual_rope_pos": [torch.arange(count, device=x.device) for count in counts],
         }
 
-    def predict(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Call the network, once a sample."""
-        lengths, places = inputs.pop("lengths").tolist(), inputs.pop("visual_rope_pos")
-        given = {"visual_rope_pos": places, "scale_factor": self.position_scales, "return_dict": False}
-        predicted = []
-        for row, length in enumerate(lengths):
-            own = {name: value[row : row + 1] for name, value in inputs.items()}
-            own["encoder_hidden_states"] = own["encoder_hidden_states"][:, :length]
-            words = torch.arange(length, device=places[0].device)
-            predicted.append(self.network(**own, text_rope_pos=words, **given))
-        return torch.cat(predicted)
+    def predict_one(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Call the network, which gives no tuple, with the places of a prompt's words."""
+        embeds = inputs["encoder_hidden_states"]
+        words = torch.arange(embeds.shape[1], device=embeds.device)
+        given = {"text_rope_pos": words, "scale_factor": self.position_scales, "return_dict": False}
+        predicted: torch.Tensor = self.network(**inputs, **given)
+        return predicted
 
     def outputs(self, predicted: torch.Tensor) -> torch.Tensor:
         """Bring what the transformer gives into the shape of latents (B, C, T', H', W')."""

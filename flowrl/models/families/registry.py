@@ -16,8 +16,6 @@ DIFFUSION = "it predicts noise, or is made for a diffusion schedule; losses and 
 FLOW_MAP = "its network is given two times, and maps from one to the other"
 TRIGONOMETRIC = "it is distilled to a trigonometric schedule of one to four steps, which is no straight path"
 NO_FLOWS: Mapping[str, str] = {
-    "AceStepPipeline": "its guidance adds momentum from step to step, so that no velocity at a point is guided, and "
-    "its network takes the padding of the other prompts of a batch for text",
     "AllegroPipeline": DIFFUSION,
     "AnyFlowFARPipeline": FLOW_MAP,
     "AnyFlowPipeline": FLOW_MAP,
