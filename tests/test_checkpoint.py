@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -384,24 +385,25 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize(
-    ("flow", "lora_rank"),
+    ("flow", "changed"),
     [
-        (Random2D, 0),
-        (Random2D, 2),
-        (WithBuffer, 0),
+        (Random2D, {}),
+        (Random2D, {"lora_rank": 2}),
+        (Random2D, {"trained_parameters": ("output",), "ema_decay": 0.5}),
+        (WithBuffer, {}),
     ],
-    ids=["full", "lora", "buffers"],
+    ids=["full", "lora", "some", "buffers"],
 )
-def test_the_weights_of_a_factory_come_back(flow: Callable, lora_rank: int, tmp_path: Path) -> None:
+def test_the_weights_of_a_factory_come_back(flow: Callable, changed: dict[str, Any], tmp_path: Path) -> None:
     from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
 
     env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), flow)
-    settings = {**SETTINGS, "lora_rank": lora_rank, "ema_decay": 0.0}
+    settings = {**SETTINGS, "ema_decay": 0.0, **changed}
     model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, **settings).learn(N)
     model.save(tmp_path / "a")
     loaded = flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device=DEVICE)
     x_0 = torch.randn(4, 2)
-    for role in ("current", "reference"):
+    for role in model.policy.networks.available:
         for m in (model, loaded):
             m.policy.set_training_mode(False)
         ours, theirs = (m.policy.sample(n=4, x_0=x_0, role=role) for m in (model, loaded))

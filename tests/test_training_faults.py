@@ -425,6 +425,12 @@ def test_trained_parameters_alone_move() -> None:
         small(lora_rank=2, trained_parameters=("out",))
 
 
+@pytest.mark.parametrize("name", ["lora_targets", "trained_parameters"])
+def test_an_empty_name_does_not_stand_for_all(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} has an empty name in it"):
+        small(**{name: ("output", "")})
+
+
 def test_samples_to_learn_from_may_take_fewer_steps_than_those_to_show() -> None:
     few, many = small(rollout_steps=8, draw_steps=2), small(rollout_steps=2)
     for model in (few, many):

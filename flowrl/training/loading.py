@@ -199,6 +199,7 @@ def load_state(model: FlowAlgorithm, folder: Path, to_train: bool = True) -> Non
         model.policy.networks.weights_changed(role)
     if not model.env.core.flow.reloadable:
         _copy_into(model.policy.networks.frozen_state(), tensors, "frozen", folder)
+        model.policy.networks.share_frozen_state()
     try:
         entries: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
