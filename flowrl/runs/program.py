@@ -63,8 +63,9 @@ def run_program(prog: str, config: type[Config], body: Callable[[Config], int], 
 def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None) -> int:
     """Import the user's modules, run a program on its command line, and give its exit code.
 
-    An error that a user can cause, and a warning of flowrl's own, is one line on stderr. Of several processes the one that has an error ends at once:
-    a tidy end would wait for the others, or abort. There is no traceback of Ctrl-C or of `... | head` either.
+    An error that a user can cause, and a warning of flowrl's own, is one line on stderr. Of several processes the one
+    that has an error ends at once: a tidy end would wait for the others, or abort. There is no traceback of Ctrl-C or
+    of `... | head` either.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
