@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flowrl
-from flowrl.errors import CheckpointError
+from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.mlp import MLP
 from flowrl.storage import files
 from flowrl.training.algorithm import FlowAlgorithm
@@ -262,6 +262,12 @@ def test_settings_that_are_new_since(folder: Path) -> None:
     rewrite(folder / "config.json", lambda config: config["settings"].pop("max_dropped"))
     with pytest.warns(UserWarning, match="before ORWCFMW2 had max_dropped: the defaults"):
         assert flowrl.ORWCFMW2.load(folder).config.max_dropped == 0.1
+
+
+def test_settings_that_mean_nothing_here_are_found_in_the_file(folder: Path) -> None:
+    rewrite(folder / "config.json", lambda config: config["settings"].update(attention_backend="native"))
+    with pytest.raises(ConfigError, match=r"leave attention_backend out\. The settings .* '.*/config\.json'"):
+        flowrl.ORWCFMW2.load(folder)
 
 
 @pytest.mark.parametrize("settings", [{"alpha": -1.0}, {"solver": "eulr"}, {"not_a_setting": 1}, None])

@@ -15,7 +15,7 @@ import torch
 
 from flowrl.distributed.sharding import is_sharded, sharded_like
 from flowrl.envs.prompts import fingerprint
-from flowrl.errors import CheckpointError, FlowRLError, did_you_mean
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError, did_you_mean
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by_a_file
 from flowrl.storage import revisions
 from flowrl.storage.files import read_json, read_tensors, standing
@@ -98,7 +98,10 @@ def load_checkpoint(
                 env_settings=env_settings,
                 **kwargs,
             )
-    except FlowRLError:
+    except FlowRLError as error:
+        if isinstance(error, ConfigError) and any(name in str(error) for name in config["settings"]):
+            text = f"{error} The settings of a checkpoint are in its config.json: '{folder / 'config.json'}'."
+            raise type(error)(text) from error
         raise
     except Exception as error:
         raise CheckpointError(
