@@ -99,21 +99,41 @@ def load_checkpoint(
                 **kwargs,
             )
     except FlowRLError as error:
-        if isinstance(error, ConfigError) and any(name in str(error) for name in config["settings"]):
-            text = f"{error} The settings of a checkpoint are in its config.json: '{folder / 'config.json'}'."
-            raise type(error)(text) from error
+        _name_file(error, config["settings"], folder / "config.json")
         raise
     except Exception as error:
         raise CheckpointError(
             f"What '{folder / 'config.json'}' describes cannot be made: {type(error).__name__} {error}."
         ) from error
-    if env_settings is not None and config.get("prompts") not in (None, fingerprint(model.env.core.contexts)):
+    _compare_start(model, config, folder, env_settings is not None)
+    load_state(model, folder, to_train)
+    return model
+
+
+def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path, of_file: bool) -> None:
+    """Check that what is read again, and not in the checkpoint, is as it was.
+
+    `of_file`: the environment is that of the checkpoint's settings.
+
+    Raises:
+        CheckpointError: Prompts, or LoRA weights that it was trained from, are others now.
+    """
+    if of_file and config.get("prompts") not in (None, fingerprint(model.env.core.contexts)):
         raise CheckpointError(
             f"'{folder}' was trained on other prompts than '{model.env.core.name}' has now: bring back its prompt "
             "file as it was, or give the environment to go on with as env= (an object)."
         )
-    load_state(model, folder, to_train)
-    return model
+    if config.get("init_lora") not in (None, model.policy.model.init_lora_hash):
+        raise CheckpointError(
+            f"'{folder}' was trained from other LoRA weights than '{model.config.init_lora}' holds now: bring them "
+            "back as they were."
+        )
+
+
+def _name_file(error: FlowRLError, settings: Mapping[str, Any], file: Path) -> None:
+    """Add the file to what an error says of a setting that cannot be used here."""
+    if type(error) is ConfigError and any(name in str(error) for name in settings):
+        error.args = (f"{error} The settings of a checkpoint are in its config.json: '{file}'.",)
 
 
 def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
