@@ -145,6 +145,8 @@ class FlowConfig:
             "trained_parameters is for training the weights themselves; with lora_rank say what is adapted by "
             "lora_targets.",
         )
+        for name in ("lora_targets", "trained_parameters"):
+            self.require("" not in getattr(self, name), f"{name} has an empty name in it: leave it out.")
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), not {self.lora_dropout}.")
         for name, known in CHOICES.items():
             value = getattr(self, name)

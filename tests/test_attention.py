@@ -14,6 +14,7 @@ from diffusers.models import attention_dispatch as dispatch
 import flowrl
 from flowrl.errors import ConfigError
 from flowrl.models import attention
+from flowrl.runs.plan import dry_run
 
 SMALL = {
     "n_samples": 4,
@@ -69,6 +70,12 @@ def test_every_role_computes_with_the_backend(folder: Path, used: list[str]) -> 
     ]
     assert set(used) == {"native", "_native_math"}, "another network of the process has diffusers' own choice"
     torch.testing.assert_close(*velocities, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
+    config, env = flowrl.ORWCFMW2.Config(attention_backend="native"), flowrl.make("gaussians-linear")
+    with pytest.raises(ConfigError, match="for networks of diffusers, which a MLP is not"):
+        dry_run(tmp_path, flowrl.ORWCFMW2, config, env, 4)
 
 
 def test_names_that_cannot_be_used_list_those_that_can(folder: Path) -> None:

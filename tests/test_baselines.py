@@ -242,6 +242,7 @@ def test_evaluation_of_steering_counts_its_cost() -> None:
     model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, rollout_steps=10)
     result = flowrl.evaluate(model, n_samples=256, steering=Steering("best_of_n", 5))
     assert result.evaluations_per_sample == 50
+    assert "drift" not in result.table()
     assert result.reward_mean > result.reference.reward_mean + 0.5
     assert flowrl.evaluate(model, n_samples=256).evaluations_per_sample == 10
     assert model.policy.evaluations == 0

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flowrl
-from flowrl.errors import CheckpointError
+from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.mlp import MLP
 from flowrl.storage import files
 from flowrl.training.algorithm import FlowAlgorithm
@@ -263,6 +264,12 @@ def test_settings_that_are_new_since(folder: Path) -> None:
         assert flowrl.ORWCFMW2.load(folder).config.max_dropped == 0.1
 
 
+def test_settings_that_mean_nothing_here_are_found_in_the_file(folder: Path) -> None:
+    rewrite(folder / "config.json", lambda config: config["settings"].update(attention_backend="native"))
+    with pytest.raises(ConfigError, match=r"leave it out\. The settings .* '.*/config\.json'"):
+        flowrl.ORWCFMW2.load(folder)
+
+
 @pytest.mark.parametrize("settings", [{"alpha": -1.0}, {"solver": "eulr"}, {"not_a_setting": 1}, None])
 def test_settings_that_do_not_fit(folder: Path, settings: dict | None) -> None:
     rewrite(folder / "config.json", lambda c: c.update(settings=settings and {**c["settings"], **settings}))
@@ -384,24 +391,25 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize(
-    ("flow", "lora_rank"),
+    ("flow", "changed"),
     [
-        (Random2D, 0),
-        (Random2D, 2),
-        (WithBuffer, 0),
+        (Random2D, {}),
+        (Random2D, {"lora_rank": 2}),
+        (Random2D, {"trained_parameters": ("output",), "ema_decay": 0.5}),
+        (WithBuffer, {}),
     ],
-    ids=["full", "lora", "buffers"],
+    ids=["full", "lora", "some", "buffers"],
 )
-def test_the_weights_of_a_factory_come_back(flow: Callable, lora_rank: int, tmp_path: Path) -> None:
+def test_the_weights_of_a_factory_come_back(flow: Callable, changed: dict[str, Any], tmp_path: Path) -> None:
     from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
 
     env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), flow)
-    settings = {**SETTINGS, "lora_rank": lora_rank, "ema_decay": 0.0}
+    settings = {**SETTINGS, "ema_decay": 0.0, **changed}
     model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, **settings).learn(N)
     model.save(tmp_path / "a")
     loaded = flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device=DEVICE)
     x_0 = torch.randn(4, 2)
-    for role in ("current", "reference"):
+    for role in model.policy.networks.available:
         for m in (model, loaded):
             m.policy.set_training_mode(False)
         ours, theirs = (m.policy.sample(n=4, x_0=x_0, role=role) for m in (model, loaded))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import flowrl
 from flowrl.registry import environment_spec
 from flowrl.run import main
 from flowrl.runs.folder import alone_in, finite_or_none, write_evaluation
+from flowrl.runs.program import guarded
 
 TINY = [
     "--algo.n-samples", 64, "--algo.batch-size", 32, "--algo.rollout-steps", 2, "--algo.ema-decay", 0.9,
@@ -94,6 +96,22 @@ def test_no_arguments_prints_help_and_the_lists(run_here) -> None:
     assert done.returncode == 0
     for expected in ("usage", "algorithms:", "orw_w2", "orw_kl", "environments:", "gaussians-ring", "sd3-aesthetic"):
         assert expected in done.stdout
+
+
+def test_help_begins_each_list_on_a_line_of_its_own(run_here) -> None:
+    lines = [line.strip() for line in run_here("flowrl.run", "--help").stdout.splitlines()]
+    assert {"algorithms:", "environments:"} <= set(lines)
+
+
+def test_warnings_of_a_program_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(args: list[str]) -> int:
+        warnings.warn_explicit("of two\n lines", UserWarning, "/there/flowrl/here.py", 1)
+        return 0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert guarded(body, []) == 0
+    assert capsys.readouterr().err == "warning: of two lines\n"
 
 
 def test_help_shows_all_options_with_recommended_defaults(run_here) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import flowrl
 from flowrl.envs.text_to_image import TextToImageEnv
-from flowrl.errors import ConfigError
+from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.init_lora import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, started_from
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
@@ -168,6 +168,9 @@ def test_training_goes_on_and_exports_hold_both(sd3: Path, tmp_path: Path) -> No
     resumed = flowrl.ORWCFMW2.load(tmp_path / "checkpoint", env=env)
     with torch.no_grad():
         assert torch.equal(resumed.policy.velocity(x, t, cond), ours)
+    as_diffusers(adapter_of(load(sd3)), place, 0.25)
+    with pytest.raises(CheckpointError, match="was trained from other LoRA weights"):
+        flowrl.ORWCFMW2.load(tmp_path / "checkpoint", env=env)
 
 
 def test_what_does_not_fit_is_named(sd3: Path, flux: Path, tmp_path: Path) -> None:

@@ -419,10 +419,18 @@ def test_trained_parameters_alone_move() -> None:
     model.learn(64)
     tensors, before = (model.policy.networks.model_of(role).network.state_dict() for role in ("current", "reference"))
     assert [name for name in names if not torch.equal(tensors[name], before[name])] == chosen
-    with pytest.raises(ConfigError, match="no parameter of this network has 'nowhere' in its name"):
+    with pytest.raises(
+        ConfigError, match=r"no parameter .* has 'nowhere' .* made of inputs, weight, bias, hidden, output"
+    ):
         small(trained_parameters=("out", "nowhere"))
     with pytest.raises(ConfigError, match="with lora_rank say what is adapted by lora_targets"):
         small(lora_rank=2, trained_parameters=("out",))
+
+
+@pytest.mark.parametrize("name", ["lora_targets", "trained_parameters"])
+def test_an_empty_name_does_not_stand_for_all(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} has an empty name in it"):
+        small(**{name: ("output", "")})
 
 
 def test_samples_to_learn_from_may_take_fewer_steps_than_those_to_show() -> None:

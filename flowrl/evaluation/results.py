@@ -98,7 +98,8 @@ class EvaluationResult(SampleStatistics):
         low, high = self.reward_ci
         lines.append(f"reward of trained, 95 % interval: {low:.4g} to {high:.4g} ({self.n_samples} samples)")
         share = "" if math.isnan(self.ess) else f"    effective sample share: {self.ess:.3f}"
-        lines.append(f"drift E|v - v_ref|^2: {self.drift:.4g}{share}")
+        if share or not math.isnan(self.drift):  # steering trains nothing
+            lines.append(f"drift E|v - v_ref|^2: {self.drift:.4g}{share}")
         if self.n_prompts:
             lines.append(f"prompts: {self.prompts} ({self.n_prompts})")
         if not math.isnan(self.w2_floor):

@@ -34,6 +34,7 @@ class VelocityModel(nn.Module):
         casts_inputs: `forward` brings inputs into the type of the network's weights, which can then compute in it
             throughout, without autocast.
         init_lora: The LoRA that lies in the network's weights since the start; see `started_from`.
+        init_lora_hash: Its SHA-256; empty where there is none.
     """
 
     network: nn.Module
@@ -44,6 +45,7 @@ class VelocityModel(nn.Module):
     distilled_guidance: bool = False
     casts_inputs: bool = False
     init_lora: Mapping[str, Any] = MappingProxyType({})
+    init_lora_hash: str = ""
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Compute the velocity (B, *latent_shape), float32, at `x_t` (B, *latent_shape) and `t` (B,)."""

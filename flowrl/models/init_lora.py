@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ def started_from(model: VelocityModel, place: str) -> VelocityModel:
         return model
     with unset_fake_temporarily():  # a prediction of memory reads the file as it is
         factors = read_lora(model, Path(place))
+        model.init_lora_hash = hashed(factors)
     modules = dict(model.network.named_modules())
     _check(factors, modules, place)
     if has_values(next(model.network.parameters())):
@@ -56,6 +58,16 @@ def started_from(model: VelocityModel, place: str) -> VelocityModel:
                 weight.copy_((weight.float() + delta).to(weight.dtype))
     model.init_lora = factors
     return model
+
+
+def hashed(start: Mapping[str, Factors]) -> str:
+    """Compute the SHA-256 of the names and values of adapters."""
+    found = hashlib.sha256()
+    for name, factors in sorted(start.items()):
+        found.update(name.encode())
+        for factor in factors:
+            found.update(factor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def with_start(lora: Mapping[str, torch.Tensor], start: Mapping[str, Factors]) -> dict[str, torch.Tensor]:

@@ -120,12 +120,11 @@ def freeze_others(network: nn.Module, trained: Iterable[str]) -> None:
     trained = list(trained)
     for part in trained:
         if not any(part in name for name, _ in network.named_parameters()):
-            names = dict.fromkeys(
-                name.removesuffix(".weight").rpartition(".")[2] for name, _ in network.named_parameters()
-            )
+            parts = dict.fromkeys(p for name, _ in network.named_parameters() for p in name.split("."))
+            telling = [p for p in parts if not p.isdecimal()]
             raise ConfigError(
                 f"trained_parameters: no parameter of this network has '{part}' in its name, so nothing there would be "
-                f"trained. Names have for example {', '.join(list(names)[:12])}."
+                f"trained. Names are made of {', '.join(telling[:60])}."
             )
     for name, parameter in network.named_parameters():
         if trained and not any(part in name for part in trained):

@@ -254,7 +254,7 @@ def names() -> str:
     for name, cls in ALGORITHMS.items():
         summary = (cls.__doc__ or "").strip().partition("\n")[0]
         lines.append(f"  {name:20s} {summary}".rstrip())
-    lines.append("environments:")
+    lines += ["", "environments:"]  # without an empty line `--help` joins the two
     for name, spec in ENVIRONMENTS.items():
         lines.append(f"  {name:20s} {spec.summary}" + (" [differentiable]" if spec.differentiable else ""))
     return "\n".join(lines)

@@ -89,8 +89,8 @@ WARNINGS = "warnings.txt"
 
 
 @contextlib.contextmanager
-def telling_warnings(folder: Path | None) -> Iterator[None]:
-    """Say flowrl's own warnings in one line each, and keep them in the run folder."""
+def telling_warnings(folder: Path | None, tell: Callable[[str], None] = say) -> Iterator[None]:
+    """Tell flowrl's own warnings in one line each, and keep them in the run folder."""
     plain: Any = warnings.showwarning
     kept: set[str] = set()
 
@@ -99,7 +99,7 @@ def telling_warnings(folder: Path | None) -> Iterator[None]:
             plain(message, category, filename, *rest, **more)
             return
         text = " ".join(str(message).split())
-        say(f"warning: {text}")
+        tell(f"warning: {text}")
         if folder is not None and text not in kept:
             kept.add(text)
             with contextlib.suppress(OSError), (folder / WARNINGS).open("a", encoding="utf-8") as file:

@@ -6,9 +6,13 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+from stable_baselines3.common.utils import get_device
+
 from flowrl.config import FlowConfig
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
+from flowrl.models.attention import set_attention_backend
 from flowrl.models.compiling import cache_folder
 from flowrl.models.lora import LoRA, count_parameters
 from flowrl.training.algorithm import FlowAlgorithm
@@ -100,6 +104,8 @@ def dry_run(
     device: str = "cpu",
 ) -> str:
     """Say what a run on a device would do, for `--dry-run`: reads configurations, loads no weights."""
+    precision = getattr(torch, config.precision)
+    set_attention_backend(env.flow.skeleton().network, config.attention_backend, get_device(device), precision)
     frozen, trained = count_parameters(env.flow.skeleton(), LoRA.of(config), config.trained_parameters)
     fit = fitted(algo, config, env, device, Ranks(), n_ranks)
     config, env = fit.config, fit.env

@@ -16,7 +16,7 @@ import tyro
 from flowrl.distributed.ranks import is_launched, place_in_job
 from flowrl.errors import FlowRLError
 from flowrl.registry import own_module
-from flowrl.runs.logs import discard_output
+from flowrl.runs.logs import discard_output, telling_warnings
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + 2, 128 + 13
@@ -63,8 +63,9 @@ def run_program(prog: str, config: type[Config], body: Callable[[Config], int], 
 def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None) -> int:
     """Import the user's modules, run a program on its command line, and give its exit code.
 
-    An error that a user can cause is one line on stderr. Of several processes the one that has an error ends at once:
-    a tidy end would wait for the others, or abort. There is no traceback of Ctrl-C or of `... | head` either.
+    An error that a user can cause, and a warning of flowrl's own, is one line on stderr. Of several processes the one
+    that has an error ends at once: a tidy end would wait for the others, or abort. There is no traceback of Ctrl-C or
+    of `... | head` either.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -100,8 +101,9 @@ def _has_no_reader(stream: TextIO) -> bool:
 
 def _run(body: Callable[[list[str]], int], args: list[str]) -> int:
     try:
-        import_own_modules(args)
-        return body(args)
+        with telling_warnings(None, lambda text: print(text, file=sys.stderr, flush=True)):
+            import_own_modules(args)
+            return body(args)
     except FlowRLError as error:
         code, message = EXIT_ERROR, f"error{place_in_job()}: {error}"
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ import torch
 
 from flowrl.distributed.sharding import is_sharded, sharded_like
 from flowrl.envs.prompts import fingerprint
-from flowrl.errors import CheckpointError, FlowRLError, did_you_mean
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError, did_you_mean
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by_a_file
 from flowrl.storage import revisions
 from flowrl.storage.files import read_json, read_tensors, standing
@@ -98,19 +98,42 @@ def load_checkpoint(
                 env_settings=env_settings,
                 **kwargs,
             )
-    except FlowRLError:
+    except FlowRLError as error:
+        _name_file(error, config["settings"], folder / "config.json")
         raise
     except Exception as error:
         raise CheckpointError(
             f"What '{folder / 'config.json'}' describes cannot be made: {type(error).__name__} {error}."
         ) from error
-    if env_settings is not None and config.get("prompts") not in (None, fingerprint(model.env.core.contexts)):
+    _compare_start(model, config, folder, env_settings is not None)
+    load_state(model, folder, to_train)
+    return model
+
+
+def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path, of_file: bool) -> None:
+    """Check that what is read again, and not in the checkpoint, is as it was.
+
+    `of_file`: the environment is that of the checkpoint's settings.
+
+    Raises:
+        CheckpointError: Prompts, or LoRA weights that it was trained from, are others now.
+    """
+    if of_file and config.get("prompts") not in (None, fingerprint(model.env.core.contexts)):
         raise CheckpointError(
             f"'{folder}' was trained on other prompts than '{model.env.core.name}' has now: bring back its prompt "
             "file as it was, or give the environment to go on with as env= (an object)."
         )
-    load_state(model, folder, to_train)
-    return model
+    if config.get("init_lora") not in (None, model.policy.model.init_lora_hash):
+        raise CheckpointError(
+            f"'{folder}' was trained from other LoRA weights than '{model.config.init_lora}' holds now: bring them "
+            "back as they were."
+        )
+
+
+def _name_file(error: FlowRLError, settings: Mapping[str, Any], file: Path) -> None:
+    """Add the file to what an error says of a setting that cannot be used here."""
+    if type(error) is ConfigError and any(name in str(error) for name in settings):
+        error.args = (f"{error} The settings of a checkpoint are in its config.json: '{file}'.",)
 
 
 def tupled(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,6 +222,7 @@ def load_state(model: FlowAlgorithm, folder: Path, to_train: bool = True) -> Non
         model.policy.networks.weights_changed(role)
     if not model.env.core.flow.reloadable:
         _copy_into(model.policy.networks.frozen_state(), tensors, "frozen", folder)
+        model.policy.networks.share_frozen_state()
     try:
         entries: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():

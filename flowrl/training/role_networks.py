@@ -185,12 +185,27 @@ class RoleNetworks(nn.Module):
     def frozen_state(self) -> dict[str, torch.Tensor]:
         """Give everything that no role trains: a flow from a factory cannot be loaded again.
 
-        With LoRA the base network; in full fine-tuning the reference network.
+        With LoRA the base network; in full fine-tuning the reference network, or what is not trained of the network.
         """
         if self.lora is None:
-            return self.copies["reference"].state_dict() if "reference" in self.copies else {}
+            return self.copies["reference"].state_dict() if "reference" in self.copies else self._untrained("current")
         markers = tuple(f".{role}." for role in self.roles)
         return {n: t for n, t in self.model.network.state_dict().items() if not any(m in n for m in markers)}
+
+    @torch.no_grad()
+    def share_frozen_state(self) -> None:
+        """Give every role the untrained parameters of what `frozen_state` gives, after that was read from a file."""
+        if self.lora is not None:
+            return
+        given = self._untrained("reference" if "reference" in self.copies else "current")
+        for role in self.available:
+            for name, parameter in self._untrained(role).items():
+                parameter.copy_(given[name])
+            self.weights_changed(role)
+
+    def _untrained(self, role: Role) -> dict[str, torch.Tensor]:
+        parameters = self.model_of(role).network.named_parameters()
+        return {name: p.detach() for name, p in parameters if name not in self._parameters_of["current"]}
 
     @torch.no_grad()
     def update_copy(self, role: Role, decay: float = 0.0) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from flowrl.models.base import VelocityModel
+from flowrl.models.long_prompts import silenced
 from flowrl.types import Role
 
 
@@ -106,7 +107,9 @@ class CastCopy(WorkingCopy):
 
     def __init__(self, model: VelocityModel, precision: torch.dtype) -> None:
         self.own = [*model.network.parameters(), *model.network.buffers()]
-        network = copy.deepcopy(model.network).requires_grad_(False).eval().to(precision)
+        network = copy.deepcopy(model.network).requires_grad_(False).eval()
+        with silenced():  # diffusers advises against casts of whole networks, also of those that have no part to keep
+            network.to(precision)
         super().__init__(model.with_network(network), self.own)
         self.copies = [*network.parameters(), *network.buffers()]
         self.nbytes = sum(t.nbytes for t in self.copies)
