@@ -11,13 +11,16 @@ import torch
 from flowrl.errors import ConfigError
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions, Shapes
 
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+"""Projections of every attention, of a sound's frames to one another and to the text."""
+
 
 class AudioFlow(PipelineFlow):
     """A flow pipeline that draws sounds; its `frames` are those of the latents."""
 
     FRAMES: ClassVar[int]
     """Frames of latents in the pipeline's own call."""
-    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    lora_targets = ATTENTION
 
     @classmethod
     def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:

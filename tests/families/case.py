@@ -24,7 +24,6 @@ class Case:
         call: The pipeline's own call for `PROMPTS` from latents `x_0` (3, *latent_shape), with a guidance scale and a
             number of steps; gives latents of that shape.
         sizes: Two resolutions in pixels, or other sizes; both are tried.
-        sized_by: The field of `PipelineOptions` that `sizes` are of.
         scale: The guidance scale to try beside 1; 1 where there is no guidance.
         options: Further fields of `PipelineOptions`.
         images: Like `call`, but gives decoded samples in [0, 1]; None where decoding is tried elsewhere.
@@ -36,13 +35,13 @@ class Case:
         most_bytes: Size of all weights at most.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
         context: Makes a context of a prompt: adds what the pipeline takes beside it.
+        sized_by: The field of `PipelineOptions` that `sizes` are of.
     """
 
     name: str
     build: Callable[[Path], Any]
     call: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor]
     sizes: tuple[int | tuple[int, int], int | tuple[int, int]] = (16, 32)
-    sized_by: str = "resolution"
     scale: float = 4.5
     options: PipelineOptions = DEFAULTS
     images: Callable[[PipelineFlow, torch.Tensor, float, int], torch.Tensor] | None = None
@@ -54,6 +53,7 @@ class Case:
     most_bytes: float = 4e6
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None
     context: Callable[[str], str] = str
+    sized_by: str = "resolution"
 
     @property
     def contexts(self) -> list[str]:
