@@ -119,7 +119,7 @@ class FlowConfig:
     """How often "retry" asks again, after 1, 2, 4, ... seconds."""
     reward_timeout: float = 0.0
     """Seconds for a batch after which a reward has failed; 0 waits for ever."""
-    overlap_rewards: Switch = "auto"
+    overlap_rewards: Switch = "off"
     """Reward samples in a thread while the next rollout_batch_size are drawn: the same numbers in the same order.
     "auto": on CUDA, for rewards that compute on the host; "on": for any reward; in several processes never."""
     max_bad_updates: int = 10
