@@ -118,13 +118,14 @@ class Looks(flowrl.ORWCFMW2):
 
 
 def test_it_is_done_only_where_it_is_right(tmp_path: Path) -> None:
-    assert not overlaps(make()), "on the CPU it has to be asked for"
+    assert not overlaps(make()), "it has to be asked for"
+    assert not overlaps(make(overlap_rewards="auto")), "on the CPU by name"
     assert not overlaps(make(overlap_rewards="on", rollout_batch_size=0)), "one chunk"
     asked = make(Looks, overlap_rewards="on")
     assert not overlaps(asked), "a draw of one's own, which does not say that it can"
     assert "rewards: not while samples are drawn" in head_of(asked, tmp_path, 24)
     assert "rewards: in a thread, while the next 6" in head_of(make(overlap_rewards="on"), tmp_path, 24)
-    model = make()
+    model = make(overlap_rewards="auto")
     model.device = torch.device("cuda")
     assert not overlaps(model), "a reward that computes where samples are"
     model.env.core.reward_function = make_reward("compress")  # type: ignore[attr-defined]
