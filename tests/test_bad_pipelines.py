@@ -15,6 +15,7 @@ from families import glm_image, hunyuan_image, nucleusmoe_image
 
 from flowrl.errors import ModelLoadError
 from flowrl.models.families import NO_FLOWS
+from flowrl.models.families.registry import declared
 from flowrl.models.loading import source_of
 
 
@@ -46,3 +47,10 @@ def test_a_class_that_is_no_flow_says_why(kind: str, tmp_path: Path) -> None:
 
 def test_what_is_often_taken_for_a_flow_is_among_them() -> None:
     assert {"SanaSprintPipeline", "StableAudioPipeline", "CogVideoXPipeline"} <= NO_FLOWS.keys()
+
+
+def test_a_class_of_a_later_diffusers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowrl.models.families.registry.version", lambda name: "0.41.0")
+    with pytest.raises(ModelLoadError, match=r"taken from diffusers 0\.42 on \(installed: 0\.41\.0"):
+        declared("GlmImagePipeline", "mine")
+    assert declared("SanaPipeline", "mine").PIPELINE == "SanaPipeline"

@@ -67,6 +67,8 @@ class PipelineFlow(PromptedFlow):
     """Names of parts that the pipeline is not assembled without, not even to encode prompts."""
     TRANSFORMERS_AS: ClassVar[str] = "transformers"
     """Library that diffusers writes down for parts of transformers whose module has the name of one of its own."""
+    LEAST_DIFFUSERS: ClassVar[tuple[int, ...]] = ()
+    """Version of diffusers that the class is declared for, where an earlier one computes something else."""
     DIFFUSERS_AS: ClassVar[str] = "diffusers"
     """Name that diffusers writes down for parts that stand beside the pipeline in its own package."""
     WITHOUT_T5: ClassVar[str | None] = None

@@ -25,6 +25,7 @@ class CogView4Flow(PatchedFlow):
 
     PIPELINE = "CogView4Pipeline"
     TRANSFORMER = "CogView4Transformer2DModel"
+    LEAST_DIFFUSERS = (0, 42)
     SEQUENCE_LENGTH = 1024
     MULTIPLE: ClassVar[int] = 16
     """A prompt's tokens are padded to a multiple of this, by tokens that the transformer sees."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from flowrl.checks import shown
@@ -70,6 +71,11 @@ def register_pipeline(declaration: Declaration) -> Declaration:
     return declaration
 
 
+def lacks_version(kind: str) -> bool:
+    """Tell whether the installed diffusers is older than a declared class asks for."""
+    return tuple(int(n) for n in version("diffusers").split(".")[:2]) < DECLARED[kind].LEAST_DIFFUSERS
+
+
 def declared(kind: Any, name: str) -> type[PipelineFlow]:
     """Find the declaration of a class of pipelines.
 
@@ -81,6 +87,12 @@ def declared(kind: Any, name: str) -> type[PipelineFlow]:
         ModelLoadError: There is none: says why, or shows how to write one.
     """
     if isinstance(kind, str) and kind in DECLARED:
+        if lacks_version(kind):
+            least = ".".join(map(str, DECLARED[kind].LEAST_DIFFUSERS))
+            raise ModelLoadError(
+                f"'{name}' is a {kind}, which is taken from diffusers {least} on (installed: {version('diffusers')}, "
+                "which computes it otherwise): update diffusers, on Python 3.11 or later."
+            )
         return DECLARED[kind]
     came = kind[:100] if isinstance(kind, str) else shown(kind)
     if came in NO_FLOWS:
