@@ -15,7 +15,7 @@ from families import glm_image, hunyuan_image, nucleusmoe_image
 
 from flowrl.errors import ModelLoadError
 from flowrl.models.families import NO_FLOWS
-from flowrl.models.families.registry import declared
+from flowrl.models.families.registry import declared, lacks_version
 from flowrl.models.loading import source_of
 
 
@@ -31,6 +31,8 @@ from flowrl.models.loading import source_of
 def test_a_missing_part_is_named(build: Callable[[Path], Any], parts: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
     build(folder)
+    if lacks_version(kind := json.loads((folder / "model_index.json").read_text())["_class_name"]):
+        pytest.skip(f"{kind} is of a later diffusers")
     for part in parts:
         shutil.move(folder / part, tmp_path / "away")
         with pytest.raises(ModelLoadError, match=f"is incomplete: .*'{part}'"):
