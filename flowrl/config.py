@@ -15,6 +15,7 @@ from flowrl.types import Compile, Switch
 
 Precision = Literal["float32", "bfloat16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
 OnRewardError = Literal["raise", "retry", "drop"]
 
 FITTED = ("gradient_checkpointing", "batch_size", "rollout_batch_size", "decode_batch")
@@ -23,6 +24,7 @@ CHOICES = {
     "solver": SOLVERS,
     "guidance": GUIDANCES,
     "optimizer": get_args(OptimizerKind),
+    "lr_schedule": get_args(LearningRateSchedule),
     "precision": get_args(Precision),
     "compile": get_args(Compile),
     "working_copies": get_args(Switch),
@@ -39,6 +41,9 @@ class FlowConfig:
     """Learning rate of AdamW."""
     warmup_updates: int = 0
     """Gradient steps over which the learning rate rises linearly from 0."""
+    lr_schedule: LearningRateSchedule = "constant"
+    """Learning rate after warm-up: constant, or falling to 0 at the end of the run, from iteration to iteration, by a
+    line ("linear") or half a cosine ("cosine"), which averages the noise of late gradients out."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0

@@ -25,6 +25,7 @@ from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
 from flowrl.errors import ConfigError, DeviceError, NonFiniteError, UnknownNameError
 from flowrl.evaluation import measure
 from flowrl.registry import ALGORITHMS
+from flowrl.runs.callbacks import IterationCallback
 
 pytestmark = pytest.mark.on_device
 
@@ -219,6 +220,56 @@ def test_warm_up_raises_the_learning_rate_linearly():
 
     model.learn(5 * 64, callback=Watch())  # two updates an iteration
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+class Rates(IterationCallback):
+    """Learning rates, one an iteration."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = []
+
+    def on_iteration_end(self):
+        self.rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
+        return True
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule_to_the_end_of_the_run(schedule, shares):
+    model, seen = small(lr_schedule=schedule, learning_rate=1e-3), Rates()
+    model.learn(4 * 64, callback=seen)
+    assert seen.rates == pytest.approx([1e-3 * share for share in shares])
+
+
+def test_a_run_that_goes_on_takes_up_the_rate_of_its_place_in_the_longer_run():
+    model, seen = small(lr_schedule="linear", learning_rate=1e-3), Rates()
+    model.learn(2 * 64)
+    model.learn(2 * 64, callback=seen, reset_num_timesteps=False)
+    assert seen.rates == pytest.approx([5e-4, 2.5e-4])
+
+
+def test_a_falling_rate_resumes_exactly(tmp_path):
+    whole, first = small(lr_schedule="linear"), small(lr_schedule="linear")
+    whole.learn(4 * 64)
+
+    class Stop(IterationCallback):
+        def on_iteration_end(self):
+            return self.model.iteration < 2
+
+    first.learn(4 * 64, callback=Stop())
+    first.save(tmp_path / "half")
+    second, seen = flowrl.ORWCFMW2.load(tmp_path / "half"), Rates()
+    second.learn(2 * 64, callback=seen, reset_num_timesteps=False)
+    assert seen.rates == pytest.approx([whole.config.learning_rate * share for share in (0.5, 0.25)])
+    for name, parameter in whole.policy.parameters_of("current").items():
+        assert torch.equal(parameter, second.policy.parameters_of("current")[name])
 
 
 def test_callbacks_of_stable_baselines3(tmp_path):

@@ -28,7 +28,7 @@ from flowrl.pages.benchmark_tables import drift, markdown, target
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.runs.folder import finite_or_none
 from flowrl.storage.files import write_json
-from flowrl.suites.cell import run_cell
+from flowrl.suites.cell import UNBOUNDED, StopAtBudget, run_cell
 from flowrl.suites.suite import Cell, load_suite, suites
 
 SUITE = """
@@ -378,3 +378,11 @@ def test_seeds_whose_drift_is_not_finite_are_told() -> None:
     assert drift({**entry, "drift": summary([None] * 3)}) == "(finite in 0 of 3)"
     assert drift({**entry, "drift": summary([0.1] * 3)}) == "0.1"
     assert drift({**entry, "cost": {"gradient_steps": 0.0}, "drift": summary([None] * 3)}) == ""
+
+
+def test_the_learning_rate_falls_with_the_budget_of_a_cell():
+    settings = {"n_samples": 16, "rollout_steps": 4, "batch_size": 16, "lr_schedule": "linear", "learning_rate": 1e-3}
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+    stop = StopAtBudget(budget=4 * 16 * (4 + 5))  # four iterations: 4 to draw; v, v_old and v_ref, and a backward pass
+    model.learn(UNBOUNDED, callback=stop)
+    assert [row["train/learning_rate"] for row in stop.rows] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])

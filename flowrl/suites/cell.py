@@ -41,6 +41,7 @@ class StopAtBudget(IterationCallback):
     def on_iteration_end(self) -> bool:
         """Record a row."""
         model: Any = self.model
+        model._update_current_progress_remaining(model.policy.evaluations, self.budget)
         logged = {key: value for key, value in model.last_logged.items() if isinstance(value, int | float)}
         self.rows.append(
             {**logged, "evaluations": model.policy.evaluations, "seconds": time.monotonic() - self.started}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,7 +25,7 @@ from flowrl.training.fitting import fitted
 from flowrl.training.hooks import HookChecks, NoChecks, check_names
 from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
-from flowrl.training.optimizers import gradient_step
+from flowrl.training.optimizers import gradient_step, scheduled_rate
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, without_strays
@@ -128,7 +129,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
                 seed=None if self.seed is None else self.seed + 1,
                 **self.policy_kwargs,
             )
-        self.lr_schedule = lambda progress_remaining: config.learning_rate
+        self.lr_schedule = partial(scheduled_rate, config)
         construction.prepare_training(self)
         self.buffer = RolloutBuffer(
             config.n_samples,
@@ -157,6 +158,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         total_timesteps, called = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         called.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()

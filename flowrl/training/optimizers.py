@@ -50,6 +50,16 @@ def make_optimizer(config: FlowConfig, parameters: Iterable[torch.nn.Parameter])
     return AdamW8bit(list(parameters), **settings)
 
 
+def scheduled_rate(config: FlowConfig, remaining: float) -> float:
+    """Compute the learning rate after warm-up, of `remaining` (1 to 0): the share of the run that is still to come."""
+    remaining = min(max(remaining, 0.0), 1.0)
+    if config.lr_schedule == "linear":
+        return config.learning_rate * remaining
+    if config.lr_schedule == "cosine":
+        return config.learning_rate * (1 - math.cos(math.pi * remaining)) / 2
+    return config.learning_rate
+
+
 def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer, is_sharded: bool = False) -> None:
     """Take an optimizer step, unless `bad` (a scalar, 0 or 1) is 1: then weights and moments stay as they are.
 
