@@ -45,6 +45,7 @@ class RAFTConfig(ORWCFMW2Config):
             f"n_best = {self.n_best} of group_size = {self.group_size} leaves nothing to choose: it must be smaller, "
             "or equal with a threshold.",
         )
+        self.require(not self.priority, "raft itself chooses which samples a pass takes: leave priority at 0.")
 
     def entries_per_epoch(self) -> int:
         """Count what is kept for the plain target, all samples for the residual one."""

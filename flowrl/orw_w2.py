@@ -27,14 +27,14 @@ from flowrl.functional.losses import (
 )
 from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
-from flowrl.training.noising import Coupled, CouplingConfig
+from flowrl.training.priority import Prioritised, PriorityConfig
 from flowrl.types import Batch, Role
 
 CRITIC_LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
-class ORWCFMW2Config(CouplingConfig):
+class ORWCFMW2Config(PriorityConfig):
     """Settings of ORW-CFM-W2."""
 
     tau: float = 0.5
@@ -68,7 +68,7 @@ class ORWCFMW2Config(CouplingConfig):
 
 
 @register_algorithm("orw_w2")
-class ORWCFMW2(Coupled):
+class ORWCFMW2(Prioritised):
     """Online reward-weighted conditional flow matching with Wasserstein-2 regularisation."""
 
     replayable = True
@@ -106,6 +106,12 @@ class ORWCFMW2(Coupled):
         wide = ", or take rewards in units of their standard deviation (standardise 'batch' or 'group')"
         return {"ess": text + (wide if config.standardise == "none" else "") + "."}
 
+    def sizes(self, coefficient: torch.Tensor) -> torch.Tensor:
+        """Compute `|w - mean w|` (B,), or w itself where the target is plain."""
+        if self.config.target == "plain":
+            return coefficient
+        return (coefficient - self.buffer.coefficient[: self.buffer.size].mean()).abs()
+
     def penalty(self, t: torch.Tensor) -> torch.Tensor:
         """Compute the coefficient (B,) of `|v - v_ref|^2` at times t."""
         return torch.full_like(t, self.config.alpha)
@@ -114,14 +120,14 @@ class ORWCFMW2(Coupled):
         """Compute eq. 12 of the paper, or its residual form, on fresh noise and times."""
         batch, x_0 = self.couple(batch)
         pair = self.pair(batch, x_0)
-        v, w, penalty = self.velocity(pair), batch.weight, self.penalty(pair.t)
+        v, w, penalty, importance = self.velocity(pair), batch.weight, self.penalty(pair.t), self.importance(batch)
         v_ref = self.velocity(pair, "reference") if self.config.alpha > 0 else None
         base = v.detach()
         if self.config.target == "residual":
             base = v_old = self.velocity(pair, self.behaviour_role)
             if self.config.baseline == "local":
                 baseline = self.critic(pair.x_t, pair.t, batch.context_ids)
-                self.critic.improve((baseline - w).square().mean())
+                self.critic.improve((importance * (baseline - w).square()).mean())
                 baseline = baseline.detach().clamp_min(0)
             else:
                 mean = self.buffer.coefficient[: self.buffer.size].mean()
@@ -132,10 +138,10 @@ class ORWCFMW2(Coupled):
         else:
             loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)
 
-        loss = loss * self.time_weight(pair.t, squared_error(pair.u, base))
+        loss = importance * loss * self.time_weight(pair.t, squared_error(pair.u, base))
         v = v.detach()
-        drift = {} if v_ref is None else {"drift": squared_error(v, v_ref).mean()}
-        return loss.mean(), {"fit": (w * squared_error(v, pair.u)).mean(), **drift}
+        drift = {} if v_ref is None else {"drift": (importance * squared_error(v, v_ref)).mean()}
+        return loss.mean(), {"fit": (importance * w * squared_error(v, pair.u)).mean(), **drift}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from flowrl.functional.endpoint import (
 from flowrl.functional.losses import squared_error
 from flowrl.models.critic import StateCritic
 from flowrl.training.groups import GroupConfig, GroupRelative
-from flowrl.training.noising import Coupled, CouplingConfig
+from flowrl.training.priority import Prioritised, PriorityConfig
 from flowrl.types import Batch, Pair, Role
 
 FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
@@ -31,7 +31,7 @@ FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
 
 
 @dataclass(frozen=True)
-class EndpointConfig(GroupConfig, CouplingConfig, ABC):
+class EndpointConfig(GroupConfig, PriorityConfig, ABC):
     """Settings of endpoint methods with advantages."""
 
     spread: Spread = "group"
@@ -89,7 +89,7 @@ class EndpointConfig(GroupConfig, CouplingConfig, ABC):
         )
 
 
-class EndpointAlgorithm(Coupled, GroupRelative):
+class EndpointAlgorithm(Prioritised, GroupRelative):
     """A `FlowAlgorithm` with advantages, whose loss is a row of `flowrl.functional.endpoint`."""
 
     Config: ClassVar[type[FlowConfig]] = EndpointConfig
@@ -160,17 +160,20 @@ class EndpointAlgorithm(Coupled, GroupRelative):
         for role in (row.base, *row.anchors):
             if role not in known:
                 known[role] = self.velocity(pair, self.behaviour_role if role == "behaviour" else role)
-        v = known["current"]
-        figures = {name: squared_error(v, known[role]).mean() for role, name in FIGURES.items() if role in known}
+        v, importance = known["current"], self.importance(batch)
+        figures = {
+            name: (importance * squared_error(v, known[role])).mean() for role, name in FIGURES.items() if role in known
+        }
         if self.critic is not None:
             value = self.critic(pair.x_t, pair.t, batch.context_ids)
-            figures["critic_error"] = (advantage - value).square().mean()
+            figures["critic_error"] = (importance * (advantage - value).square()).mean()
             self.critic.improve(figures["critic_error"])
             advantage = advantage - value.detach()
         if "stray" in batch.extra:  # no advantage is to carry nothing
             advantage = advantage.masked_fill(batch.extra["stray"], 0)
         weight = self.time_weight(pair.t, squared_error(pair.u, known[row.base].detach()))
-        return endpoint_loss(v, row.gradient(pair.u, advantage, known, weight)).mean(), figures
+        loss = importance * endpoint_loss(v, row.gradient(pair.u, advantage, known, weight))
+        return loss.mean(), figures
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Give lambda of the tilt `q_ref e^(lambda r) / Z` that the method aims at; None where there is none.
