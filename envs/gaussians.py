@@ -341,6 +341,7 @@ RECOMMENDED = {  # chosen by the exact W2 to the optimum, with benchmarks/tuning
     "mixture.batch_size": 128,
     "mixture.n_epochs": 4,
     "mixture.learning_rate": 1e-3,
+    "mixture.lr_schedule": "linear",
     "mixture.ema_decay": 0.998,
     "steps-free.learning_rate": 3e-5,
     "steps-free.clip_range": 0.02,
