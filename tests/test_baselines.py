@@ -59,8 +59,8 @@ def test_who_draws_for_rwr(mode: str) -> None:
 
 
 def test_online_rwr_goes_on_tilting() -> None:
-    env = flowrl.make("gaussians-linear")
-    settings = {**FIT, "n_samples": 2048, "refresh_every": 10}
+    env = narrow_linear()
+    settings = {**FIT, "n_samples": 2048, "refresh_every": 10, "learning_rate": RATE}
     model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, mode="online", tau=0.4, **settings)
     model.learn(2 * 10 * 2048)
     assert_matches(model, env.mixture.tilt(2 * 0.4, linear=(1.0, 0.0)).sample)
@@ -155,8 +155,8 @@ def test_raft_with_the_penalty_goes_a_known_part_of_the_way() -> None:
     """A kept sample weighs K: where kept samples pass, the best velocity lies K / (K + alpha) of the way to RAFT's."""
     moves = []
     for alpha in (0.0, 8.0):
-        settings = {**FIT, "refresh_every": 10**6, "seed": 0, "device": DEVICE}
-        model = flowrl.RAFT("FlowPolicy", "gaussians-linear", group_size=8, alpha=alpha, **settings)
+        settings = {**FIT, "refresh_every": 10**6, "learning_rate": RATE, "seed": 0, "device": DEVICE}
+        model = flowrl.RAFT("FlowPolicy", narrow_linear(), group_size=8, alpha=alpha, **settings)
         model.learn(10 * 1024)
         kept = torch.cat([batch.x_1 for batch in model.minibatches()]).repeat(20, 1)
         generator = torch.Generator(DEVICE).manual_seed(5)
@@ -330,10 +330,10 @@ def test_exact_kl_agrees_with_the_cheap_one() -> None:
 )
 def test_regularisation_trades_reward_for_closeness(cls: type, strength: str, values: tuple, own: dict) -> None:
     """The stronger, the nearer to the reference and the lower the reward; the weakest gets far above it."""
-    settings = {"n_samples": 256, "batch_size": 256, "n_epochs": 2, "learning_rate": 1e-3, "rollout_steps": 8, **own}
+    settings = {"n_samples": 256, "batch_size": 256, "n_epochs": 2, "learning_rate": RATE, "rollout_steps": 8, **own}
     drifts, rewards = [], []
     for value in values:
-        model = cls("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **{strength: value}, **settings)
+        model = cls("FlowPolicy", narrow_linear(), seed=0, device=DEVICE, **{strength: value}, **settings)
         result = flowrl.evaluate(model.learn(10 * 256), n_samples=512)
         drifts.append(result.drift)
         rewards.append(result.reward_mean)
