@@ -159,9 +159,13 @@ def main(folder: Path, port: str) -> int:
     """Both processes, as a launcher would start them; forked when everything is imported, which takes longest."""
     import accelerate
     import peft
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    import torchdiffeq
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    assert all((accelerate, peft, AutoencoderKL, SD3Transformer2DModel))
+    import flowrl.models.families
+
+    parts = AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline  # diffusers imports what is asked for
+    assert all((accelerate, peft, torchdiffeq, flowrl.models.families, *parts))
     other = os.fork()
     join_as(1 if other == 0 else 0, port)
     try:

@@ -87,11 +87,12 @@ def test_rwr_fits_given_samples(tmp_path) -> None:
 
 
 def test_given_samples_keep_their_contexts(tmp_path) -> None:
-    contexts = torch.arange(100, 140)
+    contexts = torch.arange(4, 44)
     x_1 = contexts.float().view(40, 1, 1, 1).repeat(1, 16, 8, 8)
     save_file({"x_1": x_1, "contexts": contexts}, tmp_path / "samples.safetensors")
     settings = {"n_samples": 16, "group_size": 1, "data": str(tmp_path / "samples.safetensors")}
-    model = flowrl.RWR("FlowPolicy", "sd3-count", seed=0, device=DEVICE, **settings)
+    prompts = {"prompts": tuple(f"{n} stars on blue" for n in range(44))}
+    model = flowrl.RWR("FlowPolicy", "sd3-compress", seed=0, device=DEVICE, env_settings=prompts, **settings)
     drawn = model.contexts()
     assert len(drawn.unique()) > 8
     assert torch.equal(model.draw(drawn)[0][:, 0, 0, 0], drawn.float())
@@ -175,8 +176,8 @@ def test_raft_must_choose(n_best: int) -> None:
         flowrl.RAFT.Config(group_size=8, n_best=n_best)
 
 
-def steered(env, steering: Steering, n: int) -> torch.Tensor:
-    model = flowrl.ORWCFM("FlowPolicy", env, seed=0, device=DEVICE, rollout_steps=30)
+def steered(env, steering: Steering, n: int, steps: int = 30) -> torch.Tensor:
+    model = flowrl.ORWCFM("FlowPolicy", env, seed=0, device=DEVICE, rollout_steps=steps)
     generator = torch.Generator(DEVICE).manual_seed(3)
     return steer(model.policy, model.env.core, steering, torch.zeros(n, dtype=torch.long), generator)
 
@@ -200,7 +201,7 @@ def test_smc_reaches_the_tilt() -> None:
     generator = torch.Generator(DEVICE).manual_seed(7)
     floor = wasserstein2(exact(N, generator), exact(N, generator))
     assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
-    best = steered(env, Steering("best_of_n", 16), N)
+    best = steered(env, Steering("best_of_n", 16), N, steps=8)
     assert wasserstein2(best, exact(N, generator)) > 0.5
 
 
@@ -217,8 +218,10 @@ def test_steering_of_one_is_no_steering() -> None:
 
 
 def test_steering_keeps_contexts_apart() -> None:
-    model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device=DEVICE, rollout_steps=4)
-    contexts = torch.tensor([3, 7, 11])
+    prompts = {"prompts": ("three red stars on blue", "two green squares on black", "one white circle on black")}
+    settings = {"env_settings": prompts, "rollout_steps": 4}
+    model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device=DEVICE, **settings)
+    contexts = torch.tensor([0, 2, 1])
     for method in ("best_of_n", "smc"):
         x_1 = steer(
             model.policy,

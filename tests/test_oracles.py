@@ -11,7 +11,7 @@ from conftest import DEVICE
 from toys import RATE, narrow, narrow_linear
 
 import flowrl
-from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward, eight_gaussians
+from flowrl.envs.gaussians import GaussianMixture, LinearReward, eight_gaussians
 from flowrl.errors import NonFiniteError
 from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import kl_time_weight, residual_baseline, residual_weighted_loss, reward_weighted_loss
@@ -312,7 +312,7 @@ def pipeline(tmp_path_factory):
 
 
 def movement(pipeline, target: str, *, lora_rank: int = 0) -> float:
-    """Largest change of samples at fixed noise after 20 refreshes of a pipeline with a constant reward."""
+    """Largest change of samples at fixed noise after 8 refreshes of a pipeline with a constant reward."""
     flowrl.register_env("constant", flow=str(pipeline), prompts=small_pipelines.PROMPTS[:2])(constant_reward)
     model = flowrl.ORWCFMW2(
         "FlowPolicy",
@@ -332,8 +332,8 @@ def movement(pipeline, target: str, *, lora_rank: int = 0) -> float:
     )
     contexts, x_0 = torch.tensor([0, 1]), model.policy.noise(2)
     before = model.policy.sample_latents(contexts, x_0=x_0, steps=4)
-    model.learn(20 * 8)
-    assert model.iteration == 20
+    model.learn(8 * 8)
+    assert model.iteration == 8
     return (model.policy.sample_latents(contexts, x_0=x_0, steps=4) - before).abs().max().item()
 
 
