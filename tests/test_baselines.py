@@ -59,8 +59,8 @@ def test_who_draws_for_rwr(mode: str) -> None:
 
 
 def test_online_rwr_goes_on_tilting() -> None:
-    env = flowrl.make("gaussians-linear")
-    settings = {**FIT, "n_samples": 2048, "refresh_every": 10}
+    env = narrow_linear()
+    settings = {**FIT, "n_samples": 2048, "refresh_every": 10, "learning_rate": RATE}
     model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, mode="online", tau=0.4, **settings)
     model.learn(2 * 10 * 2048)
     assert_matches(model, env.mixture.tilt(2 * 0.4, linear=(1.0, 0.0)).sample)
@@ -87,11 +87,12 @@ def test_rwr_fits_given_samples(tmp_path) -> None:
 
 
 def test_given_samples_keep_their_contexts(tmp_path) -> None:
-    contexts = torch.arange(100, 140)
+    contexts = torch.arange(4, 44)
     x_1 = contexts.float().view(40, 1, 1, 1).repeat(1, 16, 8, 8)
     save_file({"x_1": x_1, "contexts": contexts}, tmp_path / "samples.safetensors")
     settings = {"n_samples": 16, "group_size": 1, "data": str(tmp_path / "samples.safetensors")}
-    model = flowrl.RWR("FlowPolicy", "sd3-count", seed=0, device=DEVICE, **settings)
+    prompts = {"prompts": tuple(f"{n} stars on blue" for n in range(44))}
+    model = flowrl.RWR("FlowPolicy", "sd3-compress", seed=0, device=DEVICE, env_settings=prompts, **settings)
     drawn = model.contexts()
     assert len(drawn.unique()) > 8
     assert torch.equal(model.draw(drawn)[0][:, 0, 0, 0], drawn.float())
@@ -155,8 +156,8 @@ def test_raft_with_the_penalty_goes_a_known_part_of_the_way() -> None:
     """A kept sample weighs K: where kept samples pass, the best velocity lies K / (K + alpha) of the way to RAFT's."""
     moves = []
     for alpha in (0.0, 8.0):
-        settings = {**FIT, "refresh_every": 10**6, "seed": 0, "device": DEVICE}
-        model = flowrl.RAFT("FlowPolicy", "gaussians-linear", group_size=8, alpha=alpha, **settings)
+        settings = {**FIT, "refresh_every": 10**6, "learning_rate": RATE, "seed": 0, "device": DEVICE}
+        model = flowrl.RAFT("FlowPolicy", narrow_linear(), group_size=8, alpha=alpha, **settings)
         model.learn(10 * 1024)
         kept = torch.cat([batch.x_1 for batch in model.minibatches()]).repeat(20, 1)
         generator = torch.Generator(DEVICE).manual_seed(5)
@@ -175,8 +176,8 @@ def test_raft_must_choose(n_best: int) -> None:
         flowrl.RAFT.Config(group_size=8, n_best=n_best)
 
 
-def steered(env, steering: Steering, n: int) -> torch.Tensor:
-    model = flowrl.ORWCFM("FlowPolicy", env, seed=0, device=DEVICE, rollout_steps=30)
+def steered(env, steering: Steering, n: int, steps: int = 30) -> torch.Tensor:
+    model = flowrl.ORWCFM("FlowPolicy", env, seed=0, device=DEVICE, rollout_steps=steps)
     generator = torch.Generator(DEVICE).manual_seed(3)
     return steer(model.policy, model.env.core, steering, torch.zeros(n, dtype=torch.long), generator)
 
@@ -200,7 +201,7 @@ def test_smc_reaches_the_tilt() -> None:
     generator = torch.Generator(DEVICE).manual_seed(7)
     floor = wasserstein2(exact(N, generator), exact(N, generator))
     assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
-    best = steered(env, Steering("best_of_n", 16), N)
+    best = steered(env, Steering("best_of_n", 16), N, steps=8)
     assert wasserstein2(best, exact(N, generator)) > 0.5
 
 
@@ -217,8 +218,10 @@ def test_steering_of_one_is_no_steering() -> None:
 
 
 def test_steering_keeps_contexts_apart() -> None:
-    model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device=DEVICE, rollout_steps=4)
-    contexts = torch.tensor([3, 7, 11])
+    prompts = {"prompts": ("three red stars on blue", "two green squares on black", "one white circle on black")}
+    settings = {"env_settings": prompts, "rollout_steps": 4}
+    model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device=DEVICE, **settings)
+    contexts = torch.tensor([0, 2, 1])
     for method in ("best_of_n", "smc"):
         x_1 = steer(
             model.policy,
@@ -330,10 +333,10 @@ def test_exact_kl_agrees_with_the_cheap_one() -> None:
 )
 def test_regularisation_trades_reward_for_closeness(cls: type, strength: str, values: tuple, own: dict) -> None:
     """The stronger, the nearer to the reference and the lower the reward; the weakest gets far above it."""
-    settings = {"n_samples": 256, "batch_size": 256, "n_epochs": 2, "learning_rate": 1e-3, "rollout_steps": 8, **own}
+    settings = {"n_samples": 256, "batch_size": 256, "n_epochs": 2, "learning_rate": RATE, "rollout_steps": 8, **own}
     drifts, rewards = [], []
     for value in values:
-        model = cls("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **{strength: value}, **settings)
+        model = cls("FlowPolicy", narrow_linear(), seed=0, device=DEVICE, **{strength: value}, **settings)
         result = flowrl.evaluate(model.learn(10 * 256), n_samples=512)
         drifts.append(result.drift)
         rewards.append(result.reward_mean)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -509,7 +511,7 @@ register(EnvSpec("up", make, Settings(), summary="up"))
 def third_party(run_in, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """A run with somebody else's algorithm and environment, resumed without and with their names.
 
-    The first here, where its module is forgotten; the others in processes that have not seen it.
+    The first two here, each of which forgets the module; the last in a process that has not seen it.
     """
     where = tmp_path_factory.mktemp("third-party")
     (where / "mine.py").write_text(THIRD_PARTY)
@@ -519,22 +521,27 @@ def third_party(run_in, tmp_path_factory: pytest.TempPathFactory) -> dict:
         patch.syspath_prepend(where)
         assert main([str(argument) for argument in first]) == 0
     config = json.loads((where / "runs" / "a" / "config.json").read_text())
-    resume = ["flowrl.run", "--resume", "runs/a", "--total-timesteps", 3 * N]
-    without, named = run_in(where, *resume), run_in(where, *resume, *names)
-    return {"run": where / "runs" / "a", "config": config, "without": without, "named": named}
+    resume = ["--resume", str(where / "runs" / "a"), "--total-timesteps", str(3 * N)]
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, forgetting("mine"), contextlib.redirect_stderr(said):
+        patch.syspath_prepend(where)
+        code = main(resume)
+        assert "mine" not in sys.modules
+    named = run_in(where, "flowrl.run", *resume, *names)
+    return {"run": where / "runs" / "a", "config": config, "without": (code, said.getvalue()), "named": named}
 
 
 def test_third_party_names_resume(third_party: dict) -> None:
     assert third_party["config"]["environment"] == {"name": "up", "settings": {"direction": -1.0}}
-    assert third_party["without"].returncode == 2
+    assert third_party["without"][0] == 2
     assert third_party["named"].returncode == 0, third_party["named"].stderr
     assert len(rows(third_party["run"])) == 3
 
 
 def test_a_third_party_algorithm_is_recorded_as_itself(third_party: dict) -> None:
     assert third_party["config"]["algorithm"] == "mine:MyAlgo"
-    assert "'mine:MyAlgo'" in third_party["without"].stderr
-    assert "--algo module:Class" in third_party["without"].stderr
+    assert "'mine:MyAlgo'" in third_party["without"][1]
+    assert "--algo module:Class" in third_party["without"][1]
 
 
 def test_settings_of_a_third_party_environment_are_kept(third_party: dict) -> None:

@@ -11,7 +11,7 @@ from conftest import DEVICE
 from toys import RATE, narrow, narrow_linear
 
 import flowrl
-from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward, eight_gaussians
+from flowrl.envs.gaussians import GaussianMixture, LinearReward, eight_gaussians
 from flowrl.errors import NonFiniteError
 from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import kl_time_weight, residual_baseline, residual_weighted_loss, reward_weighted_loss
@@ -72,8 +72,9 @@ def test_one_step_with_penalty_gives_the_flattened_tilt(target, lora_rank):
 
 @pytest.mark.parametrize("target", ["plain", "residual"])
 def test_refreshes_without_penalty_add_up_their_tilts(target):
-    env = flowrl.make("gaussians-linear")
-    model = trained(flowrl.ORWCFM, env, 2 * 10, tau=0.4, target=target, refresh_every=10, n_samples=2048)
+    env = narrow_linear()
+    settings = {"refresh_every": 10, "n_samples": 2048, "learning_rate": RATE}
+    model = trained(flowrl.ORWCFM, env, 2 * 10, tau=0.4, target=target, **settings)
     tilted = env.mixture.tilt(2 * 0.4, linear=(1.0, 0.0))
     assert_matches(model, tilted.sample)
 
@@ -182,8 +183,9 @@ def test_flattened_weight_example():
     """The number given for C3: q = N(0, 1), w = e^x, alpha = 1 has mean 0.6225."""
     z = math.exp(0.5)
     assert z / (z + 1) * 1.0 == pytest.approx(0.6225, abs=1e-4)
-    env = GaussiansEnv(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
-    model = trained(flowrl.ORWCFMW2, env, 15, tau=1.0, alpha=1.0, target="plain", refresh_every=10**6)
+    env = narrow(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
+    settings = {"target": "plain", "refresh_every": 10**6, "learning_rate": RATE}
+    model = trained(flowrl.ORWCFMW2, env, 15, tau=1.0, alpha=1.0, **settings)
     assert model.policy.sample(n=8000, steps=20, solver="midpoint").mean().item() == pytest.approx(0.6225, abs=0.07)
 
 
@@ -310,7 +312,7 @@ def pipeline(tmp_path_factory):
 
 
 def movement(pipeline, target: str, *, lora_rank: int = 0) -> float:
-    """Largest change of samples at fixed noise after 20 refreshes of a pipeline with a constant reward."""
+    """Largest change of samples at fixed noise after 8 refreshes of a pipeline with a constant reward."""
     flowrl.register_env("constant", flow=str(pipeline), prompts=small_pipelines.PROMPTS[:2])(constant_reward)
     model = flowrl.ORWCFMW2(
         "FlowPolicy",
@@ -330,8 +332,8 @@ def movement(pipeline, target: str, *, lora_rank: int = 0) -> float:
     )
     contexts, x_0 = torch.tensor([0, 1]), model.policy.noise(2)
     before = model.policy.sample_latents(contexts, x_0=x_0, steps=4)
-    model.learn(20 * 8)
-    assert model.iteration == 20
+    model.learn(8 * 8)
+    assert model.iteration == 8
     return (model.policy.sample_latents(contexts, x_0=x_0, steps=4) - before).abs().max().item()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -198,46 +199,79 @@ def test_a_process_that_dies_ends_the_job(tmp_path: Path, environment: dict[str,
     assert model.num_timesteps == before + 512
 
 
+@pytest.fixture(scope="module")
+def starter(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported everything and starts pairs of others."""
+    command = [sys.executable, str(Path(ranks_worker.__file__))]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.stdin.close()  # type: ignore[union-attr]
+
+
+class Pair:
+    """Two processes of `flowrl.run` without a launcher, in a folder."""
+
+    def __init__(self, starter: subprocess.Popen[str], folder: Path, *arguments: object) -> None:
+        given = {"folder": str(folder), "port": free_port(), "path": str(folder), "arguments": [*map(str, arguments)]}
+        self.starter, self.folder = starter, folder
+        print(json.dumps(given), file=starter.stdin, flush=True)
+        self.pids: list[int] = self._answer(60)
+        self.codes: list[int] = []
+
+    def _answer(self, seconds: float) -> list[int]:
+        assert select.select([self.starter.stdout], [], [], seconds)[0], "no answer"
+        return json.loads(self.starter.stdout.readline())  # type: ignore[union-attr]
+
+    def wait(self, seconds: float = 60) -> list[str]:
+        """What each wrote to its errors until both had ended, with `codes`."""
+        self.codes = self._answer(seconds)
+        return [(self.folder / f"errors-{rank}").read_text() for rank in range(2)]
+
+    def end(self) -> None:
+        if not self.codes:
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)
+            self.wait()
+
+
 @pytest.fixture
-def pair(tmp_path: Path, environment: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
+def run_pair(tmp_path: Path, starter: subprocess.Popen[str]) -> Iterator[Callable[..., Pair]]:
+    pairs: list[Pair] = []
+
+    def run(*arguments: object) -> Pair:
+        pairs.append(Pair(starter, tmp_path, *arguments))
+        return pairs[-1]
+
+    yield run
+    for pair in pairs:
+        pair.end()
+
+
+@pytest.fixture
+def pair(tmp_path: Path, run_pair: Callable[..., Pair]) -> Pair:
     """Two processes without a launcher that train without end, once their first checkpoint is there."""
-    arguments = [*ENDLESS, "--total-timesteps", str(10**9), "--checkpoint-every", "1"]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={**environment, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        deadline = time.monotonic() + 90
-        while not list((tmp_path / "runs").glob("a/checkpoints/[0-9]*/state.json")):
-            assert all(job.poll() is None for job in jobs)
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        yield jobs
-    finally:
-        for job in jobs:
-            job.kill()
+    pair = run_pair(*ENDLESS[2:], "--total-timesteps", 10**9, "--checkpoint-every", 1)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "runs").glob("a/checkpoints/[0-9]*/state.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return pair
 
 
-def test_a_survivor_without_a_launcher_says_what_happened(pair: list[subprocess.Popen[str]]) -> None:
-    pair[1].kill()
-    _, errors = pair[0].communicate(timeout=60)
-    assert pair[0].returncode == 2, errors[-3000:]
+def test_a_survivor_without_a_launcher_says_what_happened(pair: Pair) -> None:
+    os.kill(pair.pids[1], signal.SIGKILL)
+    errors, _ = pair.wait()
+    assert pair.codes == [2, -signal.SIGKILL], errors[-3000:]
     assert "error (process 1 of 2): Another process of this job ended" in errors
     assert "go on with: python -m flowrl.run --resume runs/a" in errors
 
 
-def test_a_signal_to_one_stops_all(pair: list[subprocess.Popen[str]], tmp_path: Path) -> None:
-    pair[1].send_signal(signal.SIGTERM)
-    errors = [job.communicate(timeout=60)[1] for job in pair]
-    assert [job.returncode for job in pair] == [3, 3], errors
+def test_a_signal_to_one_stops_all(pair: Pair, tmp_path: Path) -> None:
+    os.kill(pair.pids[1], signal.SIGTERM)
+    errors = pair.wait()
+    assert pair.codes == [3, 3], errors
     assert flowrl.ORWCFMW2.load(tmp_path / "runs" / "a", device="cpu").num_timesteps > 0
 
 
@@ -253,36 +287,23 @@ def broken(samples, contexts):
 """
 
 
-def test_an_error_of_one_process_ends_the_job_and_is_told(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_an_error_of_one_process_ends_the_job_and_is_told(tmp_path: Path, run_pair: Callable[..., Pair]) -> None:
     (tmp_path / "broken.py").write_text(REWARD)
-    arguments = ["-m", "flowrl.run", "--algo", "orw_w2", "--env", "broken:broken", "--device", "cpu"]
-    done = subprocess.run(
-        [*LAUNCH, free_port(), *arguments],
-        cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode != 0
-    assert "error (process 2 of 2): The reward of 'broken" in done.stderr
-    assert "no such judge" in done.stderr
+    pair = run_pair("--algo", "orw_w2", "--env", "broken:broken", "--device", "cpu")
+    errors = pair.wait()
+    assert pair.codes == [2, 2], errors
+    assert "error (process 2 of 2): The reward of 'broken" in errors[1]
+    assert "no such judge" in errors[1]
 
 
-def test_a_whole_run_of_two_processes(tmp_path: Path, environment: dict[str, str]) -> None:
-    small = ["--total-timesteps", "128", "--algo.n-samples", "64", "--algo.batch-size", "32", "--eval-samples", "65"]
-    arguments = ["-m", "flowrl.run", "--algo", "raft", "--env", "gaussians-linear", "--device", "cpu", *small]
-    done = subprocess.run(
-        [*LAUNCH, free_port(), *arguments, "--name", "b"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("algorithm: raft") == 1  # one of them speaks
-    assert "and 1 more, which share every batch" in done.stdout
+def test_a_whole_run_of_two_processes(tmp_path: Path, run_pair: Callable[..., Pair]) -> None:
+    small = ["--total-timesteps", 128, "--algo.n-samples", 64, "--algo.batch-size", 32, "--eval-samples", 65]
+    pair = run_pair("--algo", "raft", "--env", "gaussians-linear", "--device", "cpu", *small, "--name", "b")
+    errors = pair.wait(100)
+    assert pair.codes == [0, 0], errors
+    output = (tmp_path / "output").read_text()
+    assert output.count("algorithm: raft") == 1  # one of them speaks
+    assert "and 1 more, which share every batch" in output
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
     for file in ("report.html", "evaluation.json", "metrics.csv", "final/policy.safetensors"):
         assert (tmp_path / "runs" / "b" / file).exists(), file
