@@ -158,7 +158,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         total_timesteps, called = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        self._update_current_progress_remaining(self.num_timesteps, max(total_timesteps, 1))
         called.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
