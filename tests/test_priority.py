@@ -50,9 +50,9 @@ def test_a_pass_takes_samples_as_often_as_their_size_says(case):
     model = collected(case.split(",")[0], **METHODS[case], priority=0.75)
     size = sizes_of(model)
     expected = 0.25 + 0.75 * size / size.mean()
-    counts = torch.stack([torch.bincount(model.order(), minlength=32) for _ in range(2000)]).float()
+    counts = torch.stack([torch.bincount(model.order(), minlength=32) for _ in range(500)]).float()
     assert bool(((counts - expected).abs() < 1 + 1e-4).all())  # rounded up or down
-    assert torch.allclose(counts.mean(0), expected, atol=0.06)
+    assert torch.allclose(counts.mean(0), expected, atol=0.09)
     assert bool((counts.sum(1) == 32).all())
     assert not torch.equal(model.order(), model.order().sort().values)  # shuffled
 
