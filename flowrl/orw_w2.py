@@ -110,7 +110,10 @@ class ORWCFMW2(Prioritised):
         """Compute `|w - mean w|` (B,), or w itself where the target is plain."""
         if self.config.target == "plain":
             return coefficient
-        return (coefficient - self.buffer.coefficient[: self.buffer.size].mean()).abs()
+        return (coefficient - self._mean_weight()).abs()
+
+    def _mean_weight(self) -> torch.Tensor:
+        return self.buffer.coefficient[: self.buffer.size].mean()
 
     def penalty(self, t: torch.Tensor) -> torch.Tensor:
         """Compute the coefficient (B,) of `|v - v_ref|^2` at times t."""
@@ -130,8 +133,7 @@ class ORWCFMW2(Prioritised):
                 self.critic.improve((importance * (baseline - w).square()).mean())
                 baseline = baseline.detach().clamp_min(0)
             else:
-                mean = self.buffer.coefficient[: self.buffer.size].mean()
-                baseline = residual_baseline(w, mean, penalty, self.config.baseline)
+                baseline = residual_baseline(w, self._mean_weight(), penalty, self.config.baseline)
             if "stray" in batch.extra:  # no weight is to carry nothing: not even a push away
                 baseline = baseline.masked_fill(batch.extra["stray"], 0)
             loss = residual_weighted_loss(v, pair.u, w, baseline, v_old, v_ref, penalty)
