@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -22,6 +23,10 @@ from filelock import FileLock
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: one thread for each, and for the programs they start
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+gc.set_threshold(
+    20_000, 10, 10
+)  # with what all tests have imported, a look at every object takes 0.1 s and finds little
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

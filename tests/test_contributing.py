@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import importlib
 
+import gymnasium
 import pytest
 from conftest import forgetting
 from pages import ROOT, blocks, write_modules
+
+import flowrl
 
 PAGE = ROOT / "CONTRIBUTING.md"
 
@@ -24,21 +26,21 @@ def test_snippets_are_short():
     assert lines["my_algos"] <= 40
 
 
-def test_through_the_api(folder):
-    code = """
-import gymnasium, flowrl, my_envs, my_algos
-env = gymnasium.make("flowrl/red-sd3-v0")
-env.reset(seed=0); env.step(env.action_space.sample())
-settings = dict(n_samples=8, batch_size=8, rollout_steps=2)
-model = my_algos.BestShare("FlowPolicy", "red-sd3", share=0.5, seed=0, device="cpu", **settings).learn(8)
-model.save("saved")
-assert my_algos.BestShare.load("saved").num_timesteps == 8
-assert model.policy.sample(["two stars"], steps=2).shape == (1, 3, 64, 64)
-print(flowrl.evaluate(model, n_samples=4, samples_per_context=2).table())
-"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "reward" in result.stdout
+def test_through_the_api(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    with forgetting("my_envs", "my_algos"):
+        importlib.import_module("my_envs")
+        algos = importlib.import_module("my_algos")
+        env = gymnasium.make("flowrl/red-sd3-v0")
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
+        settings = {"n_samples": 8, "batch_size": 8, "rollout_steps": 2, "share": 0.5}
+        model = algos.BestShare("FlowPolicy", "red-sd3", seed=0, device="cpu", **settings).learn(8)
+        model.save("saved")
+        assert algos.BestShare.load("saved", device="cpu").num_timesteps == 8
+        assert model.policy.sample(["two stars"], steps=2).shape == (1, 3, 64, 64)
+        assert "reward" in flowrl.evaluate(model, n_samples=4, samples_per_context=2).table()
 
 
 @pytest.mark.parametrize(
