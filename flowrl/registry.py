@@ -69,6 +69,11 @@ ALGORITHMS: dict[str, type] = {}
 ENVIRONMENTS: dict[str, EnvSpec] = {}
 
 
+def algorithms_with(setting: str) -> list[str]:
+    """Name the registered algorithms that have a setting."""
+    return [name for name, cls in ALGORITHMS.items() if setting in {f.name for f in fields(cls.Config)}]  # type: ignore[attr-defined]
+
+
 def register_algorithm(name: str) -> Callable[[type], type]:
     """Decorate a class: `@register_algorithm("my_algo")` makes it known as `--algo my_algo`."""
 

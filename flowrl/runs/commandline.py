@@ -15,12 +15,12 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.errors import CheckpointError, ConfigError
-from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, environment_spec
+from flowrl.registry import ALGORITHMS, ENVIRONMENTS, EnvSpec, algorithm_class, algorithms_with, environment_spec
 from flowrl.runs.folder import imported_algorithm
 from flowrl.runs.program import Device, OwnModules
 from flowrl.storage.files import read_json
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.construction import without_given
+from flowrl.training.construction import check_known, without_given
 from flowrl.training.loading import check_description, pinned_settings, tupled
 from flowrl.training.saving import algorithm_name
 
@@ -191,18 +191,19 @@ def second_pass(
             known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]
             default = algo.configure(recommended=spec.recommended(known.env))
         parts.append(("algo", algo.Config, field(default=default)))
+        check_known(algo, sorted(name for name in given_settings(args, "algo") if algorithms_with(name)))
     whole = dataclasses.make_dataclass("Run", parts, frozen=True)
     whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
     parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
     config = getattr(parsed, "algo", None)
     if algo is not None and config is not None:
-        config = without_given(meant(algo, default, config), given_settings(args))
+        config = without_given(meant(algo, default, config), given_settings(args, "algo", "env"))
     return parsed.run, config, getattr(parsed, "env", None)
 
 
-def given_settings(args: list[str]) -> set[str]:
-    """Collect the names of the settings of algorithm and environment that arguments give."""
-    options = [arg.partition("=")[0] for arg in args if arg.startswith(("--algo.", "--env."))]
+def given_settings(args: list[str], *parts: str) -> set[str]:
+    """Collect the names of the settings of these parts, "algo" and "env", that arguments give."""
+    options = [arg.partition("=")[0] for arg in args if arg.startswith(tuple(f"--{part}." for part in parts))]
     names = {option.partition(".")[2].replace("-", "_") for option in options}
     return names | {name.removeprefix("no_") for name in names}
 

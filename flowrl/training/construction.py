@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
 from flowrl.errors import ConfigError, DeviceError, RewardError, UnknownNameError
 from flowrl.models.compiling import default_compile
-from flowrl.registry import ALGORITHMS
+from flowrl.registry import ALGORITHMS, algorithms_with
 from flowrl.training.optimizers import make_optimizer
 from flowrl.training.replay import Minibatches
 from flowrl.training.target import check_target
@@ -52,10 +52,7 @@ def configured(
         UnknownNameError: An unknown setting; names the closest.
         ConfigError: Settings without meaning, or those of another algorithm.
     """
-    known = [f.name for f in fields(cls.Config)]
-    for key in settings:
-        if key not in known:
-            raise UnknownNameError.of(f"setting of {cls.__name__}", key, known)
+    known = check_known(cls, settings)
     if config is None:
         found = recommended_settings(cls, known, recommended)
         if cls.tilt_setting is None or cls.tilt_setting[0] in settings:
@@ -67,6 +64,21 @@ def configured(
     if type(config) is not cls.Config:
         raise ConfigError(f"{cls.__name__} takes a {cls.Config.__name__}, not a {type(config).__name__}.")
     return config
+
+
+def check_known(cls: type[Method], given: Iterable[str]) -> list[str]:
+    """Check the names of settings that are given; gives all that an algorithm has.
+
+    Raises:
+        UnknownNameError: An unknown one; names the algorithms that have it, or the closest.
+    """
+    known = [f.name for f in fields(cls.Config)]
+    for key in given:
+        if key not in known and (others := algorithms_with(key)):
+            raise UnknownNameError(f"{cls.__name__} has no setting '{key}'; these have it: {', '.join(others)}.")
+        if key not in known:
+            raise UnknownNameError.of(f"setting of {cls.__name__}", key, known)
+    return known
 
 
 def without_given(config: FlowConfig, given: Collection[str]) -> FlowConfig:
