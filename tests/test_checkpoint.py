@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_pipelines
 import torch
 from conftest import DEVICE, REPOSITORY
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from torch import nn
 import flowrl
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.mlp import MLP
+from flowrl.models.source import ASSETS
 from flowrl.storage import files
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import checkpoint_folder
@@ -349,6 +351,41 @@ def test_environment_objects_are_given_again(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="env="):
         load(tmp_path / "a")
     assert_same_state(model, flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device=DEVICE))
+
+
+@pytest.mark.parametrize("kind", ["gaussians-linear", "sd3-compress"])
+def test_a_flow_whose_folder_was_written_anew_is_noticed(kind: str, tmp_path: Path) -> None:
+    """Reference, autoencoder and encoders are read again from there; files that come to it do not matter."""
+    place = tmp_path / "flow"
+    if kind == "gaussians-linear":
+        shutil.copytree(ASSETS / "gaussians", place)
+    else:
+        small_pipelines.sd3(place)
+    settings = {"flow": str(place)} | ({"resolution": 16, "sequence_length": 16} if kind == "sd3-compress" else {})
+    small = {"n_samples": 8, "batch_size": 8, "group_size": 4, "rollout_steps": 2, "lora_rank": 2}
+    flowrl.ORWCFMW2("FlowPolicy", kind, seed=0, device="cpu", env_settings=settings, **small).save(tmp_path / "saved")
+    (place / "more").mkdir()
+    save_file({"a": torch.ones(2)}, place / "more" / "a.safetensors")
+    flowrl.ORWCFMW2.load(tmp_path / "saved", device="cpu")
+    weights = next(path for path in sorted(place.rglob("*.safetensors")) if path.parent.name in ("flow", "vae"))
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    name = weights.relative_to(place).as_posix()
+    with pytest.raises(CheckpointError, match=rf"trained from other weights than '.*flow' holds now: {name} is not"):
+        flowrl.ORWCFMW2.load(tmp_path / "saved", device="cpu")
+    other = flowrl.make(kind, **settings)
+    assert flowrl.ORWCFMW2.load(tmp_path / "saved", env=other, device="cpu").env.core is other
+
+
+@pytest.mark.parametrize("size", [10, files.PIECE + 1, files.PIECES * files.PIECE, 3 * files.PIECES * files.PIECE + 7])
+def test_hashes_of_weights_see_both_ends_and_all_of_a_small_file(size: int, tmp_path: Path) -> None:
+    path, content = tmp_path / "a.safetensors", bytearray(size)
+    changed = [0, size - 1] if size > files.PIECES * files.PIECE else [0, size // 2, size - 2, size - 1]
+    seen = set()
+    for place in (None, *changed):
+        path.write_bytes(content if place is None else bytes(i == place for i in range(size)))
+        seen |= set(files.weight_hashes(tmp_path).values())
+    path.write_bytes(bytes(size + 1))
+    assert len(seen | set(files.weight_hashes(tmp_path).values())) == len(changed) + 2
 
 
 def test_environment_settings_come_back(tmp_path: Path) -> None:

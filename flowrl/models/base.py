@@ -35,6 +35,7 @@ class VelocityModel(nn.Module):
             throughout, without autocast.
         init_lora: The LoRA that lies in the network's weights since the start; see `started_from`.
         init_lora_hash: Its SHA-256; empty where there is none.
+        files: Hashes of the files that its weights were read from, by name; none where they are of no folder here.
     """
 
     network: nn.Module
@@ -46,6 +47,7 @@ class VelocityModel(nn.Module):
     casts_inputs: bool = False
     init_lora: Mapping[str, Any] = MappingProxyType({})
     init_lora_hash: str = ""
+    files: Mapping[str, str] = MappingProxyType({})
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Compute the velocity (B, *latent_shape), float32, at `x_t` (B, *latent_shape) and `t` (B,)."""

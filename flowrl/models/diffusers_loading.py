@@ -22,6 +22,7 @@ from flowrl.models.schedules import check_scheduler
 from flowrl.models.source import FlowSource, read_json
 from flowrl.models.text_encoders import CLIP_TOKENS
 from flowrl.storage import revisions
+from flowrl.storage.files import weight_hashes
 
 LIBRARIES = ("diffusers", "transformers")
 LARGEST_SIDE, LARGEST_SIZE, MOST_LAYERS = 2**16, 2**20, 1000
@@ -65,7 +66,9 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
 
         dtypes = {**dict.fromkeys(trained, network_dtype), "default": frozen_dtype}
         pipeline = load_pipeline(source, name, index, adapter, options, dtypes)
-        return adapter(pipeline, shapes, options, length, load_encoders)
+        model = adapter(pipeline, shapes, options, length, load_encoders)
+        model.files = weight_hashes(Path(source)) if Path(source).exists() else {}  # a commit of the hub is pinned
+        return model
 
     def skeleton() -> VelocityModel:
         kind = looked_up("diffusers", adapter.TRANSFORMER)

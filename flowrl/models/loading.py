@@ -19,6 +19,7 @@ from flowrl.models.pipeline_options import DEFAULTS, PipelineOptions
 from flowrl.models.prior import PriorFlow
 from flowrl.models.source import ASSETS, EMBEDDED, SMALL, FlowSource, read_json
 from flowrl.storage import revisions
+from flowrl.storage.files import weight_hashes
 
 __all__ = ["ASSETS", "EMBEDDED", "SMALL", "FlowSource", "chosen_sd3", "read_json", "source_of"]
 
@@ -166,6 +167,7 @@ def _folder_source(folder: Path, name: str) -> FlowSource:
         _fill(model.network, folder / "model.safetensors")
         if isinstance(model, PriorFlow):
             _fill(model.decoder, folder / "decoder.safetensors")
+        model.files = weight_hashes(folder)
         return cast(model, network_dtype)
 
     def skeleton() -> VelocityModel:

@@ -116,7 +116,7 @@ def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path
     `of_file`: the environment is that of the checkpoint's settings.
 
     Raises:
-        CheckpointError: Prompts, or LoRA weights that it was trained from, are others now.
+        CheckpointError: Prompts, or weights that it was trained from, are others now.
     """
     if of_file and config.get("prompts") not in (None, fingerprint(model.env.core.contexts)):
         raise CheckpointError(
@@ -127,6 +127,14 @@ def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path
         raise CheckpointError(
             f"'{folder}' was trained from other LoRA weights than '{model.config.init_lora}' holds now: bring them "
             "back as they were."
+        )
+    stored, files = config.get("flow_files"), model.policy.model.files
+    others = [name for name in stored if stored[name] != files.get(name)] if isinstance(stored, dict) else []
+    if of_file and others:
+        raise CheckpointError(
+            f"'{folder}' (flowrl {config.get('flowrl')}) was trained from other weights than "
+            f"'{model.env.core.flow.source}' holds now: {others[0][:200]} is not what it was. Bring them back, or give the "
+            "environment to go on with as env= (an object)."
         )
 
 

@@ -146,6 +146,7 @@ def description(model: FlowAlgorithm) -> dict[str, Any]:
         "environment": None if origin is None else {"name": origin[0], "settings": _plain(origin[1])},
         "prompts": fingerprint(model.env.core.contexts),
         "flow": model.env.core.flow.source,
+        "flow_files": dict(model.policy.model.files),
         "init_lora": model.policy.model.init_lora_hash or None,
         "hub": dict(revisions.READ),
         "seed": model.seed,
