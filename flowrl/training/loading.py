@@ -133,8 +133,8 @@ def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path
     if of_file and others:
         raise CheckpointError(
             f"'{folder}' (flowrl {config.get('flowrl')}) was trained from other weights than "
-            f"'{model.env.core.flow.source}' holds now: {others[0][:200]} is not what it was. Bring them back, or give the "
-            "environment to go on with as env= (an object)."
+            f"'{model.env.core.flow.source}' holds now: {others[0][:200]} is not what it was. Bring them back, or give "
+            "the environment to go on with as env= (an object)."
         )
 
 
