@@ -202,7 +202,7 @@ class FlowPolicy(SB3Policy):
         def solve(x: torch.Tensor, *cond: torch.Tensor) -> tuple[torch.Tensor]:
             return (ode_sample(self.field(cond, len(x), role, guidance_scale), x, times[: first + 1], solver),)
 
-        key = role, solver, len(times), first, guidance_scale or self.guidance_scale
+        key = role, solver, len(times), first, self.guidance_scale if guidance_scale is None else guidance_scale
         with torch.no_grad():
             (x,) = self.graphs.run("Sampling", key, solve, x, *cond)
         field = self.field(cond, len(x), role, guidance_scale)
