@@ -149,8 +149,9 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
                 f"not {tuple(samples.shape)}."
             )
         asked = [self.contexts[i] for i in contexts.tolist()]
+        own = samples.clone()  # rewards may change what they are given; training and pictures go on with the samples
         try:
-            output = self.observe(samples, asked) if observe else self.reward(samples, asked)
+            output = self.observe(own, asked) if observe else self.reward(own, asked)
         except FlowRLError:
             raise
         except Exception as error:
@@ -278,11 +279,17 @@ def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: s
         RewardError: Not convertible, wrong shape, NaN or infinite.
     """
     try:
-        values = torch.as_tensor(reward).to(samples.device, torch.float32)
+        values = torch.as_tensor(reward)
+        if values.is_complex():
+            raise TypeError("complex numbers have no order")
+        values = values.to(samples.device, torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
+        several = ""
+        if isinstance(reward, Mapping | tuple):
+            several = " Several by name are flowrl.RewardOutput(reward, {name: values})."
         raise RewardError(
             f"The reward '{name}' returned a {type(reward).__name__}, not one number per sample: {error} "
-            f"(asked for {len(samples)} samples, the first of context {contexts[0]!r})."
+            f"(asked for {len(samples)} samples, the first of context {contexts[0]!r}).{several}"
         ) from error
     if values.shape != (len(samples),):
         raise RewardError(

@@ -329,6 +329,8 @@ WRONG: dict[str, tuple[Callable, list[str]]] = {
     "string": (lambda s, c: "much", ["returned a str"]),
     "none": (lambda s, c: None, ["NoneType"]),
     "list of strings": (lambda s, c: ["much"] * 4, ["returned a list"]),
+    "pair": (lambda s, c: (s[:, 0], {"part": s[:, 1]}), ["returned a tuple", "flowrl.RewardOutput(reward, {name"]),
+    "complex": (lambda s, c: s[:, 0] + 1j, ["complex numbers have no order"]),
 }
 
 
@@ -365,6 +367,56 @@ def test_a_wrong_reward_stops_training_and_keeps_what_was_computed(names: Callab
     with pytest.raises(RewardError, match=name):
         model.learn(160)
     assert model.iteration == 2
+
+
+def test_a_reward_may_change_what_it_is_given(names: Callable[[], str]) -> None:
+    """Training, pictures, and judges that come after it go on with the samples as they were drawn."""
+
+    def clean(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        return 2 * samples[:, 0]
+
+    def in_place(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        return samples.mul_(2)[:, 0]
+
+    def through_numpy(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        array = samples.numpy()
+        array *= 2
+        return torch.from_numpy(array[:, 0].copy())
+
+    results, judges = [], {"first": in_place, "second": clean}
+    for reward in (clean, in_place, through_numpy):
+        name = names()
+        flowrl.register_env(name, flow=Small)(reward)
+        torch.manual_seed(0)  # of the weights
+        model = flowrl.ORWCFMW2("FlowPolicy", name, seed=0, n_samples=32, batch_size=16, rollout_steps=2).learn(64)
+        result = flowrl.evaluate(model, n_samples=16, eval_rewards=judges)
+        results.append([*model.buffer.x_1.flatten().tolist(), result.reward_mean, *result.samples.flatten().tolist()])
+        first, second = (float(result.side[f"held-out {judge}"]) for judge in judges)
+        assert first == second
+    assert results[0] == results[1] == results[2]
+
+
+class Thin(Small):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.network(x, t)[:, :1]  # would be broadcast
+
+
+class Moving(Small):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x += 1
+        return self.network(x, t)
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [(Thin, r"velocities of shape \(4, 1\) for points x_t of shape \(4, 3\)"), (Moving, "changes the points x_t")],
+)
+def test_a_network_that_no_sampler_would_notice(flow: Any, message: str, names: Callable[[], str]) -> None:
+    name = names()
+    flowrl.register_env(name, flow=flow)(lambda samples, contexts: samples[:, 0])
+    policy = flowrl.FlowPolicy.of(name, device="cpu", seed=0)
+    with pytest.raises(ConfigError, match=message):
+        policy.sample(n=4)
 
 
 def test_rewards_may_be_lists_arrays_or_carry_gradients(names: Callable[[], str]) -> None:

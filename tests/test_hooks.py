@@ -36,6 +36,8 @@ def learn(cls: type[flowrl.FlowAlgorithm], iterations: int = 1) -> flowrl.FlowAl
         ("loss", lambda self, batch: (self.error(self.pair(batch)).mean(), None), r"metrics nothing \(None\)"),
         ("loss", lambda self, batch: (self.error(self.pair(batch)).mean(), {"a": 1.0}), "a float as metric 'a'"),
         ("loss", lambda self, batch: (batch.reward.mean(), {}), "a loss without gradient"),
+        ("loss", lambda self, batch: (self.error(self.pair(batch)).mean(), {"loss": batch.reward}), "named 'loss'"),
+        ("weigh", lambda self, rollout: rollout.reward.sub_(1).exp(), r"Mine\.weigh changes rollout\.reward in place"),
         ("order", lambda self: torch.zeros(0, dtype=torch.long), r"Mine\.order gave a int64 tensor of shape \(0,\)"),
         ("order", lambda self: torch.arange(40), "indices from 0 to 39; it must give indices below 32"),
         ("order", lambda self: torch.rand(3), r"Mine\.order gave a float32 tensor of shape \(3,\)"),

@@ -325,11 +325,11 @@ def _judged(
     parts = [
         {
             name: check_reward(value, batch, contexts[i : i + batch_size], f"{env.name}, {name}")
-            for name, value in env.errors(batch, contexts[i : i + batch_size]).items()
+            for name, value in env.errors(batch.clone(), contexts[i : i + batch_size]).items()
         }
         for i, batch in zip(range(0, len(samples), batch_size), samples.split(batch_size))
     ]
-    together = env.errors_of_all(samples, contexts, seed)
+    together = env.errors_of_all(samples.clone(), contexts, seed)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {
         name: torch.tensor([value]) for name, value in together.items()
     }
