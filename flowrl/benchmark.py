@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import reprlib
+import shlex
 import signal
 import sys
 import time
@@ -58,6 +59,12 @@ class BenchmarkConfig:
     modules: OwnModules = ()
     dry_run: bool = False
     """List the cells and exit."""
+
+    def __post_init__(self) -> None:
+        if not self.suite:
+            raise ConfigError(f"Name a suite, --suite NAME or a TOML file of your own. Shipped: {', '.join(suites())}.")
+        if self.workers < 0:
+            raise ConfigError(f"--workers must be the cells at a time, or 0 for one per core, not {self.workers}.")
 
 
 def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, ...] = ()) -> list[Path]:
@@ -198,7 +205,7 @@ def _main(args: list[str]) -> int:
         failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
         written = write_results(cells, root)
     except KeyboardInterrupt:
-        print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {' '.join(args)}")
+        print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {shlex.join(args)}")
         return EXIT_STOPPED
     print("written: " + ", ".join(map(str, written)))
     if failed:

@@ -5,6 +5,7 @@ The module can also be called, `flowrl.evaluate(model)`: it then is the function
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.envs.rewards.mixture import make_rewards
@@ -72,6 +74,14 @@ class EvaluateConfig:
     how likely the noise is."""
     steer_step_size: float = 0.1
     """Size of the gradient steps of d_flow."""
+
+    def __post_init__(self) -> None:
+        for key in ("n_samples", "steps"):
+            value = getattr(self, key)
+            FlowConfig.require(value is None or value > 0, f"--{key.replace('_', '-')} must be positive, not {value}.")
+        FlowConfig.require(0 <= self.seed < 2**62, f"--seed must be in [0, 2^62), not {self.seed}.")
+        scale = self.guidance_scale
+        FlowConfig.require(scale is None or math.isfinite(scale), f"--guidance-scale must be finite, not {scale}.")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
@@ -272,7 +273,7 @@ def _resume_hint(folder: Path, run: RunConfig) -> str:
         word for option in ("algo", "env") if ":" in (name := getattr(run, option)) for word in (f"--{option}", name)
     ]
     own += ["--modules", *run.modules] if run.modules else []
-    return f"go on with: {' '.join([PROGRAM, '--resume', str(folder), *own])}"
+    return f"go on with: {PROGRAM} {shlex.join(['--resume', str(folder), *own])}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from html_checker import checked
 from PIL import Image
 
 import flowrl
-from flowrl.benchmark import run_cells
+from flowrl.benchmark import BenchmarkConfig, run_cells
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.models.mlp import MLP
 from flowrl.pages.benchmark_page import benchmark_page
@@ -171,6 +171,15 @@ def test_mistakes_in_a_choice() -> None:
         load_suite("toy", algos=["rafts"])
     with pytest.raises(ConfigError, match="no suite file"):
         load_suite("nowhere/mine.toml")
+    for budget in (0, -5):
+        with pytest.raises(ConfigError, match=f"a whole number above 0, not {budget}"):
+            load_suite("toy", budget=budget)
+    with pytest.raises(ConfigError, match="a list of whole numbers from 0"):
+        load_suite("toy", seeds=[-1])
+    with pytest.raises(ConfigError, match=r"Name a suite, .* Shipped: alignment"):
+        BenchmarkConfig()
+    with pytest.raises(ConfigError, match=r"--workers must be .* not -1"):  # which no cell would ever be started with
+        BenchmarkConfig("toy", workers=-1)
 
 
 def test_runs_resumes_and_compares(run_module, run_here, suite: Path, tmp_path: Path) -> None:

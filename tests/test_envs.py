@@ -284,6 +284,17 @@ def test_a_wrapped_model_is_not_trained_itself(lora_rank: int, names: Callable[[
     torch.testing.assert_close(reference, module(torch.ones(2, 3), torch.full((2,), 0.5)).detach())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("my env/x", "letters, digits, .* not 'my env/x'"), ("gaussians-linear", "is there already: .* another name")],
+)
+def test_names_that_an_environment_cannot_have(name: str, message: str) -> None:
+    before = ENVIRONMENTS["gaussians-linear"]
+    with pytest.raises(ConfigError, match=message):
+        flowrl.register_env(name, flow=Small)(lambda samples, contexts: samples[:, 0])
+    assert ENVIRONMENTS["gaussians-linear"] is before
+
+
 def test_prompts_reach_the_reward(names: Callable[[], str]) -> None:
     name, seen = names(), []
 

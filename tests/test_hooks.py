@@ -54,6 +54,27 @@ def test_what_a_method_gives_is_checked_at_once(name: str, method: Any, message:
         learn(subclass(name, method))
 
 
+class Plain:
+    share = 0.5
+
+
+class Undecorated(flowrl.FlowConfig):
+    share: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("Config", Plain, "Config must derive from flowrl.FlowConfig"),
+        ("Config", Undecorated, r"Undecorated, .* must be decorated by @dataclass\(frozen=True\)"),
+        ("_setup_model", lambda self: None, r"must call super\(\)\._setup_model\(\)"),
+    ],
+)
+def test_classes_that_are_no_algorithms_say_what_is_missing(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        learn(subclass(name, value))
+
+
 def test_only_the_first_iteration_is_checked() -> None:
     model = learn(flowrl.ORWCFMW2)
     assert model.checks.loss(None) is None

@@ -87,8 +87,9 @@ class RunConfig:
             value = getattr(self, key)
             FlowConfig.require(value is None or value > 0, f"--{key.replace('_', '-')} must be positive.")
         FlowConfig.require(0 <= self.seed < 2**32, f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
-        for key in ("checkpoint_every", "checkpoint_minutes"):
-            FlowConfig.require(getattr(self, key) >= 0, f"--{key.replace('_', '-')} must not be negative.")
+        for key in ("total_timesteps", "checkpoint_every", "checkpoint_minutes"):
+            value = getattr(self, key)
+            FlowConfig.require(value is None or value >= 0, f"--{key.replace('_', '-')} must not be negative.")
         FlowConfig.require(
             self.checkpoint_every + self.checkpoint_minutes > 0,
             "--checkpoint-every and --checkpoint-minutes cannot both be 0: a run without checkpoints can be lost.",
@@ -117,6 +118,8 @@ class Description:
             ConfigError: There is none, it is damaged, or it names code that would have to be imported.
         """
         file = path / "config.json" if path.is_dir() else path
+        if not file.exists():
+            raise ConfigError(f"--config: there is no '{file}'. Name a run folder, or the config.json of one.")
         try:
             stored = read_json(file)
             check_description(stored, file)

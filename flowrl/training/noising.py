@@ -63,13 +63,11 @@ class Noising(FlowAlgorithm):
         t = sample_time(len(x_0), self.config.time_sampling, self.generator) if t is None else t
         return super().pair(batch, x_0, t if self.config.max_time == 1 else self.config.max_time * t)
 
-    def time_weight(
-        self, t: torch.Tensor, noise: torch.Tensor, importance: torch.Tensor | float = 1.0
-    ) -> torch.Tensor:
+    def time_weight(self, t: torch.Tensor, noise: torch.Tensor, importance: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Compute weights (B,) of times t (B,), in the mean over times one.
 
-        With "variance" they are the inverse of the noise E|u - base|^2 at t, as seen so far: of all samples alike, where
-        those that passes take more often count less (`importance`, (B,)).
+        With "variance" they are the inverse of the noise E|u - base|^2 at t, as seen so far: of all samples alike,
+        where those that passes take more often count less (`importance`, (B,)).
         """
         if self.config.time_weighting == "none":
             return torch.ones_like(t)

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.utils import get_device
 
+from flowrl.checks import counted
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.prompts import positions_of
@@ -230,7 +231,7 @@ class FlowPolicy(SB3Policy):
 
     def times(self, steps: int | None = None) -> torch.Tensor:
         """Give the times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
-        if steps is not None and steps != self.steps:
+        if steps is not None and (steps := counted("steps (of a sampler)", steps)) != self.steps:
             return self.model.times(steps).to(self.device)
         if self.steps not in self._times:
             self._times[self.steps] = self.model.times(self.steps).to(self.device)
@@ -246,7 +247,7 @@ class FlowPolicy(SB3Policy):
             **kwargs: As in `sample_latents`: steps, solver, guidance_scale, role, generator, x_0.
         """
         if contexts is None:
-            contexts = torch.zeros(n, dtype=torch.long)
+            contexts = torch.zeros(counted("n", n, 0), dtype=torch.long)
         if not isinstance(contexts, torch.Tensor):
             contexts = self._indices([contexts] if isinstance(contexts, str) else contexts)
         return self.decode(self.sample_latents(contexts, **kwargs))
