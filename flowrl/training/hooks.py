@@ -104,8 +104,8 @@ class HookChecks:
         for name, rows, version in zip(Batch._fields, rollout[:5], versions):
             if rows._version != version:
                 raise ConfigError(
-                    f"{self.name}.{method} changes rollout.{name} in place, which is in logs and minibatches, too: work on "
-                    f"a copy, rollout.{name}.clone(), or without operations like x -= ... and x.sub_(...)."
+                    f"{self.name}.{method} changes rollout.{name} in place, which is in logs and minibatches, too: "
+                    f"work on a copy, rollout.{name}.clone(), or without x -= ... and x.sub_(...)."
                 )
 
     def coefficient(self, method: str, values: Any, n: int) -> None:
