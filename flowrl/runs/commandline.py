@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -199,24 +199,23 @@ def second_pass(
     parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
     config = getattr(parsed, "algo", None)
     if algo is not None and config is not None:
-        config = without_given(meant(algo, default, config), given_settings(args))
+        config = without_given(meant(algo, config, given_settings(args, ("--algo.",))), given_settings(args))
     return parsed.run, config, getattr(parsed, "env", None)
 
 
-def given_settings(args: list[str]) -> set[str]:
-    """Collect the names of the settings of algorithm and environment that arguments give."""
-    options = [arg.partition("=")[0] for arg in args if arg.startswith(("--algo.", "--env."))]
+def given_settings(args: list[str], parts: tuple[str, ...] = ("--algo.", "--env.")) -> set[str]:
+    """Collect the names of the settings that arguments give, of algorithm and environment or of one of them."""
+    options = [arg.partition("=")[0] for arg in args if arg.startswith(parts)]
     names = {option.partition(".")[2].replace("-", "_") for option in options}
     return names | {name.removeprefix("no_") for name in names}
 
 
-def meant(algo: type[FlowAlgorithm], default: FlowConfig, given: FlowConfig) -> FlowConfig:
-    """Leave out the default's `target_lambda` where the coefficient that it would set was given instead."""
+def meant(algo: type[FlowAlgorithm], config: FlowConfig, given: Collection[str]) -> FlowConfig:
+    """Leave out a `target_lambda` that is not among the `given` settings where the one that it would set is."""
     setting = algo.tilt_setting
-    if setting is None or given.target_lambda != default.target_lambda:
-        return given
-    changed = getattr(given, setting[0]) != getattr(default, setting[0])
-    return replace(given, target_lambda=0.0) if changed else given
+    if setting is None or setting[0] not in given or "target_lambda" in given:
+        return config
+    return replace(config, target_lambda=0.0)
 
 
 def make_env(spec: EnvSpec, config: Any) -> GenerationEnv:
