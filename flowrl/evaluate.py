@@ -25,7 +25,7 @@ from flowrl.evaluation.steering import Steering
 from flowrl.functional.solvers import Solver
 from flowrl.pages.run_page import write_report
 from flowrl.registry import environment_spec
-from flowrl.runs.folder import load_model, write_evaluation
+from flowrl.runs.folder import environment_of, load_model, write_evaluation
 from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
@@ -115,6 +115,8 @@ def _evaluate(config: EvaluateConfig) -> int:
     print(result.table())
     if config.run is None or steering is not None:
         print(f"network evaluations per sample: {result.evaluations_per_sample:g}")
+    elif config.env and environment_spec(config.env).name != (own := environment_of(config.run)) != "":
+        print(f"\nnot written: the run is of '{own}', and its report stays of that")
     else:
         print(f"\nwritten: {', '.join(map(str, _write(config.run, core, result, config.prompts)))}")
     return 0

@@ -458,6 +458,19 @@ def test_evaluate_gives_the_run_its_own_figures_again(run_here, three: Path, tmp
     assert "reference     trained" in done.stdout
 
 
+def test_a_run_stays_of_one_environment(run_here, three: Path, tmp_path: Path) -> None:
+    """Its report says which one that is, and curves are of one reward."""
+    own = shutil.copytree(three, tmp_path / "own")
+    files = {path.name: path.read_bytes() for path in own.iterdir() if path.is_file()}
+    done = run_here("flowrl.evaluate", own, "--env", "gaussians-ring", "--n-samples", 8)
+    assert "environment: gaussians-ring" in done.stdout
+    assert "not written: the run is of 'gaussians-linear'" in done.stdout
+    done = run_here("flowrl.run", "--resume", own, "--env", "gaussians-ring", "--total-timesteps", 64 * 4)
+    assert done.returncode == 2
+    assert "is a run on 'gaussians-linear': it goes on with that" in done.stderr
+    assert {path.name: path.read_bytes() for path in own.iterdir() if path.is_file()} == files
+
+
 def test_evaluate_steers_an_untrained_flow(run_here, tmp_path: Path) -> None:
     done = run_here("flowrl.evaluate", "--steer", "best_of_n", "--env", "sd3-count", "--n-samples", 8, "--steer-n", 2)
     assert done.returncode == 0, done.stderr
