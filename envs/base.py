@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from flowrl.checks import counted
 from flowrl.envs.prompts import shares_of
 from flowrl.errors import ConfigError, FlowRLError, RewardError
 from flowrl.models.loading import FlowSource
@@ -141,14 +142,20 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         Raises:
             RewardError: The reward raised, or is not one finite float per sample; names the reward, the
                 sample and its context.
-            ConfigError: The environment is `groupwise`, and a context has a single sample.
+            ConfigError: The environment is `groupwise`, and a context has a single sample; or there are not as many
+                contexts as samples, or no such contexts.
         """
         if tuple(samples.shape[1:]) != self.sample_shape:
             raise RewardError(
                 f"Environment '{self.name}' scores samples of shape (B, {', '.join(map(str, self.sample_shape))}), "
                 f"not {tuple(samples.shape)}."
             )
-        asked = [self.contexts[i] for i in contexts.tolist()]
+        if contexts.shape != samples.shape[:1]:
+            raise ConfigError(
+                f"'{self.name}' takes one context for each sample: {len(samples)} samples came with contexts of shape "
+                f"{tuple(contexts.shape)}."
+            )
+        asked = self.asked_for(contexts.tolist())
         own = samples.clone()  # rewards may change what they are given; training and pictures go on with the samples
         try:
             output = self.observe(own, asked) if observe else self.reward(own, asked)
@@ -165,6 +172,14 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
             for key, value in output.components.items()
         }
         return RewardOutput(reward, components, output.info)
+
+    def asked_for(self, indices: Sequence[int]) -> list[Any]:
+        """Look contexts up by their indices.
+
+        Raises:
+            ConfigError: There is no such context.
+        """
+        return [self.contexts[i] for i in in_range(indices, len(self.contexts))]
 
     def sounds(self, samples: torch.Tensor, contexts: Contexts) -> torch.Tensor:
         """Make what samples (B, *sample_shape) sound like: (B, channels, N) in [-1, 1], if there is a `sound_rate`."""
@@ -207,7 +222,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         super().reset(seed=seed)
         drawn = (options or {}).get("context")
         self._context = int(self.draw(self.np_random) if drawn is None else drawn)
-        return np.int64(self._context), {"context": self.contexts[self._context]}
+        return np.int64(self._context), {"context": self.asked_for([self._context])[0]}
 
     def step(self, action: np.ndarray) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
         """Score the action as a sample of the current context; always terminates."""
@@ -232,6 +247,18 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         x, y = (share.clip(0, 1) * (size - 3)).astype(int)
         picture[size - 3 - y : size - y, x : x + 3] = 0
         return picture
+
+
+def in_range(indices: Sequence[int], n: int) -> Sequence[int]:
+    """Check that indices are of `n` contexts; -1 is not the last here.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    odd = [i for i in indices if not 0 <= i < n]
+    if odd:
+        raise ConfigError(f"There is no context {odd[0]}: they are numbered from 0 to {n - 1}.")
+    return indices
 
 
 def plotted(samples: torch.Tensor) -> np.ndarray:
@@ -314,7 +341,7 @@ class GenerationVecEnv(VecEnv):
     """
 
     def __init__(self, env: GenerationEnv, num_envs: int) -> None:
-        self.core = env
+        self.core, num_envs = env, counted("num_envs", num_envs)
         super().__init__(num_envs, env.observation_space, env.action_space)
         self._rng = np.random.default_rng()
         self._contexts = np.zeros(num_envs, dtype=np.int64)

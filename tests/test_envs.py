@@ -162,6 +162,31 @@ def test_recommended_settings_suit_every_algorithm(env: flowrl.GenerationEnv, al
     flowrl.algorithm_class(algo).configure(recommended=env.recommended)
 
 
+def test_indices_are_of_contexts_and_there_is_one_for_each_sample() -> None:
+    env = flowrl.make("gaussians-linear")
+    policy, samples, zeros = flowrl.FlowPolicy.of(env, device="cpu"), torch.zeros(2, 2), torch.zeros(2).long()
+    vector = gymnasium.make_vec("flowrl/gaussians-linear-v0", num_envs=2)
+    for index in (-1, 1):
+        for call in (
+            lambda i: env.evaluate(samples, zeros + i),
+            lambda i: env.reset(options={"context": i}),
+            lambda i: vector.reset(options={"context": i}),
+            lambda i: policy.sample(zeros + i),
+            lambda i: policy.predict(np.array([0, i])),
+        ):
+            with pytest.raises(ConfigError, match=f"no context {index}: they are numbered from 0 to 0"):
+                call(index)
+    for contexts in (zeros[:1], torch.zeros(3).long(), torch.zeros(2, 1).long()):
+        with pytest.raises(ConfigError, match="2 samples came with contexts of shape"):
+            env.evaluate(samples, contexts)
+    batched = flowrl.make_vec("gaussians-linear", 4)
+    batched.reset()
+    with pytest.raises(ConfigError, match=r"3 samples came with contexts of shape \(4,\)"):
+        batched.step(torch.ones(3, 2))
+    with pytest.raises(ConfigError, match="num_envs must be a whole number, 1 or more, not 0"):
+        flowrl.make_vec("gaussians-linear", 0)
+
+
 def test_unknown_setting_names_the_closest() -> None:
     with pytest.raises(UnknownNameError, match=r"'gaussians-linear' 'flwo'\. Did you mean 'flow'"):
         flowrl.make("gaussians-linear", flwo="exact")

@@ -12,7 +12,7 @@ from stable_baselines3.common.utils import get_device
 
 from flowrl.checks import counted
 from flowrl.config import FlowConfig
-from flowrl.envs.base import GenerationEnv
+from flowrl.envs.base import GenerationEnv, in_range
 from flowrl.envs.prompts import positions_of
 from flowrl.functional.flow import normal
 from flowrl.functional.guidance import guided_field
@@ -248,7 +248,9 @@ class FlowPolicy(SB3Policy):
         """
         if contexts is None:
             contexts = torch.zeros(counted("n", n, 0), dtype=torch.long)
-        if not isinstance(contexts, torch.Tensor):
+        if isinstance(contexts, torch.Tensor):
+            in_range(contexts.flatten().tolist(), len(self.contexts))
+        else:
             contexts = self._indices([contexts] if isinstance(contexts, str) else contexts)
         return self.decode(self.sample_latents(contexts, **kwargs))
 
