@@ -24,12 +24,12 @@ from typing import Any
 
 import tyro
 
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, FlowRLError
 from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves, save_drawing
 from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
-from flowrl.runs.folder import finite_or_none
+from flowrl.runs.folder import cannot_write, finite_or_none
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
 from flowrl.storage.files import read_json, write_json
 from flowrl.suites.cell import run_logged
@@ -207,6 +207,10 @@ def _main(args: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {shlex.join(args)}")
         return EXIT_STOPPED
+    except OSError as error:
+        if isinstance(error, FlowRLError):
+            raise
+        raise cannot_write(root, error, "Finished cells are kept; choose another place with --out.") from error
     print("written: " + ", ".join(map(str, written)))
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again", file=sys.stderr)

@@ -284,6 +284,13 @@ def test_no_arguments_and_dry_run(run_here, suite: Path, tmp_path: Path) -> None
     assert "Did you mean 'toy'" in done.stderr
 
 
+def test_a_place_that_takes_no_files(run_here, suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    done = run_here("flowrl.benchmark", "--suite", suite, "--out", tmp_path / "taken", "--workers", 1)
+    assert done.returncode == 2
+    assert f"error: Cannot write to '{tmp_path / 'taken' / 'small'}': Not a directory. Finished cells" in done.stderr
+
+
 def test_summary_by_hand() -> None:
     values = summary([1.0, 2.0, 3.0, 10.0])
     assert values["mean"] == 4.0
