@@ -208,7 +208,7 @@ def _main(args: list[str]) -> int:
         print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {shlex.join(args)}")
         return EXIT_STOPPED
     except OSError as error:
-        if isinstance(error, FlowRLError):
+        if isinstance(error, FlowRLError | BrokenPipeError):  # a pipe's reader that is gone is no folder's fault
             raise
         raise cannot_write(root, error, "Finished cells are kept; choose another place with --out.") from error
     print("written: " + ", ".join(map(str, written)))
