@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
@@ -17,6 +17,8 @@ from flowrl.envs.prompts import shares_of
 from flowrl.errors import ConfigError, FlowRLError, RewardError
 from flowrl.models.loading import FlowSource
 from flowrl.types import Contexts, RewardOutput
+
+Indices = TypeVar("Indices", torch.Tensor, Sequence[int])
 
 
 class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
@@ -249,13 +251,13 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         return picture
 
 
-def in_range(indices: Sequence[int], n: int) -> Sequence[int]:
-    """Check that indices are of `n` contexts; -1 is not the last here.
+def in_range(indices: Indices, n: int) -> Indices:
+    """Check that indices, in a sequence or a tensor, are of `n` contexts; -1 is not the last here.
 
     Raises:
         ConfigError: One is not.
     """
-    odd = [i for i in indices if not 0 <= i < n]
+    odd = [i for i in torch.as_tensor(indices).flatten().tolist() if not 0 <= i < n]
     if odd:
         raise ConfigError(f"There is no context {odd[0]}: they are numbered from 0 to {n - 1}.")
     return indices

@@ -188,7 +188,9 @@ def second_pass(
             try:
                 default = algo.configure(algo.Config(), settings=before.algorithm)
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"The settings in --config do not fit {algo.__name__}: {str(error).rstrip('.')}.") from error
+                raise ConfigError(
+                    f"The settings in --config do not fit {algo.__name__}: {str(error).rstrip('.')}."
+                ) from error
         elif spec is not None:  # the recommendations depend on the environment's own settings
             reduced = dataclasses.make_dataclass("Reduced", parts, frozen=True)
             known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]

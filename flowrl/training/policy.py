@@ -248,11 +248,9 @@ class FlowPolicy(SB3Policy):
         """
         if contexts is None:
             contexts = torch.zeros(counted("n", n, 0), dtype=torch.long)
-        if isinstance(contexts, torch.Tensor):
-            in_range(contexts.flatten().tolist(), len(self.contexts))
-        else:
+        if not isinstance(contexts, torch.Tensor):
             contexts = self._indices([contexts] if isinstance(contexts, str) else contexts)
-        return self.decode(self.sample_latents(contexts, **kwargs))
+        return self.decode(self.sample_latents(in_range(contexts, len(self.contexts)), **kwargs))
 
     def _indices(self, contexts: Sequence[Any]) -> torch.Tensor:
         """Give the indices (B,) of contexts; new ones are encoded and kept."""
