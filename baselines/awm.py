@@ -91,7 +91,7 @@ class AWM(EndpointAlgorithm):
             ratio = (squared_error(velocities["behaviour"], pair.u) - miss).exp()
             clipped = torch.where(a > 0, ratio > 1 + config.clip_range, ratio < 1 - config.clip_range)
             a = (a * ratio).masked_fill(clipped, 0)
-            figures["clip_fraction"] = clip_fraction(ratio, config.clip_range)
+            figures["clip_fraction"] = clip_fraction(ratio, config.clip_range, self.importance(batch))
         if config.error_weighting == "ghuber":
             a = a * (1 - pair.t) * (miss + 1e-10).pow(config.ghuber_power - 1)
         loss, others = self.follow(config.row(), batch, pair, a, velocities)

@@ -48,11 +48,18 @@ class ExactKL(ORWCFMW2):
     tilt_setting = ("beta", -1)
     unpredictable = "likelihoods, by a solver with adaptive steps"
     config: ExactKLConfig
+    n_drawn = 0  # samples of this iteration that were drawn before, over all ranks; the buffer may still lack them
+
+    def contexts(self) -> torch.Tensor:
+        """Draw contexts as others do, and begin to count the samples of an iteration."""
+        self.n_drawn = 0
+        return super().contexts()
 
     def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
         """Draw latents, with the log-likelihood ratio `log p_theta - log p_ref` of each."""
         x_1, rows = super().draw(context_ids)
         ratio = self.log_prob(x_1, context_ids, self.behaviour_role) - self.log_prob(x_1, context_ids, "reference")
+        self.n_drawn += len(context_ids) * self.ranks.world_size
         return x_1, {**rows, "log_ratio": ratio}
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
@@ -67,7 +74,7 @@ class ExactKL(ORWCFMW2):
         """Compute the log-likelihood (B,) of samples in the flow's own space; the same random signs for every role."""
         config, ranks, parts = self.config, self.ranks, []
         chunk = config.batch_size // ranks.world_size
-        first = self.buffer.size + ranks.rank * len(x_1)  # among the samples of the iteration
+        first = self.n_drawn + ranks.rank * len(x_1)  # among the samples of the iteration
         for i, (samples, ids) in enumerate(zip(x_1.split(chunk), context_ids.split(chunk))):
             generator = torch.Generator(x_1.device).manual_seed(self.iteration * 100_003 + first + i)
             field = self.policy.field(self.policy.condition(ids), len(samples), role)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
@@ -12,10 +12,13 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from flowrl.checks import counted
 from flowrl.envs.prompts import shares_of
 from flowrl.errors import ConfigError, FlowRLError, RewardError
 from flowrl.models.loading import FlowSource
 from flowrl.types import Contexts, RewardOutput
+
+Indices = TypeVar("Indices", torch.Tensor, Sequence[int])
 
 
 class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
@@ -141,16 +144,23 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         Raises:
             RewardError: The reward raised, or is not one finite float per sample; names the reward, the
                 sample and its context.
-            ConfigError: The environment is `groupwise`, and a context has a single sample.
+            ConfigError: The environment is `groupwise`, and a context has a single sample; or there are not as many
+                contexts as samples, or no such contexts.
         """
         if tuple(samples.shape[1:]) != self.sample_shape:
             raise RewardError(
                 f"Environment '{self.name}' scores samples of shape (B, {', '.join(map(str, self.sample_shape))}), "
                 f"not {tuple(samples.shape)}."
             )
-        asked = [self.contexts[i] for i in contexts.tolist()]
+        if contexts.shape != samples.shape[:1]:
+            raise ConfigError(
+                f"'{self.name}' takes one context for each sample: {len(samples)} samples came with contexts of shape "
+                f"{tuple(contexts.shape)}."
+            )
+        asked = self.asked_for(contexts.tolist())
+        own = samples.clone()  # rewards may change what they are given; training and pictures go on with the samples
         try:
-            output = self.observe(samples, asked) if observe else self.reward(samples, asked)
+            output = self.observe(own, asked) if observe else self.reward(own, asked)
         except FlowRLError:
             raise
         except Exception as error:
@@ -164,6 +174,14 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
             for key, value in output.components.items()
         }
         return RewardOutput(reward, components, output.info)
+
+    def asked_for(self, indices: Sequence[int]) -> list[Any]:
+        """Look contexts up by their indices.
+
+        Raises:
+            ConfigError: There is no such context.
+        """
+        return [self.contexts[i] for i in in_range(indices, len(self.contexts))]
 
     def sounds(self, samples: torch.Tensor, contexts: Contexts) -> torch.Tensor:
         """Make what samples (B, *sample_shape) sound like: (B, channels, N) in [-1, 1], if there is a `sound_rate`."""
@@ -206,7 +224,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         super().reset(seed=seed)
         drawn = (options or {}).get("context")
         self._context = int(self.draw(self.np_random) if drawn is None else drawn)
-        return np.int64(self._context), {"context": self.contexts[self._context]}
+        return np.int64(self._context), {"context": self.asked_for([self._context])[0]}
 
     def step(self, action: np.ndarray) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
         """Score the action as a sample of the current context; always terminates."""
@@ -231,6 +249,18 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         x, y = (share.clip(0, 1) * (size - 3)).astype(int)
         picture[size - 3 - y : size - y, x : x + 3] = 0
         return picture
+
+
+def in_range(indices: Indices, n: int) -> Indices:
+    """Check that indices, in a sequence or a tensor, are of `n` contexts; -1 is not the last here.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    odd = [i for i in torch.as_tensor(indices).flatten().tolist() if not 0 <= i < n]
+    if odd:
+        raise ConfigError(f"There is no context {odd[0]}: they are numbered from 0 to {n - 1}.")
+    return indices
 
 
 def plotted(samples: torch.Tensor) -> np.ndarray:
@@ -278,11 +308,17 @@ def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: s
         RewardError: Not convertible, wrong shape, NaN or infinite.
     """
     try:
-        values = torch.as_tensor(reward).to(samples.device, torch.float32)
+        values = torch.as_tensor(reward)
+        if values.is_complex():
+            raise TypeError("complex numbers have no order")
+        values = values.to(samples.device, torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
+        several = ""
+        if isinstance(reward, Mapping | tuple):
+            several = " Several by name are flowrl.RewardOutput(reward, {name: values})."
         raise RewardError(
             f"The reward '{name}' returned a {type(reward).__name__}, not one number per sample: {error} "
-            f"(asked for {len(samples)} samples, the first of context {contexts[0]!r})."
+            f"(asked for {len(samples)} samples, the first of context {contexts[0]!r}).{several}"
         ) from error
     if values.shape != (len(samples),):
         raise RewardError(
@@ -307,7 +343,7 @@ class GenerationVecEnv(VecEnv):
     """
 
     def __init__(self, env: GenerationEnv, num_envs: int) -> None:
-        self.core = env
+        self.core, num_envs = env, counted("num_envs", num_envs)
         super().__init__(num_envs, env.observation_space, env.action_space)
         self._rng = np.random.default_rng()
         self._contexts = np.zeros(num_envs, dtype=np.int64)

@@ -18,7 +18,7 @@ from flowrl.envs.vector import GenerationVectorEnv
 from flowrl.errors import ConfigError
 from flowrl.models.loading import EMBEDDED, SMALL, FlowSource, source_of
 from flowrl.models.prior import Encoder, checked_module, generator_source, latent_shape_of
-from flowrl.registry import ENVIRONMENTS, EnvSpec, environment_spec
+from flowrl.registry import ENVIRONMENTS, EnvSpec, check_registered_name, environment_spec
 from flowrl.types import Contexts, RewardOutput
 
 NAMES_OF_FLOWS = ("auto", "sd3", "exact")
@@ -27,6 +27,7 @@ NAMES_OF_FLOWS = ("auto", "sd3", "exact")
 
 def register(spec: EnvSpec) -> None:
     """Make an environment known to flowrl and to Gymnasium (as `flowrl/NAME-v0`)."""
+    check_registered_name("environment", spec.name)
     ENVIRONMENTS[spec.name] = spec
     if spec.gymnasium_id not in gymnasium.registry:
         gymnasium.register(
@@ -185,8 +186,14 @@ def register_env(
             [0, 1]; a scatter plot of the first two coordinates when not given.
 
     Raises:
-        ConfigError: Both a flow and a generator are given, or neither, or they are not what they should be.
+        ConfigError: Both a flow and a generator are given, or neither, or they are not what they should be; or the name
+            is that of an environment which ships with flowrl.
     """
+    if name in ENVIRONMENTS and not isinstance(ENVIRONMENTS[name].config, CustomConfig):
+        raise ConfigError(
+            f"An environment '{name}' is there already: {ENVIRONMENTS[name].summary.rstrip('.')}. Give yours another "
+            "name: runs and checkpoints find their environment by it."
+        )
     _check_generator(name, flow, generator, latent, encode)
 
     def decorate(reward: Callable) -> Callable:

@@ -56,6 +56,8 @@ class GenerationVectorEnv(VectorEnv):
             if own is not None:
                 self._rngs[i] = seeding.np_random(own)[0]
         asked = (options or {}).get("context")
+        if asked is not None:
+            self.core.asked_for([int(asked)])
         self._contexts = self._drawn() if asked is None else np.full(self.num_envs, int(asked), dtype=np.int64)
         return self._contexts.copy(), self._described()
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import reprlib
+import shlex
 import signal
 import sys
 import time
@@ -23,12 +24,12 @@ from typing import Any
 
 import tyro
 
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, FlowRLError
 from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves, save_drawing
 from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
-from flowrl.runs.folder import finite_or_none
+from flowrl.runs.folder import cannot_write, finite_or_none
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
 from flowrl.storage.files import read_json, write_json
 from flowrl.suites.cell import run_logged
@@ -58,6 +59,12 @@ class BenchmarkConfig:
     modules: OwnModules = ()
     dry_run: bool = False
     """List the cells and exit."""
+
+    def __post_init__(self) -> None:
+        if not self.suite:
+            raise ConfigError(f"Name a suite, --suite NAME or a TOML file of your own. Shipped: {', '.join(suites())}.")
+        if self.workers < 0:
+            raise ConfigError(f"--workers must be the cells at a time, or 0 for one per core, not {self.workers}.")
 
 
 def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, ...] = ()) -> list[Path]:
@@ -198,8 +205,12 @@ def _main(args: list[str]) -> int:
         failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
         written = write_results(cells, root)
     except KeyboardInterrupt:
-        print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {' '.join(args)}")
+        print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {shlex.join(args)}")
         return EXIT_STOPPED
+    except OSError as error:
+        if isinstance(error, FlowRLError | BrokenPipeError):  # a pipe's reader that is gone is no folder's fault
+            raise
+        raise cannot_write(root, error, "Finished cells are kept; choose another place with --out.") from error
     print("written: " + ", ".join(map(str, written)))
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again", file=sys.stderr)

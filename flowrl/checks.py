@@ -36,7 +36,8 @@ def take_python_values(config: Any) -> None:
 
 
 def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
-    """Check values against the fields of a dataclass, as far as a file can hold them: objects are passed over.
+    """Check values against the fields of a dataclass, as far as a file can hold them: objects are no numbers, and may
+    be anything else.
 
     Args:
         cls: A dataclass.
@@ -54,12 +55,14 @@ def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Tell whether a plain value is of an annotated type; an object always is."""
-    if not isinstance(value, PLAIN) or kind is Any:
+    """Tell whether a plain value is of an annotated type; an object may be of any but numbers and None."""
+    if kind is Any:
         return True
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in parts)
+    if not isinstance(value, PLAIN):
+        return kind not in (bool, int, float, type(None))
     if origin is Literal:
         return value in parts
     if kind is bool or isinstance(value, bool):
@@ -106,6 +109,18 @@ def shown(value: Any) -> str:
 def is_whole(value: Any, least: int = 0, most: int = LARGEST_INT) -> bool:
     """Tell whether a value is an int (and no bool) in this range."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def counted(name: str, value: Any, least: int = 1) -> int:
+    """Give a number of things as an int; 1e5 is one, too.
+
+    Raises:
+        ConfigError: It is no whole number, or less than `least`.
+    """
+    number = python_value(value)
+    if not is_finite(number) or number < least or number != int(number):
+        raise ConfigError(f"{name} must be a whole number, {least} or more, not {shown(value)}.")
+    return int(number)
 
 
 def is_finite(value: Any) -> bool:

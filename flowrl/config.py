@@ -138,6 +138,10 @@ class FlowConfig:
         take_python_values(self)
         if isinstance(self.init_lora, str) and self.init_lora and os.path.exists(self.init_lora):
             object.__setattr__(self, "init_lora", os.path.abspath(self.init_lora))  # a run goes on from any folder
+        self.require(
+            not callable(self.learning_rate),
+            "learning_rate is a number here, not a function; lr_schedule 'linear' or 'cosine' lets it fall over a run.",
+        )
         check_types(type(self), {field.name: getattr(self, field.name) for field in fields(self)})
         positive = ("learning_rate", "max_grad_norm", "n_samples", "group_size", "batch_size", "accumulation")
         for name in (*positive, "n_epochs", "rollout_steps", "refresh_every", "max_bad_updates"):

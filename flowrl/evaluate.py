@@ -5,6 +5,7 @@ The module can also be called, `flowrl.evaluate(model)`: it then is the function
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.envs.rewards.mixture import make_rewards
@@ -23,7 +25,7 @@ from flowrl.evaluation.steering import Steering
 from flowrl.functional.solvers import Solver
 from flowrl.pages.run_page import write_report
 from flowrl.registry import environment_spec
-from flowrl.runs.folder import load_model, write_evaluation
+from flowrl.runs.folder import environment_of, load_model, write_evaluation
 from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
@@ -73,6 +75,14 @@ class EvaluateConfig:
     steer_step_size: float = 0.1
     """Size of the gradient steps of d_flow."""
 
+    def __post_init__(self) -> None:
+        for key in ("n_samples", "steps"):
+            value = getattr(self, key)
+            FlowConfig.require(value is None or value > 0, f"--{key.replace('_', '-')} must be positive, not {value}.")
+        FlowConfig.require(0 <= self.seed < 2**62, f"--seed must be in [0, 2^62), not {self.seed}.")
+        scale = self.guidance_scale
+        FlowConfig.require(scale is None or math.isfinite(scale), f"--guidance-scale must be finite, not {scale}.")
+
 
 def main(args: list[str] | None = None) -> int:
     """Run the program; give its exit code."""
@@ -105,6 +115,8 @@ def _evaluate(config: EvaluateConfig) -> int:
     print(result.table())
     if config.run is None or steering is not None:
         print(f"network evaluations per sample: {result.evaluations_per_sample:g}")
+    elif config.env and environment_spec(config.env).name != (own := environment_of(config.run)) != "":
+        print(f"\nnot written: the run is of '{own}', and its report stays of that")
     else:
         print(f"\nwritten: {', '.join(map(str, _write(config.run, core, result, config.prompts)))}")
     return 0

@@ -10,6 +10,7 @@ What a folder holds, listed in its `export.json`:
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import tempfile
@@ -75,7 +76,7 @@ def _folder(config: ExportConfig) -> Path:
             raise ConfigError(f"'{config.source}' was exported already: upload it with --push-to-hub OWNER/NAME.")
         return config.source
     if config.folder is None:
-        raise ConfigError(f"Say where to write: {PROGRAM} {config.source} FOLDER.")
+        raise ConfigError(f"Say where to write: {PROGRAM} {shlex.quote(str(config.source))} FOLDER.")
     _must_be_new(config.folder)
     model = load_model(config.source, config.algo, config.env, config.device)
     files = export(model, config.source, config.folder, name=config.push_to_hub)

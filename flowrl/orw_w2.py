@@ -109,7 +109,7 @@ class ORWCFMW2(Prioritised):
     def sizes(self, coefficient: torch.Tensor) -> torch.Tensor:
         """Compute `|w - mean w|` (B,), or w itself where the target is plain."""
         if self.config.target == "plain":
-            return coefficient
+            return coefficient.abs()
         return (coefficient - self._mean_weight()).abs()
 
     def _mean_weight(self) -> torch.Tensor:
@@ -140,7 +140,7 @@ class ORWCFMW2(Prioritised):
         else:
             loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)
 
-        loss = importance * loss * self.time_weight(pair.t, squared_error(pair.u, base))
+        loss = importance * loss * self.time_weight(pair.t, squared_error(pair.u, base), importance)
         v = v.detach()
         drift = {} if v_ref is None else {"drift": (importance * squared_error(v, v_ref)).mean()}
         return loss.mean(), {"fit": (importance * w * squared_error(v, pair.u)).mean(), **drift}

@@ -7,6 +7,7 @@ A name is either registered ("orw_w2") or points into any importable module
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,8 +75,20 @@ def algorithms_with(setting: str) -> list[str]:
     return [name for name, cls in ALGORITHMS.items() if setting in {f.name for f in fields(cls.Config)}]  # type: ignore[attr-defined]
 
 
+def check_registered_name(kind: str, name: str) -> None:
+    """Check that a name can be an option's value, the name of a folder, and part of a Gymnasium id.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if re.fullmatch(r"[\w.-]+", name) is None:
+        raise ConfigError(f"The name of an {kind} has letters, digits, '-', '_' and '.' only, not {name!r}.")
+
+
 def register_algorithm(name: str) -> Callable[[type], type]:
     """Decorate a class: `@register_algorithm("my_algo")` makes it known as `--algo my_algo`."""
+
+    check_registered_name("algorithm", name)
 
     def register(cls: type) -> type:
         if ALGORITHMS.get(name, cls).__qualname__ != cls.__qualname__:

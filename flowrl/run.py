@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
@@ -30,7 +31,15 @@ from flowrl.runs.commandline import (
     require_names,
     second_pass,
 )
-from flowrl.runs.folder import algorithm_of, alone_in, cannot_write, create_run_folder, write_config, write_evaluation
+from flowrl.runs.folder import (
+    algorithm_of,
+    alone_in,
+    cannot_write,
+    create_run_folder,
+    environment_of,
+    write_config,
+    write_evaluation,
+)
 from flowrl.runs.logs import logger, say, telling_warnings
 from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
@@ -118,6 +127,11 @@ def _resume(args: list[str], folder: Path) -> int:
     run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
     cls = algorithm_of(checkpoint, run.algo)
     spec = environment_spec(run.env) if run.env else None
+    if spec is not None and spec.name != (own := environment_of(checkpoint) or spec.name):
+        raise ConfigError(
+            f"'{folder}' is a run on '{own}': it goes on with that, so that its curves are of one reward. To train its "
+            f"flow on '{spec.name}', load it in Python: cls.load('{folder}', env='{spec.name}')."
+        )
     total = run.total_timesteps
     if not isinstance(total, int):
         raise CheckpointError(f"The config.json of '{folder}' does not say how long to train: add --total-timesteps N.")
@@ -272,7 +286,7 @@ def _resume_hint(folder: Path, run: RunConfig) -> str:
         word for option in ("algo", "env") if ":" in (name := getattr(run, option)) for word in (f"--{option}", name)
     ]
     own += ["--modules", *run.modules] if run.modules else []
-    return f"go on with: {' '.join([PROGRAM, '--resume', str(folder), *own])}"
+    return f"go on with: {PROGRAM} {shlex.join(['--resume', str(folder), *own])}"
 
 
 if __name__ == "__main__":

@@ -915,9 +915,16 @@ MUTATIONS = (
     Mutation(
         "tilt-time-weight",
         NOISING,
-        "weight = self.noise_at[1].clamp_min(1) / self.noise_at[0].clamp_min(1e-12)",
+        "weight = self.noise_at[1] / self.noise_at[0].clamp_min(1e-12)",
         "weight = self.noise_at[0] / self.noise_at[1].clamp_min(1)",
         ("test_tilt.py::test_times_of_much_noise_weigh_less",),
+    ),
+    Mutation(
+        "priority-time-weight",
+        NOISING,
+        "importance * noise.detach()",
+        "noise.detach()",
+        ("test_priority.py::test_time_weights_and_figures_are_of_all_samples_alike",),
     ),
     Mutation(
         "pool-spread",

@@ -369,6 +369,56 @@ def test_settings_without_meaning(settings, message):
         small(**settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"total_timesteps": -64}, "total_timesteps must be a whole number, 0 or more, not -64"),
+        ({"total_timesteps": 0.5}, "not 0.5"),
+        ({"total_timesteps": math.nan}, "not nan"),
+        ({"total_timesteps": math.inf}, "not inf"),
+        ({"total_timesteps": "64"}, "not '64'"),
+        ({"total_timesteps": 64, "log_interval": 0}, "log_interval must be a whole number, 1 or more, not 0"),
+    ],
+)
+def test_lengths_that_no_run_has(given, message):
+    with pytest.raises(ConfigError, match=message):
+        small().learn(**given)
+
+
+def test_lengths_are_taken_as_any_whole_number():
+    assert small().learn(torch.tensor(64)).num_timesteps == small().learn(64.0).num_timesteps == 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": lambda left: 1e-3 * left}, "learning_rate is a number here, .* lr_schedule"),
+        ({"tau": lambda: 1.0}, "tau must be a number, not <function"),
+        ({"n_samples": torch.ones(2)}, "n_samples must be a whole number, not tensor"),
+        ({"config": {"tau": 1.0}}, "config must be a ORWCFMW2Config, not .* by their names"),
+    ],
+)
+def test_objects_are_no_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        small(**settings)
+
+
+def test_an_unknown_policy_names_the_known_one():
+    with pytest.raises(UnknownNameError, match=r"Unknown policy 'MlpPolicy'. Did you mean 'FlowPolicy'"):
+        flowrl.ORWCFMW2("MlpPolicy", "gaussians-linear")
+
+
+@pytest.mark.parametrize(("n", "steps"), [(-1, 4), (1.5, 4), (2, 0), (2, 2.5)])
+def test_samples_and_steps_are_whole_numbers(n, steps):
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        small().policy.sample(n=n, steps=steps)
+
+
+def test_an_evaluation_has_samples():
+    with pytest.raises(ConfigError, match="n_samples must be a whole number, 1 or more, not 0"):
+        flowrl.evaluate(small(), n_samples=0)
+
+
 def test_orw_has_no_penalty():
     with pytest.raises(ConfigError, match="orw_w2"):
         small("orw", alpha=0.1)

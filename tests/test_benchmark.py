@@ -18,7 +18,7 @@ from html_checker import checked
 from PIL import Image
 
 import flowrl
-from flowrl.benchmark import run_cells
+from flowrl.benchmark import BenchmarkConfig, run_cells
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.models.mlp import MLP
 from flowrl.pages.benchmark_page import benchmark_page
@@ -171,6 +171,15 @@ def test_mistakes_in_a_choice() -> None:
         load_suite("toy", algos=["rafts"])
     with pytest.raises(ConfigError, match="no suite file"):
         load_suite("nowhere/mine.toml")
+    for budget in (0, -5):
+        with pytest.raises(ConfigError, match=f"a whole number above 0, not {budget}"):
+            load_suite("toy", budget=budget)
+    with pytest.raises(ConfigError, match="a list of whole numbers from 0"):
+        load_suite("toy", seeds=[-1])
+    with pytest.raises(ConfigError, match=r"Name a suite, .* Shipped: alignment"):
+        BenchmarkConfig()
+    with pytest.raises(ConfigError, match=r"--workers must be .* not -1"):  # which no cell would ever be started with
+        BenchmarkConfig("toy", workers=-1)
 
 
 def test_runs_resumes_and_compares(run_module, run_here, suite: Path, tmp_path: Path) -> None:
@@ -273,6 +282,13 @@ def test_no_arguments_and_dry_run(run_here, suite: Path, tmp_path: Path) -> None
     done = run_here("flowrl.benchmark", "--suite", "tyo")
     assert done.returncode == 2
     assert "Did you mean 'toy'" in done.stderr
+
+
+def test_a_place_that_takes_no_files(run_here, suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    done = run_here("flowrl.benchmark", "--suite", suite, "--out", tmp_path / "taken", "--workers", 1)
+    assert done.returncode == 2
+    assert f"error: Cannot write to '{tmp_path / 'taken' / 'small'}': Not a directory. Finished cells" in done.stderr
 
 
 def test_summary_by_hand() -> None:

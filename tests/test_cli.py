@@ -140,6 +140,7 @@ MISTAKES = [
     ([*RUN, "--algo.alpha", -1], ["alpha must not be negative"]),
     ([*RUN, "--algo.group-size", 7], ["group_size = 7 must divide n_samples = 64"]),
     ([*RUN, "--log-every", 0], ["--log-every must be positive"]),
+    ([*RUN, "--total-timesteps", -64], ["--total-timesteps must not be negative"]),
     (["--algo", "orw_w2"], ["--env must be given", "gaussians-linear"]),
     (["--env", "gaussians-linear"], ["--algo must be given", "orw_kl"]),
     (["--algo", "no_such_module:Algo", "--env", "gaussians-linear"], ["no_such_module"]),
@@ -381,7 +382,7 @@ def test_mistakes_with_a_config(
 
 def test_a_config_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(tmp_path / "nothing.json")]) == 2
-    assert "nothing.json" in capsys.readouterr().err
+    assert f"there is no '{tmp_path / 'nothing.json'}'. Name a run folder" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_its_own_settings(run_here, three: Path, tmp_path: Path) -> None:
@@ -457,6 +458,19 @@ def test_evaluate_gives_the_run_its_own_figures_again(run_here, three: Path, tmp
     assert "reference     trained" in done.stdout
 
 
+def test_a_run_stays_of_one_environment(run_here, three: Path, tmp_path: Path) -> None:
+    """Its report says which one that is, and curves are of one reward."""
+    own = shutil.copytree(three, tmp_path / "own")
+    files = {path.name: path.read_bytes() for path in own.iterdir() if path.is_file()}
+    done = run_here("flowrl.evaluate", own, "--env", "gaussians-ring", "--n-samples", 8)
+    assert "environment: gaussians-ring" in done.stdout
+    assert "not written: the run is of 'gaussians-linear'" in done.stdout
+    done = run_here("flowrl.run", "--resume", own, "--env", "gaussians-ring", "--total-timesteps", 64 * 4)
+    assert done.returncode == 2
+    assert "is a run on 'gaussians-linear': it goes on with that" in done.stderr
+    assert {path.name: path.read_bytes() for path in own.iterdir() if path.is_file()} == files
+
+
 def test_evaluate_steers_an_untrained_flow(run_here, tmp_path: Path) -> None:
     done = run_here("flowrl.evaluate", "--steer", "best_of_n", "--env", "sd3-count", "--n-samples", 8, "--steer-n", 2)
     assert done.returncode == 0, done.stderr
@@ -465,6 +479,15 @@ def test_evaluate_steers_an_untrained_flow(run_here, tmp_path: Path) -> None:
     done = run_here("flowrl.evaluate", "--env", "sd3-count")
     assert done.returncode == 2
     assert "Nothing to evaluate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--n-samples", 0), ("--steps", 0), ("--seed", -1), ("--guidance-scale", "nan")]
+)
+def test_numbers_that_no_evaluation_has(run_here, tmp_path: Path, option: str, value: float | str) -> None:
+    done = run_here("flowrl.evaluate", tmp_path, option, value)
+    assert done.returncode == 2
+    assert f"{option} must be" in done.stderr + done.stdout
 
 
 def test_evaluate_nothing(run_here) -> None:

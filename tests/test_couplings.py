@@ -294,7 +294,7 @@ def test_times_are_weighed_and_end_at_the_largest(name: str, settings: dict[str,
     model.learn(32)
     seen: dict[str, torch.Tensor] = {}
 
-    def weight(t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def weight(t: torch.Tensor, noise: torch.Tensor, importance: torch.Tensor | float) -> torch.Tensor:
         seen.update(t=t, noise=noise)
         return 1 + t
 

@@ -162,6 +162,31 @@ def test_recommended_settings_suit_every_algorithm(env: flowrl.GenerationEnv, al
     flowrl.algorithm_class(algo).configure(recommended=env.recommended)
 
 
+def test_indices_are_of_contexts_and_there_is_one_for_each_sample() -> None:
+    env = flowrl.make("gaussians-linear")
+    policy, samples, zeros = flowrl.FlowPolicy.of(env, device="cpu"), torch.zeros(2, 2), torch.zeros(2).long()
+    vector = gymnasium.make_vec("flowrl/gaussians-linear-v0", num_envs=2)
+    for index in (-1, 1):
+        for call in (
+            lambda i: env.evaluate(samples, zeros + i),
+            lambda i: env.reset(options={"context": i}),
+            lambda i: vector.reset(options={"context": i}),
+            lambda i: policy.sample(zeros + i),
+            lambda i: policy.predict(np.array([0, i])),
+        ):
+            with pytest.raises(ConfigError, match=f"no context {index}: they are numbered from 0 to 0"):
+                call(index)
+    for contexts in (zeros[:1], torch.zeros(3).long(), torch.zeros(2, 1).long()):
+        with pytest.raises(ConfigError, match="2 samples came with contexts of shape"):
+            env.evaluate(samples, contexts)
+    batched = flowrl.make_vec("gaussians-linear", 4)
+    batched.reset()
+    with pytest.raises(ConfigError, match=r"3 samples came with contexts of shape \(4,\)"):
+        batched.step(torch.ones(3, 2))
+    with pytest.raises(ConfigError, match="num_envs must be a whole number, 1 or more, not 0"):
+        flowrl.make_vec("gaussians-linear", 0)
+
+
 def test_unknown_setting_names_the_closest() -> None:
     with pytest.raises(UnknownNameError, match=r"'gaussians-linear' 'flwo'\. Did you mean 'flow'"):
         flowrl.make("gaussians-linear", flwo="exact")
@@ -284,6 +309,17 @@ def test_a_wrapped_model_is_not_trained_itself(lora_rank: int, names: Callable[[
     torch.testing.assert_close(reference, module(torch.ones(2, 3), torch.full((2,), 0.5)).detach())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("my env/x", "letters, digits, .* not 'my env/x'"), ("gaussians-linear", "is there already: .* another name")],
+)
+def test_names_that_an_environment_cannot_have(name: str, message: str) -> None:
+    before = ENVIRONMENTS["gaussians-linear"]
+    with pytest.raises(ConfigError, match=message):
+        flowrl.register_env(name, flow=Small)(lambda samples, contexts: samples[:, 0])
+    assert ENVIRONMENTS["gaussians-linear"] is before
+
+
 def test_prompts_reach_the_reward(names: Callable[[], str]) -> None:
     name, seen = names(), []
 
@@ -329,6 +365,8 @@ WRONG: dict[str, tuple[Callable, list[str]]] = {
     "string": (lambda s, c: "much", ["returned a str"]),
     "none": (lambda s, c: None, ["NoneType"]),
     "list of strings": (lambda s, c: ["much"] * 4, ["returned a list"]),
+    "pair": (lambda s, c: (s[:, 0], {"part": s[:, 1]}), ["returned a tuple", "flowrl.RewardOutput(reward, {name"]),
+    "complex": (lambda s, c: s[:, 0] + 1j, ["complex numbers have no order"]),
 }
 
 
@@ -365,6 +403,56 @@ def test_a_wrong_reward_stops_training_and_keeps_what_was_computed(names: Callab
     with pytest.raises(RewardError, match=name):
         model.learn(160)
     assert model.iteration == 2
+
+
+def test_a_reward_may_change_what_it_is_given(names: Callable[[], str]) -> None:
+    """Training, pictures, and judges that come after it go on with the samples as they were drawn."""
+
+    def clean(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        return 2 * samples[:, 0]
+
+    def in_place(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        return samples.mul_(2)[:, 0]
+
+    def through_numpy(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        array = samples.numpy()
+        array *= 2
+        return torch.from_numpy(array[:, 0].copy())
+
+    results, judges = [], {"first": in_place, "second": clean}
+    for reward in (clean, in_place, through_numpy):
+        name = names()
+        flowrl.register_env(name, flow=Small)(reward)
+        torch.manual_seed(0)  # of the weights
+        model = flowrl.ORWCFMW2("FlowPolicy", name, seed=0, n_samples=32, batch_size=16, rollout_steps=2).learn(64)
+        result = flowrl.evaluate(model, n_samples=16, eval_rewards=judges)
+        results.append([*model.buffer.x_1.flatten().tolist(), result.reward_mean, *result.samples.flatten().tolist()])
+        first, second = (float(result.side[f"held-out {judge}"]) for judge in judges)
+        assert first == second
+    assert results[0] == results[1] == results[2]
+
+
+class Thin(Small):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.network(x, t)[:, :1]  # would be broadcast
+
+
+class Moving(Small):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x += 1
+        return self.network(x, t)
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [(Thin, r"velocities of shape \(4, 1\) for points x_t of shape \(4, 3\)"), (Moving, "changes the points x_t")],
+)
+def test_a_network_that_no_sampler_would_notice(flow: Any, message: str, names: Callable[[], str]) -> None:
+    name = names()
+    flowrl.register_env(name, flow=flow)(lambda samples, contexts: samples[:, 0])
+    policy = flowrl.FlowPolicy.of(name, device="cpu", seed=0)
+    with pytest.raises(ConfigError, match=message):
+        policy.sample(n=4)
 
 
 def test_rewards_may_be_lists_arrays_or_carry_gradients(names: Callable[[], str]) -> None:

@@ -137,9 +137,9 @@ def test_a_plan_that_cannot_be_made_changes_nothing(folder: Path, monkeypatch: p
 
 def test_settings_of_the_command_line_are_given() -> None:
     args = ["--algo", "orw_w2", "--algo.batch-size", "8", "--algo.no-gradient-checkpointing", "--env.decode_batch=64"]
-    assert {"batch_size", "gradient_checkpointing", "decode_batch"} <= given_settings(args, "algo", "env")
+    assert {"batch_size", "gradient_checkpointing", "decode_batch"} <= given_settings(args)
     config = CLS.Config(fit_memory=ALL)
-    assert without_given(config, given_settings(args, "algo", "env")).fit_memory == ("rollout_batch_size",)
+    assert without_given(config, given_settings(args)).fit_memory == ("rollout_batch_size",)
     assert without_given(config, {"accumulation"}).fit_memory == (ALL[0], *ALL[2:])
     with pytest.raises(ConfigError, match=r"fit_memory knows gradient_checkpointing, .*, not 'n_samples'"):
         CLS.Config(fit_memory=("n_samples",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.gaussians import GaussianMixture
 from flowrl.errors import ConfigError
 from flowrl.models.loading import source_of
+from flowrl.runs.plan import head_of
 from flowrl.training.memory_plan import predict_memory
+from flowrl.training.records import log_iteration
 from flowrl.types import Batch, RewardOutput
 
 pytestmark = pytest.mark.on_device
@@ -269,3 +272,16 @@ def test_times_that_stand_at_noise_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_settings_that_adjoint_matching_cannot_have(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         matching(**settings)
+
+
+@pytest.mark.parametrize("name", ["draft", "orw_w2"])
+def test_plan_and_speed_count_every_sample_that_is_drawn(name: str, tmp_path: Path) -> None:
+    """Where contexts are learnt from, each pass draws anew."""
+    settings: dict[str, Any] = {"n_samples": 32, "batch_size": 16, "n_epochs": 2, "rollout_steps": 2}
+    model = flowrl.algorithm_class(name)("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
+    head = head_of(model, tmp_path, 128)
+    model.learn(128)
+    plan = f"plan: {model.iteration} iterations of {128 // model.iteration} samples (128 samples), {model._n_updates} "
+    assert plan + "gradient steps" in head
+    log_iteration(model, {"drift": torch.zeros(())}, seconds=2.0)
+    assert model.last_logged["time/samples_per_second"] == 128 / model.iteration / 2.0

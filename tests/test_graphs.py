@@ -144,6 +144,27 @@ def test_working_copies_are_up_to_date_in_replays() -> None:
     assert_same(eager, replayed)
 
 
+def test_a_falling_rate_takes_no_graph_for_each_of_its_values() -> None:
+    settings = {"batch_size": 6, "lr_schedule": "linear"}
+    eager, replayed = (trained(flowrl.ORWCFMW2, "gaussians-linear", 5, is_on, **settings) for is_on in (False, True))
+    assert sorted(key[0] for key in replayed.policy.graphs._captured) == ["An update", "Sampling"]
+    assert_same(eager, replayed)
+
+
+def test_samples_without_guidance_are_no_replay_of_guided_ones() -> None:
+    settings = {"flow": "mini-sd3", "resolution": 32}
+    policy = flowrl.FlowPolicy.of(
+        "sd3-count", flowrl.FlowConfig(guidance_scale=3.0), device="cpu", seed=0, env_settings=settings
+    )
+    ids, x_0 = torch.tensor([0, 1]), policy.noise(2)
+    plain = policy.sample_latents(ids, x_0=x_0, steps=2, guidance_scale=0.0)
+    policy.graphs.is_on = True
+    guided = [policy.sample_latents(ids, x_0=x_0, steps=2) for _ in range(4)]
+    assert policy.graphs._captured
+    assert torch.equal(policy.sample_latents(ids, x_0=x_0, steps=2, guidance_scale=0.0), plain)
+    assert not torch.equal(guided[-1], plain)
+
+
 class ReadsNumbers(flowrl.ORWCFMW2):
     replayable = True
 

@@ -36,6 +36,8 @@ def learn(cls: type[flowrl.FlowAlgorithm], iterations: int = 1) -> flowrl.FlowAl
         ("loss", lambda self, batch: (self.error(self.pair(batch)).mean(), None), r"metrics nothing \(None\)"),
         ("loss", lambda self, batch: (self.error(self.pair(batch)).mean(), {"a": 1.0}), "a float as metric 'a'"),
         ("loss", lambda self, batch: (batch.reward.mean(), {}), "a loss without gradient"),
+        ("loss", lambda self, batch: (self.error(self.pair(batch)).mean(), {"loss": batch.reward}), "named 'loss'"),
+        ("weigh", lambda self, rollout: rollout.reward.sub_(1).exp(), r"Mine\.weigh changes rollout\.reward in place"),
         ("order", lambda self: torch.zeros(0, dtype=torch.long), r"Mine\.order gave a int64 tensor of shape \(0,\)"),
         ("order", lambda self: torch.arange(40), "indices from 0 to 39; it must give indices below 32"),
         ("order", lambda self: torch.rand(3), r"Mine\.order gave a float32 tensor of shape \(3,\)"),
@@ -50,6 +52,27 @@ def learn(cls: type[flowrl.FlowAlgorithm], iterations: int = 1) -> flowrl.FlowAl
 def test_what_a_method_gives_is_checked_at_once(name: str, method: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         learn(subclass(name, method))
+
+
+class Plain:
+    share = 0.5
+
+
+class Undecorated(flowrl.FlowConfig):
+    share: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("Config", Plain, "Config must derive from flowrl.FlowConfig"),
+        ("Config", Undecorated, r"Undecorated, .* must be decorated by @dataclass\(frozen=True\)"),
+        ("_setup_model", lambda self: None, r"must call super\(\)\._setup_model\(\)"),
+    ],
+)
+def test_classes_that_are_no_algorithms_say_what_is_missing(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        learn(subclass(name, value))
 
 
 def test_only_the_first_iteration_is_checked() -> None:

@@ -117,6 +117,17 @@ def test_fixed_mixture_and_its_components() -> None:
     torch.testing.assert_close(output.components, {"red": r, "red.least": x[:, 0].amin((1, 2)), "green": g})
 
 
+def test_a_part_that_changes_the_images_leaves_them_to_the_next() -> None:
+    def darker(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mul_(0.5)[:, 0].mean((1, 2))
+
+    given = images()
+    before = given.clone()
+    mixed = MixtureReward([Part("darker", darker), Part("red", red)])(given, PROMPTS)
+    assert torch.equal(given, before)
+    assert torch.equal(mixed.components["red"], red(given, PROMPTS).reward)
+
+
 def test_group_normalisation_by_hand() -> None:
     x = images()
     x[[1, 4]] = 0.3  # all of context b alike

@@ -29,6 +29,20 @@ def collected(name: str, **settings: Any) -> Any:
     return model
 
 
+def give_noise_of_their_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every sample noise and a time of its own, so that only the choice of samples is random."""
+    x_0, t = torch.randn(32, 2, device=DEVICE), torch.rand(32, device=DEVICE) * 0.8 + 0.1
+    known = {tuple(row): i for i, row in enumerate(model.buffer.rows["x_1"].tolist())}
+    pair = type(model).pair
+
+    def own(self: Any, batch: Any, *given: Any, **named: Any) -> Pair:
+        index = torch.tensor([known[tuple(row)] for row in batch.x_1.tolist()], device=DEVICE)
+        return pair(self, batch, x_0[index], t[index])
+
+    monkeypatch.setattr(type(model), "pair", own)
+    monkeypatch.setattr(type(model), "couple", lambda self, batch: (batch, x_0[: len(batch.x_1)]))
+
+
 METHODS = {
     "orw_w2": {"tau": 1.0},
     "orw_w2, local": {"tau": 1.0, "baseline": "local"},
@@ -59,18 +73,8 @@ def test_a_pass_takes_samples_as_often_as_their_size_says(case):
 
 @pytest.mark.parametrize("case", METHODS)
 def test_importance_weights_leave_the_gradient_as_it_is_in_the_mean(case, monkeypatch):
-    """Every sample has noise and a time of its own here, so that only the choice of samples is random."""
     model = collected(case.split(",")[0], **METHODS[case], priority=0.75)
-    x_0, t = torch.randn(32, 2, device=DEVICE), torch.rand(32, device=DEVICE) * 0.8 + 0.1
-    known = {tuple(row): i for i, row in enumerate(model.buffer.rows["x_1"].tolist())}
-    pair = type(model).pair
-
-    def own(self: Any, batch: Any, *given: Any, **named: Any) -> Pair:
-        index = torch.tensor([known[tuple(row)] for row in batch.x_1.tolist()], device=DEVICE)
-        return pair(self, batch, x_0[index], t[index])
-
-    monkeypatch.setattr(type(model), "pair", own)
-    monkeypatch.setattr(type(model), "couple", lambda self, batch: (batch, x_0[: len(batch.x_1)]))
+    give_noise_of_their_own(model, monkeypatch)
     parameters = list(model.policy.parameters_of("current").values())
     with torch.no_grad():
         parameters[0].add_(0.1)  # not where it is the behaviour policy, whose differences are zero
@@ -89,6 +93,40 @@ def test_importance_weights_leave_the_gradient_as_it_is_in_the_mean(case, monkey
     each_once = gradient(torch.arange(32, device=DEVICE))
     unweighted = torch.stack([gradient(order) for order in drawn]).mean(0)
     assert (weighted - each_once).norm() < 0.08 * each_once.norm() < 0.6 * (unweighted - each_once).norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("orw_w2", {"tau": 1.0}), ("awm", {"clip_range": 0.2, "noisings": 1, "decay_rate": 0.0})]
+)
+def test_time_weights_and_figures_are_of_all_samples_alike(name, settings, monkeypatch):
+    model = collected(name, **settings, priority=0.75, time_weighting="variance")
+    give_noise_of_their_own(model, monkeypatch)
+    parameters = list(model.policy.parameters_of("current").values())
+    with torch.no_grad():
+        parameters[0].add_(0.1)
+
+    def seen(order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a pass adds to the noise at each time, and one of its figures."""
+        (batch,) = model.buffer.batches(order, 32)
+        model.noise_at.zero_()
+        figures = model.loss(batch)[1]
+        return model.noise_at.clone(), figures["clip_fraction" if name == "awm" else "drift"].detach()
+
+    drawn = [model.order() for _ in range(300)]
+    noise, figure = (torch.stack(parts).mean(0) for parts in zip(*map(seen, drawn)))
+    object.__setattr__(model.config, "priority", 0.0)
+    noise_once, figure_once = seen(torch.arange(32, device=DEVICE))
+    biased, figure_biased = (torch.stack(parts).mean(0) for parts in zip(*map(seen, drawn)))
+    assert (noise - noise_once).norm() < 0.05 * noise_once.norm() < 0.5 * (biased - noise_once).norm()
+    assert (figure - figure_once).abs() < 0.02 * figure_once < 0.5 * (figure_biased - figure_once).abs()
+
+
+def test_weights_of_both_signs_are_taken_by_their_size():
+    model = collected("orw_w2", target="plain", priority=0.75)
+    model.buffer.coefficient[:16] *= -1  # a weigh of one's own may give such
+    expected = 0.25 + 0.75 * model.buffer.coefficient.abs() / model.buffer.coefficient.abs().mean()
+    assert torch.allclose(1 / model.importance(model.buffer.all()), expected)
+    assert bool(((torch.bincount(model.order(), minlength=32) - expected).abs() < 1 + 1e-4).all())
 
 
 def test_samples_that_carry_nothing_are_taken_seldom_and_all_alike_where_nothing_does():

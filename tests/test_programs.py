@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from conftest import forgetting
 
 import flowrl
 from flowrl.errors import ConfigError
+from flowrl.export import main as export
 from flowrl.run import _resume_hint, main
 from flowrl.runs.commandline import RunConfig
 from flowrl.runs.folder import imported_algorithm
@@ -139,6 +141,14 @@ def test_modules_are_the_users_word_and_not_kept(place: Path) -> None:
 def test_the_hint_to_resume_names_own_code_again(place: Path) -> None:
     hint = _resume_hint(place / "run", RunConfig(algo="mine:Algo", env="gaussians-linear", modules=("own", "other")))
     assert hint.endswith(f"--resume {place / 'run'} --algo mine:Algo --modules own other")
+
+
+def test_hints_can_be_pasted_into_a_shell(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my runs"
+    folder.symlink_to(place / "run")
+    assert shlex.split(_resume_hint(folder, RunConfig(algo="orw_w2", env="gaussians-linear")))[-1] == str(folder)
+    assert export([str(folder)]) == 2
+    assert shlex.split(capsys.readouterr().err)[-2:] == [str(folder), "FOLDER."]
 
 
 @pytest.mark.parametrize("program", ["run", "evaluate", "sample", "export", "report", "serve", "benchmark"])

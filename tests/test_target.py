@@ -120,7 +120,9 @@ def test_a_recommended_target_gives_way_where_there_is_no_tilt() -> None:
 
 def test_a_coefficient_on_the_command_line_is_meant() -> None:
     args = ["--algo", "flow_grpo", "--env", "gaussians-linear"]
-    for given, expected in (([], 1.0), (["--algo.beta", "0.5"], 0.0), (["--algo.target-lambda", "2"], 2.0)):
+    usual = str(ALGORITHMS["flow_grpo"].configure(recommended={}).beta)  # given, it is meant as any other
+    cases = {(): 1.0, ("--algo.beta", "0.5"): 0.0, ("--algo.beta", usual): 0.0, ("--algo.target-lambda", "2"): 2.0}
+    for given, expected in {**cases, ("--algo.beta=0.5", "--algo.target_lambda", "1"): 1.0}.items():
         _, config, _ = second_pass([*args, *given], ALGORITHMS["flow_grpo"], environment_spec(args[-1]), None)
         assert config is not None
         assert config.target_lambda == expected

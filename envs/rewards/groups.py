@@ -116,7 +116,7 @@ def raw_values(
     Raises:
         RewardError: Not one finite number per sample.
     """
-    output = reward(images, prompts)
+    output = reward(images.clone(), prompts)  # it may change them, and others come after it
     output = output if isinstance(output, RewardOutput) else RewardOutput(output)
     value = check_reward(output.reward, images, prompts, name)
     return value, {name: value, **{f"{name}.{key}": part for key, part in output.components.items()}}

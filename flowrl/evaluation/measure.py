@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flowrl.checks import counted
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, check_reward, draw_contexts
 from flowrl.envs.prompts import prompts_from, shares_of
@@ -119,7 +120,7 @@ def evaluate(
     """
     if isinstance(env, int):
         raise ConfigError(f"The number of samples is given by name: evaluate(model, n_samples={env}).")
-    n_samples = int(n_samples)
+    n_samples, batch_size = counted("n_samples", n_samples), counted("batch_size", batch_size)
     subject, is_trained_on = Subject.of(model, env), isinstance(prompts, str) and prompts == "train"
     if not is_trained_on:
         subject = subject.conditioned_on(_chosen(subject.env, prompts))
@@ -325,11 +326,11 @@ def _judged(
     parts = [
         {
             name: check_reward(value, batch, contexts[i : i + batch_size], f"{env.name}, {name}")
-            for name, value in env.errors(batch, contexts[i : i + batch_size]).items()
+            for name, value in env.errors(batch.clone(), contexts[i : i + batch_size]).items()
         }
         for i, batch in zip(range(0, len(samples), batch_size), samples.split(batch_size))
     ]
-    together = env.errors_of_all(samples, contexts, seed)
+    together = env.errors_of_all(samples.clone(), contexts, seed)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {
         name: torch.tensor([value]) for name, value in together.items()
     }

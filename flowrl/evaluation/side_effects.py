@@ -68,7 +68,7 @@ def held_out(
     """
     values = {}
     for name, reward in rewards.items():
-        output = over_frames(reward)(samples, contexts)
+        output = over_frames(reward)(samples.clone(), contexts)  # which it may change
         value = output.reward if isinstance(output, RewardOutput) else output
         values[f"held-out {name}"] = check_reward(value, samples, contexts, name)
     return values

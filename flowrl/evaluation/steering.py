@@ -137,7 +137,7 @@ def _smc(
 ) -> torch.Tensor:
     _check_solver(steering, solver)
     n = steering.n
-    times = policy.model.times(steps or policy.steps).to(context_ids.device)
+    times = policy.times(steps).to(context_ids.device)
     sde = SDE(steering.sde, steering.noise_level)
     field: Field = policy.field(policy.condition(context_ids), len(context_ids), role, guidance_scale)
     x = policy.noise(len(context_ids), generator)
@@ -193,7 +193,7 @@ def _rbf(
             f"The reward of '{env.name}' compares samples of the same context, and rbf asks for each by itself: take "
             "best_of_n or smc."
         )
-    times = policy.model.times(steps or policy.steps).to(context_ids.device)
+    times = policy.times(steps).to(context_ids.device)
     sde, last = SDE(steering.sde, steering.noise_level), len(times) - 2
     cond = policy.condition(context_ids)
 

@@ -154,6 +154,6 @@ def clipped_objective(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: 
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
-def clip_fraction(ratio: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Compute the share of ratios outside the clip range; a scalar tensor."""
-    return ((ratio - 1).abs() > clip_range).float().mean()
+def clip_fraction(ratio: torch.Tensor, clip_range: float, importance: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Compute the share of ratios outside the clip range, with importance weights of mean one; a scalar tensor."""
+    return (importance * ((ratio - 1).abs() > clip_range).float()).mean()

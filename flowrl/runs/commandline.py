@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,9 @@ class RunConfig:
             value = getattr(self, key)
             FlowConfig.require(value is None or value > 0, f"--{key.replace('_', '-')} must be positive.")
         FlowConfig.require(0 <= self.seed < 2**32, f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
-        for key in ("checkpoint_every", "checkpoint_minutes"):
-            FlowConfig.require(getattr(self, key) >= 0, f"--{key.replace('_', '-')} must not be negative.")
+        for key in ("total_timesteps", "checkpoint_every", "checkpoint_minutes"):
+            value = getattr(self, key)
+            FlowConfig.require(value is None or value >= 0, f"--{key.replace('_', '-')} must not be negative.")
         FlowConfig.require(
             self.checkpoint_every + self.checkpoint_minutes > 0,
             "--checkpoint-every and --checkpoint-minutes cannot both be 0: a run without checkpoints can be lost.",
@@ -117,6 +118,8 @@ class Description:
             ConfigError: There is none, it is damaged, or it names code that would have to be imported.
         """
         file = path / "config.json" if path.is_dir() else path
+        if not file.exists():
+            raise ConfigError(f"--config: there is no '{file}'. Name a run folder, or the config.json of one.")
         try:
             stored = read_json(file)
             check_description(stored, file)
@@ -185,36 +188,37 @@ def second_pass(
             try:
                 default = algo.configure(algo.Config(), settings=before.algorithm)
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"The settings in --config do not fit {algo.__name__}: {error}.") from error
+                raise ConfigError(
+                    f"The settings in --config do not fit {algo.__name__}: {str(error).rstrip('.')}."
+                ) from error
         elif spec is not None:  # the recommendations depend on the environment's own settings
             reduced = dataclasses.make_dataclass("Reduced", parts, frozen=True)
             known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]
             default = algo.configure(recommended=spec.recommended(known.env))
         parts.append(("algo", algo.Config, field(default=default)))
-        check_known(algo, sorted(name for name in given_settings(args, "algo") if algorithms_with(name)))
+        check_known(algo, sorted(name for name in given_settings(args, ("--algo.",)) if algorithms_with(name)))
     whole = dataclasses.make_dataclass("Run", parts, frozen=True)
     whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
     parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
     config = getattr(parsed, "algo", None)
     if algo is not None and config is not None:
-        config = without_given(meant(algo, default, config), given_settings(args, "algo", "env"))
+        config = without_given(meant(algo, config, given_settings(args, ("--algo.",))), given_settings(args))
     return parsed.run, config, getattr(parsed, "env", None)
 
 
-def given_settings(args: list[str], *parts: str) -> set[str]:
-    """Collect the names of the settings of these parts, "algo" and "env", that arguments give."""
-    options = [arg.partition("=")[0] for arg in args if arg.startswith(tuple(f"--{part}." for part in parts))]
+def given_settings(args: list[str], parts: tuple[str, ...] = ("--algo.", "--env.")) -> set[str]:
+    """Collect the names of the settings that arguments give, of algorithm and environment or of one of them."""
+    options = [arg.partition("=")[0] for arg in args if arg.startswith(parts)]
     names = {option.partition(".")[2].replace("-", "_") for option in options}
     return names | {name.removeprefix("no_") for name in names}
 
 
-def meant(algo: type[FlowAlgorithm], default: FlowConfig, given: FlowConfig) -> FlowConfig:
-    """Leave out the default's `target_lambda` where the coefficient that it would set was given instead."""
+def meant(algo: type[FlowAlgorithm], config: FlowConfig, given: Collection[str]) -> FlowConfig:
+    """Leave out a `target_lambda` that is not among the `given` settings where the one that it would set is."""
     setting = algo.tilt_setting
-    if setting is None or given.target_lambda != default.target_lambda:
-        return given
-    changed = getattr(given, setting[0]) != getattr(default, setting[0])
-    return replace(given, target_lambda=0.0) if changed else given
+    if setting is None or setting[0] not in given or "target_lambda" in given:
+        return config
+    return replace(config, target_lambda=0.0)
 
 
 def make_env(spec: EnvSpec, config: Any) -> GenerationEnv:

@@ -101,6 +101,12 @@ def load_model(path: Path, algo: str = "", env: str = "", device: str = "auto") 
     return load_checkpoint(cls, folder, env=environment_spec(env).name if env else None, device=device, to_train=False)
 
 
+def environment_of(path: Path) -> str:
+    """Name the environment that a run or a checkpoint was trained on; empty where it was an object without a name."""
+    stored = read_json(checkpoint_folder(path) / "config.json").get("environment")
+    return str(stored.get("name", "")) if isinstance(stored, dict) else ""
+
+
 def algorithm_of(checkpoint: Path, named: str = "") -> type[FlowAlgorithm]:
     """Find the class to load a checkpoint with: the one named, one of a module that the user imported, or the base."""
     if named:

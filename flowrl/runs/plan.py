@@ -27,7 +27,7 @@ def head_of(model: FlowAlgorithm, folder: Path, total: int) -> str:
     lines = [
         *_chosen(type(model), model.config, model.env.core),
         f"device: {model.device}{_shared_by(model.ranks.world_size)}, seed: {model.seed}",
-        _work(model.config, total),
+        _work(type(model), model.config, total),
         *model.fit.lines,
         *_speed(model),
         *_overlap(model),
@@ -86,10 +86,11 @@ def _differences(config: FlowConfig) -> str:
     return ", ".join(f"{name}={getattr(config, name)}" for name in changed) or "none"
 
 
-def _work(config: FlowConfig, total: int) -> str:
-    iterations = -(-total // config.n_samples)
+def _work(algo: type[FlowAlgorithm], config: FlowConfig, total: int) -> str:
+    drawn = config.n_samples * (config.n_epochs if algo.learns_from == "contexts" else 1)
+    iterations = -(-total // drawn)
     return (
-        f"plan: {iterations} iterations of {config.n_samples} samples ({iterations * config.n_samples} samples), "
+        f"plan: {iterations} iterations of {drawn} samples ({iterations * drawn} samples), "
         f"{iterations * config.updates_per_iteration()} gradient steps"
     )
 
@@ -112,7 +113,7 @@ def dry_run(
     memory = fit.plan or predict_memory(algo, config.of_one_rank(n_ranks), env)
     lines = [
         *_chosen(algo, config, env),
-        _work(config, total),
+        _work(algo, config, total),
         *fit.lines,
         f"trainable parameters: {trained:,} of {frozen + trained:,} in the velocity network",
         f"memory of the network and its training{f', on each of {n_ranks} devices' if n_ranks > 1 else ''}, by part:",

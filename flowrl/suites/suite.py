@@ -149,12 +149,15 @@ def load_suite(
         UnknownNameError: An unknown suite, key, algorithm, environment or setting; names the closest.
         ConfigError: Settings without meaning, or a damaged file.
     """
+    seeds = list(seeds)
+    _expect(budget is None or COUNT[1](budget), "The budget (--budget)", "", COUNT[0], budget)
+    _expect(not seeds or SEEDS[1](seeds), "The seeds (--seeds)", "", SEEDS[0], seeds)
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if path.parent == FOLDER and path.stem not in suites():
         raise UnknownNameError.of("suite", path.stem, suites())
     content = _read(path)
     with named_by_a_file(f"The suite file '{path}'", REMEDY):
-        cells = _cells(content, list(algos), list(envs), list(seeds) or content["seeds"], budget)
+        cells = _cells(content, list(algos), list(envs), seeds or content["seeds"], budget)
     if not cells:
         raise ConfigError(f"Nothing is left of suite '{path.stem}' with this choice of algorithms and environments.")
     _check_folders(cells)

@@ -15,6 +15,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 
+from flowrl.checks import counted
 from flowrl.config import FlowConfig
 from flowrl.distributed.ranks import Ranks, SharedGenerator, join
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
@@ -107,6 +108,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.checks: HookChecks | NoChecks = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
             self._setup_model()
+            construction.check_set_up(self)
             if self.ranks.rank:
                 torch.manual_seed(cast(int, self.seed) + self.ranks.rank)  # dropout is not drawn for all
 
@@ -155,6 +157,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
 
         The other arguments are stable-baselines3's; `log_interval` counts iterations, None leaves logs to callbacks.
         """
+        log_interval = None if log_interval is None else counted("log_interval", log_interval)
         total_timesteps, called = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -209,7 +212,9 @@ class FlowAlgorithm(Method, SB3Algorithm):
         rollout = self.buffer.all()
         aim(self, rollout)
         method = "weigh" if self.has_weights else "advantage"
+        versions = [rows._version for rows in rollout[:5]]
         coefficient = getattr(self, method)(rollout)
+        self.checks.rollout(method, rollout, versions)
         self.checks.coefficient(method, coefficient, self.buffer.size)
         coefficient = without_strays(rollout, held(self, rollout, coefficient))
         self.signal.look(self, rollout, coefficient)

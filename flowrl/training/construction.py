@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,12 @@ def configured(
         UnknownNameError: An unknown setting; names the closest.
         ConfigError: Settings without meaning, or those of another algorithm.
     """
+    check_config_class(cls)
+    if config is not None and not isinstance(config, FlowConfig):
+        raise ConfigError(
+            f"config must be a {cls.Config.__name__}, not {shown(config)}; single settings go by their names, "
+            f'{cls.__name__}("FlowPolicy", env, n_samples=256).'
+        )
     known = check_known(cls, settings)
     if config is None:
         found = recommended_settings(cls, known, recommended)
@@ -79,6 +86,33 @@ def check_known(cls: type[Method], given: Iterable[str]) -> list[str]:
         if key not in known:
             raise UnknownNameError.of(f"setting of {cls.__name__}", key, known)
     return known
+
+
+def check_config_class(cls: type[Method]) -> None:
+    """Check that the settings of an algorithm are a dataclass of their own.
+
+    Raises:
+        ConfigError: They are none, and would be no settings for the constructor and the command line.
+    """
+    kind = cls.Config
+    decorated = "@dataclass(frozen=True), with a type for each setting (share: float = 0.5)"
+    if not (isinstance(kind, type) and issubclass(kind, FlowConfig)):
+        raise ConfigError(f"{cls.__name__}.Config must derive from flowrl.FlowConfig and be decorated by {decorated}.")
+    if "__dataclass_fields__" not in vars(kind) and inspect.get_annotations(kind):
+        raise ConfigError(f"{kind.__name__}, the settings of {cls.__name__}, must be decorated by {decorated}.")
+
+
+def check_set_up(model: FlowAlgorithm) -> None:
+    """Check that an algorithm's own `_setup_model` has called that of its base.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if not hasattr(model, "buffer"):
+        name = type(model).__name__
+        raise ConfigError(
+            f"{name}._setup_model must call super()._setup_model(): it makes policy, buffer and optimizer."
+        )
 
 
 def without_given(config: FlowConfig, given: Collection[str]) -> FlowConfig:

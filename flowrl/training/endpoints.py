@@ -171,7 +171,7 @@ class EndpointAlgorithm(Prioritised, GroupRelative):
             advantage = advantage - value.detach()
         if "stray" in batch.extra:  # no advantage is to carry nothing
             advantage = advantage.masked_fill(batch.extra["stray"], 0)
-        weight = self.time_weight(pair.t, squared_error(pair.u, known[row.base].detach()))
+        weight = self.time_weight(pair.t, squared_error(pair.u, known[row.base].detach()), importance)
         loss = importance * endpoint_loss(v, row.gradient(pair.u, advantage, known, weight))
         return loss.mean(), figures
 

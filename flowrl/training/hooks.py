@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from flowrl.errors import ConfigError
+from flowrl.types import Batch
 
 HOOKS = (
     *("contexts", "draw", "reward", "weigh", "advantage", "order", "loss", "refresh", "refresh_decay"),
     *("pair", "velocity", "error", "reward_of", "cautions", "copies_for", "couple", "read", "rows_of"),
 )
 """Methods that a subclass of `FlowAlgorithm` replaces or calls."""
+RESERVED = ("loss", "grad_norm", "learning_rate", "n_updates", "bad_updates")
+"""Figures of updates that flowrl measures itself: a loss cannot put its own in their place."""
 FORMER = {
     "score": "weigh (for weights) or advantage",
     "draw_contexts": "contexts",
@@ -96,6 +99,15 @@ class HookChecks:
             if name in ("x_1", "part"):
                 self._fail("draw", f"rows named '{name}'", "other names than x_1 and part")
 
+    def rollout(self, method: str, rollout: Batch, versions: Sequence[int]) -> None:
+        """Check that a method left the samples and their rewards as they were: logs and losses show the same ones."""
+        for name, rows, version in zip(Batch._fields, rollout[:5], versions):
+            if rows._version != version:
+                raise ConfigError(
+                    f"{self.name}.{method} changes rollout.{name} in place, which is in logs and minibatches, too: "
+                    f"work on a copy, rollout.{name}.clone(), or without x -= ... and x.sub_(...)."
+                )
+
     def coefficient(self, method: str, values: Any, n: int) -> None:
         """Check weights or advantages."""
         if not isinstance(values, torch.Tensor) or values.shape != (n,):
@@ -129,6 +141,8 @@ class HookChecks:
         if not isinstance(parts, Mapping):
             self._fail("loss", f"metrics {described(parts)}", must)
         for name, value in parts.items():
+            if name in RESERVED:
+                self._fail("loss", f"a metric named '{name}', which flowrl measures itself", "another name")
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 self._fail("loss", f"{described(value)} as metric '{name}'", "a scalar tensor (never a number)")
 

@@ -63,19 +63,20 @@ class Noising(FlowAlgorithm):
         t = sample_time(len(x_0), self.config.time_sampling, self.generator) if t is None else t
         return super().pair(batch, x_0, t if self.config.max_time == 1 else self.config.max_time * t)
 
-    def time_weight(self, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def time_weight(self, t: torch.Tensor, noise: torch.Tensor, importance: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Compute weights (B,) of times t (B,), in the mean over times one.
 
-        With "variance" they are the inverse of the noise E|u - base|^2 at t, as seen so far.
+        With "variance" they are the inverse of the noise E|u - base|^2 at t, as seen so far: of all samples alike,
+        where those that passes take more often count less (`importance`, (B,)).
         """
         if self.config.time_weighting == "none":
             return torch.ones_like(t)
         bins = (t / self.config.max_time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
         seen = torch.zeros_like(self.noise_at)
-        seen[0].index_add_(0, bins, noise.detach())
-        seen[1].index_add_(0, bins, torch.ones_like(noise))
+        seen[0].index_add_(0, bins, importance * noise.detach())
+        seen[1].index_add_(0, bins, importance * torch.ones_like(noise))
         self.noise_at += self.ranks.all_reduce_(seen)
-        weight = self.noise_at[1].clamp_min(1) / self.noise_at[0].clamp_min(1e-12)
+        weight = self.noise_at[1] / self.noise_at[0].clamp_min(1e-12)
         weight = torch.where(self.noise_at[1] > 0, weight, 0)
         return weight[bins] * (self.noise_at[1] > 0).sum() / weight.sum()
 

@@ -121,7 +121,8 @@ def gradient_step(model: FlowAlgorithm) -> torch.Tensor:
         step_unless(bad, policy.optimizer, model.ranks.is_sharded)
         return norm, bad
 
-    if policy.graphs.is_on and policy.optimizer.defaults.get("fused"):
+    # a graph holds the rate as a number: one that falls from iteration to iteration would need a graph for each
+    if policy.graphs.is_on and policy.optimizer.defaults.get("fused") and config.lr_schedule == "constant":
         places = tuple(0 if p.grad is None else p.grad.data_ptr() for p in parameters)
         norm, bad = policy.graphs.run("A gradient step", (rate, hash(places)), step)
     else:

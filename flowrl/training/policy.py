@@ -10,8 +10,9 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.utils import get_device
 
+from flowrl.checks import counted
 from flowrl.config import FlowConfig
-from flowrl.envs.base import GenerationEnv
+from flowrl.envs.base import GenerationEnv, in_range
 from flowrl.envs.prompts import positions_of
 from flowrl.functional.flow import normal
 from flowrl.functional.guidance import guided_field
@@ -202,7 +203,7 @@ class FlowPolicy(SB3Policy):
         def solve(x: torch.Tensor, *cond: torch.Tensor) -> tuple[torch.Tensor]:
             return (ode_sample(self.field(cond, len(x), role, guidance_scale), x, times[: first + 1], solver),)
 
-        key = role, solver, len(times), first, guidance_scale or self.guidance_scale
+        key = role, solver, len(times), first, self.guidance_scale if guidance_scale is None else guidance_scale
         with torch.no_grad():
             (x,) = self.graphs.run("Sampling", key, solve, x, *cond)
         field = self.field(cond, len(x), role, guidance_scale)
@@ -230,7 +231,7 @@ class FlowPolicy(SB3Policy):
 
     def times(self, steps: int | None = None) -> torch.Tensor:
         """Give the times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
-        if steps is not None and steps != self.steps:
+        if steps is not None and (steps := counted("steps (of a sampler)", steps)) != self.steps:
             return self.model.times(steps).to(self.device)
         if self.steps not in self._times:
             self._times[self.steps] = self.model.times(self.steps).to(self.device)
@@ -246,10 +247,10 @@ class FlowPolicy(SB3Policy):
             **kwargs: As in `sample_latents`: steps, solver, guidance_scale, role, generator, x_0.
         """
         if contexts is None:
-            contexts = torch.zeros(n, dtype=torch.long)
+            contexts = torch.zeros(counted("n", n, 0), dtype=torch.long)
         if not isinstance(contexts, torch.Tensor):
             contexts = self._indices([contexts] if isinstance(contexts, str) else contexts)
-        return self.decode(self.sample_latents(contexts, **kwargs))
+        return self.decode(self.sample_latents(in_range(contexts, len(self.contexts)), **kwargs))
 
     def _indices(self, contexts: Sequence[Any]) -> torch.Tensor:
         """Give the indices (B,) of contexts; new ones are encoded and kept."""

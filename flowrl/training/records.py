@@ -98,7 +98,7 @@ def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], second
     if model.bad_updates.total:
         record("train/bad_updates", model.bad_updates.total)
     record("time/iteration", model.iteration)
-    record("time/samples_per_second", model.config.n_samples / max(seconds, sys.float_info.epsilon))
+    record("time/samples_per_second", model.config.n_samples * model.draws / max(seconds, sys.float_info.epsilon))
     record("time/network_evaluations", model.policy.evaluations * model.ranks.world_size)
     record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
     model.last_logged = dict(model.logger.name_to_value)

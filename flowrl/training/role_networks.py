@@ -98,7 +98,11 @@ class RoleNetworks(nn.Module):
             nullcontext() if in_own_type else torch.autocast(x_t.device.type, self.precision),
             switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
-            return model(x_t, t, cond).float()
+            version = x_t._version
+            v = model(x_t, t, cond).float()
+            if v.shape != x_t.shape or x_t._version != version:
+                raise ConfigError(_odd_flow(v, x_t))
+            return v
 
     def _exact(self, role: Role, by_weights: bool = False) -> VelocityModel:
         """Give the flow around the network that computes a role as the trained one does, with its adapter apart.
@@ -258,3 +262,16 @@ class RoleNetworks(nn.Module):
             return {name: parameters[name] for name in trained}
         marker = f".{role}."
         return {name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name}
+
+
+def _odd_flow(v: torch.Tensor, x_t: torch.Tensor) -> str:
+    """Say what a network did that no sampler or loss would notice: shapes are broadcast, points are moved."""
+    if v.shape != x_t.shape:
+        return (
+            f"The flow's network gave velocities of shape {tuple(v.shape)} for points x_t of shape {tuple(x_t.shape)}: "
+            "they must have the same."
+        )
+    return (
+        "The flow's network changes the points x_t that it is given in place (an operation like x += ..., x.add_(...) "
+        "or inplace=True): take x = x + ... there, or begin with x = x.clone()."
+    )

@@ -19,9 +19,10 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.type_aliases import MaybeCallback
 
+from flowrl.checks import counted
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.training.construction import as_generation_env
 from flowrl.training.diagnosis import BadUpdates
 from flowrl.training.optimizers import laid_out_like
@@ -142,7 +143,13 @@ class SB3Algorithm(BaseAlgorithm):
     ) -> tuple[int, BaseCallback]:
         self.signal.began = self._n_updates, self.bad_updates.zeros
         shown, name = progress_bar and self.ranks.is_main, tb_log_name or self.name
-        return super()._setup_learn(int(total_timesteps), callback, reset_num_timesteps, name, shown)
+        total = counted("total_timesteps", total_timesteps, 0)
+        return super()._setup_learn(total, callback, reset_num_timesteps, name, shown)
+
+    def _get_policy_from_name(self, policy_name: str) -> Any:
+        if policy_name not in self.policy_aliases:
+            raise UnknownNameError.of("policy", policy_name, self.policy_aliases)
+        return self.policy_aliases[policy_name]
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         ready = super()._init_callback(callback, progress_bar)
