@@ -19,7 +19,7 @@ under() { # INTERPRETER FOLDER
     cd "$2/checkout" || return
     "$2/venv/bin/python" -m pip install -q -c constraints.txt -e ".[test]" || return
     # shellcheck disable=SC2086
-    "$2/venv/bin/python" -m pytest ${PYTEST_ARGS:--q -n auto}
+    "$2/venv/bin/python" -m pytest ${PYTEST_ARGS:--q -n auto --dist worksteal}
 }
 
 for interpreter in "$@"; do
