@@ -102,3 +102,8 @@ class Batch(NamedTuple):
 def has_values(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor has values, or shape and type alone, as in a prediction of memory."""
     return not isinstance(tensor, FakeTensor)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Count the changes in place that torch has seen of a tensor; 0 under `inference_mode`, where it counts none."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -356,7 +356,7 @@ class Settings:
     [
         {"many": 2, "share": 1, "word": None, "kind": "b", "words": ["x"], "unknown": object()},
         {"word": "x", "share": float("inf"), "words": (), "anything": torch.zeros(1)},
-        {"many": torch.tensor(3), "word": Path("x"), "share": lambda: 1},  # objects are their maker's matter
+        {"word": Path("x"), "anything": lambda: 1},  # objects are their maker's matter
     ],
 )
 def test_values_of_the_right_type(sound: dict) -> None:
@@ -368,6 +368,8 @@ def test_values_of_the_right_type(sound: dict) -> None:
     [
         ({"many": 1.0}, "many must be a whole number, not 1.0"),
         ({"many": True}, "many must be a whole number, not True"),
+        ({"many": torch.tensor(3)}, r"many must be a whole number, not tensor\(3\)"),  # the settings' own make it one
+        ({"share": lambda: 1}, "share must be a number, not <function"),
         ({"share": 10**400}, "share must be a number"),
         ({"share": "x" * 10_000}, r"share must be a number, not 'xxx.*\.\.\.x"),
         ({"word": 3}, "word must be a text or nothing, not 3"),

@@ -212,9 +212,8 @@ class FlowAlgorithm(Method, SB3Algorithm):
         rollout = self.buffer.all()
         aim(self, rollout)
         method = "weigh" if self.has_weights else "advantage"
-        versions = [rows._version for rows in rollout[:5]]
-        coefficient = getattr(self, method)(rollout)
-        self.checks.rollout(method, rollout, versions)
+        with self.checks.untouched(method, rollout):
+            coefficient = getattr(self, method)(rollout)
         self.checks.coefficient(method, coefficient, self.buffer.size)
         coefficient = without_strays(rollout, held(self, rollout, coefficient))
         self.signal.look(self, rollout, coefficient)

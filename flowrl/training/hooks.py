@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.types import Batch
+from flowrl.types import Batch, version_of
 
 HOOKS = (
     *("contexts", "draw", "reward", "weigh", "advantage", "order", "loss", "refresh", "refresh_decay"),
@@ -60,7 +61,7 @@ class NoChecks:
     """The checks of all iterations but the first: none."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
+        return lambda *args: nullcontext()
 
 
 class HookChecks:
@@ -99,10 +100,13 @@ class HookChecks:
             if name in ("x_1", "part"):
                 self._fail("draw", f"rows named '{name}'", "other names than x_1 and part")
 
-    def rollout(self, method: str, rollout: Batch, versions: Sequence[int]) -> None:
-        """Check that a method left the samples and their rewards as they were: logs and losses show the same ones."""
-        for name, rows, version in zip(Batch._fields, rollout[:5], versions):
-            if rows._version != version:
+    @contextmanager
+    def untouched(self, method: str, rollout: Batch) -> Iterator[None]:
+        """Check that a method leaves the samples and their rewards as they are: logs and losses show the same ones."""
+        versions = [version_of(rows) for rows in rollout[:5]]
+        yield
+        for name, rows, before in zip(Batch._fields, rollout[:5], versions):
+            if version_of(rows) != before:
                 raise ConfigError(
                     f"{self.name}.{method} changes rollout.{name} in place, which is in logs and minibatches, too: "
                     f"work on a copy, rollout.{name}.clone(), or without x -= ... and x.sub_(...)."

@@ -16,7 +16,7 @@ from flowrl.models.base import VelocityModel
 from flowrl.models.compiling import compile_network
 from flowrl.models.lora import LoRA, activate_in_copy, add_adapters, switched
 from flowrl.training.working_copies import CastCopy, MergedCopy, WorkingCopy, sharing_copy
-from flowrl.types import Compile, Condition, Role
+from flowrl.types import Compile, Condition, Role, version_of
 
 
 class RoleNetworks(nn.Module):
@@ -98,9 +98,9 @@ class RoleNetworks(nn.Module):
             nullcontext() if in_own_type else torch.autocast(x_t.device.type, self.precision),
             switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
-            version = x_t._version
+            before = version_of(x_t)
             v = model(x_t, t, cond).float()
-            if v.shape != x_t.shape or x_t._version != version:
+            if v.shape != x_t.shape or version_of(x_t) != before:
                 raise ConfigError(_odd_flow(v, x_t))
             return v
 
