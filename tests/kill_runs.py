@@ -103,6 +103,13 @@ def wait(pid: int, seconds: float = LONGEST) -> int | None:
         time.sleep(0.0005)
 
 
+def ended(status: int | None, where: Path) -> None:
+    """Stop here, with what a run said, unless it ended well."""
+    if status is None:
+        sys.exit(f"a run took longer than {LONGEST:.0f} s: this machine is too slow, or too busy")
+    assert status == 0, (where / "log").read_text()[-2000:]
+
+
 def half_written(run: Path) -> bool:
     """Whether a checkpoint is being written, or was when the process ended."""
     return any(LEFT_BEHIND.fullmatch(path.name) for parent in (run, run / "checkpoints") for path in _names(parent))
@@ -162,8 +169,7 @@ def try_case(algo: str, part: str, kills: int, rng: random.Random, where: Path) 
     for _ in range(2):  # the second time without the imports
         shutil.rmtree(untouched, ignore_errors=True)
         began = time.monotonic()
-        status = wait(start([*arguments, "--name", "untouched"], where))
-        assert status == 0, (where / "log").read_text()[-2000:]
+        ended(wait(start([*arguments, "--name", "untouched"], where)), where)
         longest = 0.6 * (time.monotonic() - began)
         import_all(where)
     tally, run = Tally(), where / "runs" / "victim"
@@ -175,10 +181,10 @@ def try_case(algo: str, part: str, kills: int, rng: random.Random, where: Path) 
             pid = start([*arguments, "--name", "victim"] if fresh else ["--resume", str(run)], where)
             spare = tally.resumed >= kills
             if spare:
-                status = wait(pid)
-                assert status == 0, (where / "log").read_text()[-2000:]
+                ended(wait(pid), where)
                 break
             if not kill(pid, run, rng, longest):
+                longest /= 1.2
                 break
             tally.kills += 1
             tally.in_writing += half_written(run)
@@ -188,6 +194,7 @@ def try_case(algo: str, part: str, kills: int, rng: random.Random, where: Path) 
                 fresh = False
             except CheckpointError:
                 tally.before_any += 1
+                longest *= 1.2  # the machine has become slower since it was measured, or it was bad luck
                 shutil.rmtree(run, ignore_errors=True)
                 fresh = True
         if found := differences(untouched, run):
