@@ -192,11 +192,13 @@ PIECES, PIECE = 64, 4096
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """Hash the .safetensors files in a folder, by relative name: the size of each, and pieces spread over it (SHA-256).
+    """Hash the .safetensors files of a flow's folder and its parts, by relative name (SHA-256).
 
-    So a file of any size takes a millisecond. Weights that were trained on are others everywhere.
+    Of each file its size, and pieces spread over it: little of a large one, since weights that were trained on are
+    others everywhere. Folders further down, runs for instance, are no parts of a flow.
     """
-    return {path.relative_to(folder).as_posix(): _hashed(path) for path in sorted(folder.rglob("*.safetensors"))}
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    return {path.relative_to(folder).as_posix(): _hashed(path) for path in sorted(files)}
 
 
 def _hashed(path: Path) -> str:
