@@ -167,6 +167,18 @@ class FlowConfig:
         for name in ("group_size", "rollout_batch_size"):
             value = getattr(self, name) or self.n_samples
             self.require(self.n_samples % value == 0, f"{name} = {value} must divide n_samples = {self.n_samples}.")
+        object.__setattr__(self, "_checked", True)
+
+    def check_itself(self) -> None:
+        """Check that every setting was checked: that a `__post_init__` of one's own has called that of its base.
+
+        Raises:
+            ConfigError: It has not.
+        """
+        self.require(
+            hasattr(self, "_checked"),
+            f"{type(self).__name__}.__post_init__ must call super().__post_init__(), which checks all other settings.",
+        )
 
     @staticmethod
     def require(condition: bool, message: str) -> None:

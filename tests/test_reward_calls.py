@@ -181,6 +181,18 @@ def test_too_many_failures_stop_the_run() -> None:
         model.learn(64)
 
 
+def test_reference_samples_left_out_of_the_pool_count() -> None:
+    settings: dict[str, Any] = {"n_samples": 64, "batch_size": 32, "pool": 128, "pool_group": 16}
+    env = environment(Judge(broken_beyond))
+    model = flowrl.Tilt("FlowPolicy", env, seed=0, on_reward_error="drop", max_dropped=0.9, **settings)
+    model.pool.hold(torch.arange(len(env.contexts)))
+    assert model.pool.x_1[..., 0].max() <= 2
+    assert 0 < model.n_dropped < 128
+    few = flowrl.Tilt("FlowPolicy", env, seed=0, on_reward_error="drop", max_dropped=0.01, **settings)
+    with pytest.raises(RewardError, match=r"failed for \d+ of 128 samples .* max_dropped = 0\.01"):
+        few.learn(64)
+
+
 def test_running_statistics_are_not_left_to_a_reward_that_hangs() -> None:
     env = environment(Judge())
     env.extra_state = lambda: {"seen": torch.zeros(1)}  # type: ignore[method-assign]

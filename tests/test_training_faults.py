@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 import flowrl
 from flowrl.envs.base import GenerationVecEnv
 from flowrl.errors import CheckpointError, ConfigError
+from flowrl.orw_w2 import ORWCFMW2Config
 from flowrl.runs.folder import load_model
 from flowrl.training.construction import as_generation_env
 from flowrl.training.optimizers import laid_out_like
@@ -322,6 +324,37 @@ def test_callbacks_of_stable_baselines3(make: Callable[[Path], Any], steps: int,
 def test_callbacks_that_belong_into_another(name: str, within: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{name} .*EvalCallback\(env, callback_"):
         small().learn(32, callback=within(getattr(callbacks, name)(1)))
+
+
+@pytest.mark.parametrize("callback", ["checkpoint", 3, [lambda *_: True, "checkpoint"]])
+def test_what_is_no_callback(callback: Any) -> None:
+    with pytest.raises(ConfigError, match=r"A callback is a BaseCallback .*, not (3|'checkpoint')"):
+        small().learn(32, callback=callback)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_that_no_refresh_can_keep(share: float) -> None:
+    class Kept(flowrl.ORWCFMW2):
+        def refresh_decay(self) -> float:
+            return share
+
+    with pytest.raises(ConfigError, match=rf"share of the behaviour policy from 0 to 1, not {share} \(refresh_decay"):
+        small(Kept).learn(32)
+
+
+def test_settings_that_were_never_checked() -> None:
+    @dataclass(frozen=True)
+    class OwnConfig(ORWCFMW2Config):
+        strength: float = 1.0
+
+        def __post_init__(self) -> None:
+            self.require(self.strength > 0, "strength must be positive.")
+
+    class Own(flowrl.ORWCFMW2):
+        Config = OwnConfig
+
+    with pytest.raises(ConfigError, match=r"OwnConfig.__post_init__ must call super\(\).__post_init__\(\)"):
+        small(Own, learning_rate=-1.0)
 
 
 def test_logs_by_a_callback(tmp_path: Path) -> None:

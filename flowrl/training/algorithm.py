@@ -118,7 +118,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         if self.seed is not None:
             self.set_random_seed(self.seed)
         construction.check_gradient(self)
-        self.reward_calls = RewardCalls(core, config.on_reward_error, config.reward_retries, config.reward_timeout)
+        self.reward_calls = RewardCalls.of(core, config)
         core.gather_with(lambda rows: self.ranks.all_gather(rows, len(rows) * self.ranks.world_size))
         self.bad_updates, self.generator = BadUpdates(), SharedGenerator(self.device, self.ranks)
         self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
@@ -221,7 +221,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
 
     def _close_record(self) -> None:
         """Take the figures of an iteration's samples, and count those left out."""
-        self.n_dropped += self.reward_calls.check_dropped(self.record.dropped, self.config, self.ranks)
+        self.n_dropped += self.reward_calls.check_dropped(self.record.dropped, self.config.n_samples, self.ranks)
         self.rollout_figures = self.record.figures(self)
 
     def minibatches(self) -> Iterator[Batch]:

@@ -189,6 +189,7 @@ def check_run(env: GenerationEnv, config: FlowConfig, n_ranks: int) -> None:
     Raises:
         ConfigError: They do not go together; names the setting.
     """
+    config.check_itself()
     config.check_ranks(n_ranks)
     if env.groupwise:
         check_groups(config.group_size, (config.rollout_batch_size or config.n_samples) // n_ranks)

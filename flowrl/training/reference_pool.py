@@ -57,43 +57,54 @@ class ReferencePool:
         self.filled = model.keep("pool_filled", torch.zeros(1, dtype=torch.long))  # slots so far, with those refilled
 
     def hold(self, context_ids: torch.Tensor) -> None:
-        """Draw and reward samples of those contexts (B,) that it holds none of."""
+        """Draw and reward samples of those contexts (B,) that it holds none of.
+
+        Raises:
+            RewardError: The reward failed for too many of them.
+        """
         wanted = context_ids.unique()
         missing = wanted[self.slot[wanted] < 0].tolist()
         if not missing:
             return
         stay = set(wanted.tolist())
-        place = int(self.filled)
+        place, dropped = int(self.filled), 0
         for context in missing:
             while int(self.context[place % len(self.context)]) in stay:
                 place += 1
             slot = place % len(self.context)
-            self._fill(slot, context)
+            dropped += self._fill(slot, context)
             place += 1
         self.filled.fill_(place)
+        model, drawn = self.model, len(missing) * self.size
+        model.n_dropped += model.reward_calls.check_dropped(dropped, drawn, model.ranks)
 
-    def _fill(self, slot: int, context: int) -> None:
+    def _fill(self, slot: int, context: int) -> int:
+        """Draw the samples of a context into a slot; how many the reward failed for, on this rank."""
         model, old = self.model, int(self.context[slot])
         if old >= 0:
             self.slot[old] = -1
-        done = 0
+        done = dropped = 0
         for ids in torch.full((self.size,), context, device=model.device).split(model.env.num_envs):
-            x_1, reward = self._rewarded(model.ranks.shard(ids))
+            x_1, reward, failed = self._rewarded(model.ranks.shard(ids))
             chunk = slice(done, done + len(ids))
             self.x_1[slot, chunk].copy_(model.ranks.all_gather(x_1, len(ids)))
             self.reward[slot, chunk].copy_(model.ranks.all_gather(reward, len(ids)))
-            done += len(ids)
+            done, dropped = done + len(ids), dropped + failed
         self.slot[context], self.context[slot] = slot, context
+        return dropped
 
-    def _rewarded(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw samples of the reference (B, *latent_shape) and their rewards (B,); others stand in for dropped ones."""
+    def _rewarded(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Draw samples of the reference (B, *latent_shape) and their rewards (B,).
+
+        Others stand in for those that the reward failed for, which are counted.
+        """
         model = self.model
 
         def draw(ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return model.drawn_from(model.policy.noise(len(ids), model.generator), ids, "reference"), {}
 
         done = roll_out(context_ids, draw, model.policy.decode, model.reward)
-        return done.x_1, done.output.reward
+        return done.x_1, done.output.reward, done.dropped
 
     def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw one of the samples of each context (B,): latents (B, *latent_shape), float32, and rewards (B,)."""

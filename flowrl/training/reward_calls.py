@@ -28,6 +28,7 @@ class RewardCalls:
             reward fails for, by halves, and leaves them out.
         retries: Number of times that "retry" asks again.
         timeout: Seconds after which a reward that gives no answer has failed; 0 waits for ever.
+        max_dropped: Share of the samples drawn together that "drop" may leave out.
 
     Attributes:
         errors: Number of errors so far.
@@ -35,11 +36,21 @@ class RewardCalls:
     """
 
     def __init__(
-        self, env: GenerationEnv, on_error: OnRewardError = "raise", retries: int = 3, timeout: float = 0.0
+        self,
+        env: GenerationEnv,
+        on_error: OnRewardError = "raise",
+        retries: int = 3,
+        timeout: float = 0.0,
+        max_dropped: float = 0.1,
     ) -> None:
         self.env, self.on_error, self.retries, self.timeout = env, on_error, retries, timeout
-        self.errors = 0
+        self.max_dropped, self.errors = max_dropped, 0
         self.last_error: RewardError | None = None
+
+    @classmethod
+    def of(cls, env: GenerationEnv, config: FlowConfig) -> RewardCalls:
+        """Make them as the settings of a run say."""
+        return cls(env, config.on_reward_error, config.reward_retries, config.reward_timeout, config.max_dropped)
 
     def __call__(
         self, samples: torch.Tensor, context_ids: torch.Tensor, *, grad: bool = False
@@ -64,8 +75,8 @@ class RewardCalls:
         output = RewardOutput(torch.cat([output.reward for output in outputs]), components)
         return (output if grad else output.detached()), torch.cat(kept)
 
-    def check_dropped(self, dropped: int, config: FlowConfig, ranks: Ranks) -> int:
-        """Add up over all ranks how many samples of an iteration were left out.
+    def check_dropped(self, dropped: int, drawn: int, ranks: Ranks) -> int:
+        """Add up over all ranks how many of so many samples, drawn by all of them, were left out.
 
         Raises:
             RewardError: Too many.
@@ -73,10 +84,10 @@ class RewardCalls:
         if self.on_error != "drop":
             return 0
         total = int(ranks.all_reduce_(torch.tensor(dropped, device=ranks.device)).item())
-        if total > config.max_dropped * config.n_samples:
+        if total > self.max_dropped * drawn:
             raise RewardError(
-                f"The reward failed for {total} of {config.n_samples} samples of an iteration, more than "
-                f"max_dropped = {config.max_dropped:g} allows. The last error: {self.last_error}"
+                f"The reward failed for {total} of {drawn} samples of an iteration, more than "
+                f"max_dropped = {self.max_dropped:g} allows. The last error: {self.last_error}"
             )
         return total
 

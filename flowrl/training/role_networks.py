@@ -213,7 +213,13 @@ class RoleNetworks(nn.Module):
 
     @torch.no_grad()
     def update_copy(self, role: Role, decay: float = 0.0) -> None:
-        """Set `copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept."""
+        """Set `copy <- decay copy + (1 - decay) current`; does nothing where the role is not kept.
+
+        Raises:
+            ConfigError: The decay is no share.
+        """
+        if not 0 <= decay <= 1:
+            raise ConfigError(f"A refresh keeps a share of the {role} policy from 0 to 1, not {decay} (refresh_decay).")
         if role not in self.roles:
             return
         target, source = ([local_shard(p.data) for p in self._parameters_of[r].values()] for r in (role, "current"))

@@ -152,6 +152,11 @@ class SB3Algorithm(BaseAlgorithm):
         return self.policy_aliases[policy_name]
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        for one in callback if isinstance(callback, list) else [callback]:
+            if not (one is None or callable(one) or isinstance(one, BaseCallback)):
+                raise ConfigError(
+                    f"A callback is a BaseCallback of stable-baselines3, a function or a list of them, not {one!r}."
+                )
         ready = super()._init_callback(callback, progress_bar)
         check_callback(ready)
         return ready
