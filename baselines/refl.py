@@ -10,13 +10,14 @@ It is `-(1 - t) grad r` in v: one evaluation with its backward pass a sample, ho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import torch
 
 from flowrl.config import FlowConfig
 from flowrl.functional.flow import drawn, x1_hat
-from flowrl.functional.solvers import ode_sample
+from flowrl.functional.solvers import ode_states
 from flowrl.registry import register_algorithm
 from flowrl.training.reward_gradients import RewardGradientAlgorithm, RewardGradientConfig
 
@@ -53,9 +54,9 @@ class ReFL(RewardGradientAlgorithm):
         n_steps = len(times) - 1
         first = n_steps - max(1, round(self.config.late_share * n_steps))
         field = policy.field(policy.condition(context_ids), n, "current")
-        states = [ode_sample(field, policy.noise(n, self.generator), times[: first + 1], self.config.solver)]
-        for k in range(first, n_steps - 1):
-            states.append(ode_sample(field, states[-1], times[k : k + 2], self.config.solver))
+        x = policy.noise(n, self.generator)
+        path = ode_states(field, x, times[:-1], self.config.solver)
+        states = [state for k, state in enumerate(chain([x], path)) if k >= first]
         generator, device = self.generator, self.device
         late = drawn(lambda rows: torch.randint(len(states), (rows,), generator=generator, device=device), n, generator)
         return torch.stack(states, 1)[torch.arange(n, device=device), late], times[first + late]

@@ -10,7 +10,7 @@ from flowrl.checks import check_types, take_python_values
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import TimeSampling
 from flowrl.functional.guidance import GUIDANCES, Guidance
-from flowrl.functional.solvers import SOLVERS, Solver
+from flowrl.functional.solver_steps import SOLVERS, Solver
 from flowrl.types import Compile, Switch
 
 Precision = Literal["float32", "bfloat16"]
@@ -66,7 +66,8 @@ class FlowConfig:
     rollout_steps: int = 16
     """Solver steps per sample."""
     solver: Solver = "euler"
-    """ODE solver of the rollouts: euler, heun, midpoint or rk4."""
+    """ODE solver of the rollouts: euler; ab2 (Adams-Bashforth: of second order, with one evaluation a step as Euler's);
+    midpoint or heun (two); rk4 (four)."""
     guidance_scale: float = 1.0
     """Guidance of the rollouts, classifier-free or (FLUX.1-dev) distilled into the network; 1 is none."""
     guidance: Guidance = "cfg"

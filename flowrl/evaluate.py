@@ -22,7 +22,7 @@ from flowrl.errors import ConfigError
 from flowrl.evaluation.measure import evaluate
 from flowrl.evaluation.results import EvaluationResult
 from flowrl.evaluation.steering import Steering
-from flowrl.functional.solvers import Solver
+from flowrl.functional.solver_steps import Solver
 from flowrl.pages.run_page import write_report
 from flowrl.registry import environment_spec
 from flowrl.runs.folder import environment_of, load_model, write_evaluation

@@ -51,6 +51,7 @@ class Mutation(NamedTuple):
 
 
 ADVANTAGES = "flowrl/functional/advantages.py"
+STEPS = "flowrl/functional/solver_steps.py"
 LOSSES, SAMPLER, FLOW = "flowrl/functional/losses.py", "flowrl/functional/solvers.py", "flowrl/functional/flow.py"
 ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/evaluation/steering.py", "flowrl/training/algorithm.py"
 SDE, TRANSPORT = "flowrl/functional/sde.py", "flowrl/functional/transport.py"
@@ -236,7 +237,12 @@ MUTATIONS = (
         "sigma / (shift - (shift - 1) * sigma)",
         ("test_sampler.py",),
     ),
-    Mutation("heun", SAMPLER, "return x + h / 2 * (v_0 + v_1)", "return x + h * v_1", ("test_sampler.py",)),
+    Mutation("heun", STEPS, "return x + h / 2 * (v_0 + v_1)", "return x + h * v_1", ("test_sampler.py",)),
+    Mutation("adams-bashforth", STEPS, "h / (2 * before[1])", "0.5", ("test_sampler.py",)),
+    Mutation("adams-bashforth-memory", STEPS, "before[:] = slope, h", "before[:] = slope, t[0]", ("test_sampler.py",)),
+    Mutation(
+        "gradients-of-last-steps", SAMPLER, ">= len(h) - grad_steps", "> len(h) - grad_steps", ("test_sampler.py",)
+    ),
     Mutation(
         "guidance",
         "flowrl/functional/guidance.py",
@@ -339,9 +345,9 @@ MUTATIONS = (
     ),
     Mutation(
         "steps-with-gradient",
-        "flowrl/training/policy.py",
-        "max(0, len(times) - 1 - grad_steps)",
-        "max(0, len(times) - grad_steps)",
+        SAMPLER,
+        ">= len(h) - grad_steps",
+        "> len(h) - grad_steps",
         ("test_outside.py::test_draft_is_the_derivative_through_a_linear_flow",),
     ),
     Mutation(

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from flowrl.functional.sde import SDE
-from flowrl.functional.solvers import SOLVERS
+from flowrl.functional.solver_steps import SOLVERS
 from flowrl.training.buffer import RolloutBuffer
 from flowrl.training.transitions import TransitionAlgorithm
 from flowrl.types import Rows

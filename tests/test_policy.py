@@ -9,7 +9,7 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
-from flowrl.functional.solvers import evaluations_per_sample
+from flowrl.functional.solver_steps import evaluations_per_sample
 from flowrl.models.base import VelocityModel
 from flowrl.models.loading import source_of
 from flowrl.training.construction import on_device

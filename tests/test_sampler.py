@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.functional.solvers import SOLVERS, evaluations_per_sample, ode_sample, time_grid
+from flowrl.functional.solver_steps import SOLVERS, evaluations_per_sample
+from flowrl.functional.solvers import ode_sample, ode_states, time_grid
 
 pytestmark = pytest.mark.on_device
 
-ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+ORDER = {"euler": 1, "ab2": 2, "midpoint": 2, "heun": 2, "rk4": 4}
 
 
 def error(solver: str, steps: int) -> float:
@@ -60,6 +61,32 @@ def test_uneven_times() -> None:
     times = torch.tensor([0.0, 0.1, 0.5, 1.0])
     x = ode_sample(lambda x, t: x, torch.ones(1, 1), times, "euler")
     assert x.item() == pytest.approx(1.1 * 1.4 * 1.5)
+
+
+def test_adams_bashforth_on_uneven_times() -> None:
+    """An Euler step, then the line through the last two slopes: exact where the slope is a line in t."""
+    times = torch.tensor([0.0, 0.1, 0.5, 0.6, 1.0])
+    after_one, *_, end = ode_states(lambda x, t: (1 + 3 * t)[:, None], torch.zeros(1, 1), times, "ab2")
+    assert after_one.item() == pytest.approx(0.1)
+    assert end.item() == pytest.approx(0.1 + 0.9 + 1.5 * (1 - 0.1**2))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gradients_flow_through_the_last_steps(solver: str) -> None:
+    """The path is the same, and only slopes of the last steps carry gradients."""
+    scale, times = torch.tensor(1.0, requires_grad=True), time_grid(4)
+    slopes: list[bool] = []
+
+    def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        slopes.append((scale * x).requires_grad)
+        return scale * x
+
+    x_0 = torch.ones(1, 1)
+    whole, last = ode_sample(field, x_0, times, solver), ode_sample(field, x_0, times, solver, 1)
+    assert torch.equal(whole, last)
+    n = len(slopes) // 2
+    assert slopes == [True] * n + [False] * (n - n // 4) + [True] * (n // 4)
+    assert 0 < torch.autograd.grad(last.sum(), scale)[0] < torch.autograd.grad(whole.sum(), scale)[0]
 
 
 def test_unknown_solver() -> None:

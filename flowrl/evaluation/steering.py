@@ -13,7 +13,8 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, RewardError
 from flowrl.functional.flow import x1_hat
 from flowrl.functional.sde import SDE, GaussianStep, SDEKind
-from flowrl.functional.solvers import Solver, ode_sample
+from flowrl.functional.solver_steps import Solver
+from flowrl.functional.solvers import ode_sample
 from flowrl.training.construction import without_gradient
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.rollout import judged_by, roll_out
@@ -243,10 +244,8 @@ def _d_flow(
     field = policy.field(policy.condition(context_ids), len(context_ids), role, guidance_scale)
 
     def end(x: torch.Tensor) -> torch.Tensor:
-        """Solve the ODE; of each step the state is kept, and its graph made again in the backward pass."""
-        for k in range(len(times) - 1):
-            x = checkpoint(ode_sample, field, x, times[k : k + 2], solver, use_reentrant=False)
-        return x
+        """Solve the ODE; the graph of each evaluation is made again in the backward pass."""
+        return ode_sample(lambda x, t: checkpoint(field, x, t, use_reentrant=False), x, times, solver)
 
     x_0 = policy.noise(len(context_ids), generator).requires_grad_()
     optimizer = torch.optim.Adam([x_0], lr=steering.step_size)

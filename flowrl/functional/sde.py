@@ -10,7 +10,7 @@ import torch
 
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import expand, normal, x0_hat, x1_hat
-from flowrl.functional.solvers import euler_step
+from flowrl.functional.solver_steps import euler_step
 from flowrl.types import Field
 
 SDEKind = Literal["flow", "constant", "cps"]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections import deque
+from collections.abc import Iterator
 
 import torch
 
 from flowrl.errors import ConfigError
+from flowrl.functional.solver_steps import SOLVERS, Solver
 from flowrl.types import Field
-
-Solver = Literal["euler", "heun", "midpoint", "rk4"]
-Step = Callable[[Field, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def time_grid(steps: int, shift: float = 1.0, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -27,62 +25,29 @@ def time_grid(steps: int, shift: float = 1.0, device: torch.device | str = "cpu"
     return (1 - sigma).float().to(device)
 
 
-def euler_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Take a step of first order, one evaluation."""
-    return x + h * v(x, t)
-
-
-def midpoint_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Take a step of second order, two evaluations."""
-    return x + h * v(x + h / 2 * v(x, t), t + h / 2)
-
-
-def heun_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Take a step of second order, two evaluations (Karras et al. 2022, algorithm 1)."""
-    v_0 = v(x, t)
-    v_1 = v(x + h * v_0, t + h)
-    return x + h / 2 * (v_0 + v_1)
-
-
-def rk4_step(v: Field, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Take a step of fourth order, four evaluations."""
-    k_1 = v(x, t)
-    k_2 = v(x + h / 2 * k_1, t + h / 2)
-    k_3 = v(x + h / 2 * k_2, t + h / 2)
-    k_4 = v(x + h * k_3, t + h)
-    return x + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
-
-
-SOLVERS: dict[str, tuple[Step, int]] = {
-    "euler": (euler_step, 1),
-    "midpoint": (midpoint_step, 2),
-    "heun": (heun_step, 2),
-    "rk4": (rk4_step, 4),
-}
-
-
-def evaluations_per_sample(solver: str, steps: int) -> int:
-    """Count the network evaluations that one sample costs."""
-    return SOLVERS[solver][1] * steps
-
-
-def ode_sample(v: Field, x_0: torch.Tensor, times: torch.Tensor, solver: Solver = "euler") -> torch.Tensor:
-    """Solve dx/dt = v(x, t) from `x_0` at `times[0]` to `times[-1]`.
+def ode_states(
+    v: Field, x_0: torch.Tensor, times: torch.Tensor, solver: Solver = "euler", grad_steps: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Solve dx/dt = v(x, t) from `x_0` at `times[0]` on: give x (B, ...) at each later time.
 
     Args:
         v: Velocity field, `(x (B, ...), t (B,)) -> (B, ...)`.
         x_0: (B, ...), float32: the state stays in float32 whatever the field computes in.
         times: (K + 1,) increasing, on the device of `x_0`.
         solver: One of `SOLVERS`.
-
-    Returns:
-        x at the last time, (B, ...).
+        grad_steps: The last steps that gradients flow through; all when not given.
     """
     if solver not in SOLVERS:
         raise ConfigError(f"Unknown solver '{solver}'. Known: {', '.join(SOLVERS)}.")
-    step, _ = SOLVERS[solver]
-    x = x_0
-    h = times.diff()
+    step, x, h = SOLVERS[solver][0](), x_0, times.diff()
     for k in range(len(h)):
-        x = step(v, x, times[k].expand(len(x)), h[k])
-    return x
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (grad_steps is None or k >= len(h) - grad_steps)):
+            x = step(v, x, times[k].expand(len(x)), h[k])
+        yield x
+
+
+def ode_sample(
+    v: Field, x_0: torch.Tensor, times: torch.Tensor, solver: Solver = "euler", grad_steps: int | None = None
+) -> torch.Tensor:
+    """Solve dx/dt = v(x, t) from `x_0` at `times[0]` to `times[-1]`: x there, (B, ...); see `ode_states`."""
+    return next(iter(deque(ode_states(v, x_0, times, solver, grad_steps), maxlen=1)), x_0)

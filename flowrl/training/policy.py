@@ -17,7 +17,8 @@ from flowrl.envs.prompts import positions_of
 from flowrl.functional.flow import normal
 from flowrl.functional.guidance import guided_field
 from flowrl.functional.sde import SDE, sde_sample
-from flowrl.functional.solvers import Solver, evaluations_per_sample, ode_sample
+from flowrl.functional.solver_steps import Solver, evaluations_per_sample
+from flowrl.functional.solvers import ode_sample
 from flowrl.models.attention import set_attention_backend
 from flowrl.models.base import VelocityModel
 from flowrl.models.init_lora import started_from
@@ -198,16 +199,15 @@ class FlowPolicy(SB3Policy):
         x = self.noise(len(context_ids), generator) if x_0 is None else x_0
         times, solver = self.times(steps), solver or self.solver
         cond, role = self.condition(context_ids.to(x.device)), role or self.sampling_role
-        first = max(0, len(times) - 1 - grad_steps)
+        if grad_steps:
+            return ode_sample(self.field(cond, len(x), role, guidance_scale), x, times, solver, grad_steps)
 
         def solve(x: torch.Tensor, *cond: torch.Tensor) -> tuple[torch.Tensor]:
-            return (ode_sample(self.field(cond, len(x), role, guidance_scale), x, times[: first + 1], solver),)
+            return (ode_sample(self.field(cond, len(x), role, guidance_scale), x, times, solver),)
 
-        key = role, solver, len(times), first, self.guidance_scale if guidance_scale is None else guidance_scale
+        key = role, solver, len(times), self.guidance_scale if guidance_scale is None else guidance_scale
         with torch.no_grad():
-            (x,) = self.graphs.run("Sampling", key, solve, x, *cond)
-        field = self.field(cond, len(x), role, guidance_scale)
-        return ode_sample(field, x, times[first:], solver) if grad_steps else x
+            return self.graphs.run("Sampling", key, solve, x, *cond)[0]
 
     @torch.no_grad()
     def sample_path(
