@@ -119,7 +119,9 @@ def test_an_image_depends_on_prompt_and_seed_alone(tiny_runs: dict[str, Path], t
 
 def test_options_of_the_sampler_are_heeded(tiny_runs: dict[str, Path], tmp_path: Path) -> None:
     plain = next(iter(sample(tiny_runs["lora"], tmp_path / "plain", "-n", 1).values()))
-    for i, options in enumerate([["--steps", 5], ["--solver", "ab2"], ["--guidance-scale", 3], ["--role", "reference"]]):
+    for i, options in enumerate(
+        [["--steps", 5], ["--solver", "ab2"], ["--guidance-scale", 3], ["--role", "reference"]]
+    ):
         other = next(iter(sample(tiny_runs["lora"], tmp_path / str(i), "-n", 1, *options).values()))
         assert abs(other - plain).max() > 5, options
     (base,) = call(
