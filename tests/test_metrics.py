@@ -30,6 +30,14 @@ def test_diversity_of_equal_samples_is_zero() -> None:
     assert diversity(samples, torch.zeros(64)).item() < 0.01 * spread
 
 
+def test_diversity_of_samples_close_together_far_from_the_origin() -> None:
+    """Of a flow that ran off, or of pictures that have become nearly alike."""
+    contexts = torch.arange(64) % 2
+    near = 0.1 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    samples = near + torch.tensor([1000.0, -3000.0])[contexts][:, None]
+    assert diversity(samples, contexts).item() == pytest.approx(diversity(near, contexts).item(), rel=0.01)
+
+
 def test_diversity_without_pairs_is_nan() -> None:
     assert math.isnan(diversity(torch.randn(4, 2), torch.arange(4)).item())
     assert math.isnan(diversity(torch.randn(1, 2), torch.zeros(1)).item())

@@ -25,8 +25,10 @@ def diversity(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
 def pair_distances(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
     """Sum the Euclidean distances between two samples of the same context, and count the pairs: (2,)."""
     flat = samples.flatten(1).float()
-    distance = torch.cdist(flat, flat)
-    pairs = (context_ids[:, None] == context_ids[None, :]).float().triu(1).to(distance.device)
+    same = (context_ids[:, None] == context_ids[None, :]).float().to(flat.device)
+    # about the mean of their context: `cdist` loses distances that are small beside the length of the samples
+    flat = flat - (same @ flat / same.sum(1, keepdim=True))[same.argmax(1)]
+    distance, pairs = torch.cdist(flat, flat), same.triu(1)
     return torch.stack([(distance * pairs).sum(), pairs.sum()])
 
 
