@@ -26,7 +26,7 @@ from flowrl.training.fitting import fitted
 from flowrl.training.hooks import HookChecks, NoChecks, check_names
 from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
-from flowrl.training.optimizers import gradient_step, scheduled_rate
+from flowrl.training.optimizers import gradient_step, scheduled_rate, share_of_step
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, without_strays
@@ -240,20 +240,20 @@ class FlowAlgorithm(Method, SB3Algorithm):
         replays = self.replay.are_replayed
         totals: dict[str, torch.Tensor] = {}
         norms: list[torch.Tensor] = []
-        n_minibatches = n_pending = 0
+        n_minibatches = n_pending = n_entries = 0
         for _ in range(config.n_epochs):
             for batch in self.minibatches():
                 with nullcontext() if n_pending == is_last else self.ranks.no_sync(policy.networks.trained):
                     figures = self.replay.gradient(batch, n_pending) if replays else self.gradient(batch)
-                n_minibatches, n_pending = n_minibatches + 1, n_pending + 1
+                n_minibatches, n_pending, n_entries = n_minibatches + 1, n_pending + 1, n_entries + len(batch.x_1)
                 if n_pending == config.accumulation:
-                    norms.append(gradient_step(self))
-                    n_pending = 0
+                    norms.append(gradient_step(self, n_entries))
+                    n_pending = n_entries = 0
                 for key, value in figures.items():
                     totals[key] = totals.get(key, 0) + value
         if n_pending:
             self.ranks.average_gradients(policy.parameters_of("current").values())
-            norms.append(gradient_step(self))
+            norms.append(gradient_step(self, n_entries))
         means = {key: value / n_minibatches for key, value in totals.items()}
         means["grad_norm"] = torch.stack(norms).mean()
         return means
@@ -263,7 +263,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         result = self.loss(batch)
         self.checks.loss(result)
         loss, parts = result
-        (loss if self.config.accumulation == 1 else loss / self.config.accumulation).backward()
+        share_of_step(self, loss, len(batch.x_1)).backward()
         return {"loss": loss.detach(), **{key: part.detach() for key, part in parts.items()}}
 
 
