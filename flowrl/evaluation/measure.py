@@ -281,9 +281,10 @@ def _statistics(
     seed: int,
 ) -> SampleStatistics:
     n_pairs = min(len(samples), 2048)
+    are_all = len(context_ids.unique()) == len(env.contexts)  # prompts; else those drawn stand for the others
     return SampleStatistics(
         reward_mean=reward.mean().item(),
-        reward_ci=metrics.mean_interval(reward),
+        reward_ci=metrics.mean_interval(reward, None if are_all else context_ids),
         reward_std=reward.std(correction=0).item(),
         components={key: value.mean().item() for key, value in components.items()},
         diversity=metrics.diversity(samples[:n_pairs], context_ids[:n_pairs]).item(),

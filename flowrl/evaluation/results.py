@@ -17,7 +17,7 @@ class SampleStatistics:
 
     Attributes:
         reward_mean: Mean reward.
-        reward_ci: 95 % confidence interval of the mean.
+        reward_ci: 95 % confidence interval of the mean over all prompts, also where only some of them were drawn.
         reward_std: Standard deviation over samples.
         components: Mean of each component of the reward.
         diversity: Mean Euclidean distance of two samples of the same context (flattened).
