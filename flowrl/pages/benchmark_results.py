@@ -75,10 +75,11 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
             entry["held_out"] = {"gain": _gain(unseen), "diversity": summary([r["diversity"] for r in unseen])}
         entry["evaluations_per_sample"] = finished[0]["evaluations_per_sample"]
         entry["cost"] = {key: float(np.mean([r["cost"][key] for r in finished])) for key in finished[0]["cost"]}
-        curves = [_read(root / cell.folder / "curve.json") or [] for cell in members]
+        folders = [cell.folder for cell, result in zip(members, results) if result is not None]
+        curves = [_read(root / folder / "curve.json") or [] for folder in folders]
         entry["target_lambda"] = summary([curve[-1].get("rollout/target_lambda") for curve in curves if curve])["mean"]
         entry["curve"] = _curve(curves)
-        entry["folders"] = [cell.folder for cell, result in zip(members, results) if result is not None]
+        entry["folders"] = folders
     return entry
 
 
