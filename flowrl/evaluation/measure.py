@@ -174,6 +174,7 @@ def evaluate(
         n_samples=n_samples,
         prompts=str(prompts) if isinstance(prompts, str | Path) else "given",
         n_prompts=0 if core.contexts == [None] else len(core.contexts),
+        sampling={key: value for key, value in sampling.items() if value not in (None, getattr(policy, key, None))},
         evaluations_per_sample=after.evaluations_per_sample,
         per_prompt=_per_prompt(core, ids, before.reward, after.reward),
         reference=reference,
