@@ -123,7 +123,7 @@ def _evaluate(config: EvaluateConfig) -> int:
 
 
 def _write(folder: Path, env: GenerationEnv, result: EvaluationResult, prompts: str) -> list[Path]:
-    """Write figures, picture and report; of other prompts or another sampler than training's into files of their own."""
+    """Write figures, picture and report; those of other prompts or of another sampler into files of their own."""
     parts = [] if prompts == "train" else [Path(prompts).name.replace(".", "-")]
     parts += [f"{name.replace('_', '-')}-{value}" for name, value in result.sampling.items()]
     tag = "".join(f"-{part}" for part in parts)
