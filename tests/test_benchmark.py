@@ -23,7 +23,7 @@ from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.models.mlp import MLP
 from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves
-from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, collect, summary
+from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, _add_speed, collect, summary
 from flowrl.pages.benchmark_tables import drift, interval, markdown, target
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.runs.folder import finite_or_none
@@ -385,6 +385,15 @@ def test_long_curves_are_thinned_and_keep_both_ends(tmp_path: Path) -> None:
     assert len(told["curve"]) == CURVE_POINTS
     assert [told["curve"][i]["evaluations"] for i in (0, -1)] == [0, 199]
     assert told["evaluations_to_90_percent"] == 180, "measured on the whole curve"
+
+
+def test_a_method_without_rewards_in_training_leaves_the_goal_to_others() -> None:
+    entries = [entry("asks", 1.0, 0.1), entry("given pairs", 1.0, 0.1)]
+    entries[0]["curve"] = [{"evaluations": i, "rollout/reward_mean": float(i)} for i in range(11)]
+    entries[1]["curve"] = [{"evaluations": i, "rollout/reward_mean": math.nan} for i in range(11)]
+    _add_speed(entries)
+    assert entries[0]["evaluations_to_90_percent"] == 10
+    assert "evaluations_to_90_percent" not in entries[1]
 
 
 def test_seeds_whose_drift_is_not_finite_are_told() -> None:

@@ -121,9 +121,11 @@ def _add_speed(entries: Sequence[Entry]) -> None:
     """Add the network evaluations until 90 % of the best gain in reward that a method of the environment has come to.
 
     Gains are those of the curves of training, averaged over three iterations, above the mean of all first iterations.
+    Methods that ask for no reward in training (given pairs) have none.
     """
     for env in {entry["env"] for entry in entries}:
-        curves = [(e, _smoothed(e["curve"])) for e in entries if e["env"] == env and e.get("curve")]
+        trained = [e for e in entries if e["env"] == env and e.get("curve")]
+        curves = [(e, _smoothed(e["curve"])) for e in trained if not math.isnan(e["curve"][0]["rollout/reward_mean"])]
         if not curves:
             continue
         start = float(np.mean([e["curve"][0]["rollout/reward_mean"] for e, _ in curves]))
