@@ -72,6 +72,12 @@ def test_jpeg_size_is_pillows(quality: int) -> None:
     assert IncompressReward(quality)(pictures(), [""] * 3).reward.tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("quality", [0, 101, -5])
+def test_a_quality_that_jpeg_does_not_have(quality: int) -> None:
+    with pytest.raises(ConfigError, match=f"quality must be 1 to 100, not {quality}"):
+        CompressReward(quality)
+
+
 def test_the_description_names_the_quality_that_is_used() -> None:
     assert CompressReward(40).description == "minus the JPEG size in kB at quality 40"
 
