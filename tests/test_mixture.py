@@ -207,6 +207,14 @@ def test_share_of_wins_by_hand() -> None:
     assert {"winrate(red)", "winrate(red).red", "red"} <= mixed.components.keys()
 
 
+def test_one_text_with_two_pictures_is_two_contexts() -> None:
+    prompts = [flowrl.Prompt("a hat on it", {"image": name}) for name in ("cat.png", "dog.png", "cat.png", "dog.png")]
+    x = torch.zeros(4, 3, 4, 4)
+    x[:, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]
+    for text, expected in (("winrate(red)", [0, 0, 1, 1]), ("red:1:group", [-1, -1, 1, 1])):
+        assert make_mixture(text)(x, prompts).reward.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_pairwise_probabilities_by_hand() -> None:
     """The mean over the others, each asked in both orders: what favours a place cancels."""
     x = images()
