@@ -188,6 +188,25 @@ def test_accumulated_minibatches_have_the_gradient_of_a_large_one(n_samples, oth
     assert norms[1:] == pytest.approx([norms[0]] * (len(norms) - 1), rel=1e-4)
 
 
+def test_a_figure_of_some_minibatches_is_their_mean():
+    class Sometimes(Squares):
+        n, counted = 0, torch.zeros((), device=DEVICE)
+
+        def loss(self, batch):
+            self.n += 1
+            loss, _ = super().loss(batch)
+            self.counted.add_(1)  # a metric may be a tensor that the algorithm goes on to change
+            return loss, {
+                "counted": self.counted,
+                **({"third": torch.tensor(6.0, device=DEVICE)} if self.n == 3 else {}),
+            }
+
+    settings = {**SMALL, "batch_size": 16, "accumulation": 1}
+    model = Sometimes("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings).learn(64)
+    assert model.n == 4
+    assert (model.last_logged["train/third"], model.last_logged["train/counted"]) == (6, 2.5)
+
+
 @pytest.mark.parametrize(("n_before", "decay"), [(0, 2 / 11), (1000, 0.9)])
 def test_an_average_of_few_steps_forgets_its_start_sooner(n_before, decay):
     model = small(ema_decay=0.9, batch_size=64, learning_rate=0.01)

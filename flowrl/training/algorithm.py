@@ -238,23 +238,23 @@ class FlowAlgorithm(Method, SB3Algorithm):
             policy.model.offload()
         is_last = config.accumulation - 1  # of the minibatches of a step; the ranks agree on its gradient there
         replays = self.replay.are_replayed
-        totals: dict[str, torch.Tensor] = {}
+        found: dict[str, list[torch.Tensor]] = {}  # a loss may give a figure of some minibatches only
         norms: list[torch.Tensor] = []
-        n_minibatches = n_pending = n_entries = 0
+        n_pending = n_entries = 0
         for _ in range(config.n_epochs):
             for batch in self.minibatches():
                 with nullcontext() if n_pending == is_last else self.ranks.no_sync(policy.networks.trained):
                     figures = self.replay.gradient(batch, n_pending) if replays else self.gradient(batch)
-                n_minibatches, n_pending, n_entries = n_minibatches + 1, n_pending + 1, n_entries + len(batch.x_1)
+                n_pending, n_entries = n_pending + 1, n_entries + len(batch.x_1)
                 if n_pending == config.accumulation:
                     norms.append(gradient_step(self, n_entries))
                     n_pending = n_entries = 0
                 for key, value in figures.items():
-                    totals[key] = totals.get(key, 0) + value
+                    found.setdefault(key, []).append(value.clone())  # it may change in place
         if n_pending:
             self.ranks.average_gradients(policy.parameters_of("current").values())
             norms.append(gradient_step(self, n_entries))
-        means = {key: value / n_minibatches for key, value in totals.items()}
+        means = {key: torch.stack(values).mean() for key, values in found.items()}
         means["grad_norm"] = torch.stack(norms).mean()
         return means
 
