@@ -254,9 +254,9 @@ class FlowAlgorithm(Method, SB3Algorithm):
         if n_pending:
             self.ranks.average_gradients(policy.parameters_of("current").values())
             norms.append(gradient_step(self, n_entries))
+        policy.set_training_mode(False)  # whatever samples or measures now goes without dropout
         means = {key: torch.stack(values).mean() for key, values in found.items()}
-        means["grad_norm"] = torch.stack(norms).mean()
-        return means
+        return means | {"grad_norm": torch.stack(norms).mean()}
 
     def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Add the gradient of a minibatch's loss to those of before; the loss and its figures."""
