@@ -109,11 +109,11 @@ class FlowDPO(GroupRelative):
         return torch.where(wins, winner[pair], loser[pair]), {"wins": (place % 2 == 0).float()}
 
     def reward(self, samples: torch.Tensor, context_ids: torch.Tensor) -> tuple[RewardOutput, torch.Tensor]:
-        """Reward samples; of given pairs nothing is asked, and all have the reward 0."""
+        """Reward samples; of given pairs nothing is asked, and none has a reward (NaN)."""
         if self.data is None:
             return super().reward(samples, context_ids)
         everything = torch.arange(len(samples), device=samples.device)
-        return RewardOutput(torch.zeros(len(samples), device=samples.device)), everything
+        return RewardOutput(torch.full((len(samples),), torch.nan, device=samples.device)), everything
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Mark the samples (B,) of pairs: the winner above 0, the loser below, all others 0.

@@ -110,10 +110,13 @@ class FlowGRPO(GroupRelative, TransitionAlgorithm):
         """Compute `lambda = 1 / (beta std)`, of the law of whole paths, with the rewards' spread within groups.
 
         Advantages are in units of that spread; gradient and penalty are both sums over steps, means over dimensions.
-        None of several rewards that are compared each by itself.
+        None of several rewards that are compared each by itself, and none where the gradient, but not the penalty, is
+        weighted by the noise of each step: by "noise", or by the guarded ratio, whose logarithm is that much smaller.
         """
-        is_one = self.config.reward_aggregation == "sum"
-        return 1 / (self.config.beta * (reward_std + 1e-4)) if self.config.beta > 0 and is_one else None
+        config = self.config
+        is_one = config.reward_aggregation == "sum"
+        is_even = config.step_weighting == "none" and config.ratio == "plain"
+        return 1 / (config.beta * (reward_std + 1e-4)) if config.beta > 0 and is_one and is_even else None
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""

@@ -212,7 +212,13 @@ class RingReward:
     def sample_tilted(
         self, mixture: GaussianMixture, tau: float, n: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """Draw `n` exact samples by rejection: r <= 0, so `e^{tau r}` is a probability of acceptance."""
+        """Draw `n` exact samples by rejection: r <= 0, so `e^{tau r}` is a probability of acceptance.
+
+        Raises:
+            ConfigError: tau is negative: then it is none.
+        """
+        if not tau >= 0:
+            raise ConfigError(f"The optimum of a ring is known for a tau of 0 or more, not {tau:g}.")
         accepted: list[torch.Tensor] = []
         while sum(map(len, accepted)) < n:
             x = mixture.sample(8 * n, generator)
@@ -250,6 +256,9 @@ class GaussiansEnv(GenerationEnv):
             trainable correction.
         tau: Inverse temperature of the oracle's optimum.
         bound: The action space is [-bound, bound]^D.
+
+    Raises:
+        ConfigError: There is no optimum for that tau.
     """
 
     def __init__(
@@ -279,6 +288,8 @@ class GaussiansEnv(GenerationEnv):
         self.mixture = mixture
         self.reward_function = reward
         self.oracle = Oracle(mixture, cast(TiltableReward, reward), tau) if hasattr(reward, "sample_tilted") else None
+        if self.oracle is not None:
+            self.oracle.sample(1, torch.Generator(mixture.means.device).manual_seed(0))  # now, not after the training
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward points (B, D)."""

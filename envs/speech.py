@@ -92,13 +92,15 @@ class SpeechEnv(GenerationEnv):
         """Measure how much narrower than in the data the samples of a sentence are spread: 1 is as wide, 2 half.
 
         `narrowness of pitch`: of the mean pitches of words; `narrowness of rate`: of the logarithms of their lengths.
+        A sentence with a single sample has no spread and does not count; NaN where all are such.
         """
         values = samples.detach().double().cpu()
         spreads = []
         for text in dict.fromkeys(contexts):
             mine = values[[context == text for context in contexts]]
-            spreads.append(mine.var(0, correction=1 if len(mine) > 1 else 0).mean(1))
-        spread = torch.stack(spreads).mean(0).sqrt()
+            if len(mine) > 1:
+                spreads.append(mine.var(0).mean(1))
+        spread = torch.stack(spreads).mean(0).sqrt() if spreads else torch.full((len(ROWS),), torch.nan)
         data = (torch.tensor(LEVEL).square() + torch.tensor(EACH).square()).sqrt()
         narrow = data / spread.clamp_min(1e-6)
         return {f"narrowness of {name}": narrow[i].item() for i, name in enumerate(("pitch", "rate"))}

@@ -49,7 +49,7 @@ class GenerationVectorEnv(VectorEnv):
             seed: Seed of the first copy, one more for each further one; or a seed for each.
             options: Options of the environment's `reset`.
         """
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        seeds = [int(seed) + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         if seeds is not None and len(seeds) != self.num_envs:
             raise ConfigError(f"{len(seeds)} seeds were given for {self.num_envs} environments: give one for each.")
         for i, own in enumerate(seeds or []):
@@ -66,10 +66,10 @@ class GenerationVectorEnv(VectorEnv):
 
         Observations are the next contexts; `final_obs` and `final_info` are of the episodes that ended.
         """
-        self._samples = np.asarray(actions, dtype=np.float32)
+        self._samples = np.array(actions, dtype=np.float32)  # a copy: `render` shows it later
         if len(self._samples) != self.num_envs:
             raise ConfigError(f"{len(self._samples)} actions were given for {self.num_envs} environments.")
-        output = self.core.evaluate(torch.from_numpy(self._samples), torch.from_numpy(self._contexts))
+        output = self.core.evaluate(torch.from_numpy(self._samples), torch.from_numpy(self._contexts)).detached()
         ended: dict[str, Any] = {}
         for i, context in enumerate(self._contexts):
             own = {key: values[i].item() for key, values in output.components.items()}

@@ -123,8 +123,10 @@ def _evaluate(config: EvaluateConfig) -> int:
 
 
 def _write(folder: Path, env: GenerationEnv, result: EvaluationResult, prompts: str) -> list[Path]:
-    """Write figures, picture and report; those of other prompts than the trained ones into files of their own."""
-    tag = "" if prompts == "train" else f"-{Path(prompts).stem}"
+    """Write figures, picture and report; those of other prompts or of another sampler into files of their own."""
+    parts = [] if prompts == "train" else [Path(prompts).name.replace(".", "-")]
+    parts += [f"{name.replace('_', '-')}-{value}" for name, value in result.sampling.items()]
+    tag = "".join(f"-{part}" for part in parts)
     files = [write_evaluation(folder, result, tag), folder / f"before_after{tag}.png"]
     save_before_after(result, env, files[1])
     files += save_sounds(result, env, folder / f"sounds{tag}")

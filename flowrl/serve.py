@@ -114,6 +114,11 @@ def _main(args: list[str]) -> int:
     options = parse_options(config.reward_options)
     check_options(options, [config.reward])
     reward = make_reward(config.reward, options.get(config.reward))
+    if getattr(reward, "groupwise", False) or getattr(reward, "pairwise", False):
+        raise ConfigError(
+            f"The reward '{config.reward}' compares samples of the same prompt, and cannot be served: a request holds "
+            "some of them. Serve what it compares by, and compare in training: --env.reward 'winrate(remote)'."
+        )
     served = ServedReward(config.reward, reward, get_device(config.device))
     service = Service(served, token, max_batch=config.max_batch, max_body=int(config.max_body_mb * 1e6))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -869,7 +869,7 @@ MUTATIONS = (
     Mutation(
         "accumulation",
         ALGORITHM,
-        "(loss if self.config.accumulation == 1 else loss / self.config.accumulation).backward()",
+        "share_of_step(self, loss, len(batch.x_1)).backward()",
         "loss.backward()",
         ("test_algorithm.py::test_accumulated_minibatches_have_the_gradient_of_a_large_one",),
     ),

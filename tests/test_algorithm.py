@@ -171,14 +171,84 @@ class Squares(flowrl.ORWCFMW2):
         return self.policy.velocity(batch.x_1, t, ()).square().mean(), {}
 
 
-def test_accumulated_minibatches_have_the_gradient_of_a_large_one():
+@pytest.mark.parametrize(
+    ("n_samples", "others"),
+    [(64, ((64, 1), (16, 4), (48, 2))), (96, ((64, 1), (16, 4), (32, 2))), (72, ((64, 1), (16, 4)))],
+    ids=["whole", "a step of fewer", "a small minibatch"],
+)
+def test_accumulated_minibatches_have_the_gradient_of_a_large_one(n_samples, others):
+    """Every sample counts alike, also in a last minibatch or step that is smaller than the others."""
     norms = []
-    for batch_size, accumulation in ((64, 1), (16, 4)):
-        settings = {**SMALL, "batch_size": batch_size, "accumulation": accumulation}
-        model = Squares("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings).learn(64)
+    for batch_size, accumulation in others:
+        settings = {**SMALL, "n_samples": n_samples, "batch_size": batch_size, "accumulation": accumulation}
+        settings["learning_rate"] = 1e-12  # steps of the same weights
+        model = Squares("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings).learn(n_samples)
         norms.append(model.last_logged["train/grad_norm"])
     assert norms[0] > 0
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[1:] == pytest.approx([norms[0]] * (len(norms) - 1), rel=1e-4)
+
+
+class Noisy(torch.nn.Module):
+    """A network with layers that are others in training: of noise, and with statistics of what they see."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(3, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.SiLU(),
+            torch.nn.Dropout(0.5),
+            torch.nn.Linear(16, 2),
+        )
+        self.modes = []
+
+    def forward(self, x, t):
+        self.modes.append((torch.is_grad_enabled(), self.training))
+        return self.layers(torch.cat([x, t[:, None]], dim=1))
+
+
+def test_networks_are_in_training_mode_in_updates_alone(tmp_path):
+    """Samples, pictures, the drift and evaluations go without dropout, and leave running statistics as they are."""
+    env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), flow=Noisy)
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, **SMALL)
+    x_0 = torch.randn(8, 2, device=DEVICE)
+
+    def drawn(policy):
+        before = {name: b.clone() for name, b in policy.networks.buffers_of("current").items()}
+        first, second = (policy.sample(n=8, x_0=x_0) for _ in range(2))
+        assert all(torch.equal(b, before[name]) for name, b in policy.networks.buffers_of("current").items())
+        assert torch.equal(first, second)
+        return first
+
+    untrained = drawn(model.policy)
+    model.learn(64)
+    trained = drawn(model.policy)
+    assert not torch.equal(untrained, trained)
+    assert {*model.policy.model.network.modes} == {(False, False), (True, True)}
+    first, second = (flowrl.evaluate(model, n_samples=32).reward_mean for _ in range(2))
+    assert first == second
+    model.save(tmp_path / "a")
+    assert torch.equal(drawn(flowrl.ORWCFMW2.load(tmp_path / "a", env=env, device=DEVICE).policy), trained)
+    drawn(flowrl.FlowPolicy.of(env, device=DEVICE))
+
+
+def test_a_figure_of_some_minibatches_is_their_mean():
+    class Sometimes(Squares):
+        n, counted = 0, torch.zeros((), device=DEVICE)
+
+        def loss(self, batch):
+            self.n += 1
+            loss, _ = super().loss(batch)
+            self.counted.add_(1)  # a metric may be a tensor that the algorithm goes on to change
+            return loss, {
+                "counted": self.counted,
+                **({"third": torch.tensor(6.0, device=DEVICE)} if self.n == 3 else {}),
+            }
+
+    settings = {**SMALL, "batch_size": 16, "accumulation": 1}
+    model = Sometimes("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings).learn(64)
+    assert model.n == 4
+    assert (model.last_logged["train/third"], model.last_logged["train/counted"]) == (6, 2.5)
 
 
 @pytest.mark.parametrize(("n_before", "decay"), [(0, 2 / 11), (1000, 0.9)])

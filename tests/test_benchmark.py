@@ -23,8 +23,8 @@ from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.models.mlp import MLP
 from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves
-from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, collect, summary
-from flowrl.pages.benchmark_tables import drift, markdown, target
+from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, _add_speed, collect, summary
+from flowrl.pages.benchmark_tables import drift, interval, markdown, target
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.runs.folder import finite_or_none
 from flowrl.storage.files import write_json
@@ -387,6 +387,15 @@ def test_long_curves_are_thinned_and_keep_both_ends(tmp_path: Path) -> None:
     assert told["evaluations_to_90_percent"] == 180, "measured on the whole curve"
 
 
+def test_a_method_without_rewards_in_training_leaves_the_goal_to_others() -> None:
+    entries = [entry("asks", 1.0, 0.1), entry("given pairs", 1.0, 0.1)]
+    entries[0]["curve"] = [{"evaluations": i, "rollout/reward_mean": float(i)} for i in range(11)]
+    entries[1]["curve"] = [{"evaluations": i, "rollout/reward_mean": math.nan} for i in range(11)]
+    _add_speed(entries)
+    assert entries[0]["evaluations_to_90_percent"] == 10
+    assert "evaluations_to_90_percent" not in entries[1]
+
+
 def test_seeds_whose_drift_is_not_finite_are_told() -> None:
     """A flow that ran off must not look better for it: its drift is null in result.json."""
     entry = {"seeds_finished": 3, "cost": {"gradient_steps": 8.0}}
@@ -394,6 +403,19 @@ def test_seeds_whose_drift_is_not_finite_are_told() -> None:
     assert drift({**entry, "drift": summary([None] * 3)}) == "(finite in 0 of 3)"
     assert drift({**entry, "drift": summary([0.1] * 3)}) == "0.1"
     assert drift({**entry, "cost": {"gradient_steps": 0.0}, "drift": summary([None] * 3)}) == ""
+
+
+def test_other_figures_that_are_not_finite_in_all_seeds_are_told() -> None:
+    assert interval(summary([2.0, None, 2.0]), 3) == "2 ± 0 (finite in 2 of 3)"
+    assert interval(summary([None] * 2), 2) == "(finite in 0 of 2)"
+    assert interval(summary([2.0, 2.0]), 2) == interval(summary([2.0, 2.0])) == "2 ± 0"
+
+
+def test_curves_without_a_diversity_are_drawn() -> None:
+    """Of prompts that are drawn once each there is none in training."""
+    entries = [entry("a", 1.0, 0.1)]
+    entries[0]["curve"][0]["rollout/diversity"] = math.nan
+    assert len(learning_curves(entries).axes) == 2
 
 
 def test_the_learning_rate_falls_with_the_budget_of_a_cell():

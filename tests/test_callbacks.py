@@ -72,6 +72,14 @@ def test_a_reward_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatc
     assert names(tmp_path) == {*names_of(1, 3), "best"}
 
 
+def test_of_a_run_without_rewards_none_is_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_rewards(monkeypatch, {1: None, 2: None, 3: None})  # type: ignore[dict-item]
+    keep = KeepCheckpoints(tmp_path, every=1, keep=2)
+    model().learn(3 * N, callback=keep)
+    keep.wait()
+    assert names(tmp_path) == names_of(2, 3)
+
+
 def test_without_the_best(tmp_path: Path) -> None:
     keep = KeepCheckpoints(tmp_path, every=1, keep=1, keep_best=False)
     model().learn(3 * N, callback=keep)

@@ -458,6 +458,23 @@ def test_evaluate_gives_the_run_its_own_figures_again(run_here, three: Path, tmp
     assert "reference     trained" in done.stdout
 
 
+def test_an_evaluation_with_another_sampler_has_files_of_its_own(run_here, three: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(three, tmp_path / "run")
+    own = {name: (run / name).read_bytes() for name in ("evaluation.json", "report.html", "before_after.png")}
+    done = run_here("flowrl.evaluate", "run", "--n-samples", 32, "--steps", 3, "--solver", "heun")
+    assert done.returncode == 0, done.stderr
+    told = "with steps = 3, solver = heun, otherwise as in training"
+    assert told in done.stdout
+    assert {name: (run / name).read_bytes() for name in own} == own
+    result = json.loads((run / "evaluation-steps-3-solver-heun.json").read_text())
+    assert result["sampling"] == {"steps": 3, "solver": "heun"}
+    assert result["evaluations_per_sample"] == 6
+    assert told in (run / "report-steps-3-solver-heun.html").read_text()
+    steps = json.loads((run / "config.json").read_text())["settings"]["rollout_steps"]
+    done = run_here("flowrl.evaluate", "run", "--n-samples", 32, "--steps", steps)  # the run's own, given again
+    assert (run / "evaluation.json").read_bytes() == own["evaluation.json"]
+
+
 def test_a_run_stays_of_one_environment(run_here, three: Path, tmp_path: Path) -> None:
     """Its report says which one that is, and curves are of one reward."""
     own = shutil.copytree(three, tmp_path / "own")

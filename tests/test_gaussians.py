@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
+import flowrl
 from flowrl.envs.gaussians import (
     REWARDS,
     GaussianMixture,
@@ -183,6 +184,14 @@ def test_a_tilt_that_cannot_be_normalised() -> None:
     q.tilt(1.9, quadratic=(-np.eye(2), (0, 0)))  # precision 2 - 1.9
     with pytest.raises(ConfigError, match=r"tau = 2\.1 cannot be normalised"):
         q.tilt(2.1, quadratic=(-np.eye(2), (0, 0)))
+
+
+@pytest.mark.parametrize(("kind", "tau"), [("ring", -0.5), ("ring", float("nan")), ("quadratic", -20.0)])
+def test_a_tau_without_an_optimum_is_refused_when_the_environment_is_made(kind: str, tau: float) -> None:
+    """Of the ring at -0.5 samples of the reference were compared with, those of the others after the training."""
+    with pytest.raises(ConfigError):
+        flowrl.make(f"gaussians-{kind}", tau=tau)
+    assert flowrl.make("gaussians-linear", tau=-0.5).oracle.tau == -0.5
 
 
 @pytest.mark.parametrize("kind", REWARDS)

@@ -148,6 +148,16 @@ def test_a_policy_needs_no_algorithm() -> None:
         flowrl.evaluate(policy)
     with pytest.raises(ConfigError, match="evaluated on its own environment"):
         flowrl.evaluate(model, env)
+    mistakes: dict[str, tuple[Any, str]] = {
+        "samples_per_context": (0, "must be a whole number, 1 or more, not 0"),
+        "n_kept": (-3, "must be a whole number, 1 or more, not -3"),
+        "seed": (1.5, "must be a whole number, 0 or more"),
+        "steering": ("best_of_n", r"such as Steering\("),
+        "eval_rewards": (["compress"], r"made by flowrl.envs.rewards.mixture.make_rewards\("),
+    }
+    for name, (value, message) in mistakes.items():
+        with pytest.raises(ConfigError, match=f"{name}.* {message}"):
+            flowrl.evaluate(model, n_samples=8, **{name: value})
 
 
 def test_a_string_is_one_prompt() -> None:

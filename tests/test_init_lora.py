@@ -127,6 +127,25 @@ def test_formats(write: Callable[..., Path], sd3: Path, tmp_path: Path) -> None:
             assert (theirs(x, t, cond) - ours(x, t, cond)).abs().max() <= 1e-4
 
 
+def test_scales_of_single_modules_are_found_as_peft_finds_them(sd3: Path, tmp_path: Path) -> None:
+    """By the end of a name, by the whole, and the first that fits; expressions are refused."""
+    adapter = adapter_of(load(sd3), ("attn.to_q", "attn.to_out.0"))
+    place = as_peft(adapter, tmp_path / "lora", 1.0)
+    whole = next(name for name in adapter if name.endswith("to_out.0"))
+    pattern = {f"^{whole}": 3 * RANK, "to_q": 2 * RANK, "attn.to_q": 100, "to_out": 100, "o_out.0": 100}
+    (place / PEFT_CONFIG).write_text(json.dumps({"r": RANK, "lora_alpha": RANK, "alpha_pattern": pattern}))
+    scales = {name: 2.0 if name.endswith("to_q") else 3.0 if name == whole else 1.0 for name in adapter}
+    scaled = {name: (down, scales[name] * up) for name, (down, up) in adapter.items()}
+    assert sorted({*scales.values()} - {1.0}) == [2.0, 3.0]
+    started = started_from(load(sd3), str(place))
+    assert isinstance(started, PipelineFlow)
+    assert same_weights(started, expected(load(sd3), scaled, 1.0))
+    for odd in ({"to_(q|k)": 8}, [1]):
+        (place / PEFT_CONFIG).write_text(json.dumps({"r": RANK, "lora_alpha": RANK, "alpha_pattern": odd}))
+        with pytest.raises(ConfigError, match="alpha_pattern"):
+            started_from(load(sd3), str(place))
+
+
 def test_keys_of_other_trainers(flux: Path, tmp_path: Path) -> None:
     """By diffusers' own converter, alphas included."""
     adapter = {

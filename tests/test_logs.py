@@ -48,11 +48,12 @@ def test_a_new_metric_is_a_new_column(tmp_path: Path) -> None:
 
 
 def test_kinds_of_values(tmp_path: Path) -> None:
-    row = {"n": np.float32(0.5), "nan": math.nan, "text": 'a "b", c', "i": np.int64(3), "hidden": 1}
+    row = {"n": np.float32(0.5), "nan": math.nan, "text": 'a "b", c', "i": np.int64(3), "hidden": 1, "far": -math.inf}
     for kind in ("csv", "json"):
         MetricsFile(tmp_path / f"m.{kind}", kind).write(row, {"hidden": (kind,)})
-    assert read_rows(tmp_path / "m.csv") == [{"n": 0.5, "text": 'a "b", c', "i": 3}]
-    assert json.loads((tmp_path / "m.json").read_text()) == {"n": 0.5, "nan": None, "text": 'a "b", c', "i": 3}
+    assert read_rows(tmp_path / "m.csv") == [{"n": 0.5, "text": 'a "b", c', "i": 3, "far": -math.inf}]
+    expected = {"n": 0.5, "nan": None, "text": 'a "b", c', "i": 3, "far": None}
+    assert json.loads((tmp_path / "m.json").read_text(), parse_constant=pytest.fail) == expected
 
 
 @pytest.mark.parametrize("cut", range(1, 9))

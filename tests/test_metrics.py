@@ -30,6 +30,14 @@ def test_diversity_of_equal_samples_is_zero() -> None:
     assert diversity(samples, torch.zeros(64)).item() < 0.01 * spread
 
 
+def test_diversity_of_samples_close_together_far_from_the_origin() -> None:
+    """Of a flow that ran off, or of pictures that have become nearly alike."""
+    contexts = torch.arange(64) % 2
+    near = 0.1 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    samples = near + torch.tensor([1000.0, -3000.0])[contexts][:, None]
+    assert diversity(samples, contexts).item() == pytest.approx(diversity(near, contexts).item(), rel=0.01)
+
+
 def test_diversity_without_pairs_is_nan() -> None:
     assert math.isnan(diversity(torch.randn(4, 2), torch.arange(4)).item())
     assert math.isnan(diversity(torch.randn(1, 2), torch.zeros(1)).item())
@@ -76,6 +84,21 @@ def test_mean_interval_covers_the_mean_95_times_in_100() -> None:
         low, high = mean_interval(torch.randn(100) + 2)
         inside += low < 2 < high
     assert 925 <= inside <= 970
+
+
+def test_mean_interval_of_prompts_that_are_some_of_many() -> None:
+    """Eight samples of a prompt are worth little more than one where prompts decide: taken for independent, 54 %."""
+    generator, hits = torch.Generator().manual_seed(0), 0
+    clusters = torch.arange(64).repeat_interleave(8)[:-4]  # the last prompt has fewer
+    for _ in range(200):
+        level = torch.randn(1000, generator=generator)
+        drawn = level[torch.randperm(1000, generator=generator)[:64]]
+        low, high = mean_interval(drawn[clusters] + 0.3 * torch.randn(508, generator=generator), clusters)
+        hits += int(low <= level.mean() <= high)
+    assert 182 <= hits <= 198
+    values = torch.randn(30, generator=generator)
+    assert mean_interval(values, torch.arange(30)) == pytest.approx(mean_interval(values), rel=1e-6)
+    assert all(map(math.isnan, mean_interval(values, torch.zeros(30, dtype=torch.long))))
 
 
 def test_entropy_of_known_histograms() -> None:

@@ -178,6 +178,24 @@ def test_equal_rewards_have_score_zero() -> None:
         assert mixture.observe(torch.full((6, 3, 4, 4), 0.1), PROMPTS).reward.tolist() == [0.0] * 6
 
 
+@pytest.mark.parametrize("normalisation", ["running", "group"])
+def test_gradients_know_statistics_as_numbers(normalisation: str) -> None:
+    """Through the mean of the call itself they would cancel, and statistics would keep the graphs of all calls."""
+    mixture = make_mixture(f"red:2:{normalisation}")
+    assert isinstance(mixture, MixtureReward)
+    for _ in range(2):  # statistics hold nothing of a graph that is gone
+        x = images().requires_grad_()
+        reward = mixture.observe(x, PROMPTS).reward
+        reward.sum().backward()
+        pulls = x.grad.sum((1, 2, 3)).double()
+    values = x.detach()[:, 0].mean((1, 2)).double()
+    spreads = [values[[i for i, p in enumerate(PROMPTS) if p == own]].std(correction=0) for own in PROMPTS]
+    if normalisation == "running":
+        _, _, squares = mixture.extra_state()["red"]
+        spreads = [(squares / 12).sqrt()] * 6
+    torch.testing.assert_close(pulls, 2 / torch.stack(spreads), rtol=1e-4, atol=0)
+
+
 def test_share_of_wins_by_hand() -> None:
     x = torch.zeros(6, 3, 4, 4)
     x[:, 0] = torch.tensor([0.1, 0.7, 0.5, 0.5, 0.2, 0.9])[:, None, None]  # a: 0.1, 0.5, 0.5, 0.9; b: 0.7, 0.2
@@ -187,6 +205,14 @@ def test_share_of_wins_by_hand() -> None:
     mixed = make_mixture("winrate(red):2+red:1")(x, PROMPTS)
     assert mixed.reward.tolist() == pytest.approx((2 * output.reward + x[:, 0, 0, 0]).tolist())
     assert {"winrate(red)", "winrate(red).red", "red"} <= mixed.components.keys()
+
+
+def test_one_text_with_two_pictures_is_two_contexts() -> None:
+    prompts = [flowrl.Prompt("a hat on it", {"image": name}) for name in ("cat.png", "dog.png", "cat.png", "dog.png")]
+    x = torch.zeros(4, 3, 4, 4)
+    x[:, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]
+    for text, expected in (("winrate(red)", [0, 0, 1, 1]), ("red:1:group", [-1, -1, 1, 1])):
+        assert make_mixture(text)(x, prompts).reward.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_pairwise_probabilities_by_hand() -> None:

@@ -220,6 +220,7 @@ def test_sample_with_new_prompts() -> None:
     x_0 = policy.noise(3)
     known = policy.sample(torch.tensor([1, 0, 1]), x_0=x_0)
     assert known.shape == (3, *policy.model.sample_shape)
+    assert torch.equal(policy.sample(PROMPTS[1], n=3, x_0=x_0)[::2], known[::2])  # n of a single prompt, too
     by_name = policy.sample([PROMPTS[1], PROMPTS[0], PROMPTS[1]], x_0=x_0)
     assert torch.equal(by_name, known)
     new = policy.sample(["four white squares on red", PROMPTS[0], "four white squares on red"], x_0=x_0)

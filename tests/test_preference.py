@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,8 @@ def test_dpo_learns_from_given_pairs_without_a_reward(tmp_path: Path) -> None:
     pair = model.buffer.all().x_1.view(-1, 2, 2)
     assert bool((pair[:, 0, 0] > pair[:, 1, 0]).all())
     assert first_batch(model).x_1[0::2, 0].min() > 0 > first_batch(model).x_1[1::2, 0].max()
+    assert model.rollout_reward is None
+    assert math.isnan(model.last_logged["rollout/reward_mean"]), "nothing was asked: 0 would be made up"
     rollouts = 4 * 256 * 8
     assert model.policy.evaluations < rollouts + 2 * 256 * 8 * 2  # updates and the drift, and no rollout
     env.reward = reward  # type: ignore[method-assign]

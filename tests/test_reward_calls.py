@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 
 import flowrl
 from flowrl.envs.base import GenerationEnv
@@ -171,6 +173,25 @@ def test_training_leaves_samples_out_and_counts_them(algo: str) -> None:
         last, times = model.buffer.rows["states"][:, -1], model.policy.times()[-2:]
         v = model.policy.networks.copies["reference"](last, times[0].expand(len(last)))  # the network that drew them
         torch.testing.assert_close(last + times.diff() * v, model.buffer.x_1)  # each path ends at its own sample
+
+
+def test_callbacks_are_told_the_contexts_of_what_stands_in() -> None:
+    """Where all samples of a prompt fail those of another stand in, which judges must not take for the first's."""
+    env = flowrl.make("sd3-compress", flow="mini-sd3", prompts=("a", "b"), resolution=32)
+
+    def only_b(samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        return RewardOutput(torch.tensor([math.nan if context == "a" else 1.0 for context in contexts]))
+
+    class Told(BaseCallback):
+        def _on_step(self) -> bool:
+            found.append(self.locals["contexts"].clone())
+            return True
+
+    env.reward, found = only_b, []  # type: ignore[method-assign]
+    settings: dict[str, Any] = {"n_samples": 8, "group_size": 4, "batch_size": 8, "rollout_steps": 1, "ema_decay": 0.0}
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, on_reward_error="drop", max_dropped=0.9, **settings)
+    model.learn(8, Told())
+    assert torch.cat(found).tolist() == model.buffer.context_ids.tolist() == [1] * 8
 
 
 def test_too_many_failures_stop_the_run() -> None:

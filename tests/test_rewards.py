@@ -59,6 +59,15 @@ def pictures() -> torch.Tensor:
     return torch.cat([flat, ramp, noise])
 
 
+def test_colourfulness_of_images_of_one_colour_has_a_gradient() -> None:
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[1] = 1.0  # white
+    images[2] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    (gradient,) = torch.autograd.grad(colourfulness(images.requires_grad_()).sum(), images)
+    assert gradient.isfinite().all()
+    assert gradient[1].abs().max() == 0 < min(gradient[0].abs().max(), gradient[2].abs().max())
+
+
 @pytest.mark.parametrize("quality", [95, 40])
 def test_jpeg_size_is_pillows(quality: int) -> None:
     expected = []
@@ -70,6 +79,12 @@ def test_jpeg_size_is_pillows(quality: int) -> None:
     assert jpeg_kilobytes(pictures(), quality).tolist() == pytest.approx(expected, rel=1e-6)
     assert CompressReward(quality)(pictures(), [""] * 3).reward.tolist() == pytest.approx([-e for e in expected])
     assert IncompressReward(quality)(pictures(), [""] * 3).reward.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("quality", [0, 101, -5])
+def test_a_quality_that_jpeg_does_not_have(quality: int) -> None:
+    with pytest.raises(ConfigError, match=f"quality must be 1 to 100, not {quality}"):
+        CompressReward(quality)
 
 
 def test_the_description_names_the_quality_that_is_used() -> None:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 import flowrl
-from flowrl.envs.rewards import wire
+from flowrl.envs.rewards import REWARDS, wire
 from flowrl.envs.rewards.aesthetic import ColourfulnessReward
 from flowrl.envs.rewards.remote import RemoteReward
 from flowrl.errors import RewardError
@@ -496,6 +496,23 @@ def test_no_token_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_a_port_that_is_taken(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--reward", "compress", "--no-token", "--port", str(server.port)]) == 2
     assert f"error: Cannot listen on 127.0.0.1, port {server.port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["groupwise", "pairwise"])
+def test_rewards_that_compare_samples_are_not_served(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A request holds a part of a group: ranks within the parts would be taken for those within the group."""
+
+    def ranked(samples: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return samples.flatten(1).mean(1).argsort().argsort().float()
+
+    setattr(ranked, kind, True)
+    monkeypatch.setitem(REWARDS, "ranked", None)
+    flowrl.register_reward("ranked")(ranked)
+    assert main(["--reward", "ranked", "--no-token"]) == 2
+    told = "The reward 'ranked' compares samples of the same prompt, and cannot be served"
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])

@@ -198,3 +198,20 @@ def test_rewards_of_an_evaluation_are_asked_in_batches_of_whole_groups() -> None
     result = flowrl.evaluate(model, n_samples=10, batch_size=5, samples_per_context=2, eval_rewards={"judge": judge})
     assert sizes == [4, 4, 2] * 2  # of the reference and of the trained flow
     assert result.side["held-out judge"] == pytest.approx(result.reference.side["held-out judge"], abs=1e-4)
+
+
+def test_the_interval_of_an_evaluation_is_over_all_prompts() -> None:
+    """Also over those that were not drawn: of six, two with four samples each."""
+    prompts = ("a", "b", "c", "d", "e", "f")
+    env = flowrl.make("sd3-compress", flow="mini-sd3", prompts=prompts, resolution=32)
+    env.reward = lambda samples, contexts: flowrl.RewardOutput(  # type: ignore[method-assign]
+        torch.tensor([float(ord(context)) for context in contexts])
+    )
+    policy = flowrl.FlowPolicy.of(env, device="cpu", seed=0)
+    for n_samples, half_width in ((8, 1.96 * 0.5), (48, None)):
+        result = flowrl.evaluate(policy, env, n_samples=n_samples, samples_per_context=4, steps=1)
+        means = torch.tensor([row["trained"] for row in result.per_prompt])
+        low, high = result.reward_ci
+        iid = 1.96 * result.reward_std / math.sqrt(n_samples - 1)
+        expected = iid if half_width is None else half_width * float(means.max() - means.min())
+        assert (high - low) / 2 == pytest.approx(expected, rel=1e-5)

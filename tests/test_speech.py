@@ -226,6 +226,11 @@ def test_narrowness(env: speech.SpeechEnv) -> None:
     assert list(found.values()) == pytest.approx([1, 1], rel=0.05)
     half = own(env.voice, contexts) + (wide - own(env.voice, contexts)) / 2
     assert list(env.errors_of_all(half, contexts, 0).values()) == pytest.approx([2, 2], rel=0.05)
+    without = [i for i, context in enumerate(contexts) if context != TEXTS[0]]
+    some = env.errors_of_all(wide[without], [contexts[i] for i in without], 0)
+    single = [0, *without]  # a sample of the first sentence, which has no spread
+    assert env.errors_of_all(wide[single], [contexts[i] for i in single], 0) == pytest.approx(some)
+    assert all(map(math.isnan, env.errors_of_all(wide[:4], list(TEXTS), 0).values()))
 
 
 def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,35 @@ def test_the_spread_is_that_within_groups() -> None:
     torch.testing.assert_close(spread(batch, 1), batch.reward.std(correction=0))
 
 
+@pytest.mark.parametrize("name", ["rwr", "dpok"])
+def test_the_unit_of_standardised_rewards_is_what_they_were_divided_by(name: str) -> None:
+    """Contexts of other means: the spread within contexts or groups is not that of the iteration."""
+    env = flowrl.make("sd3-compress", flow="mini-sd3", prompts=("a", "b"), resolution=32)
+    own = {"n_samples": 16, "batch_size": 16, "rollout_steps": 2, "n_epochs": 1, "target_lambda": 0.0, "ema_decay": 0.0}
+    for group_size in (1, 4):
+        for standardise in ("batch", "group"):
+            kind: dict[str, Any] = {**own, "group_size": group_size, "standardise": standardise}
+            model: Any = ALGORITHMS[name]("FlowPolicy", env, seed=0, device="cpu", **kind)
+            ids = torch.arange(4).repeat_interleave(4) % 2
+            reward = 10.0 * ids + torch.randn(16, generator=torch.Generator().manual_seed(0))
+            rollout = Batch.of(torch.zeros(16, 1), ids)._replace(reward=reward, group=torch.arange(16) // group_size)
+            std = reward.std(correction=0)
+            if standardise == "group":
+                means = torch.stack([reward[ids == i].mean() for i in range(2)])
+                std = (reward - means[ids]).std(correction=0)
+            coefficient = model.config.tau if name == "rwr" else model.config.reward_weight / model.config.beta
+            torch.testing.assert_close(aimed(model, rollout), coefficient / std, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"ratio": "guard"}, {"step_weighting": "noise"}], ids=str)
+def test_steps_weighted_by_their_noise_aim_at_no_tilt(settings: dict[str, Any]) -> None:
+    model = made("flow_grpo", **settings)
+    model.learn(32)
+    assert "rollout/target_lambda" not in model.last_logged
+    with pytest.raises(ConfigError, match="flow_grpo states no tilt"):
+        made("flow_grpo", target_lambda=1.7, **settings).learn(32)
+
+
 def test_an_algorithm_without_a_stated_tilt_says_so() -> None:
     with pytest.raises(ConfigError, match="orw_w2 states no tilt that it aims at with these settings"):
         made("orw_w2", target_lambda=1.0).learn(32)

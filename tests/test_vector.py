@@ -7,11 +7,13 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import flowrl
 from flowrl.envs.vector import GenerationVectorEnv
 from flowrl.errors import ConfigError
+from flowrl.types import RewardOutput
 
 PROMPTS = ("three red stars on blue", "white circles", "two green squares on black")
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,3 +100,13 @@ def test_it_renders_every_copy() -> None:
     for frame, action in zip(frames, actions):
         assert np.array_equal(frame, (action * 255).round().astype(np.uint8).transpose(1, 2, 0))
     assert batched(KINDS["points"]).render() is None
+
+
+def test_rewards_with_a_graph_and_seeds_of_numpy() -> None:
+    """A reward may compute with a network that could be trained; seeds often come out of arrays."""
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    env = GenerationVectorEnv(flowrl.make("gaussians-linear"), 2)
+    env.core.reward = lambda samples, contexts: RewardOutput(scale * samples[:, 0])  # type: ignore[method-assign]
+    env.reset(seed=np.int64(3))  # type: ignore[arg-type]
+    actions = np.array([[1.0, 0.0], [-0.5, 0.0]], dtype=np.float32)
+    assert env.step(actions)[1].tolist() == [2.0, -1.0]

@@ -27,9 +27,14 @@ def colourfulness(images: torch.Tensor) -> torch.Tensor:
     """
     red, green, blue = (255 * images.float()).flatten(2).unbind(1)  # (B, HW) each
     rg, yb = red - green, (red + green) / 2 - blue
-    spread = (rg.var(1, correction=0) + yb.var(1, correction=0)).sqrt()
-    distance = (rg.mean(1).square() + yb.mean(1).square()).sqrt()
+    spread = _root(rg.var(1, correction=0) + yb.var(1, correction=0))
+    distance = _root(rg.mean(1).square() + yb.mean(1).square())
     return spread + 0.3 * distance
+
+
+def _root(square: torch.Tensor) -> torch.Tensor:
+    """Take the square root (B,), with gradient 0 where it is 0: infinite there, a grey image would spoil a batch."""
+    return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
 
 
 @register_reward("colourfulness")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.envs.rewards.ranges import UNIT
+from flowrl.errors import ConfigError
 from flowrl.types import RewardOutput
 
 
@@ -34,6 +35,9 @@ class IncompressReward:
 
     Args:
         quality: JPEG quality, 1 to 100.
+
+    Raises:
+        ConfigError: There is no such quality.
     """
 
     sign, what = 1, "the JPEG size in kB"
@@ -41,6 +45,8 @@ class IncompressReward:
     on_host = True
 
     def __init__(self, quality: int = 95) -> None:
+        if not 1 <= quality <= 100:  # others are taken for the nearest, without a word
+            raise ConfigError(f"The JPEG quality must be 1 to 100, not {quality}.")
         self.quality = quality
         self.description = f"{self.what} at quality {quality}"
 
@@ -55,6 +61,9 @@ class CompressReward(IncompressReward):
 
     Args:
         quality: JPEG quality, 1 to 100.
+
+    Raises:
+        ConfigError: There is no such quality.
     """
 
     sign, what = -1, "minus the JPEG size in kB"

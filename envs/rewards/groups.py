@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flowrl.envs.base import check_reward
+from flowrl.envs.prompts import picture_of
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError, RewardError
 from flowrl.types import Contexts, RewardOutput
@@ -16,13 +17,15 @@ from flowrl.types import Contexts, RewardOutput
 def groups_of(contexts: Contexts, name: str) -> list[torch.Tensor]:
     """Find the indices of the samples of each distinct context, int64 on the CPU, in the order of their first samples.
 
+    The same text with another picture is another context.
+
     Raises:
         ConfigError: A context with a single sample; names the reward and the remedy.
     """
-    rows: dict[Any, list[int]] = {}
+    rows: dict[tuple[Any, str | None], list[int]] = {}
     for i, context in enumerate(contexts):
-        rows.setdefault(context, []).append(i)
-    for context, members in rows.items():
+        rows.setdefault((context, picture_of(context)), []).append(i)
+    for (context, _), members in rows.items():
         if len(members) == 1:
             raise ConfigError(
                 f"The reward '{name}' compares samples of the same context, but got a single one of {context!r}. In "

@@ -162,6 +162,8 @@ class MixtureReward:
       call included. Only `observe`, which training calls, takes values in; before that it is as "fixed".
     - "group": standard score within the samples of the same context in the call.
 
+    For gradients by the samples, means and standard deviations are numbers: a reward pulls as it would by itself.
+
     Components: the raw value of each part under its name, and its own components as `part.component`.
 
     Args:
@@ -219,7 +221,7 @@ class MixtureReward:
             components |= own
             values = raw.cpu().double()
             if observe and part.label in self.running:
-                self.running[part.label].update(self.all_gather(raw).cpu().double())
+                self.running[part.label].update(self.all_gather(raw.detach()).cpu().double())
             total += part.weight * self._normalised(part, values, prompts)
         return RewardOutput(total.float(), components)
 
@@ -227,8 +229,8 @@ class MixtureReward:
         if part.normalisation == "group":
             score = torch.empty_like(values)
             for rows in groups_of(prompts, f"{part.label}:{part.weight:g}:group"):
-                deviation = values[rows] - values[rows].mean()
-                score[rows] = _divided(deviation, deviation.square().mean().sqrt())
+                deviation = values[rows] - values[rows].detach().mean()
+                score[rows] = _divided(deviation, deviation.detach().square().mean().sqrt())
             return score
         if part.normalisation == "running" and self.running[part.label].state[0] > 0:
             return self.running[part.label].standard_score(values)

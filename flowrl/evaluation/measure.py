@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flowrl.checks import counted
+from flowrl.checks import counted, shown
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, check_reward, draw_contexts
 from flowrl.envs.prompts import prompts_from, shares_of
@@ -121,6 +121,9 @@ def evaluate(
     if isinstance(env, int):
         raise ConfigError(f"The number of samples is given by name: evaluate(model, n_samples={env}).")
     n_samples, batch_size = counted("n_samples", n_samples), counted("batch_size", batch_size)
+    samples_per_context, seed = counted("samples_per_context", samples_per_context), counted("seed", seed, 0)
+    n_kept = None if n_kept is None else counted("n_kept", n_kept)
+    _check_kinds(steering, eval_rewards)
     subject, is_trained_on = Subject.of(model, env), isinstance(prompts, str) and prompts == "train"
     if not is_trained_on:
         subject = subject.conditioned_on(_chosen(subject.env, prompts))
@@ -174,6 +177,7 @@ def evaluate(
         n_samples=n_samples,
         prompts=str(prompts) if isinstance(prompts, str | Path) else "given",
         n_prompts=0 if core.contexts == [None] else len(core.contexts),
+        sampling={key: value for key, value in sampling.items() if value not in (None, getattr(policy, key, None))},
         evaluations_per_sample=after.evaluations_per_sample,
         per_prompt=_per_prompt(core, ids, before.reward, after.reward),
         reference=reference,
@@ -182,6 +186,24 @@ def evaluate(
         reference_samples=before.samples[:n_kept].cpu(),
         sample_contexts=[core.contexts[i] for i in ids[:n_kept].tolist()],
     )
+
+
+def _check_kinds(steering: Any, eval_rewards: Any) -> None:
+    """Check that neither a name of a steering nor names of rewards stand for what is meant.
+
+    Raises:
+        ConfigError: They do; says what makes them.
+    """
+    if not isinstance(steering, Steering | None):
+        raise ConfigError(
+            'steering takes a flowrl.evaluation.steering.Steering, such as Steering("best_of_n", n=8), not '
+            f"{shown(steering)}."
+        )
+    if not isinstance(eval_rewards, Mapping | None):
+        raise ConfigError(
+            f"eval_rewards takes functions by their names, {{'dark': darkness}}, not {shown(eval_rewards)}; those of "
+            "registered names are made by flowrl.envs.rewards.mixture.make_rewards(['compress'], [])."
+        )
 
 
 def check_eval_samples(n_samples: int, judges: Iterable[Any], samples_per_context: int = 8) -> None:
@@ -281,9 +303,10 @@ def _statistics(
     seed: int,
 ) -> SampleStatistics:
     n_pairs = min(len(samples), 2048)
+    are_all = len(context_ids.unique()) == len(env.contexts)  # prompts; else those drawn stand for the others
     return SampleStatistics(
         reward_mean=reward.mean().item(),
-        reward_ci=metrics.mean_interval(reward),
+        reward_ci=metrics.mean_interval(reward, None if are_all else context_ids),
         reward_std=reward.std(correction=0).item(),
         components={key: value.mean().item() for key, value in components.items()},
         diversity=metrics.diversity(samples[:n_pairs], context_ids[:n_pairs]).item(),

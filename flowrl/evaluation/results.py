@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ class SampleStatistics:
 
     Attributes:
         reward_mean: Mean reward.
-        reward_ci: 95 % confidence interval of the mean.
+        reward_ci: 95 % confidence interval of the mean over all prompts, also where only some of them were drawn.
         reward_std: Standard deviation over samples.
         components: Mean of each component of the reward.
         diversity: Mean Euclidean distance of two samples of the same context (flattened).
@@ -49,6 +50,7 @@ class EvaluationResult(SampleStatistics):
         n_samples: Samples of each flow.
         prompts: Source of their prompts: "train", "held_out", a file or set, or "given".
         n_prompts: Number of prompts; 0 for an unconditional flow.
+        sampling: Settings of the sampler that are not those of training, by name; empty when all are.
         evaluations_per_sample: Network evaluations that a sample of the trained flow cost.
         per_prompt: For each prompt drawn, the number of samples and the mean rewards of the reference and of the
             trained flow; empty for an unconditional flow.
@@ -66,6 +68,7 @@ class EvaluationResult(SampleStatistics):
     n_samples: int = 0
     prompts: str = "train"
     n_prompts: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)
     evaluations_per_sample: float = math.nan
     per_prompt: list[dict[str, Any]] = field(default_factory=list, repr=False)
     reference: SampleStatistics | None = None
@@ -102,7 +105,14 @@ class EvaluationResult(SampleStatistics):
             lines.append(f"drift E|v - v_ref|^2: {self.drift:.4g}{share}")
         if self.n_prompts:
             lines.append(f"prompts: {self.prompts} ({self.n_prompts})")
+        if self.sampling:
+            lines.append(f"sampled with {listed(self.sampling)}, otherwise as in training")
         if not math.isnan(self.w2_floor):
             lines.append(f"W2 floor (exact samples against each other): {self.w2_floor:.4g}")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
+
+
+def listed(sampling: Mapping[str, Any]) -> str:
+    """List settings of a sampler: "steps = 4, solver = heun"."""
+    return ", ".join(f"{name} = {value}" for name, value in sampling.items())

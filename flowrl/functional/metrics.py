@@ -25,8 +25,10 @@ def diversity(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
 def pair_distances(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
     """Sum the Euclidean distances between two samples of the same context, and count the pairs: (2,)."""
     flat = samples.flatten(1).float()
-    distance = torch.cdist(flat, flat)
-    pairs = (context_ids[:, None] == context_ids[None, :]).float().triu(1).to(distance.device)
+    same = (context_ids[:, None] == context_ids[None, :]).float().to(flat.device)
+    # about the mean of their context: `cdist` loses distances that are small beside the length of the samples
+    flat = flat - (same @ flat / same.sum(1, keepdim=True))[same.argmax(1)]
+    distance, pairs = torch.cdist(flat, flat), same.triu(1)
     return torch.stack([(distance * pairs).sum(), pairs.sum()])
 
 
@@ -91,9 +93,17 @@ def edge_density(images: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
     return ((right.square() + down.square()).sqrt() > threshold).float().mean((1, 2))
 
 
-def mean_interval(values: torch.Tensor) -> tuple[float, float]:
-    """Compute the 95 % confidence interval of the mean of independent values (B,), by the normal approximation."""
-    if len(values) < 2:
+def mean_interval(values: torch.Tensor, clusters: torch.Tensor | None = None) -> tuple[float, float]:
+    """Compute the 95 % confidence interval of the mean of values (B,), by the normal approximation.
+
+    Values are independent; or, with `clusters` (B,) int64, those of different clusters are, which are themselves a few
+    drawn of many (the ratio estimator of cluster sampling, Cochran 1977, eq. 9A.7).
+    """
+    n, deviation = len(values), values - values.mean()
+    if clusters is not None:
+        drawn, index = clusters.unique(return_inverse=True)
+        n, deviation = len(drawn), deviation.new_zeros(len(drawn)).index_add_(0, index, deviation)
+    if n < 2:
         return math.nan, math.nan
-    mean, error = values.mean().item(), values.std().item() / math.sqrt(len(values))
+    mean, error = values.mean().item(), math.sqrt(n / (n - 1) * deviation.square().sum().item()) / len(values)
     return mean - 1.96 * error, mean + 1.96 * error

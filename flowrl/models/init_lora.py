@@ -19,6 +19,8 @@ from flowrl.types import has_values
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 METADATA = "lora_adapter_metadata"
 """Where diffusers writes the adapter's settings in the header of a file."""
+EXPRESSION = set("^$*+?{}[]|()\\")
+"""Characters that make more of a name in `alpha_pattern`."""
 NAMED, LONGEST = 5, 120
 """Keys that an error names, and characters of each."""
 
@@ -190,10 +192,28 @@ def _paired(
         rank = len(state[f"{name}{down}"])
         alpha = state.get(f"{name}.alpha", alphas.get(f"{part}{name}.alpha"))
         if alpha is None:
-            alpha = (settings.get("alpha_pattern") or {}).get(name, settings.get("lora_alpha", rank))
+            alpha = _alpha_of(name, settings, rank, place)
         scale = float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
         factors[name] = Factors(state[f"{name}{down}"], scale * state[f"{name}{up}"].float())
     return factors
+
+
+def _alpha_of(name: str, settings: Mapping[str, Any], rank: int, place: Path) -> Any:
+    """Find the alpha of a module: of its name, or of the first end of it, in `alpha_pattern`, as peft does.
+
+    Raises:
+        ConfigError: Names there are expressions; one of somebody else's file could run for ever.
+    """
+    pattern = settings.get("alpha_pattern") or {}
+    if not isinstance(pattern, Mapping) or any(EXPRESSION & set(key.removeprefix("^")) for key in pattern):
+        raise ConfigError(
+            f"init_lora: the alpha_pattern of '{place}' is not understood: only names of modules, or their ends, are. "
+            "Merge the scales into the weights (alpha = rank) and save it anew."
+        )
+    for key, alpha in pattern.items():
+        if name == key.removeprefix("^") or (key[:1] != "^" and name.endswith(f".{key}")):
+            return alpha
+    return settings.get("lora_alpha", rank)
 
 
 def _check(factors: Mapping[str, Factors], modules: Mapping[str, nn.Module], place: str) -> None:

@@ -42,10 +42,13 @@ def limits(entries: Sequence[Entry]) -> tuple[Point, Point]:
 def without_far_out(values: Sequence[float]) -> Point:
     """Give the range of the values without those far out, so that one diverged run does not hide all others.
 
-    Far out is what lies three quartile ranges outside of the quartiles (Tukey).
+    Far out is what lies three quartile ranges outside of the quartiles (Tukey). Where none is finite (the diversity of
+    contexts that are drawn once each), any range does.
     """
     x = np.array(values, dtype=float)
     x = x[np.isfinite(x)]
+    if not len(x):
+        return 0.0, 1.0
     low, high = np.percentile(x, (25, 75))
     x = x[(x >= low - 3 * (high - low)) & (x <= high + 3 * (high - low))]
     margin = 0.05 * (x.max() - x.min()) or 0.5

@@ -75,10 +75,11 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
             entry["held_out"] = {"gain": _gain(unseen), "diversity": summary([r["diversity"] for r in unseen])}
         entry["evaluations_per_sample"] = finished[0]["evaluations_per_sample"]
         entry["cost"] = {key: float(np.mean([r["cost"][key] for r in finished])) for key in finished[0]["cost"]}
-        curves = [_read(root / cell.folder / "curve.json") or [] for cell in members]
+        folders = [cell.folder for cell, result in zip(members, results) if result is not None]
+        curves = [_read(root / folder / "curve.json") or [] for folder in folders]
         entry["target_lambda"] = summary([curve[-1].get("rollout/target_lambda") for curve in curves if curve])["mean"]
         entry["curve"] = _curve(curves)
-        entry["folders"] = [cell.folder for cell, result in zip(members, results) if result is not None]
+        entry["folders"] = folders
     return entry
 
 
@@ -120,9 +121,11 @@ def _add_speed(entries: Sequence[Entry]) -> None:
     """Add the network evaluations until 90 % of the best gain in reward that a method of the environment has come to.
 
     Gains are those of the curves of training, averaged over three iterations, above the mean of all first iterations.
+    Methods that ask for no reward in training (given pairs) have none.
     """
     for env in {entry["env"] for entry in entries}:
-        curves = [(e, _smoothed(e["curve"])) for e in entries if e["env"] == env and e.get("curve")]
+        trained = [e for e in entries if e["env"] == env and e.get("curve")]
+        curves = [(e, _smoothed(e["curve"])) for e in trained if not math.isnan(e["curve"][0]["rollout/reward_mean"])]
         if not curves:
             continue
         start = float(np.mean([e["curve"][0]["rollout/reward_mean"] for e, _ in curves]))

@@ -37,11 +37,11 @@ def _table(entries: Sequence[Entry], example: Entry) -> str:
 def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     if not entry["seeds_finished"]:
         return [entry["label"], f"failed ({entry['seeds_failed']} seeds)"]
-    cost = entry["cost"]
-    cells = [entry["label"], interval(entry["reward_mean"]), interval(entry["gain"])]
+    cost, seeds = entry["cost"], entry["seeds_finished"]
+    cells = [entry["label"], interval(entry["reward_mean"], seeds), interval(entry["gain"], seeds)]
     cells.append(f"{entry['reward_mean']['iqm']:.3g}")
-    cells += [interval(entry["diversity"]), drift(entry)]
-    cells += [interval(entry["w2_to_optimum"])] if exact else []
+    cells += [interval(entry["diversity"], seeds), drift(entry)]
+    cells += [interval(entry["w2_to_optimum"], seeds)] if exact else []
     cells.append(target(entry))
     if "held_out" in example:
         cells += [interval(entry["held_out"][key]) if "held_out" in entry else "" for key in ("gain", "diversity")]
@@ -51,16 +51,13 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     cells.append("" if to_90 is None else f"{to_90:.2g}")
     cells.append(f"{entry['evaluations_per_sample']:.0f}")
     cells += [f"{cost['samples']:.0f}", f"{cost['gradient_steps']:.0f}", f"{cost['training_seconds'] / 60:.1f}"]
-    return [*cells, str(entry["seeds_finished"])]
+    return [*cells, str(seeds)]
 
 
 def drift(entry: Entry) -> str:
     """Write the mean over seeds, and in how many of them it is finite where a trained flow ran off in some."""
-    n, seeds = entry["drift"]["n"], entry["seeds_finished"]
-    text = figure(entry["drift"]["mean"], 2)
-    if entry["cost"]["gradient_steps"] and n < seeds:
-        text = f"{text} (finite in {n} of {seeds})".strip()
-    return text
+    seeds = entry["seeds_finished"] if entry["cost"]["gradient_steps"] else 0  # steering has no drift
+    return _told(figure(entry["drift"]["mean"], 2), entry["drift"]["n"], seeds)
 
 
 def target(entry: Entry) -> str:
@@ -75,7 +72,12 @@ def figure(value: float, digits: int) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}g}"
 
 
-def interval(values: dict[str, float]) -> str:
-    """Write a mean and the half-width of its interval."""
+def interval(values: dict[str, float], seeds: int = 0) -> str:
+    """Write a mean and the half-width of its interval, and in how many of the `seeds` it is finite where not in all."""
     half = values["half_width"]
-    return f"{values['mean']:.3g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
+    text = figure(values["mean"], 3) + ("" if math.isnan(half) else f" ± {half:.2g}")
+    return _told(text, int(values["n"]), seeds)
+
+
+def _told(text: str, n: int, seeds: int) -> str:
+    return f"{text} (finite in {n} of {seeds})".strip() if n < seeds else text

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowrl.evaluation.results import listed
 from flowrl.pages.html import folded, heading, page, paragraph, preformatted, table, warning_list
 from flowrl.pages.run_files import RunFiles, telling_damage
 from flowrl.pages.text import change, count, duration, number, setting
@@ -94,6 +95,8 @@ def _notes(evaluation: Mapping[str, Any]) -> list[str]:
     ]
     if evaluation.get("n_prompts"):
         notes.append(f"prompts: {evaluation.get('prompts')} ({evaluation['n_prompts']})")
+    if evaluation.get("sampling"):
+        notes.append(f"Sampled with {listed(evaluation['sampling'])}, otherwise as in training.")
     if evaluation.get("w2_floor") is not None:
         notes.append(f"W2 of exact samples against each other: {number(evaluation['w2_floor'])}.")
     return notes

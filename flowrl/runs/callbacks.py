@@ -232,8 +232,8 @@ class KeepCheckpoints(IterationCallback):
         """Delete the checkpoints that are not to be kept."""
         folders = sorted(path for path in self.folder.iterdir() if path.name.isdigit())
         kept = set(folders[-self.keep :])
-        if self.keep_best and folders:
-            best = max(folders, key=_reward)
+        best = max(folders, key=_reward, default=None)
+        if self.keep_best and best is not None and _reward(best) > -math.inf:
             kept.add(best)
             _link(self.folder / "best", best.name)
         for old in set(folders) - kept:

@@ -135,7 +135,10 @@ def _csv_lines(keys: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _json_lines(rows: Sequence[Row]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    """Write a line of JSON for each row, in which infinite numbers are null too; the CSV file has them."""
+    infinite = (math.inf, -math.inf)
+    finite = ({key: None if value in infinite else value for key, value in row.items()} for row in rows)
+    return "".join(json.dumps(row) + "\n" for row in finite)
 
 
 class MetricsFile(KVWriter):

@@ -26,7 +26,7 @@ from flowrl.training.fitting import fitted
 from flowrl.training.hooks import HookChecks, NoChecks, check_names
 from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
-from flowrl.training.optimizers import gradient_step, scheduled_rate
+from flowrl.training.optimizers import gradient_step, scheduled_rate, share_of_step
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, without_strays
@@ -238,32 +238,32 @@ class FlowAlgorithm(Method, SB3Algorithm):
             policy.model.offload()
         is_last = config.accumulation - 1  # of the minibatches of a step; the ranks agree on its gradient there
         replays = self.replay.are_replayed
-        totals: dict[str, torch.Tensor] = {}
+        found: dict[str, list[torch.Tensor]] = {}  # a loss may give a figure of some minibatches only
         norms: list[torch.Tensor] = []
-        n_minibatches = n_pending = 0
+        n_pending = n_entries = 0
         for _ in range(config.n_epochs):
             for batch in self.minibatches():
                 with nullcontext() if n_pending == is_last else self.ranks.no_sync(policy.networks.trained):
                     figures = self.replay.gradient(batch, n_pending) if replays else self.gradient(batch)
-                n_minibatches, n_pending = n_minibatches + 1, n_pending + 1
+                n_pending, n_entries = n_pending + 1, n_entries + len(batch.x_1)
                 if n_pending == config.accumulation:
-                    norms.append(gradient_step(self))
-                    n_pending = 0
+                    norms.append(gradient_step(self, n_entries))
+                    n_pending = n_entries = 0
                 for key, value in figures.items():
-                    totals[key] = totals.get(key, 0) + value
+                    found.setdefault(key, []).append(value.clone())  # it may change in place
         if n_pending:
             self.ranks.average_gradients(policy.parameters_of("current").values())
-            norms.append(gradient_step(self))
-        means = {key: value / n_minibatches for key, value in totals.items()}
-        means["grad_norm"] = torch.stack(norms).mean()
-        return means
+            norms.append(gradient_step(self, n_entries))
+        policy.set_training_mode(False)  # whatever samples or measures now goes without dropout
+        means = {key: torch.stack(values).mean() for key, values in found.items()}
+        return means | {"grad_norm": torch.stack(norms).mean()}
 
     def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Add the gradient of a minibatch's loss to those of before; the loss and its figures."""
         result = self.loss(batch)
         self.checks.loss(result)
         loss, parts = result
-        (loss if self.config.accumulation == 1 else loss / self.config.accumulation).backward()
+        share_of_step(self, loss, len(batch.x_1)).backward()
         return {"loss": loss.detach(), **{key: part.detach() for key, part in parts.items()}}
 
 

@@ -100,14 +100,33 @@ BLOCK = 256
 """Values that share a scale in bitsandbytes' 8-bit moments."""
 
 
-def gradient_step(model: FlowAlgorithm) -> torch.Tensor:
+def share_of_step(model: FlowAlgorithm, loss: torch.Tensor, n_entries: int) -> torch.Tensor:
+    """Scale the mean loss of a minibatch of so many entries on this rank to its share of a whole gradient step.
+
+    Every entry counts alike: the last minibatch of a pass may be a small one.
+    """
+    config, whole = model.config, model.config.batch_size // model.ranks.world_size
+    if config.accumulation == 1:
+        return loss
+    return loss / config.accumulation if n_entries == whole else loss * (n_entries / (whole * config.accumulation))
+
+
+def gradient_step(model: FlowAlgorithm, n_entries: int) -> torch.Tensor:
     """Take one optimizer step of the trained network, with warm-up, clipping and moving average.
+
+    Args:
+        model: The algorithm, whose network has the gradients of one minibatch or, by `share_of_step`, of several.
+        n_entries: Entries of these on this rank: with fewer than in a whole step the gradient is still their mean.
 
     Returns:
         The gradient's norm before clipping, a scalar tensor; a step whose norm is not finite changes nothing.
     """
     config, policy = model.config, model.policy
     parameters = list(policy.parameters_of("current").values())
+    whole = config.batch_size * config.accumulation // model.ranks.world_size
+    if config.accumulation > 1 and n_entries < whole:
+        for gradient in [p.grad for p in parameters if p.grad is not None]:
+            gradient.mul_(whole / n_entries)
     rate = model.lr_schedule(model._current_progress_remaining)
     if config.warmup_updates:
         rate *= min(1.0, (model._n_updates + 1) / config.warmup_updates)

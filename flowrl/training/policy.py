@@ -243,13 +243,13 @@ class FlowPolicy(SB3Policy):
         Args:
             contexts: Indices of the environment's contexts (B,), or contexts themselves (any prompts; a string is one
                 prompt); None draws `n` samples of the first context.
-            n: How many samples, when `contexts` is None.
+            n: How many samples of the first context, or of the one prompt.
             **kwargs: As in `sample_latents`: steps, solver, guidance_scale, role, generator, x_0.
         """
         if contexts is None:
             contexts = torch.zeros(counted("n", n, 0), dtype=torch.long)
         if not isinstance(contexts, torch.Tensor):
-            contexts = self._indices([contexts] if isinstance(contexts, str) else contexts)
+            contexts = self._indices([contexts] * counted("n", n) if isinstance(contexts, str) else contexts)
         return self.decode(self.sample_latents(in_range(contexts, len(self.contexts)), **kwargs))
 
     def _indices(self, contexts: Sequence[Any]) -> torch.Tensor:

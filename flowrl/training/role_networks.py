@@ -76,6 +76,7 @@ class RoleNetworks(nn.Module):
             self._plain = (model.with_network(sharing_copy(model.network)),)
             self._adapted = add_adapters(model, list(self.roles), lora)
         self.train_through(model.network)
+        self.set_training_mode(False)  # updates alone switch it on
         if not self._parameters_of["current"]:
             raise ConfigError("This flow has no trainable parameters.")
 

@@ -80,7 +80,7 @@ def roll_outs(
 
 
 def filling(model: FlowAlgorithm, chunks: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Draw and reward samples of chunks of contexts into the buffer: contexts, and samples where there are any."""
+    """Draw and reward samples of chunks of contexts into the buffer: their own contexts, and they if there are any."""
     if model.learns_from == "contexts":
         for context_ids in chunks:
             nothing = torch.zeros(len(context_ids), 0, device=model.device)
@@ -100,7 +100,7 @@ def filling(model: FlowAlgorithm, chunks: Sequence[torch.Tensor]) -> Iterator[tu
             rows["stray"] = done.context_ids != context_ids  # stands in for another context: see `_weigh`
         model.buffer.add(done.x_1, done.context_ids, done.output.reward, rows)
         model.record.add(done.samples, done.context_ids, done.output)
-        yield context_ids, done.samples
+        yield done.context_ids, done.samples
 
 
 def overlaps(model: FlowAlgorithm) -> bool:

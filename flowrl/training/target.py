@@ -23,6 +23,19 @@ def spread(rollout: Batch, group_size: int) -> torch.Tensor:
     return reward.std(correction=0)
 
 
+def unit_of(model: FlowAlgorithm, rollout: Batch) -> torch.Tensor:
+    """Compute the spread that an algorithm's rewards are in units of; a scalar tensor.
+
+    It is that of the iteration or within contexts where `standardise` divides by it, else within groups.
+    """
+    kind, reward = getattr(model.config, "standardise", "none"), rollout.reward
+    if kind == "none":
+        return spread(rollout, model.config.group_size)
+    if kind == "group":
+        reward = reward - group_mean(reward, rollout.context_ids, len(model.env.core.contexts))
+    return reward.std(correction=0)
+
+
 def check_target(model: FlowAlgorithm) -> None:
     """Check that `target_lambda` goes with an algorithm that has a setting for it.
 
@@ -44,8 +57,7 @@ def aim(model: FlowAlgorithm, rollout: Batch) -> None:
     target, setting = model.config.target_lambda, model.tilt_setting
     if not target or model.iteration:  # it was set before, and is in the config
         return
-    reward_std = spread(rollout, model.config.group_size)
-    now = model.tilt_of(reward_std)
+    now = model.tilt_of(unit_of(model, rollout))
     if now is None and target == model.env.core.recommended.get("target_lambda"):
         model.config = replace(model.config, target_lambda=0.0)
         return
@@ -76,7 +88,7 @@ def held(model: FlowAlgorithm, rollout: Batch, coefficient: torch.Tensor) -> tor
 
 
 def _stated(model: FlowAlgorithm, rollout: Batch) -> torch.Tensor | None:
-    return None if model.tilt_setting is None else model.tilt_of(spread(rollout, model.config.group_size))
+    return None if model.tilt_setting is None else model.tilt_of(unit_of(model, rollout))
 
 
 def _holds(model: FlowAlgorithm) -> bool:
