@@ -50,7 +50,8 @@ class ORWCFMW2Config(PriorityConfig):
     baseline: Baseline = "clipped"
     """What the residual target takes off the weights: their mean ("mean"), which tilts exactly but lets errors grow
     from refresh to refresh where w + alpha < 1; at most w + penalty ("clipped"): then errors never grow, but it tilts
-    too little; or their expectation given the noisy state, which a critic learns ("local"): neither."""
+    too little; or their expectation given the noisy state, which a critic learns where dimensions are few ("local"):
+    neither."""
     min_ess: float = 0.02
     """Warn when the weights are worth less than this share of the samples (effective sample size)."""
 
@@ -97,7 +98,7 @@ class ORWCFMW2(Prioritised):
     def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
         """Tell of weights that lie on a few samples."""
         share, config = logged["rollout/ess"], self.config
-        if share >= config.min_ess:
+        if not share < config.min_ess:  # also where no sample has a weight, which is told as such
             return {}
         text = (
             f"The weights are worth {100 * share:.2g} % of the samples: a few of them decide what is learnt. Lower tau "
