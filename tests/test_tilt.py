@@ -273,3 +273,14 @@ def test_times_of_much_noise_weigh_less() -> None:
     torch.testing.assert_close(weight, torch.tensor([1, 1 / 2, 1 / 4, 1 / 4], device=DEVICE) * 3 / (1 + 1 / 2 + 1 / 4))
     again = model.time_weight(t[:1], torch.tensor([3.0], device=DEVICE))  # a running mean: 2 at the first time now
     torch.testing.assert_close(again, torch.tensor([1 / 2], device=DEVICE) * 3 / (1 / 2 + 1 / 2 + 1 / 4))
+
+
+@pytest.mark.parametrize("kind", ["compares", "runs"])
+def test_rewards_that_change_are_not_kept(kind: str) -> None:
+    env = flowrl.make("gaussians-linear")
+    if kind == "compares":
+        env.groupwise = True
+    else:
+        env.extra_state = lambda: {"seen": torch.zeros(3)}  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"tilt keeps reference samples .* 'fixed' does it"):
+        flowrl.Tilt("FlowPolicy", env, seed=0, n_samples=64, group_size=8)

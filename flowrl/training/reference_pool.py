@@ -30,11 +30,17 @@ class ReferencePool:
         reward: Their rewards (slots, size).
 
     Raises:
-        ConfigError: It has no room for the contexts of one iteration.
+        ConfigError: It has no room for the contexts of one iteration, or rewards of different calls do not compare.
     """
 
     def __init__(self, model: Noising, capacity: int, least: int) -> None:
         self.model, n = model, len(model.env.core.contexts)
+        if model.env.core.groupwise or model.env.core.extra_state():
+            raise ConfigError(
+                f"{model.name} keeps reference samples with their rewards and compares others with them, so a reward "
+                "has to say the same of a sample at any time and beside any others: no winrate and no part of a "
+                "mixture with 'group' or 'running'; 'fixed' does it."
+            )
         self.size = max(least, capacity // n)
         slots = min(n, max(1, capacity // self.size))
         together = min(n, model.config.n_samples // model.config.group_size)
