@@ -261,6 +261,7 @@ IMAGES: Mapping[str, Any] = {
     "endpoint.alpha": 0.25,
     "endpoint-kl.alpha": 0.5,
     "ema_decay": 0.9,
+    "mixture.control_variate": "one",  # of pictures there are too few samples for a critic
 }
 MINI_MODEL: Mapping[str, Any] = {
     **IMAGES,
