@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from flowrl.errors import CheckpointError, ConfigError, HubError
 from flowrl.export import export, main
 from flowrl.models.loading import ASSETS, source_of
-from flowrl.pages.model_card import LIMITATIONS, _use, _without_folders
+from flowrl.pages.model_card import LIMITATIONS, _use, _with_interval, _without_folders
 from flowrl.runs.folder import load_model
 from flowrl.sample import draw, seeded_noise
 from flowrl.storage import hub
@@ -150,10 +150,8 @@ def test_front_matter(shared: dict[str, Path]) -> None:
 def test_the_card_says_what_was_done(shared: dict[str, Path], tiny_runs: dict[str, Path]) -> None:
     text = card(shared["lora"])
     result = json.loads((tiny_runs["lora"] / "evaluation.json").read_text())
-    low, high = (f"{value:.4g}" for value in result["reference"]["reward_ci"])
-    assert (
-        f"| reward | {result['reference']['reward_mean']:.4g} ({low} to {high}) | {result['reward_mean']:.4g} (" in text
-    )
+    assert result["reward_ci"] == [None, None]  # eight samples of one prompt of thirty say nothing of the others
+    assert f"| reward | {result['reference']['reward_mean']:.4g} | {result['reward_mean']:.4g} |" in text
     assert f"| diversity | {result['reference']['diversity']:.4g} | {result['diversity']:.4g} |" in text
     assert f"| 0 | {result['drift']:.4g} |" in text
     state = json.loads((tiny_runs["lora"] / "final" / "state.json").read_text())
@@ -164,6 +162,11 @@ def test_the_card_says_what_was_done(shared: dict[str, Path], tiny_runs: dict[st
         assert (shared["lora"] / picture).is_file()
     assert text.rstrip().endswith(LIMITATIONS)
     assert len(re.findall(r"\.(?: |$)", LIMITATIONS)) == 2
+
+
+def test_the_card_has_an_interval_where_there_is_one() -> None:
+    assert _with_interval({"reward_mean": 1.5, "reward_ci": [1.25, 1.75]}) == "1.5 (1.25 to 1.75)"
+    assert _with_interval({"reward_mean": 1.5, "reward_ci": [None, None]}) == "1.5"
 
 
 def test_paths_of_this_machine_stay_out_of_the_card(tiny_runs: dict[str, Path], tmp_path: Path) -> None:

@@ -227,6 +227,8 @@ def _table(value: Any) -> Mapping[str, Any]:
 
 
 def _with_interval(statistics: Mapping[str, Any]) -> str:
-    interval = statistics.get("reward_ci")
-    low, high = map(number, interval if isinstance(interval, list) and len(interval) == 2 else (None, None))
-    return f"{number(statistics.get('reward_mean'))} ({low} to {high})"
+    interval, mean = statistics.get("reward_ci"), number(statistics.get("reward_mean"))
+    if not isinstance(interval, list) or len(interval) != 2 or None in interval:  # of one prompt of many there is none
+        return mean
+    low, high = map(number, interval)
+    return f"{mean} ({low} to {high})"
