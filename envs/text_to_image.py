@@ -276,7 +276,7 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "tau": 0.7,
     "endpoint.alpha": 0.1,
     "endpoint-kl.alpha": 0.1,
-    "baseline": "mean",  # wrong samples must repel; measured over 25 refreshes, longer runs need "clipped"
+    "baseline": "mean",  # wrong samples must repel; well over 40 refreshes, not over 60 (docs/signal.md)
 }
 WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "endpoint.alpha": 0.1, "endpoint-kl.alpha": 0.1}
 PAIRS: Mapping[str, Any] = {

@@ -52,7 +52,7 @@ class SampleConfig:
     steps: int | None = None
     """Solver steps; as in training when not given."""
     solver: Solver | None = None
-    """ODE solver; as in training when not given. With ab2 half as many steps are often as good as Euler's."""
+    """ODE solver; as in training when not given. On mini-sd3 eight steps of ab2 are as good as 16 of Euler's."""
     guidance_scale: float | None = None
     """Classifier-free guidance; as in training when not given."""
     seed: int = 0

@@ -75,12 +75,13 @@ class Tilt(Noising):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        config, n = self.config, len(self.env.core.contexts)
-        dim = torch.Size(self.policy.model.latent_shape).numel()
+        config = self.config
         self.pool = ReferencePool(self, config.pool, config.pool_group)
         self.unit = self.keep("unit", torch.full((), torch.nan))  # of tau, in the reward's own units
-        critic = StateCritic(dim, n, config.critic_width, start=1.0)
-        self.critic = self.add_network("critic", critic, config.critic_learning_rate)
+        if config.control_variate == "critic":
+            dim = torch.Size(self.policy.model.latent_shape).numel()
+            critic = StateCritic(dim, len(self.env.core.contexts), config.critic_width, start=1.0)
+            self.critic = self.add_network("critic", critic, config.critic_learning_rate)
 
     def contexts(self) -> torch.Tensor:
         """Draw contexts, and reference samples of those that the pool holds none of."""

@@ -151,7 +151,7 @@ def test_the_card_says_what_was_done(shared: dict[str, Path], tiny_runs: dict[st
     text = card(shared["lora"])
     result = json.loads((tiny_runs["lora"] / "evaluation.json").read_text())
     assert result["reward_ci"] == [None, None]  # eight samples of one prompt of thirty say nothing of the others
-    assert f"| reward | {result['reference']['reward_mean']:.4g} | {result['reward_mean']:.4g} |" in text
+    assert f"| reward | {result['reference']['reward_mean']:.4g} (–) | {result['reward_mean']:.4g} (–) |" in text
     assert f"| diversity | {result['reference']['diversity']:.4g} | {result['diversity']:.4g} |" in text
     assert f"| 0 | {result['drift']:.4g} |" in text
     state = json.loads((tiny_runs["lora"] / "final" / "state.json").read_text())
@@ -166,7 +166,7 @@ def test_the_card_says_what_was_done(shared: dict[str, Path], tiny_runs: dict[st
 
 def test_the_card_has_an_interval_where_there_is_one() -> None:
     assert _with_interval({"reward_mean": 1.5, "reward_ci": [1.25, 1.75]}) == "1.5 (1.25 to 1.75)"
-    assert _with_interval({"reward_mean": 1.5, "reward_ci": [None, None]}) == "1.5"
+    assert _with_interval({"reward_mean": 1.5, "reward_ci": [None, None]}) == "1.5 (–)"
 
 
 def test_paths_of_this_machine_stay_out_of_the_card(tiny_runs: dict[str, Path], tmp_path: Path) -> None:

@@ -284,3 +284,9 @@ def test_rewards_that_change_are_not_kept(kind: str) -> None:
         env.extra_state = lambda: {"seen": torch.zeros(3)}  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=r"tilt keeps reference samples .* 'fixed' does it"):
         flowrl.Tilt("FlowPolicy", env, seed=0, n_samples=64, group_size=8)
+
+
+@pytest.mark.parametrize("control_variate", ["critic", "one"])
+def test_a_critic_is_there_where_it_is_asked(control_variate: str) -> None:
+    model = flowrl.Tilt("FlowPolicy", "gaussians-linear", seed=0, n_samples=64, control_variate=control_variate)
+    assert ("critic" in model.extra_state.networks) == (control_variate == "critic")

@@ -99,7 +99,7 @@ class EvaluationResult(SampleStatistics):
         lines = [f"{'':{width}s}{'reference':>12s}{'trained':>12s}{'change':>12s}"]
         lines += [f"{name:{width}s}{a:12.4g}{b:12.4g}{b - a:+12.4g}" for name, a, b in rows]
         low, high = self.reward_ci
-        interval = "none, of one prompt" if math.isnan(low) else f"{low:.4g} to {high:.4g}"
+        interval = "none" if math.isnan(low) else f"{low:.4g} to {high:.4g}"
         lines.append(f"reward of trained, 95 % interval: {interval} ({self.n_samples} samples)")
         share = "" if math.isnan(self.ess) else f"    effective sample share: {self.ess:.3f}"
         if share or not math.isnan(self.drift):  # steering trains nothing

@@ -14,7 +14,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.prompts import picture_of
 from flowrl.models.loading import FlowSource
 from flowrl.models.pictures import PicturesFlow
-from flowrl.pages.text import markdown_table, number
+from flowrl.pages.text import markdown_table, number, span
 from flowrl.runs.logs import read_metrics
 from flowrl.runs.pictures import curves
 from flowrl.storage.files import read_json
@@ -227,8 +227,4 @@ def _table(value: Any) -> Mapping[str, Any]:
 
 
 def _with_interval(statistics: Mapping[str, Any]) -> str:
-    interval, mean = statistics.get("reward_ci"), number(statistics.get("reward_mean"))
-    if not isinstance(interval, list) or len(interval) != 2 or None in interval:  # of one prompt of many there is none
-        return mean
-    low, high = map(number, interval)
-    return f"{mean} ({low} to {high})"
+    return f"{number(statistics.get('reward_mean'))} ({span(statistics.get('reward_ci'))})"

@@ -11,7 +11,7 @@ from typing import Any
 from flowrl.evaluation.results import listed
 from flowrl.pages.html import folded, heading, page, paragraph, preformatted, table, warning_list
 from flowrl.pages.run_files import RunFiles, telling_damage
-from flowrl.pages.text import change, count, duration, number, setting
+from flowrl.pages.text import change, count, duration, number, setting, span
 from flowrl.pages.training_charts import STYLE, before_after, training_charts
 from flowrl.runs.pictures import STEPS
 
@@ -86,9 +86,8 @@ def _result(run: RunFiles) -> str:
 
 
 def _notes(evaluation: Mapping[str, Any]) -> list[str]:
-    low, high = evaluation.get("reward_ci") or (None, None)
     notes = [
-        f"Reward of the trained flow, 95 % interval: {number(low)} to {number(high)} "
+        f"Reward of the trained flow, 95 % interval: {span(evaluation.get('reward_ci'))} "
         f"({count(evaluation.get('n_samples'))} samples).",
         f"Drift E|v - v_ref|\u00b2: {number(evaluation.get('drift'))}; "
         f"effective sample share: {number(evaluation.get('ess'))}.",

@@ -8,7 +8,7 @@ from typing import Any
 from flowrl.pages.charts import legend
 from flowrl.pages.html import heading, page, table
 from flowrl.pages.run_files import RunFiles, telling_damage
-from flowrl.pages.text import count, number, setting
+from flowrl.pages.text import count, number, setting, span
 from flowrl.pages.training_charts import STYLE, before_after, training_charts
 
 
@@ -55,11 +55,10 @@ def _overview(runs: Sequence[RunFiles]) -> str:
 
 def _results(run: RunFiles) -> list[Any]:
     after, before = run.evaluation, run.reference
-    low, high = after.get("reward_ci") or (None, None)
     return [
         number(before.get("reward_mean")),
         number(after.get("reward_mean")),
-        f"{number(low)} to {number(high)}",
+        span(after.get("reward_ci")),
         number(before.get("diversity")),
         number(after.get("diversity")),
         number(after.get("drift")),

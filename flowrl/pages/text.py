@@ -17,6 +17,12 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if is_finite(value) else MISSING
 
 
+def span(interval: Any) -> str:
+    """Write an interval, "LOW to HIGH"; a dash where there is none, as of samples of one prompt of many."""
+    ends = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None, None)
+    return f"{number(ends[0])} to {number(ends[1])}" if all(map(is_finite, ends)) else MISSING
+
+
 def count(value: Any) -> str:
     """Write a whole number with separators; a dash likewise."""
     return f"{int(value):,}" if is_finite(value) else MISSING
