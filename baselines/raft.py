@@ -46,6 +46,7 @@ class RAFTConfig(ORWCFMW2Config):
             "or equal with a threshold.",
         )
         self.require(not self.priority, "raft itself chooses which samples a pass takes: leave priority at 0.")
+        self.require(not self.paired_noise, "raft itself chooses which samples a pass takes: leave paired_noise off.")
 
     def entries_per_epoch(self) -> int:
         """Count what is kept for the plain target, all samples for the residual one."""

@@ -74,7 +74,12 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     found["transport, contexts"] = ("orw_w2", "sd3-count", SMALLER, PICTURES | alike)
     found["own noise"] = ("nft", "gaussians-linear", {}, SMALL | {"coupling": "rectified", "noisings": 2})
     found["times"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"time_weighting": "variance", "max_time": 0.7})
-    found["priority"] = ("nft", "gaussians-linear", {}, SMALL | {"priority": 0.8, "lr_schedule": "linear"})
+    found["priority"] = (
+        "nft",
+        "gaussians-linear",
+        {},
+        SMALL | {"priority": 0.8, "paired_noise": True, "lr_schedule": "linear"},
+    )
     found["branches"] = ("flow_grpo", "gaussians-linear", {}, SMALL | {"branch": True, "window": 2, "ratio": "guard"})
     found["pictures"] = ("orw_w2", "sd3-count", SMALLER, PICTURES)
     found["pictures, LoRA"] = ("flow_grpo", "sd3-count", SMALLER, PICTURES | {"lora_rank": 4})

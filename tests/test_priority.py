@@ -1,4 +1,4 @@
-"""Priority: how often passes take samples, and that importance weights leave every gradient as it is in the mean."""
+"""Priority and pairs: how often passes take samples, and that every gradient stays as it is in the mean."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
+from flowrl.training.noising import Noising
+from flowrl.training.priority import best_with_worst
 from flowrl.types import Pair
 
 pytestmark = pytest.mark.on_device
@@ -139,8 +141,88 @@ def test_samples_that_carry_nothing_are_taken_seldom_and_all_alike_where_nothing
     assert model.importance(model.buffer.all())[1:].allclose(torch.tensor(10.0, device=DEVICE))
 
 
-def test_a_run_by_priority_resumes_exactly(tmp_path):
-    whole, first = make("orw_w2", priority=0.8), make("orw_w2", priority=0.8)
+def test_pairs_are_the_best_with_the_worst_of_a_group_and_so_on_inwards():
+    coefficient = torch.tensor([3.0, 1, 2, 0, 5, 4, 6, 9, 7, 7, 7, 7], device=DEVICE)
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3, 3, 3, 3], device=DEVICE)
+    order = best_with_worst(coefficient, group)
+    assert torch.equal(order.sort().values, torch.arange(12, device=DEVICE))
+    pairs = {frozenset(pair) for pair in order.view(-1, 2)[:4].tolist()}
+    assert pairs == {frozenset({4, 7}), frozenset({0, 3}), frozenset({1, 2}), frozenset({5, 6})}  # 4 and 7 are over
+    assert set(order[8:].tolist()) == {8, 9, 10, 11}
+
+
+@pytest.mark.parametrize("priority", [0.0, 0.75])
+def test_pairs_take_each_sample_as_often_and_are_in_no_order(priority):
+    model = collected("nft", paired_noise=True, priority=priority)
+    expected = 1 - priority + priority * model.buffer.coefficient.abs() / model.buffer.coefficient.abs().mean()
+    orders = [model.order() for _ in range(300)]
+    counts = torch.stack([torch.bincount(order, minlength=32) for order in orders]).float()
+    assert bool(((counts - expected).abs() < 1 + 1e-4).all())
+    pairs = torch.stack(orders).view(300, -1, 2)
+    together = (model.buffer.group[pairs].diff() == 0).float().mean()
+    assert together == 1 if priority == 0 else together > 0.8
+    assert (model.buffer.coefficient[pairs].diff().abs().mean() > 1.3 * model.buffer.coefficient.std()).item()
+    place = (model.buffer.group[pairs[:, :, 0]] * torch.arange(16, device=DEVICE)).float().mean()
+    assert (
+        abs(place - model.buffer.group.float().mean() * 7.5) < 4
+    )  # 13 in order; the first group is not the first of the pass
+
+
+@pytest.mark.parametrize(("name", "settings"), [("orw_w2", {"max_time": 0.5}), ("nft", {}), ("ram", {"noisings": 2})])
+def test_a_pair_has_noise_and_time_in_common_and_only_a_pair(name, settings, monkeypatch):
+    model = collected(name, paired_noise=True, **settings)
+    seen: list[Pair] = []
+    pair = Noising.pair
+    monkeypatch.setattr(Noising, "pair", lambda self, *given: seen.append(pair(self, *given)) or seen[-1])
+    batch = next(iter(model.minibatches()))
+    model.loss(batch)
+    x_0, t, _, u, _ = seen[0]
+    n = 16 * settings.get("noisings", 1)
+    assert torch.equal(x_0[0::2], x_0[1::2])
+    assert torch.equal(t[0::2], t[1::2])
+    assert len(x_0.unique(dim=0)) == len(t.unique()) == n // 2
+    assert t.max() <= settings.get("max_time", 1.0)
+    x_1 = x_0 + u
+    for left, right in zip(x_1[0::2], x_1[1::2]):  # each such pair is one of the pass
+        where = [int((batch.x_1 - x).square().sum(1).argmin()) for x in (left, right)]
+        assert where[0] % 2 == 0
+        assert where[1] == where[0] + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "share"),
+    [
+        ("orw_w2", {"tau": 0.2, "baseline": "mean", "alpha": 0.0}, 1.1),  # its weights compare no groups here
+        ("nft", {"noisings": 2, "critic_learning_rate": 0.0}, 0.85),
+    ],
+)
+def test_noise_in_common_leaves_the_gradient_as_it_is_in_the_mean_with_less_noise(name, settings, share):
+    model = collected(name, **settings)
+    model.buffer.rows["x_1"] += 3 * torch.randn(8, 2, device=DEVICE).repeat_interleave(
+        4, 0
+    )  # what a group has in common
+
+    def gradients(paired: bool) -> torch.Tensor:
+        object.__setattr__(model.config, "paired_noise", paired)
+        found = []
+        for _ in range(150):
+            for batch in model.minibatches():
+                model.policy.optimizer.zero_grad()
+                model.loss(batch)[0].backward()
+                grads = (p.grad.flatten() for p in model.policy.parameters_of("current").values() if p.grad is not None)
+                found.append(torch.cat(list(grads)))
+        return torch.stack(found)
+
+    apart, paired = gradients(False), gradients(True)
+    noise = [(g - g.mean(0)).square().sum(1).mean() for g in (apart, paired)]
+    assert noise[1] < share * noise[0]
+    off = (apart.mean(0) - paired.mean(0)).square().sum()
+    assert off < 4 * (noise[0] + noise[1]) / 300 < 0.05 * apart.mean(0).square().sum()
+
+
+@pytest.mark.parametrize("settings", [{}, {"paired_noise": True}])
+def test_a_run_by_priority_resumes_exactly(tmp_path, settings):
+    whole, first = make("orw_w2", priority=0.8, **settings), make("orw_w2", priority=0.8, **settings)
     whole.learn(64)
     first.learn(32)
     first.save(tmp_path / "half")
@@ -157,6 +239,9 @@ def test_a_run_by_priority_resumes_exactly(tmp_path):
         ("nft", {"priority": -0.1}, "priority must be at least 0"),
         ("nft", {"priority": 0.5, "coupling": "ot"}, "leave priority at 0 with it"),
         ("raft", {"priority": 0.5}, "raft itself chooses which samples a pass takes"),
+        ("raft", {"paired_noise": True}, "raft itself chooses which samples a pass takes"),
+        ("nft", {"paired_noise": True, "coupling": "rectified"}, "leave paired_noise off with it"),
+        ("orw_w2", {"paired_noise": True, "batch_size": 15}, "takes two samples at once: batch_size = 15 is odd"),
     ],
 )
 def test_what_cannot_be_says_why(name, settings, message):

@@ -130,10 +130,12 @@ class EndpointAlgorithm(Prioritised, GroupRelative):
         """Pair the samples of a minibatch with noise, each `noisings` times; gives the rows of the pairs, too."""
         config, n = self.config, len(batch.x_1)
         kind = "early" if config.early_times else config.time_sampling
-        t = stratified_times(n, config.noisings, kind, self.generator)
+        size = 2 if config.paired_noise else 1  # neighbours that have noise and time in common
+        t = stratified_times(n // size, config.noisings, kind, self.generator).repeat_interleave(size)
         if config.noisings > 1:
-            extra = {name: rows.repeat_interleave(config.noisings, 0) for name, rows in batch.extra.items()}
-            vectors = [rows.repeat_interleave(config.noisings, 0) for rows in batch[:5]]
+            row = torch.arange(n, device=self.device).view(-1, 1, size).expand(-1, config.noisings, size).flatten()
+            extra = {name: rows[row] for name, rows in batch.extra.items()}
+            vectors = [rows[row] for rows in batch[:5]]
             batch = Batch(vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], extra)
         batch, x_0 = self.couple(batch)
         return batch, self.pair(batch, x_0, t)
