@@ -10,7 +10,7 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
-from flowrl.training.hooks import NoChecks
+from flowrl.training.hooks import LaterChecks
 
 pytestmark = pytest.mark.on_device
 
@@ -76,10 +76,27 @@ def test_classes_that_are_no_algorithms_say_what_is_missing(name: str, value: An
         learn(subclass(name, value))
 
 
-def test_only_the_first_iteration_is_checked() -> None:
+def test_losses_are_checked_in_the_first_iteration_only() -> None:
     model = learn(flowrl.ORWCFMW2)
-    assert isinstance(model.checks, NoChecks)
+    assert isinstance(model.checks, LaterChecks)
     model.checks.loss(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("weigh", lambda self, rollout: rollout.reward.max(), r"Mine\.weigh gave a float32 tensor of shape \(\)"),
+        ("weigh", lambda self, rollout: rollout.reward.mul_(2), r"Mine\.weigh changes rollout\.reward in place"),
+        ("contexts", lambda self: torch.zeros(5, dtype=torch.long), r"shape \(5,\); it must .* shape \(32,\)"),
+        ("draw", lambda self, ids: (torch.zeros(1, 2), {}), r"x_1 a float32 tensor of shape \(1, 2\)"),
+    ],
+)
+def test_shapes_are_checked_in_every_iteration(name: str, method: Any, message: str) -> None:
+    """One number for all samples would go to each of them without a word."""
+    usual = getattr(flowrl.ORWCFMW2, name)
+    later = subclass(name, lambda self, *given: (method if self.iteration else usual)(self, *given))
+    with pytest.raises(ConfigError, match=message):
+        learn(later, iterations=2)
 
 
 @pytest.mark.parametrize(
