@@ -443,9 +443,50 @@ class Moving(Small):
         return self.network(x, t)
 
 
+class InTuple(Small):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+        return (self.network(x, t),)
+
+
+class Timeless(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Swapped(Small):
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x, t)
+
+
+@pytest.mark.parametrize("flow", [Timeless, Swapped])
+def test_a_network_of_another_signature(flow: Any, names: Callable[[], str]) -> None:
+    flowrl.register_env(name := names(), flow=flow)(lambda samples, contexts: samples[:, 0])
+    with pytest.raises(ConfigError, match=rf"{flow.__name__}\.forward\(.*\) does not take \(x_t, t\): .*VelocityModel"):
+        flowrl.FlowPolicy.of(name, device="cpu")
+
+
+def test_policy_kwargs_are_for_policies_of_ones_own() -> None:
+    class Wide(flowrl.FlowPolicy):
+        def __init__(self, *args: Any, margin: float = 0.0, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.margin = margin
+
+    def policy(kind: Any, given: Any) -> Any:
+        return flowrl.ORWCFMW2(kind, "gaussians-linear", n_samples=32, batch_size=16, policy_kwargs=given).policy
+
+    assert policy(Wide, {"margin": 2.0}).margin == 2
+    for kind, given in (("FlowPolicy", {"net_arch": [64]}), (Wide, {"seed": 3}), ("FlowPolicy", 5)):
+        with pytest.raises(ConfigError, match="policy_kwargs must be a dict of arguments that a policy of your own"):
+            policy(kind, given)
+
+
 @pytest.mark.parametrize(
     ("flow", "message"),
-    [(Thin, r"velocities of shape \(4, 1\) for points x_t of shape \(4, 3\)"), (Moving, "changes the points x_t")],
+    [
+        (InTuple, "gave a tuple, not a tensor"),
+        (Thin, r"velocities of shape \(4, 1\) for points x_t of shape \(4, 3\)"),
+        (Moving, "changes the points x_t"),
+    ],
 )
 def test_a_network_that_no_sampler_would_notice(flow: Any, message: str, names: Callable[[], str]) -> None:
     name = names()

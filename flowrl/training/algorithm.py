@@ -130,7 +130,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
                 copies=self.copies_for(config),
                 device=self.device,
                 seed=None if self.seed is None else self.seed + 1,
-                **self.policy_kwargs,
+                **construction.policy_arguments(self.policy_class, FlowPolicy, self.policy_kwargs),
             )
         self.lr_schedule = partial(scheduled_rate, config)
         construction.prepare_training(self)

@@ -88,6 +88,25 @@ def check_known(cls: type[Method], given: Iterable[str]) -> list[str]:
     return known
 
 
+def policy_arguments(cls: type, base: type, given: Any) -> dict[str, Any]:
+    """Give what a subclass of a policy takes besides the arguments of its base, which the algorithm gives.
+
+    Raises:
+        ConfigError: `policy_kwargs` is no dict of such arguments; says where networks and samplers are set.
+    """
+    parents = [parent for parent in cls.__mro__[: cls.__mro__.index(base)] if "__init__" in vars(parent)]
+    own = {name for parent in parents for name in inspect.signature(parent).parameters}
+    own -= {*inspect.signature(base).parameters, "args", "kwargs"}
+    if not isinstance(given, dict) or not given.keys() <= own:
+        takes = f"{cls.__name__} takes {', '.join(sorted(own)) or 'none'}"
+        raise ConfigError(
+            f"policy_kwargs must be a dict of arguments that a policy of your own takes ({takes}), not {shown(given)}. "
+            "The network is that of the environment's flow (flow=); how it samples, adapters and precision are "
+            "settings of the algorithm, such as rollout_steps=16 or lora_rank=8."
+        )
+    return given
+
+
 def check_config_class(cls: type[Method]) -> None:
     """Check that the settings of an algorithm are a dataclass of their own.
 
