@@ -104,10 +104,10 @@ def _check_signature(network: nn.Module) -> None:
         fits = False
     if not fits:
         raise ConfigError(
-            f"{type(network).__name__}.forward{signature} does not take (x_t, t): a plain network is called with "
-            "points x_t (B, *sample_shape) and times t (B,), from 0 (noise) to 1 (data), in this order, and gives "
-            "velocities. Put a flowrl.VelocityModel around it, whose forward(x_t, t, cond) calls it, and whose encode "
-            "gives cond where it takes contexts."
+            f"{type(network).__name__}.forward({', '.join(signature.parameters)}) does not take (x_t, t): a plain "
+            "network is called with points x_t (B, *sample_shape) and times t (B,), from 0 (noise) to 1 (data), in "
+            "this order, and gives velocities. Put a flowrl.VelocityModel around it, whose forward(x_t, t, cond) calls "
+            "it, and whose encode gives cond where it takes contexts."
         )
 
 
