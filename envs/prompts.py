@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from flowrl.checks import shown, told_apart
 from flowrl.errors import ConfigError, UnknownNameError, did_you_mean
 
 SETS = Path(__file__).resolve().parent / "prompt_sets"
@@ -157,21 +158,26 @@ def positions_of(wanted: Sequence[Any], contexts: Sequence[Any]) -> tuple[list[i
 
     Returns:
         The position of each, and those that are missing, once each: these stand behind the others.
+
+    Raises:
+        ConfigError: What is wanted is no list of contexts.
     """
-    found: dict[tuple[str, str | None], int] = {}
+    if not isinstance(wanted, Iterable):
+        raise ConfigError(f"Contexts are a list of them, or a tensor of their indices (B,), not {shown(wanted)}.")
+    found: dict[tuple[Any, str | None], int] = {}
     missing: list[Any] = []
 
     def add(context: Any, position: int) -> None:
         for picture in (None, picture_of(context)):
-            found.setdefault((repr(context), picture), position)
+            found.setdefault((told_apart(context), picture), position)
 
     for i, context in enumerate(contexts):
         add(context, i)
     for context in wanted:
-        if (repr(context), picture_of(context)) not in found:
+        if (told_apart(context), picture_of(context)) not in found:
             add(context, len(contexts) + len(missing))
             missing.append(context)
-    return [found[repr(context), picture_of(context)] for context in wanted], missing
+    return [found[told_apart(context), picture_of(context)] for context in wanted], missing
 
 
 def fingerprint(contexts: Sequence[Any]) -> str | None:

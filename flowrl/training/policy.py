@@ -10,10 +10,11 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.utils import get_device
 
-from flowrl.checks import counted
+from flowrl.checks import counted, shown
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv, in_range
 from flowrl.envs.prompts import positions_of
+from flowrl.errors import ConfigError
 from flowrl.functional.flow import normal
 from flowrl.functional.guidance import guided_field
 from flowrl.functional.sde import SDE, sde_sample
@@ -196,7 +197,9 @@ class FlowPolicy(SB3Policy):
 
         `grad_steps`: the last steps of the solver that gradients flow through.
         """
-        x = self.noise(len(context_ids), generator) if x_0 is None else x_0
+        x = self.noise(len(context_ids), generator) if x_0 is None else x_0.float()
+        if x.shape != (shape := (len(context_ids), *self.model.latent_shape)):
+            raise ConfigError(f"x_0 must be noise of shape {shape}, a row for each context, not {tuple(x.shape)}.")
         times, solver = self.times(steps), solver or self.solver
         cond, role = self.condition(context_ids.to(x.device)), role or self.sampling_role
         if grad_steps:
@@ -248,13 +251,21 @@ class FlowPolicy(SB3Policy):
         """
         if contexts is None:
             contexts = torch.zeros(counted("n", n, 0), dtype=torch.long)
+        elif isinstance(contexts, str):
+            contexts = [contexts] * counted("n", n)
+        elif n != 1:
+            raise ConfigError(
+                f"n = {n} goes with one prompt or none: repeat contexts of which there should be several."
+            )
         if not isinstance(contexts, torch.Tensor):
-            contexts = self._indices([contexts] * counted("n", n) if isinstance(contexts, str) else contexts)
+            contexts = self._indices(contexts)
         return self.decode(self.sample_latents(in_range(contexts, len(self.contexts)), **kwargs))
 
     def _indices(self, contexts: Sequence[Any]) -> torch.Tensor:
         """Give the indices (B,) of contexts; new ones are encoded and kept."""
         positions, new = positions_of(contexts, self.contexts)
+        if new and not self._condition:
+            raise ConfigError(f"This flow is unconditional and takes no contexts, as {shown(new[0])}: sample(n=...).")
         if new:
             encoded = self.encode(new)
             self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, encoded))
