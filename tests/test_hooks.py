@@ -99,6 +99,39 @@ def test_shapes_are_checked_in_every_iteration(name: str, method: Any, message: 
         learn(later, iterations=2)
 
 
+def test_weights_and_rows_that_carry_a_graph_are_taken_as_numbers() -> None:
+    """The loss would be differentiated through them as well, or fail where a second minibatch uses that graph again."""
+
+    class Plain(flowrl.ORWCFMW2):
+        carries = False
+
+        def draw(self, context_ids):
+            x_1, rows = super().draw(context_ids)
+            with torch.enable_grad():
+                v = self.policy.velocity(x_1, torch.full((len(x_1),), 0.5, device=x_1.device), ())
+            row = v if self.carries else v.detach()
+            return x_1 + 0 * row, {**rows, "own": row}
+
+    class Graph(Plain):
+        carries = True
+
+        def weigh(self, rollout):
+            v = self.policy.velocity(rollout.x_1, torch.full_like(rollout.reward, 0.5), ())
+            return flowrl.ORWCFMW2.weigh(self, rollout) + 0 * v.mean(1)
+
+    for n_epochs in (1, 2):
+        plain, graph = (
+            cls("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=32, batch_size=32, n_epochs=n_epochs)
+            for cls in (Plain, Graph)
+        )
+        for model in (plain, graph):
+            model.learn(64)
+        assert not graph.buffer.x_1.requires_grad
+        ours, theirs = (list(m.policy.parameters_of("current").values()) for m in (plain, graph))
+        for a, b in zip(ours, theirs):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [

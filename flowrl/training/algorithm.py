@@ -216,7 +216,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         with self.checks.untouched(method, rollout):
             coefficient = getattr(self, method)(rollout)
         self.checks.coefficient(method, coefficient, self.buffer.size)
-        coefficient = without_strays(rollout, held(self, rollout, coefficient))
+        coefficient = without_strays(rollout, held(self, rollout, coefficient.detach()))
         self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
 
