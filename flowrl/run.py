@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import get_device
 
 from flowrl.distributed.ranks import is_lost, join
 from flowrl.envs.rewards.catalogue import RewardFunction
@@ -48,7 +49,7 @@ from flowrl.runs.program import EXIT_STOPPED, guarded
 from flowrl.runs.wandb_writer import WandbWriter
 from flowrl.storage.files import clear_away, read_json
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.construction import check_device
+from flowrl.training.construction import check_device, check_gradient
 from flowrl.training.loading import checkpoint_folder, load_checkpoint
 from flowrl.training.memory_plan import is_out_of_memory, ways_to_save
 from flowrl.training.saving import algorithm_name
@@ -95,6 +96,7 @@ def _main(args: list[str]) -> int:
     check_eval_samples(run.eval_samples, (env, *held_out.values()))
     if run.dry_run:
         check_device(run.device)
+        check_gradient(algo, env, get_device(run.device))
         if ranks.is_main:
             folder = run.out / _name(run, algo)
             print(dry_run(folder, algo, algo_config, env, _timesteps(run, spec), ranks.world_size, run.device))

@@ -196,6 +196,18 @@ def test_held_out_rewards_stand_beside_their_own_iteration_with_few_rows(tmp_pat
     assert [row.get("held_out/judge") for row in rows] == [*own[:3], None]
 
 
+def test_a_held_out_reward_that_raises_is_named() -> None:
+    def judge(samples: torch.Tensor, contexts: list[None]) -> torch.Tensor:
+        raise ValueError("unknown word 'travel'")
+
+    policy = flowrl.FlowPolicy.of("gaussians-linear", device="cpu", seed=0)
+    message = "held-out reward 'judge' raised ValueError: unknown word 'travel'.* 16 contexts, the first None"
+    with pytest.raises(RewardError, match=message):
+        flowrl.evaluate(policy, "gaussians-linear", n_samples=16, eval_rewards={"judge": judge})
+    with pytest.raises(UnknownNameError, match="options of the reward 'compress', and no reward is named"):
+        make_rewards((), ("compress.quality=3",))
+
+
 def test_rewards_of_an_evaluation_are_asked_in_batches_of_whole_groups() -> None:
     sizes = []
 

@@ -118,7 +118,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.shares = None if core.shares is None else torch.from_numpy(core.shares).float().to(self.device)
         if self.seed is not None:
             self.set_random_seed(self.seed)
-        construction.check_gradient(self)
+        construction.check_gradient(self, core, self.device)
         self.reward_calls = RewardCalls.of(core, config)
         core.gather_with(lambda rows: self.ranks.all_gather(rows, len(rows) * self.ranks.world_size))
         self.bad_updates, self.generator = BadUpdates(), SharedGenerator(self.device, self.ranks)

@@ -168,26 +168,25 @@ def by_values() -> list[str]:
     return sorted(name for name, cls in shipped.items() if not getattr(cls, "needs_gradient", False))
 
 
-def check_gradient(model: FlowAlgorithm) -> None:
+def check_gradient(algo: FlowAlgorithm | type[FlowAlgorithm], env: GenerationEnv, device: torch.device | str) -> None:
     """Check that the reward has the gradient that an algorithm needs, on two samples of one colour.
 
     Raises:
         ConfigError: It has none; says what it would take.
     """
-    if not model.needs_gradient:
+    if not algo.needs_gradient:
         return
-    env = model.env.core
-    samples = torch.full((2, *env.flow.sample_shape), 0.5, device=model.device, requires_grad=True)
+    samples = torch.full((2, *env.flow.sample_shape), 0.5, device=device, requires_grad=True)
     if not has_values(samples):  # a prediction of memory asks no reward
         return
     try:
-        reward = env.evaluate(samples, torch.zeros(2, dtype=torch.long, device=model.device)).reward
+        reward = env.evaluate(samples, torch.zeros(2, dtype=torch.long, device=device)).reward
     except RewardError as error:
         if "requires grad" in str(error):  # as torch says of a tensor that is to become an array
-            raise ConfigError(without_gradient(model.name, env)) from error
+            raise ConfigError(without_gradient(algo.name, env)) from error
         return  # training asks again, on samples of its own
     if not reward.requires_grad:
-        raise ConfigError(without_gradient(model.name, env))
+        raise ConfigError(without_gradient(algo.name, env))
 
 
 def sampling_config(env: GenerationEnv) -> FlowConfig:
