@@ -490,6 +490,15 @@ def test_contexts_that_are_arrays_are_told_apart_by_all_digits(array: Callable[[
     assert torch.equal(one_hot, torch.eye(3))
 
 
+@pytest.mark.parametrize("asked", ["two stars", 0.7])
+def test_reset_takes_the_index_of_a_context(asked: Any) -> None:
+    env = flowrl.make("gaussians-linear")
+    for one in (env, gymnasium.make_vec("flowrl/gaussians-linear-v0", num_envs=2)):
+        with pytest.raises(ConfigError, match="reset takes the index of a context"):
+            one.reset(options={"context": asked})
+    assert env.evaluate(torch.zeros(2, 2), [0, 0]).reward.shape == (2,)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_sampled_is_said() -> None:
     policy = flowrl.FlowPolicy.of("gaussians-linear", device="cpu", seed=0)
     mistakes: list[tuple[dict[str, Any], str]] = [
