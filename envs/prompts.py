@@ -18,8 +18,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 
-from flowrl.checks import shown, told_apart
+from flowrl.checks import counted, shown, told_apart
 from flowrl.errors import ConfigError, UnknownNameError, did_you_mean
 
 SETS = Path(__file__).resolve().parent / "prompt_sets"
@@ -153,14 +154,31 @@ def picture_of(context: Any) -> str | None:
     return place if isinstance(place, str) and place else None
 
 
-def positions_of(wanted: Sequence[Any], contexts: Sequence[Any]) -> tuple[list[int], list[Any]]:
+def wanted(contexts: Any, n: int) -> Any:
+    """Give contexts (B,), or their indices, as samples are asked for: `n` of a string or of the first, or those given.
+
+    Raises:
+        ConfigError: A number of samples that is none, or beside several contexts.
+    """
+    if contexts is None:
+        return torch.zeros(counted("n", n, 0), dtype=torch.long)
+    if isinstance(contexts, str):
+        return [contexts] * counted("n", n)
+    if n != 1:
+        raise ConfigError(f"n = {n} goes with one prompt or none: repeat contexts of which there should be several.")
+    return contexts
+
+
+def positions_of(wanted: Sequence[Any], contexts: Sequence[Any], takes_new: bool = True) -> tuple[list[int], list[Any]]:
     """Find the wanted contexts among others, by text and picture; without a picture, the first of that text.
+
+    `takes_new`: the flow has a condition, so that there can be others.
 
     Returns:
         The position of each, and those that are missing, once each: these stand behind the others.
 
     Raises:
-        ConfigError: What is wanted is no list of contexts.
+        ConfigError: What is wanted is no list of contexts, or some are missing where there can be no others.
     """
     if not isinstance(wanted, Iterable):
         raise ConfigError(f"Contexts are a list of them, or a tensor of their indices (B,), not {shown(wanted)}.")
@@ -177,6 +195,8 @@ def positions_of(wanted: Sequence[Any], contexts: Sequence[Any]) -> tuple[list[i
         if (told_apart(context), picture_of(context)) not in found:
             add(context, len(contexts) + len(missing))
             missing.append(context)
+    if missing and not takes_new:
+        raise ConfigError(f"This flow is unconditional and takes no contexts, as {shown(missing[0])}: sample(n=...).")
     return [found[told_apart(context), picture_of(context)] for context in wanted], missing
 
 

@@ -233,6 +233,17 @@ def on_device(condition: Condition, device: torch.device) -> Condition:
     return tuple(part.to(device) for part in condition)
 
 
+def check_noise(x_0: torch.Tensor, n: int, latent_shape: tuple[int, ...]) -> None:
+    """Check that noise has a row for each of `n` contexts.
+
+    Raises:
+        ConfigError: It has not: other rows would be drawn for contexts that they are not of.
+    """
+    if x_0.shape != (n, *latent_shape):
+        shape = (n, *latent_shape)
+        raise ConfigError(f"x_0 must be noise of shape {shape}, a row for each context, not {tuple(x_0.shape)}.")
+
+
 def checked_seed(seed: Any, device: torch.device | str) -> int | None:
     """Give the seed as a Python number, where the device is there, too.
 
