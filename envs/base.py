@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from flowrl.checks import counted
+from flowrl.checks import LARGEST_INT, counted, is_whole, python_value, shown
 from flowrl.envs.prompts import shares_of
 from flowrl.errors import ConfigError, FlowRLError, RewardError
 from flowrl.models.loading import FlowSource
@@ -152,6 +152,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
                 f"Environment '{self.name}' scores samples of shape (B, {', '.join(map(str, self.sample_shape))}), "
                 f"not {tuple(samples.shape)}."
             )
+        contexts = torch.as_tensor(contexts)
         if contexts.shape != samples.shape[:1]:
             raise ConfigError(
                 f"'{self.name}' takes one context for each sample: {len(samples)} samples came with contexts of shape "
@@ -174,6 +175,19 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
             for key, value in output.components.items()
         }
         return RewardOutput(reward, components, output.info)
+
+    def asked_in(self, options: Mapping[str, Any] | None) -> int | None:
+        """Take the index of a context from the options of `reset`; None where there is none.
+
+        Raises:
+            ConfigError: It is no index, or there is no such context.
+        """
+        asked = python_value((options or {}).get("context"))
+        if asked is None:
+            return None
+        if not is_whole(asked, -LARGEST_INT):
+            raise ConfigError(f"reset takes the index of a context, options={{'context': 0}}, not {shown(asked)}.")
+        return int(in_range([asked], len(self.contexts))[0])
 
     def asked_for(self, indices: Sequence[int]) -> list[Any]:
         """Look contexts up by their indices.
@@ -222,8 +236,8 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.int64, dict]:
         """Draw a context; `options={"context": i}` asks for one."""
         super().reset(seed=seed)
-        drawn = (options or {}).get("context")
-        self._context = int(self.draw(self.np_random) if drawn is None else drawn)
+        asked = self.asked_in(options)
+        self._context = int(self.draw(self.np_random)) if asked is None else asked
         return np.int64(self._context), {"context": self.asked_for([self._context])[0]}
 
     def step(self, action: np.ndarray) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:

@@ -11,14 +11,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 
+from flowrl.checks import counted, shown, told_apart
 from flowrl.errors import ConfigError, UnknownNameError, did_you_mean
 
 SETS = Path(__file__).resolve().parent / "prompt_sets"
@@ -152,26 +154,50 @@ def picture_of(context: Any) -> str | None:
     return place if isinstance(place, str) and place else None
 
 
-def positions_of(wanted: Sequence[Any], contexts: Sequence[Any]) -> tuple[list[int], list[Any]]:
+def wanted(contexts: Any, n: int) -> Any:
+    """Give contexts (B,), or their indices, as samples are asked for: `n` of a string or of the first, or those given.
+
+    Raises:
+        ConfigError: A number of samples that is none, or beside several contexts.
+    """
+    if contexts is None:
+        return torch.zeros(counted("n", n, 0), dtype=torch.long)
+    if isinstance(contexts, str):
+        return [contexts] * counted("n", n)
+    if n != 1:
+        raise ConfigError(f"n = {n} goes with one prompt or none: repeat contexts of which there should be several.")
+    return contexts
+
+
+def positions_of(wanted: Sequence[Any], contexts: Sequence[Any], takes_new: bool = True) -> tuple[list[int], list[Any]]:
     """Find the wanted contexts among others, by text and picture; without a picture, the first of that text.
+
+    `takes_new`: the flow has a condition, so that there can be others.
 
     Returns:
         The position of each, and those that are missing, once each: these stand behind the others.
+
+    Raises:
+        ConfigError: What is wanted is no list of contexts, or some are missing where there can be no others.
     """
-    found: dict[tuple[str, str | None], int] = {}
+    if not isinstance(wanted, Iterable):
+        raise ConfigError(f"Contexts are a list of them, or a tensor of their indices (B,), not {shown(wanted)}.")
+    found: dict[tuple[Any, str | None], int] = {}
     missing: list[Any] = []
 
     def add(context: Any, position: int) -> None:
         for picture in (None, picture_of(context)):
-            found.setdefault((repr(context), picture), position)
+            found.setdefault((told_apart(context), picture), position)
 
     for i, context in enumerate(contexts):
         add(context, i)
     for context in wanted:
-        if (repr(context), picture_of(context)) not in found:
+        if (told_apart(context), picture_of(context)) not in found:
             add(context, len(contexts) + len(missing))
             missing.append(context)
-    return [found[repr(context), picture_of(context)] for context in wanted], missing
+    if missing and not takes_new:
+        raise ConfigError(f"This flow is unconditional and takes no contexts, as {shown(missing[0])}: sample(n=...).")
+    return [found[told_apart(context), picture_of(context)] for context in wanted], missing
 
 
 def fingerprint(contexts: Sequence[Any]) -> str | None:

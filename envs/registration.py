@@ -189,6 +189,7 @@ def register_env(
         ConfigError: Both a flow and a generator are given, or neither, or they are not what they should be; or the name
             is that of an environment which ships with flowrl.
     """
+    check_registered_name("environment", name)
     if name in ENVIRONMENTS and not isinstance(ENVIRONMENTS[name].config, CustomConfig):
         raise ConfigError(
             f"An environment '{name}' is there already: {ENVIRONMENTS[name].summary.rstrip('.')}. Give yours another "
@@ -197,6 +198,11 @@ def register_env(
     _check_generator(name, flow, generator, latent, encode)
 
     def decorate(reward: Callable) -> Callable:
+        if not callable(reward):
+            raise ConfigError(
+                f"register_env('{name}') decorates a reward function of samples and contexts, not {reward!r}."
+            )
+
         def factory(config: CustomConfig) -> GenerationEnv:
             from flowrl.envs.text_to_image import TextToImageEnv
 
@@ -209,7 +215,9 @@ def register_env(
                 return TextToImageEnv(source, chosen.train, reward, name=name, held_out=chosen.held_out)
             return CustomEnv(source, chosen.train, reward, name, *bounds, chosen.held_out, render)
 
-        doc = ((reward.__doc__ or "").strip() or f"reward {reward.__qualname__}").splitlines()[0]
+        doc = (
+            (reward.__doc__ or "").strip() or f"reward {getattr(reward, '__qualname__', type(reward).__qualname__)}"
+        ).splitlines()[0]
         register(
             EnvSpec(
                 name=name,

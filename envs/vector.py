@@ -55,10 +55,8 @@ class GenerationVectorEnv(VectorEnv):
         for i, own in enumerate(seeds or []):
             if own is not None:
                 self._rngs[i] = seeding.np_random(own)[0]
-        asked = (options or {}).get("context")
-        if asked is not None:
-            self.core.asked_for([int(asked)])
-        self._contexts = self._drawn() if asked is None else np.full(self.num_envs, int(asked), dtype=np.int64)
+        asked = self.core.asked_in(options)
+        self._contexts = self._drawn() if asked is None else np.full(self.num_envs, asked, dtype=np.int64)
         return self._contexts.copy(), self._described()
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:

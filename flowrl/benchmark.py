@@ -6,10 +6,8 @@ again; a failed one is recorded with its error, and tried again by the next call
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import reprlib
 import shlex
 import signal
 import sys
@@ -31,8 +29,9 @@ from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
 from flowrl.runs.folder import cannot_write, finite_or_none
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
-from flowrl.storage.files import read_json, write_json
+from flowrl.storage.files import write_json
 from flowrl.suites.cell import run_logged
+from flowrl.suites.finished import finished_before, with_others
 from flowrl.suites.suite import Cell, load_suite, suites
 
 PROGRAM = "python -m flowrl.benchmark"
@@ -45,9 +44,9 @@ class BenchmarkConfig:
     suite: str = ""
     """Suite that ships with flowrl, or a TOML file of your own (see flowrl/suites/suite.py)."""
     algos: tuple[str, ...] = ()
-    """Only these algorithms of the suite."""
+    """Run only these algorithms of the suite. Tables keep the cells of others that were run before."""
     envs: tuple[str, ...] = ()
-    """Only these environments of the suite."""
+    """Run only these environments of the suite."""
     seeds: tuple[int, ...] = ()
     """Seeds, instead of the suite's."""
     budget: int | None = None
@@ -74,7 +73,7 @@ def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, .
         ConfigError: A finished cell there was made with other settings.
         KeyboardInterrupt: On Ctrl-C or SIGTERM; every finished cell is kept.
     """
-    waiting = [cell for cell in cells if not _finished_before(cell, root)]
+    waiting = [cell for cell in cells if not finished_before(cell, root)]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before, {workers} at a time: {root}", flush=True)
     processes = _processes()
     running: dict[BaseProcess, tuple[Cell, float]] = {}
@@ -104,25 +103,6 @@ def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, .
     if received:
         raise KeyboardInterrupt
     return failed
-
-
-def _finished_before(cell: Cell, root: Path) -> bool:
-    """Tell whether a cell has been finished, with the same settings."""
-    path, shown = root / cell.folder / "result.json", reprlib.Repr().repr
-    if not path.exists():
-        return False
-    old, new = read_json(path).get("cell"), json.loads(json.dumps(finite_or_none(cell.to_dict())))
-    if not (isinstance(old, dict) and isinstance(old.get("config", {}), dict)):
-        raise ConfigError(f"'{path}' says of no cell that it has finished. Remove that folder to run the cell again.")
-    old, new = (made.pop("config", {}) | made for made in (old, new))
-    odd = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    changed = [f"{key[:100]} {shown(old.get(key))}, not {shown(new.get(key))}" for key in odd[:20]]
-    if changed:
-        raise ConfigError(
-            f"'{path.parent}' was finished with other settings ({'; '.join(changed)}). Choose another folder with "
-            "--out, or remove that one to run the cell again."
-        )
-    return True
 
 
 def _start(processes: Any, cell: Cell, folder: Path, modules: tuple[str, ...]) -> BaseProcess:
@@ -203,7 +183,8 @@ def _main(args: list[str]) -> int:
         return 0
     try:
         failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
-        written = write_results(cells, root)
+        shown, left_out = with_others(cells, root, config.suite, config.budget)
+        written = write_results(shown, root)
     except KeyboardInterrupt:
         print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {shlex.join(args)}")
         return EXIT_STOPPED
@@ -211,6 +192,8 @@ def _main(args: list[str]) -> int:
         if isinstance(error, FlowRLError | BrokenPipeError):  # a pipe's reader that is gone is no folder's fault
             raise
         raise cannot_write(root, error, "Finished cells are kept; choose another place with --out.") from error
+    if left_out:
+        print(f"not in the tables: {left_out}")
     print("written: " + ", ".join(map(str, written)))
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again", file=sys.stderr)

@@ -35,6 +35,16 @@ def take_python_values(config: Any) -> None:
         object.__setattr__(config, field.name, python_value(getattr(config, field.name)))
 
 
+def told_apart(context: Any) -> Any:
+    """Give a hashable value that tells contexts apart: arrays by all their digits, which `repr` does not show."""
+    if isinstance(context, torch.Tensor | np.ndarray):
+        values = np.asarray(context.detach().cpu() if isinstance(context, torch.Tensor) else context)
+        return type(context).__name__, values.dtype.str, values.shape, repr(values.tolist())
+    if type(context) in (list, tuple):
+        return type(context).__name__, tuple(map(told_apart, context))
+    return repr(context)
+
+
 def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:
     """Check values against the fields of a dataclass, as far as a file can hold them: objects are no numbers, and may
     be anything else.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -79,6 +79,9 @@ class EvaluateConfig:
         for key in ("n_samples", "steps"):
             value = getattr(self, key)
             FlowConfig.require(value is None or value > 0, f"--{key.replace('_', '-')} must be positive, not {value}.")
+        for f in fields(self):
+            idle = self.steer == "none" and f.name.startswith("steer_") and getattr(self, f.name) != f.default
+            FlowConfig.require(not idle, f"--{f.name.replace('_', '-')} goes with --steer, which says how to steer.")
         FlowConfig.require(0 <= self.seed < 2**62, f"--seed must be in [0, 2^62), not {self.seed}.")
         scale = self.guidance_scale
         FlowConfig.require(scale is None or math.isfinite(scale), f"--guidance-scale must be finite, not {scale}.")

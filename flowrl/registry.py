@@ -81,6 +81,10 @@ def check_registered_name(kind: str, name: str) -> None:
     Raises:
         ConfigError: It cannot.
     """
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"The decorator of an {kind} takes its name first, @flowrl.register_...('my-name'), not {name!r}."
+        )
     if re.fullmatch(r"[\w.-]+", name) is None:
         raise ConfigError(f"The name of an {kind} has letters, digits, '-', '_' and '.' only, not {name!r}.")
 
@@ -91,6 +95,12 @@ def register_algorithm(name: str) -> Callable[[type], type]:
     check_registered_name("algorithm", name)
 
     def register(cls: type) -> type:
+        if not isinstance(cls, type):
+            raise ConfigError(
+                f"register_algorithm('{name}') decorates a class derived from flowrl.FlowAlgorithm, not {cls!r}."
+            )
+        if missing := ", ".join(sorted(getattr(cls, "__abstractmethods__", ()))):
+            raise ConfigError(f"{cls.__name__} has no {missing}: every algorithm writes it (docs/how-to/algorithm.md).")
         if ALGORITHMS.get(name, cls).__qualname__ != cls.__qualname__:
             raise ConfigError(f"An algorithm '{name}' is registered already: {ALGORITHMS[name].__qualname__}.")
         ALGORITHMS[name] = cls

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import get_device
 
 from flowrl.distributed.ranks import is_lost, join
 from flowrl.envs.rewards.catalogue import RewardFunction
@@ -48,7 +49,7 @@ from flowrl.runs.program import EXIT_STOPPED, guarded
 from flowrl.runs.wandb_writer import WandbWriter
 from flowrl.storage.files import clear_away, read_json
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.construction import check_device
+from flowrl.training.construction import check_device, check_gradient
 from flowrl.training.loading import checkpoint_folder, load_checkpoint
 from flowrl.training.memory_plan import is_out_of_memory, ways_to_save
 from flowrl.training.saving import algorithm_name
@@ -88,11 +89,14 @@ def _main(args: list[str]) -> int:
     ranks = join(run.device)
     algo_config.check_ranks(ranks.world_size)
     from_file = nullcontext() if before is None else named_by_a_file("--config", "add --modules NAME if you trust it")
-    with ranks.main_first(), from_file:  # what a reward fetches from the hub
-        env = make_env(spec, env_config)
-    check_eval_samples(run.eval_samples, (env,))
+    with ranks.main_first():  # what a reward fetches from the hub
+        with from_file:
+            env = make_env(spec, env_config)
+        held_out = _held_out(run, args, None if before is None else "--config")
+    check_eval_samples(run.eval_samples, (env, *held_out.values()))
     if run.dry_run:
         check_device(run.device)
+        check_gradient(algo, env, get_device(run.device))
         if ranks.is_main:
             folder = run.out / _name(run, algo)
             print(dry_run(folder, algo, algo_config, env, _timesteps(run, spec), ranks.world_size, run.device))
@@ -100,7 +104,15 @@ def _main(args: list[str]) -> int:
     _set_deterministic(run)
     model = algo("FlowPolicy", env, config=algo_config, seed=run.seed, device=run.device)
     folder = Path(ranks.broadcast(str(create_run_folder(run.out, _name(run, algo)) if ranks.is_main else "")))
-    return _train(model, folder, run, _timesteps(run, spec))
+    return _train(model, folder, run, _timesteps(run, spec), held_out)
+
+
+def _held_out(run: RunConfig, args: list[str], file: str | None) -> dict[str, RewardFunction]:
+    """Make the rewards that training does not see; where they are not among `args`, a file names them."""
+    if file is None or "--eval-rewards" in {arg.partition("=")[0].replace("_", "-") for arg in args}:
+        return make_rewards(run.eval_rewards, run.eval_reward_options)
+    with named_by_a_file(file, "name its rewards again with --eval-rewards, or their module with --modules"):
+        return make_rewards(run.eval_rewards, run.eval_reward_options)
 
 
 def _set_deterministic(run: RunConfig) -> None:
@@ -146,12 +158,9 @@ def _resume(args: list[str], folder: Path) -> int:
         tell(f"'{folder}' has been trained on {model.num_timesteps} of {total} samples: nothing left to do.")
         tell("To train it longer, add --total-timesteps N.")
         return 0
-    if run.eval_rewards == before.eval_rewards:  # not given again: the file names them
-        with named_by_a_file(
-            f"'{folder / 'config.json'}'", "name its rewards again with --eval-rewards, or their module with --modules"
-        ):
-            make_rewards(run.eval_rewards, run.eval_reward_options)
-    return _train(model, folder, run, total)
+    held_out = _held_out(run, args, f"'{folder / 'config.json'}'")
+    check_eval_samples(run.eval_samples, (model.env.core, *held_out.values()))
+    return _train(model, folder, run, total, held_out)
 
 
 def _is_finished(folder: Path, total: int) -> bool:
@@ -167,18 +176,19 @@ def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int
     write_config(folder, model, {"run": kept})
 
 
-def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
+Judges = Mapping[str, RewardFunction]
+
+
+def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:
     """Train and evaluate in a run folder that no other process writes into."""
     with alone_in(folder) if model.ranks.is_main else nullcontext():
         if model.ranks.is_main:
             clear_away(folder)
             _write_config(folder, model, run, total)
-        return _learn(model, folder, run, total)
+        return _learn(model, folder, run, total, held_out)
 
 
-def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> int:
-    held_out = make_rewards(run.eval_rewards, run.eval_reward_options)  # what is missing is said before training
-    check_eval_samples(run.eval_samples, (model.env.core, *held_out.values()))
+def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:
     _begin(model, folder, run, total)
     checkpoints = _checkpoints(folder / "checkpoints", run)
     pictures = PictureCallback(folder / "samples", run.picture_every)
@@ -255,7 +265,7 @@ def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:
     return None
 
 
-def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Mapping[str, RewardFunction]) -> int:
+def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Judges) -> int:
     """Write the final weights, their evaluation and the report."""
     model.save(folder / "final")
     if model.ranks.is_main:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fuzzing import CANARY, JSON, NAMING_CODE, TEXT, Damage, Target, json_code, main, pick
 
-from flowrl import benchmark, run
+from flowrl import run
 from flowrl.envs.prompts import fingerprint, prompts_from, shares_of
 from flowrl.errors import FlowRLError
 from flowrl.models.loading import ASSETS, source_of
@@ -28,6 +28,7 @@ from flowrl.runs.folder import write_config
 from flowrl.runs.logs import read_metrics
 from flowrl.storage import hub
 from flowrl.storage.files import read_json, write_json
+from flowrl.suites.finished import finished_before
 from flowrl.suites.suite import Cell, load_suite
 
 SUITE = """
@@ -276,7 +277,7 @@ def read_export(folder: Path) -> None:
 
 def read_cells(folder: Path) -> None:
     for cell in CELLS:
-        benchmark._finished_before(cell, folder)
+        finished_before(cell, folder)
     collect(CELLS, folder)
 
 

@@ -232,6 +232,28 @@ def test_networks_are_in_training_mode_in_updates_alone(tmp_path):
     drawn(flowrl.FlowPolicy.of(env, device=DEVICE))
 
 
+def test_an_update_that_breaks_off_leaves_no_training_mode_and_no_half_step():
+    class BreaksOff(Squares):
+        n = 0
+
+        def loss(self, batch):
+            self.n += 1
+            if self.n == 2:  # the first half of the step has its gradient by then
+                raise KeyboardInterrupt
+            return super().loss(batch)
+
+    model, usual = (
+        cls("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **{**SMALL, "batch_size": 32, "accumulation": 2})
+        for cls in (BreaksOff, Squares)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(64)
+    assert not model.policy.model.network.training
+    model.set_random_seed(0)
+    usual.set_random_seed(0)
+    assert torch.equal(weights(model.learn(64)), weights(usual.learn(64)))
+
+
 def test_a_figure_of_some_minibatches_is_their_mean():
     class Sometimes(Squares):
         n, counted = 0, torch.zeros((), device=DEVICE)

@@ -29,6 +29,7 @@ from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.runs.folder import finite_or_none
 from flowrl.storage.files import write_json
 from flowrl.suites.cell import UNBOUNDED, StopAtBudget, run_cell
+from flowrl.suites.finished import finished_before, with_others
 from flowrl.suites.suite import Cell, load_suite, suites
 
 SUITE = """
@@ -220,6 +221,36 @@ def test_a_cell_finished_with_another_default_is_not_taken_for_this_one(suite: P
     (tmp_path / cell.folder / "result.json").write_text(json.dumps({"cell": made}))
     with pytest.raises(ConfigError, match=r"settings \(learning_rate 0.5, not 3e-05\)"):
         run_cells([cell], tmp_path, workers=1)
+
+
+def test_a_setting_that_came_later_counts_as_the_same_at_its_default(suite: Path, tmp_path: Path) -> None:
+    cell = load_suite(str(suite), algos=["ddpo"], seeds=[0])[0]
+    older = {key: value for key, value in cell.config.items() if key not in ("mask", "solver")}
+    (tmp_path / cell.folder).mkdir(parents=True)
+    write_json(tmp_path / cell.folder / "result.json", {"cell": replace(cell, config=older).to_dict()})
+    assert finished_before(cell, tmp_path)
+    with pytest.raises(ConfigError, match=r"settings \(mask 'none', not 'dppo'\)"):
+        finished_before(replace(cell, config={**cell.config, "mask": "dppo"}), tmp_path)
+
+
+def test_tables_keep_the_cells_of_others(suite: Path, tmp_path: Path) -> None:
+    whole = load_suite(str(suite), seeds=[0, 7])
+    for cell in whole:
+        if cell.algo != "orw_w2":
+            (tmp_path / cell.folder).mkdir(parents=True)
+            write_json(tmp_path / cell.folder / "result.json", {"cell": cell.to_dict()})
+    chosen = load_suite(str(suite), algos=["orw_w2"], seeds=[0])
+    kept, left_out = with_others(chosen, tmp_path, str(suite))
+    assert kept == [c for c in whole if c.seed == 0 or c.algo != "orw_w2"]  # seed 7 is the folder's
+    assert left_out == ""
+    short = load_suite(str(suite), algos=["orw_w2"], seeds=[0], budget=9)
+    kept, left_out = with_others(short, tmp_path, str(suite), budget=9)
+    assert {c.algo for c in kept} == {"orw_w2", ""}  # steering has no budget
+    assert "(budget 2000, not 9)" in left_out
+    suite.write_text(SUITE.replace('algo = "ddpo"', 'algo = "my_algos:Own"'))
+    kept, left_out = with_others(chosen, tmp_path, str(suite))
+    assert kept == chosen
+    assert left_out.startswith("4 other cells that were run before: ")
 
 
 def test_a_finished_cell_with_an_infinite_setting_is_not_run_again(suite: Path, tmp_path: Path) -> None:

@@ -480,3 +480,21 @@ def test_a_checkpoint_of_before_algorithms_registered_their_networks_goes_on_as_
     weights = {name: p.double().sum().item() for name, p in model.policy.parameters_of("current").items()}
     assert weights["output.lora_B.weight"] == pytest.approx(0.004092354, rel=1e-3)
     assert weights["hidden.2.lora_B.weight"] == pytest.approx(-0.036768445, rel=1e-3)
+
+
+class Doubled(flowrl.FlowPolicy):
+    """A policy of one's own, whose noise is twice as large."""
+
+    def noise(self, n, generator=None):
+        return 2 * super().noise(n, generator)
+
+
+def test_a_policy_of_ones_own_is_not_replaced(tmp_path):
+    """The checkpoint of one went on with another's samples, without a word."""
+    settings = {"n_samples": 32, "batch_size": 32, "rollout_steps": 2}
+    model = flowrl.ORWCFM(Doubled, "gaussians-linear", seed=0, device=DEVICE, **settings).learn(32)
+    model.save(tmp_path / "own")
+    with pytest.raises(CheckpointError, match=r"trained with the policy '.*:Doubled': give that class as policy="):
+        flowrl.ORWCFM.load(tmp_path / "own", device=DEVICE)
+    again = flowrl.ORWCFM.load(tmp_path / "own", device=DEVICE, policy=Doubled)
+    assert torch.equal(again.policy.sample(n=4), model.policy.sample(n=4))

@@ -11,7 +11,7 @@ from flowrl.runs.commandline import names, second_pass
 
 
 def test_an_algorithm_needs_no_docstring_to_be_listed() -> None:
-    class Bare(flowrl.FlowAlgorithm):
+    class Bare(flowrl.ORWCFM):
         pass
 
     flowrl.register_algorithm("bare")(Bare)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import gymnasium
 import numpy as np
@@ -22,6 +23,7 @@ from torch import nn
 import flowrl
 from flowrl.envs.base import GenerationVecEnv
 from flowrl.envs.gaussians import GaussianMixture
+from flowrl.envs.prompts import positions_of
 from flowrl.envs.speech import PACKAGES
 from flowrl.envs.text_to_image import embedded_for
 from flowrl.errors import ConfigError, RewardError, UnknownNameError
@@ -443,9 +445,101 @@ class Moving(Small):
         return self.network(x, t)
 
 
+class InTuple(Small):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+        return (self.network(x, t),)
+
+
+class Timeless(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Swapped(Small):
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x, t)
+
+
+@pytest.mark.parametrize("flow", [Timeless, Swapped])
+def test_a_network_of_another_signature(flow: Any, names: Callable[[], str]) -> None:
+    flowrl.register_env(name := names(), flow=flow)(lambda samples, contexts: samples[:, 0])
+    with pytest.raises(ConfigError, match=rf"{flow.__name__}\.forward\(.*\) does not take \(x_t, t\): .*VelocityModel"):
+        flowrl.FlowPolicy.of(name, device="cpu")
+
+
+def test_policy_kwargs_are_for_policies_of_ones_own() -> None:
+    class Wide(flowrl.FlowPolicy):
+        def __init__(self, *args: Any, margin: float = 0.0, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.margin = margin
+
+    def policy(kind: Any, given: Any) -> Any:
+        return flowrl.ORWCFMW2(kind, "gaussians-linear", n_samples=32, batch_size=16, policy_kwargs=given).policy
+
+    assert policy(Wide, {"margin": 2.0}).margin == 2
+    for kind, given in (("FlowPolicy", {"net_arch": [64]}), (Wide, {"seed": 3}), ("FlowPolicy", 5)):
+        with pytest.raises(ConfigError, match="policy_kwargs must be a dict of arguments that a policy of your own"):
+            policy(kind, given)
+
+
+@pytest.mark.parametrize("array", [lambda x: torch.tensor([x]), lambda x: (torch.tensor([x]), "a")])
+def test_contexts_that_are_arrays_are_told_apart_by_all_digits(array: Callable[[float], Any]) -> None:
+    contexts = [array(0.12345), array(0.12349), array(5.0)]  # a tensor shows four digits
+    assert positions_of([contexts[1], contexts[2], array(0.1235)], contexts[:2]) == ([1, 2, 3], [contexts[2], ANY])
+    one_hot = flowrl.PriorFlow(torch.nn.Linear(2, 2), 2, contexts=contexts).encode(contexts)[0]
+    assert torch.equal(one_hot, torch.eye(3))
+
+
+@pytest.mark.parametrize("asked", ["two stars", 0.7])
+def test_reset_takes_the_index_of_a_context(asked: Any) -> None:
+    env = flowrl.make("gaussians-linear")
+    for one in (env, gymnasium.make_vec("flowrl/gaussians-linear-v0", num_envs=2)):
+        with pytest.raises(ConfigError, match="reset takes the index of a context"):
+            one.reset(options={"context": asked})
+    assert env.evaluate(torch.zeros(2, 2), [0, 0]).reward.shape == (2,)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_sampled_is_said() -> None:
+    policy = flowrl.FlowPolicy.of("gaussians-linear", device="cpu", seed=0)
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"contexts": ["a prompt"]}, "unconditional and takes no contexts, as 'a prompt'"),
+        ({"contexts": 5}, "Contexts are a list of them, or a tensor of their indices"),
+        ({"contexts": [None, None], "n": 3}, "n = 3 goes with one prompt or none"),
+        ({"n": 2, "x_0": torch.zeros(3, 2)}, r"x_0 must be noise of shape \(2, 2\), .*, not \(3, 2\)"),
+    ]
+    for given, message in mistakes:
+        with pytest.raises(ConfigError, match=message):
+            policy.sample(**given)
+
+
+class ScoreOfPoints:
+    def __call__(self, samples: torch.Tensor, contexts: list[None]) -> torch.Tensor:
+        return samples[:, 0]
+
+
+def test_what_is_decorated_is_checked(names: Callable[[], str]) -> None:
+    flowrl.register_env(name := names(), flow="gaussians")(ScoreOfPoints())  # without name or docstring of its own
+    assert ENVIRONMENTS[name].summary == "reward ScoreOfPoints"
+    no_name: Any = ScoreOfPoints()
+    no_class: Any = 5
+    for decorate, message in (
+        (lambda: flowrl.register_env(no_name), "takes its name first"),
+        (lambda: flowrl.register_algorithm(no_name), "takes its name first"),
+        (lambda: flowrl.register_env(names(), flow="gaussians")(no_class), "decorates a reward function"),
+        (lambda: flowrl.register_algorithm("five")(no_class), "decorates a class"),
+        (lambda: flowrl.register_algorithm("bare")(type("Bare", (flowrl.FlowAlgorithm,), {})), "Bare has no loss"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            decorate()
+
+
 @pytest.mark.parametrize(
     ("flow", "message"),
-    [(Thin, r"velocities of shape \(4, 1\) for points x_t of shape \(4, 3\)"), (Moving, "changes the points x_t")],
+    [
+        (InTuple, "gave a tuple, not a tensor"),
+        (Thin, r"velocities of shape \(4, 1\) for points x_t of shape \(4, 3\)"),
+        (Moving, "changes the points x_t"),
+    ],
 )
 def test_a_network_that_no_sampler_would_notice(flow: Any, message: str, names: Callable[[], str]) -> None:
     name = names()

@@ -15,6 +15,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.gaussians import GaussianMixture
 from flowrl.errors import ConfigError
 from flowrl.models.loading import source_of
+from flowrl.run import main
 from flowrl.runs.plan import head_of
 from flowrl.training.memory_plan import predict_memory
 from flowrl.training.records import log_iteration
@@ -89,6 +90,11 @@ def test_a_dry_run_asks_no_reward(name: str) -> None:
     env = LinearEnv()
     env.reward = None  # type: ignore[assignment,method-assign]
     assert predict_memory(type(model), model.config, env).missing == ""
+
+
+def test_a_dry_run_says_where_there_is_no_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--algo", "draft", "--env", "plan-pendulum", "--env.simulator", "gymnasium", "--dry-run"]) == 2
+    assert "the reward of 'plan-pendulum' has none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cls", [flowrl.DRaFT, flowrl.ReFL])

@@ -10,7 +10,7 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
-from flowrl.training.hooks import NoChecks
+from flowrl.training.hooks import LaterChecks
 
 pytestmark = pytest.mark.on_device
 
@@ -76,10 +76,60 @@ def test_classes_that_are_no_algorithms_say_what_is_missing(name: str, value: An
         learn(subclass(name, value))
 
 
-def test_only_the_first_iteration_is_checked() -> None:
+def test_losses_are_checked_in_the_first_iteration_only() -> None:
     model = learn(flowrl.ORWCFMW2)
-    assert isinstance(model.checks, NoChecks)
+    assert isinstance(model.checks, LaterChecks)
     model.checks.loss(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("weigh", lambda self, rollout: rollout.reward.max(), r"Mine\.weigh gave a float32 tensor of shape \(\)"),
+        ("weigh", lambda self, rollout: rollout.reward.mul_(2), r"Mine\.weigh changes rollout\.reward in place"),
+        ("contexts", lambda self: torch.zeros(5, dtype=torch.long), r"shape \(5,\); it must .* shape \(32,\)"),
+        ("draw", lambda self, ids: (torch.zeros(1, 2), {}), r"x_1 a float32 tensor of shape \(1, 2\)"),
+    ],
+)
+def test_shapes_are_checked_in_every_iteration(name: str, method: Any, message: str) -> None:
+    """One number for all samples would go to each of them without a word."""
+    usual = getattr(flowrl.ORWCFMW2, name)
+    later = subclass(name, lambda self, *given: (method if self.iteration else usual)(self, *given))
+    with pytest.raises(ConfigError, match=message):
+        learn(later, iterations=2)
+
+
+def test_weights_and_rows_that_carry_a_graph_are_taken_as_numbers() -> None:
+    """The loss would be differentiated through them as well, or fail where a second minibatch uses that graph again."""
+
+    class Plain(flowrl.ORWCFMW2):
+        carries = False
+
+        def draw(self, context_ids):
+            x_1, rows = super().draw(context_ids)
+            with torch.enable_grad():
+                v = self.policy.velocity(x_1, torch.full((len(x_1),), 0.5, device=x_1.device), ())
+            row = v if self.carries else v.detach()
+            return x_1 + 0 * row, {**rows, "own": row}
+
+    class Graph(Plain):
+        carries = True
+
+        def weigh(self, rollout):
+            v = self.policy.velocity(rollout.x_1, torch.full_like(rollout.reward, 0.5), ())
+            return flowrl.ORWCFMW2.weigh(self, rollout) + 0 * v.mean(1)
+
+    for n_epochs in (1, 2):
+        plain, graph = (
+            cls("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=32, batch_size=32, n_epochs=n_epochs)
+            for cls in (Plain, Graph)
+        )
+        for model in (plain, graph):
+            model.learn(64)
+        assert not graph.buffer.x_1.requires_grad
+        ours, theirs = (list(m.policy.parameters_of("current").values()) for m in (plain, graph))
+        for a, b in zip(ours, theirs):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,18 @@ def test_gradients_know_statistics_as_numbers(normalisation: str) -> None:
     torch.testing.assert_close(pulls, 2 / torch.stack(spreads), rtol=1e-4, atol=0)
 
 
+def test_a_gradient_of_some_parts_alone_is_none_of_the_mixture() -> None:
+    """A win rate has none: the mixture was followed as if that part were not there."""
+    mixture, x = make_mixture("winrate(red):2+red:1"), images()
+    with pytest.raises(ConfigError, match=r"is that of red alone: winrate\(red\) gives none"):
+        mixture(x.requires_grad_(), PROMPTS)
+    with torch.no_grad():
+        assert mixture(x, PROMPTS).reward.shape == (6,)
+    idle = make_mixture("winrate(red):0+red:1")
+    assert isinstance(idle, MixtureReward)
+    assert idle(x, PROMPTS).reward.requires_grad
+
+
 def test_share_of_wins_by_hand() -> None:
     x = torch.zeros(6, 3, 4, 4)
     x[:, 0] = torch.tensor([0.1, 0.7, 0.5, 0.5, 0.2, 0.9])[:, None, None]  # a: 0.1, 0.5, 0.5, 0.9; b: 0.7, 0.2

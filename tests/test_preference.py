@@ -225,10 +225,11 @@ def test_given_pairs_keep_their_contexts(tmp_path: Path) -> None:
         ({"winner": torch.zeros(4, 2), "loser": torch.zeros(3, 2)}, r"loser must be \(N, 2\) and contexts \(N,\)"),
         ({"winner": torch.zeros(4, 2)}, "Cannot read samples.*'winner', 'loser' and 'contexts'"),
         ({"winner": torch.zeros(4, 2), "loser": torch.full((4, 2), torch.nan)}, "loser holds numbers that are not fin"),
+        ({"winner": torch.zeros(4, 2), "loser": torch.ones(4, 2), "contexts": torch.full((4,), 0.7)}, "whole numbers"),
     ],
 )
 def test_dpo_says_what_is_wrong_with_given_pairs(tmp_path: Path, tensors: dict, message: str) -> None:
-    save_file({**tensors, "contexts": torch.zeros(4, dtype=torch.long)}, tmp_path / "pairs.safetensors")
+    save_file({"contexts": torch.zeros(4, dtype=torch.long), **tensors}, tmp_path / "pairs.safetensors")
     with pytest.raises(ConfigError, match=message):
         make("flow_dpo", data=str(tmp_path / "pairs.safetensors"))
 

@@ -184,6 +184,30 @@ def test_held_out_rewards_are_of_the_samples_of_the_iteration(tmp_path: Path) ->
     assert "held_out/pairs" not in rows[0]
 
 
+def test_held_out_rewards_stand_beside_their_own_iteration_with_few_rows(tmp_path: Path) -> None:
+    """Due at iterations 1, 5, 9 of 11, with a row for every third: that of row 3, 6 and 9, each of that iteration."""
+    settings = {"n_samples": 64, "rollout_steps": 2, "batch_size": 64}
+    model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device="cpu", **settings)
+    model.set_logger(logger(tmp_path, 0))
+    callback = HeldOutCallback({"judge": lambda samples, contexts: samples[:, 0]}, every=4)
+    model.learn(64 * 12, callback=callback, log_interval=3)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    own = [pytest.approx(row["rollout/reward_mean"], rel=1e-4) for row in rows]
+    assert [row.get("held_out/judge") for row in rows] == [*own[:3], None]
+
+
+def test_a_held_out_reward_that_raises_is_named() -> None:
+    def judge(samples: torch.Tensor, contexts: list[None]) -> torch.Tensor:
+        raise ValueError("unknown word 'travel'")
+
+    policy = flowrl.FlowPolicy.of("gaussians-linear", device="cpu", seed=0)
+    message = "held-out reward 'judge' raised ValueError: unknown word 'travel'.* 16 contexts, the first None"
+    with pytest.raises(RewardError, match=message):
+        flowrl.evaluate(policy, "gaussians-linear", n_samples=16, eval_rewards={"judge": judge})
+    with pytest.raises(UnknownNameError, match="options of the reward 'compress', and no reward is named"):
+        make_rewards((), ("compress.quality=3",))
+
+
 def test_rewards_of_an_evaluation_are_asked_in_batches_of_whole_groups() -> None:
     sizes = []
 

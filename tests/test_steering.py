@@ -11,6 +11,7 @@ from conftest import DEVICE
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward
 from flowrl.errors import ConfigError
+from flowrl.evaluate import EvaluateConfig
 from flowrl.evaluation.steering import Steering, steer
 from flowrl.types import RewardOutput
 
@@ -178,3 +179,9 @@ def test_what_cannot_be_steered_is_named() -> None:
         Steering("d_flow", step_size=0.0)
     with pytest.raises(ConfigError, match="one of best_of_n, smc, rbf, d_flow, not"):
         Steering("magic")  # type: ignore[arg-type]
+
+
+def test_settings_of_steering_without_steering_are_refused() -> None:
+    for given in ({"steer_n": 4}, {"steer_temperature": 0.5}, {"steer_step_size": 0.2}):
+        with pytest.raises(ConfigError, match=f"--{next(iter(given)).replace('_', '-')} goes with --steer"):
+            EvaluateConfig(**given)

@@ -12,6 +12,8 @@ import flowrl
 from flowrl.errors import ConfigError
 from flowrl.registry import ALGORITHMS, environment_spec
 from flowrl.runs.commandline import second_pass
+from flowrl.runs.folder import write_config
+from flowrl.storage.files import read_json
 from flowrl.training.target import aimed, held, spread
 from flowrl.types import Batch
 
@@ -43,6 +45,17 @@ def test_every_coefficient_can_be_given_as_the_tilt(name: str, tmp_path: Path) -
     again = type(model).load(tmp_path / "saved", device="cpu")
     again.learn(32, reset_num_timesteps=False)
     assert getattr(again.config, model.tilt_setting[0]) == value  # it was set once, for good
+
+
+def test_the_config_of_a_run_keeps_what_was_asked_for(tmp_path: Path) -> None:
+    model = made("rwr", target_lambda=1.7)
+    write_config(tmp_path, model, {})
+    asked = read_json(tmp_path / "config.json")["settings"]
+    model.learn(32)
+    write_config(tmp_path, model, {})  # as a resumed run does
+    assert read_json(tmp_path / "config.json")["settings"] == asked
+    model.save(tmp_path / "saved")
+    assert read_json(tmp_path / "saved" / "config.json")["settings"] != asked
 
 
 @pytest.mark.parametrize("name", AIMING)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -131,9 +131,11 @@ def parse_options(texts: Sequence[str]) -> dict[str, dict[str, str]]:
     return options
 
 
-def check_options(options: Iterable[str], chosen: Iterable[str]) -> None:
+def check_options(options: Iterable[str], chosen: Collection[str]) -> None:
     """Raise `UnknownNameError` where options are given to a reward that is not chosen."""
-    for name in set(options) - set(chosen):
+    for name in sorted(set(options) - set(chosen)):
+        if not chosen:
+            raise UnknownNameError(f"There are options of the reward '{name}', and no reward is named that takes them.")
         raise UnknownNameError.of("reward to give options to", name, chosen)
 
 

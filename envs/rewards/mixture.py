@@ -201,7 +201,8 @@ class MixtureReward:
 
         Raises:
             RewardError: A part is not one finite number per sample.
-            ConfigError: A part that needs groups, and a prompt with a single image.
+            ConfigError: A part that needs groups, and a prompt with a single image; or some parts have a gradient by
+                the images and others have none, where one is asked for.
         """
         return self._mixed(images, prompts, observe=False)
 
@@ -216,6 +217,8 @@ class MixtureReward:
     def _mixed(self, images: torch.Tensor, prompts: Sequence[str], observe: bool) -> RewardOutput:
         total = torch.zeros(len(images), dtype=torch.float64)
         components: dict[str, torch.Tensor] = {}
+        followed: list[str] = []
+        ignored: list[str] = []
         for part in self.parts:
             raw, own = raw_values(part.reward, images, prompts, part.label)
             components |= own
@@ -223,6 +226,13 @@ class MixtureReward:
             if observe and part.label in self.running:
                 self.running[part.label].update(self.all_gather(raw.detach()).cpu().double())
             total += part.weight * self._normalised(part, values, prompts)
+            if part.weight:
+                (followed if raw.requires_grad else ignored).append(part.label)
+        if images.requires_grad and followed and ignored:
+            raise ConfigError(
+                f"The gradient of this mixture is that of {', '.join(followed)} alone: {', '.join(ignored)} gives "
+                "none. Leave out what gives none, or take an algorithm that needs values only (docs/choosing.md)."
+            )
         return RewardOutput(total.float(), components)
 
     def _normalised(self, part: Part, values: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from flowrl.envs.base import check_reward
 from flowrl.envs.rewards.aesthetic import colourfulness
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.frames import over_frames
+from flowrl.errors import FlowRLError, RewardError
 from flowrl.functional import metrics
 from flowrl.types import Contexts, RewardOutput
 
@@ -64,11 +65,19 @@ def held_out(
     """Compute values (B,) of rewards, by name; those of images are averaged over the frames of videos.
 
     Raises:
-        RewardError: A reward is not one finite number per sample.
+        RewardError: A reward raised, or is not one finite number per sample.
     """
     values = {}
     for name, reward in rewards.items():
-        output = over_frames(reward)(samples.clone(), contexts)  # which it may change
+        try:
+            output = over_frames(reward)(samples.clone(), contexts)  # which it may change
+        except FlowRLError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"The held-out reward '{name}' raised {type(error).__name__}: {error}. It was called with samples of "
+                f"shape {tuple(samples.shape)} and {len(contexts)} contexts, the first {contexts[0]!r}."
+            ) from error
         value = output.reward if isinstance(output, RewardOutput) else output
         values[f"held-out {name}"] = check_reward(value, samples, contexts, name)
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -72,6 +73,7 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
             return model
         if not isinstance(model, nn.Module):
             raise ConfigError(f"The flow factory returned a {type(model).__name__}, not a torch module.")
+        _check_signature(model)
         shape = sample_shape or getattr(model, "sample_shape", None)
         if shape is None:
             raise ConfigError(
@@ -87,6 +89,26 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
     return FlowSource(
         "", f"from factory {name}", tuple(shape), load, build, load, reloadable=False, sample_rate=int(rate)
     )
+
+
+def _check_signature(network: nn.Module) -> None:
+    """Check that a plain network can be called with points and times, in this order."""
+    try:
+        signature = inspect.signature(network.forward)
+    except (TypeError, ValueError):  # of compiled code, which has none
+        return
+    try:
+        signature.bind(None, None)
+        fits = next(iter(signature.parameters)) not in ("t", "time", "times", "timestep", "timesteps")
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"{type(network).__name__}.forward({', '.join(signature.parameters)}) does not take (x_t, t): a plain "
+            "network is called with points x_t (B, *sample_shape) and times t (B,), from 0 (noise) to 1 (data), in "
+            "this order, and gives velocities. Put a flowrl.VelocityModel around it, whose forward(x_t, t, cond) calls "
+            "it, and whose encode gives cond where it takes contexts."
+        )
 
 
 def chosen_sd3(embedded: str = "mini-sd3") -> tuple[str, str]:

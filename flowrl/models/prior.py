@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowrl.checks import is_whole
+from flowrl.checks import is_whole, told_apart
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
 from flowrl.models.mlp import MLP
@@ -74,7 +74,7 @@ class PriorFlow(VelocityModel):
         checked_module(decoder).eval().requires_grad_(False)
         self._decoder = (decoder,)  # in a tuple: no submodule
         self.sample_shape = tuple(sample_shape or probed(decoder, self.latent_shape).shape[1:])
-        self._index = {repr(context): i for i, context in enumerate(contexts)}
+        self._index = {told_apart(context): i for i, context in enumerate(contexts)}
         self._encoder = encode
         first = self.encode(list(contexts[:1])) if contexts else ()
         n_features = sum(part.shape[1] for part in first)
@@ -98,13 +98,13 @@ class PriorFlow(VelocityModel):
         if not self._index:
             return ()
         if self._encoder is None:
-            unknown = [context for context in contexts if repr(context) not in self._index]
+            unknown = [context for context in contexts if told_apart(context) not in self._index]
             if unknown:
                 raise ConfigError(
                     f"The flow was made for {len(self._index)} contexts and {unknown[0]!r} is none of them: give "
                     "encode=, a function of contexts that gives a row of numbers for each, to have others."
                 )
-            index = torch.tensor([self._index[repr(context)] for context in contexts])
+            index = torch.tensor([self._index[told_apart(context)] for context in contexts])
             return (nn.functional.one_hot(index, len(self._index)).float(),)
         rows = self._encoder(contexts)
         if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or len(rows) != len(contexts):

@@ -115,7 +115,7 @@ class HeldOutCallback(BaseCallback):
 
     Args:
         rewards: By name; those that compare samples of the same context are left to the evaluation.
-        every: Iterations between two of them.
+        every: Iterations between two of them; where the iteration then is not logged, the next one that is.
         n: Samples of an iteration that are scored, on each rank; rounded up to whole batches of the rollout.
     """
 
@@ -128,7 +128,12 @@ class HeldOutCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._values = []
-        self._left = self.n if self.rewards and self.model.iteration % self.every == 0 else 0  # type: ignore[attr-defined]
+        self._left = self.n if self.rewards and self._is_due() else 0
+
+    def _is_due(self) -> bool:
+        """Tell whether this iteration is the first that is logged since one of every `every` began."""
+        now, logged = self.model.iteration, self.locals.get("log_interval") or 1  # type: ignore[attr-defined]
+        return bool((now + 1) % logged == 0 and now // self.every > (now - logged) // self.every)
 
     def _on_step(self) -> bool:
         if self._left > 0 and self.locals["samples"] is not None:  # methods on contexts draw in their updates

@@ -124,8 +124,16 @@ def imported_algorithm(name: Any) -> type[FlowAlgorithm] | None:
 
 
 def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> None:
-    """Write `config.json`: enough to run the same again."""
-    write_json(folder / "config.json", {**description(model), **extra, "device": str(model.device)})
+    """Write `config.json`: enough to run the same again.
+
+    Of a run that goes on, what training has made of `target_lambda` is in its checkpoints, and not what was asked for.
+    """
+    path, content = folder / "config.json", description(model)
+    before = read_json(path).get("settings") if model.iteration and path.exists() else None
+    if isinstance(before, dict) and model.tilt_setting is not None:
+        names = ("target_lambda", model.tilt_setting[0])
+        content["settings"] |= {name: before[name] for name in names if name in before}
+    write_json(path, {**content, **extra, "device": str(model.device)})
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, tag: str = "") -> Path:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,7 +24,7 @@ from flowrl.training import construction
 from flowrl.training.buffer import RolloutBuffer
 from flowrl.training.diagnosis import BadUpdates, check_updates
 from flowrl.training.fitting import fitted
-from flowrl.training.hooks import HookChecks, NoChecks, check_names
+from flowrl.training.hooks import HookChecks, LaterChecks, check_names
 from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
 from flowrl.training.optimizers import gradient_step, scheduled_rate, share_of_step
@@ -105,7 +106,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.iteration = self.n_dropped = 0  # iterations so far, and samples that the reward failed for
         self.extra_state, self.record = ExtraState(), RolloutRecord()
         self.rollout_figures, self.last_logged, self.warned = {}, {}, set()
-        self.checks: HookChecks | NoChecks = HookChecks(type(self).__name__)  # until the first iteration is over
+        self.checks = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
             self._setup_model()
             construction.check_set_up(self)
@@ -117,7 +118,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.shares = None if core.shares is None else torch.from_numpy(core.shares).float().to(self.device)
         if self.seed is not None:
             self.set_random_seed(self.seed)
-        construction.check_gradient(self)
+        construction.check_gradient(self, core, self.device)
         self.reward_calls = RewardCalls.of(core, config)
         core.gather_with(lambda rows: self.ranks.all_gather(rows, len(rows) * self.ranks.world_size))
         self.bad_updates, self.generator = BadUpdates(), SharedGenerator(self.device, self.ranks)
@@ -129,7 +130,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
                 copies=self.copies_for(config),
                 device=self.device,
                 seed=None if self.seed is None else self.seed + 1,
-                **self.policy_kwargs,
+                **construction.policy_arguments(self.policy_class, FlowPolicy, self.policy_kwargs),
             )
         self.lr_schedule = partial(scheduled_rate, config)
         construction.prepare_training(self)
@@ -173,7 +174,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             check_updates(self)
             if (self.iteration + 1) % self.config.refresh_every == 0:
                 self.refresh()
-            self.iteration, self.checks = self.iteration + 1, NoChecks()
+            self.iteration, self.checks = self.iteration + 1, LaterChecks(type(self).__name__)
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             self.unlogged = logged, time.perf_counter() - started
             if log_interval is not None and self.iteration % log_interval == 0:
@@ -215,7 +216,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         with self.checks.untouched(method, rollout):
             coefficient = getattr(self, method)(rollout)
         self.checks.coefficient(method, coefficient, self.buffer.size)
-        coefficient = without_strays(rollout, held(self, rollout, coefficient))
+        coefficient = without_strays(rollout, held(self, rollout, coefficient.detach()))
         self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)
 
@@ -233,7 +234,6 @@ class FlowAlgorithm(Method, SB3Algorithm):
     def update(self) -> dict[str, torch.Tensor]:
         """Take gradient steps on the buffer; metrics are means over minibatches, still on the device."""
         config, policy = self.config, self.policy
-        policy.set_training_mode(True)
         if config.offload and self.learns_from != "contexts":
             policy.model.offload()
         is_last = config.accumulation - 1  # of the minibatches of a step; the ranks agree on its gradient there
@@ -241,8 +241,8 @@ class FlowAlgorithm(Method, SB3Algorithm):
         found: dict[str, list[torch.Tensor]] = {}  # a loss may give a figure of some minibatches only
         norms: list[torch.Tensor] = []
         n_pending = n_entries = 0
-        for _ in range(config.n_epochs):
-            for batch in self.minibatches():
+        with policy.in_update():
+            for batch in chain.from_iterable(self.minibatches() for _ in range(config.n_epochs)):
                 with nullcontext() if n_pending == is_last else self.ranks.no_sync(policy.networks.trained):
                     figures = self.replay.gradient(batch, n_pending) if replays else self.gradient(batch)
                 n_pending, n_entries = n_pending + 1, n_entries + len(batch.x_1)
@@ -251,10 +251,9 @@ class FlowAlgorithm(Method, SB3Algorithm):
                     n_pending = n_entries = 0
                 for key, value in figures.items():
                     found.setdefault(key, []).append(value.clone())  # it may change in place
-        if n_pending:
-            self.ranks.average_gradients(policy.parameters_of("current").values())
-            norms.append(gradient_step(self, n_entries))
-        policy.set_training_mode(False)  # whatever samples or measures now goes without dropout
+            if n_pending:
+                self.ranks.average_gradients(policy.parameters_of("current").values())
+                norms.append(gradient_step(self, n_entries))
         means = {key: torch.stack(values).mean() for key, values in found.items()}
         return means | {"grad_norm": torch.stack(norms).mean()}
 

@@ -110,9 +110,9 @@ class RolloutBuffer:
         own, here = slice(row, row + n), slice(position, position + n)
         for name, value in {"x_1": x_1, **(extra or {})}.items():
             if value.dim() == 1:
-                self._vector(name, value)[here].copy_(value)
+                self._vector(name, value)[here].copy_(value.detach())  # else storage would belong to its graph
             else:
-                self._stored(name, value)[own].copy_(value)
+                self._stored(name, value)[own].copy_(value.detach())
         self.context_ids[here].copy_(context_ids)
         self.reward[here].copy_(reward)
         for rank in range(ranks.world_size if ranks.world_size > 1 else 0):

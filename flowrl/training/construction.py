@@ -88,6 +88,25 @@ def check_known(cls: type[Method], given: Iterable[str]) -> list[str]:
     return known
 
 
+def policy_arguments(cls: type, base: type, given: Any) -> dict[str, Any]:
+    """Give what a subclass of a policy takes besides the arguments of its base, which the algorithm gives.
+
+    Raises:
+        ConfigError: `policy_kwargs` is no dict of such arguments; says where networks and samplers are set.
+    """
+    parents = [parent for parent in cls.__mro__[: cls.__mro__.index(base)] if "__init__" in vars(parent)]
+    own = {name for parent in parents for name in inspect.signature(parent).parameters}
+    own -= {*inspect.signature(base).parameters, "args", "kwargs"}
+    if not isinstance(given, dict) or not given.keys() <= own:
+        takes = f"{cls.__name__} takes {', '.join(sorted(own)) or 'none'}"
+        raise ConfigError(
+            f"policy_kwargs must be a dict of arguments that a policy of your own takes ({takes}), not {shown(given)}. "
+            "The network is that of the environment's flow (flow=); how it samples, adapters and precision are "
+            "settings of the algorithm, such as rollout_steps=16 or lora_rank=8."
+        )
+    return given
+
+
 def check_config_class(cls: type[Method]) -> None:
     """Check that the settings of an algorithm are a dataclass of their own.
 
@@ -149,26 +168,25 @@ def by_values() -> list[str]:
     return sorted(name for name, cls in shipped.items() if not getattr(cls, "needs_gradient", False))
 
 
-def check_gradient(model: FlowAlgorithm) -> None:
+def check_gradient(algo: FlowAlgorithm | type[FlowAlgorithm], env: GenerationEnv, device: torch.device | str) -> None:
     """Check that the reward has the gradient that an algorithm needs, on two samples of one colour.
 
     Raises:
         ConfigError: It has none; says what it would take.
     """
-    if not model.needs_gradient:
+    if not algo.needs_gradient:
         return
-    env = model.env.core
-    samples = torch.full((2, *env.flow.sample_shape), 0.5, device=model.device, requires_grad=True)
+    samples = torch.full((2, *env.flow.sample_shape), 0.5, device=device, requires_grad=True)
     if not has_values(samples):  # a prediction of memory asks no reward
         return
     try:
-        reward = env.evaluate(samples, torch.zeros(2, dtype=torch.long, device=model.device)).reward
+        reward = env.evaluate(samples, torch.zeros(2, dtype=torch.long, device=device)).reward
     except RewardError as error:
         if "requires grad" in str(error):  # as torch says of a tensor that is to become an array
-            raise ConfigError(without_gradient(model.name, env)) from error
+            raise ConfigError(without_gradient(algo.name, env)) from error
         return  # training asks again, on samples of its own
     if not reward.requires_grad:
-        raise ConfigError(without_gradient(model.name, env))
+        raise ConfigError(without_gradient(algo.name, env))
 
 
 def sampling_config(env: GenerationEnv) -> FlowConfig:
@@ -213,6 +231,17 @@ def check_groups(group_size: int, chunk: int) -> None:
 def on_device(condition: Condition, device: torch.device) -> Condition:
     """Move a condition to a device, wherever a flow of one's own makes it."""
     return tuple(part.to(device) for part in condition)
+
+
+def check_noise(x_0: torch.Tensor, n: int, latent_shape: tuple[int, ...]) -> None:
+    """Check that noise has a row for each of `n` contexts.
+
+    Raises:
+        ConfigError: It has not: other rows would be drawn for contexts that they are not of.
+    """
+    if x_0.shape != (n, *latent_shape):
+        shape = (n, *latent_shape)
+        raise ConfigError(f"x_0 must be noise of shape {shape}, a row for each context, not {tuple(x_0.shape)}.")
 
 
 def checked_seed(seed: Any, device: torch.device | str) -> int | None:

@@ -39,6 +39,6 @@ def read_samples(path: Path, model: FlowAlgorithm, names: tuple[str, ...]) -> tu
             )
         if not bool(x_1.isfinite().all()):
             raise ConfigError(f"The samples in '{path}' do not fit: {name} holds numbers that are not finite.")
-    if not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
-        raise ConfigError(f"The contexts in '{path}' must be indices from 0 to {n_contexts - 1}.")
+    if tensors["contexts"].is_floating_point() or not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
+        raise ConfigError(f"The contexts in '{path}' must be indices from 0 to {n_contexts - 1}, whole numbers.")
     return samples, contexts

@@ -1,11 +1,14 @@
-"""Checks of what an algorithm's own methods give: once, in the first iteration, with messages that name the method."""
+"""Checks of what an algorithm's own methods give, with messages that name the method.
+
+Types and shapes, which cost nothing to look at, in every iteration; values, and what minibatches give, in the first.
+"""
 
 from __future__ import annotations
 
 import difflib
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,15 +60,10 @@ def check_names(cls: type, base: type) -> None:
         raise ConfigError(f"{cls.__name__} has both weigh and advantage: rewards become weights or advantages.")
 
 
-class NoChecks:
-    """The checks of all iterations but the first: none."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: nullcontext()
-
-
 class HookChecks:
-    """Checks for one algorithm; each raises a ConfigError that names the method, what it gave and what it must give.
+    """Checks of an algorithm's first iteration.
+
+    Each raises a ConfigError that names the method, what it gave and what it must give.
 
     Args:
         name: The algorithm's class.
@@ -100,6 +98,10 @@ class HookChecks:
             if name in ("x_1", "part"):
                 self._fail("draw", f"rows named '{name}'", "other names than x_1 and part")
 
+    def _check_shape(self, method: str, values: Any, n: int) -> None:
+        if not isinstance(values, torch.Tensor) or values.shape != (n,):
+            self._fail(method, described(values), f"one number per sample, shape ({n},)")
+
     @contextmanager
     def untouched(self, method: str, rollout: Batch) -> Iterator[None]:
         """Check that a method leaves the samples and their rewards as they are: logs and losses show the same ones."""
@@ -114,8 +116,7 @@ class HookChecks:
 
     def coefficient(self, method: str, values: Any, n: int) -> None:
         """Check weights or advantages."""
-        if not isinstance(values, torch.Tensor) or values.shape != (n,):
-            self._fail(method, described(values), f"one number per sample, shape ({n},)")
+        self._check_shape(method, values, n)
         if not bool(values.isfinite().all()):
             self._fail(method, "numbers that are not finite", "finite numbers")
         if method == "weigh" and bool((values < 0).any()):
@@ -149,6 +150,25 @@ class HookChecks:
                 self._fail("loss", f"a metric named '{name}', which flowrl measures itself", "another name")
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 self._fail("loss", f"{described(value)} as metric '{name}'", "a scalar tensor (never a number)")
+
+
+class LaterChecks(HookChecks):
+    """Checks of all iterations but the first: those that wait for no device and cost nothing."""
+
+    def contexts(self, ids: Any, n: int, n_contexts: int) -> None:
+        """Check context indices: their number."""
+        if not isinstance(ids, torch.Tensor) or ids.shape != (n,):
+            super().contexts(ids, n, n_contexts)
+
+    def coefficient(self, method: str, values: Any, n: int) -> None:
+        """Check the number of weights or advantages; any that are not finite are told with the gradients they make."""
+        self._check_shape(method, values, n)
+
+    def order(self, order: Any, n: int) -> None:
+        """Check nothing."""
+
+    def loss(self, result: Any) -> None:
+        """Check nothing."""
 
 
 def described(value: Any) -> str:

@@ -21,7 +21,7 @@ from flowrl.storage import revisions
 from flowrl.storage.files import read_json, read_tensors, standing
 from flowrl.training.optimizers import laid_out_like, state_shapes
 from flowrl.training.random_states import set_random_states
-from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name
+from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name, policy_name
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -57,7 +57,8 @@ def load_checkpoint(
 ) -> FlowAlgorithm:
     """Load an algorithm from a checkpoint folder, or a run folder's newest checkpoint; see `FlowAlgorithm.load`.
 
-    `to_train`: with random states and the attention backend, which only training needs.
+    `to_train`: with random states and the attention backend, which only training needs. `kwargs`: of the constructor,
+    such as `policy` and `policy_kwargs` of one's own.
     """
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
@@ -80,6 +81,11 @@ def load_checkpoint(
             )
     env_settings = pinned_settings(env, env_settings, config)
     _compare_settings(cls, config, folder)
+    policy = kwargs.pop("policy", "FlowPolicy")
+    if (stored_policy := config.get("policy")) not in (None, policy_name(policy)):
+        raise CheckpointError(
+            f"'{folder}' was trained with the policy '{str(stored_policy)[:200]}': give that class as policy=."
+        )
     try:
         settings = tupled(config["settings"])
         algorithm_config = cls.Config(**cast(Any, settings if to_train else settings | {"attention_backend": ""}))
@@ -90,7 +96,7 @@ def load_checkpoint(
     try:
         with named_by_a_file(f"'{folder / 'config.json'}'", "import it yourself, or name it (--env module:name)"):
             model = cls(
-                "FlowPolicy",
+                policy,
                 env,
                 config=algorithm_config,
                 seed=config.get("seed"),

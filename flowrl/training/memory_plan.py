@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import FlowRLError
-from flowrl.training.hooks import NoChecks
+from flowrl.training.hooks import LaterChecks
 from flowrl.training.rollout import filling, roll_out
 from flowrl.training.without_storage import WithoutStorage, without_storage
 from flowrl.types import RewardOutput, Rows
@@ -110,7 +110,10 @@ def _try(
     env.flow = replace(env.flow, load=env.flow.imitation)
     with tracker.phase("loading, encoding prompts"):
         model: Any = cls("FlowPolicy", env, config=config, device="cpu", ranks=Ranks())
-    model.checks, model.reward_calls = NoChecks(), partial(_imitated_reward, tuple(env.reward_weights))
+    model.checks, model.reward_calls = (
+        LaterChecks(type(model).__name__),
+        partial(_imitated_reward, tuple(env.reward_weights)),
+    )
     missing = cls.unpredictable
     try:
         _iterate(model, tracker)

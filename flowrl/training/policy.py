@@ -13,7 +13,7 @@ from stable_baselines3.common.utils import get_device
 from flowrl.checks import counted
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv, in_range
-from flowrl.envs.prompts import positions_of
+from flowrl.envs.prompts import positions_of, wanted
 from flowrl.functional.flow import normal
 from flowrl.functional.guidance import guided_field
 from flowrl.functional.sde import SDE, sde_sample
@@ -23,7 +23,14 @@ from flowrl.models.attention import set_attention_backend
 from flowrl.models.base import VelocityModel
 from flowrl.models.init_lora import started_from
 from flowrl.models.lora import LoRA, freeze_others
-from flowrl.training.construction import as_generation_env, check_device, on_device, sampling_config, weight_dtypes
+from flowrl.training.construction import (
+    as_generation_env,
+    check_device,
+    check_noise,
+    on_device,
+    sampling_config,
+    weight_dtypes,
+)
 from flowrl.training.graphs import Graphs
 from flowrl.training.role_networks import RoleNetworks
 from flowrl.training.sb3_policy import SB3Policy
@@ -196,7 +203,8 @@ class FlowPolicy(SB3Policy):
 
         `grad_steps`: the last steps of the solver that gradients flow through.
         """
-        x = self.noise(len(context_ids), generator) if x_0 is None else x_0
+        x = self.noise(len(context_ids), generator) if x_0 is None else x_0.float()
+        check_noise(x, len(context_ids), self.model.latent_shape)
         times, solver = self.times(steps), solver or self.solver
         cond, role = self.condition(context_ids.to(x.device)), role or self.sampling_role
         if grad_steps:
@@ -246,15 +254,14 @@ class FlowPolicy(SB3Policy):
             n: How many samples of the first context, or of the one prompt.
             **kwargs: As in `sample_latents`: steps, solver, guidance_scale, role, generator, x_0.
         """
-        if contexts is None:
-            contexts = torch.zeros(counted("n", n, 0), dtype=torch.long)
+        contexts = wanted(contexts, n)
         if not isinstance(contexts, torch.Tensor):
-            contexts = self._indices([contexts] * counted("n", n) if isinstance(contexts, str) else contexts)
+            contexts = self._indices(contexts)
         return self.decode(self.sample_latents(in_range(contexts, len(self.contexts)), **kwargs))
 
     def _indices(self, contexts: Sequence[Any]) -> torch.Tensor:
         """Give the indices (B,) of contexts; new ones are encoded and kept."""
-        positions, new = positions_of(contexts, self.contexts)
+        positions, new = positions_of(contexts, self.contexts, takes_new=bool(self._condition))
         if new:
             encoded = self.encode(new)
             self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, encoded))

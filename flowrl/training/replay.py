@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flowrl.training.hooks import NoChecks
+from flowrl.training.hooks import LaterChecks
 from flowrl.types import Batch
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Minibatches:
     def are_replayed(self) -> bool:
         """Whether they are: what a class says of its loss need not hold for that of a subclass."""
         said = vars(type(self.model)).get("replayable", False)
-        return said and self.model.policy.graphs.is_on and isinstance(self.model.checks, NoChecks)
+        return said and self.model.policy.graphs.is_on and isinstance(self.model.checks, LaterChecks)
 
     def gradient(self, batch: Batch, n_pending: int) -> dict[str, torch.Tensor]:
         """Add the gradient of a minibatch to those of `n_pending` before it; its loss and figures."""

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,10 +101,10 @@ class RoleNetworks(nn.Module):
             switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
             before = version_of(x_t)
-            v = model(x_t, t, cond).float()
-            if v.shape != x_t.shape or version_of(x_t) != before:
+            v = model(x_t, t, cond)
+            if not isinstance(v, torch.Tensor) or v.shape != x_t.shape or version_of(x_t) != before:
                 raise ConfigError(_odd_flow(v, x_t))
-            return v
+            return v.float()
 
     def _exact(self, role: Role, by_weights: bool = False) -> VelocityModel:
         """Give the flow around the network that computes a role as the trained one does, with its adapter apart.
@@ -271,8 +272,10 @@ class RoleNetworks(nn.Module):
         return {name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name}
 
 
-def _odd_flow(v: torch.Tensor, x_t: torch.Tensor) -> str:
+def _odd_flow(v: Any, x_t: torch.Tensor) -> str:
     """Say what a network did that no sampler or loss would notice: shapes are broadcast, points are moved."""
+    if not isinstance(v, torch.Tensor):
+        return f"The flow's network gave a {type(v).__name__}, not a tensor of velocities of shape {tuple(x_t.shape)}."
     if v.shape != x_t.shape:
         return (
             f"The flow's network gave velocities of shape {tuple(v.shape)} for points x_t of shape {tuple(x_t.shape)}: "

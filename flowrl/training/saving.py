@@ -143,6 +143,7 @@ def description(model: FlowAlgorithm) -> dict[str, Any]:
         "flowrl": __version__,
         "algorithm": algorithm_name(cls),
         "settings": asdict(model.config),
+        **({"policy": name} if (name := policy_name(type(model.policy))) else {}),
         "environment": None if origin is None else {"name": origin[0], "settings": _plain(origin[1])},
         "prompts": fingerprint(model.env.core.contexts),
         "flow": model.env.core.flow.source,
@@ -157,6 +158,15 @@ def algorithm_name(cls: type) -> str:
     """Give the registered name, or `module:Class`; a subclass of a registered class is not that class."""
     name = getattr(cls, "name", "")
     return name if ALGORITHMS.get(name) is cls else f"{cls.__module__}:{cls.__qualname__}"
+
+
+def policy_name(policy: Any) -> str | None:
+    """Give `module:Class` of a policy of one's own; None for FlowPolicy, by its class or its name."""
+    is_own = isinstance(policy, type) and (policy.__module__, policy.__name__) != (
+        "flowrl.training.policy",
+        "FlowPolicy",
+    )
+    return f"{policy.__module__}:{policy.__qualname__}" if is_own else None
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,10 +76,10 @@ class SB3Algorithm(BaseAlgorithm):
             path: What `save` wrote.
             env: Needed when the algorithm was made with an environment object instead of a name.
             device: As in the constructor.
-            **kwargs: `verbose`, `tensorboard_log`.
+            **kwargs: `verbose`, `tensorboard_log`; `policy` and `policy_kwargs` where it had a policy of one's own.
 
         Raises:
-            CheckpointError: Damaged, incomplete, or of another algorithm.
+            CheckpointError: Damaged, incomplete, or of another algorithm or policy.
         """
         from flowrl.training.loading import load_checkpoint
 

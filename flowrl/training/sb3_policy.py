@@ -25,6 +25,7 @@ class SB3Policy(BasePolicy):
     """
 
     networks: RoleNetworks
+    optimizer: Any  # of its algorithm
 
     @abstractmethod
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
@@ -61,6 +62,21 @@ class SB3Policy(BasePolicy):
             yield
         finally:
             self.evaluations = before
+
+    @contextmanager
+    def in_update(self) -> Iterator[None]:
+        """Make a context in which the current network is in training mode.
+
+        An error that ends it takes the gradients along: those of half a step would be added to the next one's.
+        """
+        self.set_training_mode(True)
+        try:
+            yield
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
+        finally:
+            self.set_training_mode(False)  # whatever samples or measures now goes without dropout
 
     def predict(
         self,
