@@ -143,8 +143,12 @@ class ORWCFMW2(Prioritised):
 
         loss = importance * loss * self.time_weight(pair.t, squared_error(pair.u, base), importance)
         v = v.detach()
-        drift = {} if v_ref is None else {"drift": (importance * squared_error(v, v_ref)).mean()}
-        return loss.mean(), {"fit": (importance * w * squared_error(v, pair.u)).mean(), **drift}
+        figures = {"fit": (importance * w * squared_error(v, pair.u)).mean()}
+        if v_ref is not None:
+            figures["drift"] = (importance * squared_error(v, v_ref)).mean()
+            figures["own_loss"] = (importance * squared_error(v, pair.u)).mean()
+            figures["reference_loss"] = (importance * squared_error(v_ref, pair.u)).mean()
+        return loss.mean(), figures
 
 
 @dataclass(frozen=True)

@@ -122,15 +122,17 @@ def test_the_drift_of_the_log_is_that_of_the_flow():
     rollout, found = model.buffer.all(), []
     for iteration in range(1500):
         model.iteration = iteration
-        found.append(model.drift())
-    found = torch.stack(found)
+        found.append(torch.stack(list(model.drift().values())))
+    found = torch.stack(found).mean(0)
     g = torch.Generator(DEVICE).manual_seed(0)
     x_1 = rollout.x_1.repeat(400, 1)
     t = torch.randn(len(x_1), generator=g, device=DEVICE).sigmoid()
     x_t = (1 - t)[:, None] * torch.randn(*x_1.shape, generator=g, device=DEVICE) + t[:, None] * x_1
     with torch.no_grad():
-        exact = (model.policy.velocity(x_t, t, ()) - model.policy.velocity(x_t, t, (), "reference")).square().mean()
-    assert found.mean().item() == pytest.approx(exact.item(), rel=0.1)
+        v, v_ref = (model.policy.velocity(x_t, t, (), role) for role in ("current", "reference"))
+    u = (x_1 - x_t) / (1 - t)[:, None]
+    exact = [(a - b).square().mean().item() for a, b in ((v, v_ref), (v, u), (v_ref, u))]
+    assert found.tolist() == pytest.approx(exact, rel=0.1)
 
 
 def test_same_seed_same_weights_and_another_seed_others():
@@ -548,3 +550,26 @@ def test_contexts_come_in_groups_and_cover_all():
     contexts = model.contexts()
     assert (contexts.reshape(6, 4) == contexts.reshape(6, 4)[:, :1]).all()  # groups of four
     assert set(contexts[:20].tolist()) == set(range(5))  # each once before any again
+
+
+def test_samples_of_the_reference_are_not_taken_for_the_flows_own():
+    model = small("rwr", mode="offline")
+    model.learn(64)
+    assert "train/drift" in model.last_logged
+    assert "train/own_loss" not in model.last_logged
+
+
+@pytest.mark.parametrize(("name", "settings"), [("orw_w2", {"alpha": 0.5}), ("orw", {}), ("nft", {"beta_ref": 0.1})])
+def test_a_flow_that_no_longer_fits_its_own_samples_is_told_of(name, settings):
+    model = small(name, learning_rate=1e-9, n_epochs=2, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(64)
+    own, reference = (model.last_logged[f"train/{key}"] for key in ("own_loss", "reference_loss"))
+    assert own == pytest.approx(reference, rel=1e-5)
+    with torch.no_grad():
+        for parameter in model.policy.parameters_of("current").values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 0.3)
+    with pytest.warns(UserWarning, match=r"fits its own samples worse than the reference does: .* [\d.]+ times"):
+        model.learn(64, reset_num_timesteps=False)
+    assert model.last_logged["train/own_loss"] > 1.3 * model.last_logged["train/reference_loss"]

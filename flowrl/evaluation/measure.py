@@ -285,7 +285,7 @@ def _drift(
     totals = torch.zeros(4, device=x_1.device)
     for x, c in zip(x_1.split(batch_size), context_ids.split(batch_size)):
         t = sample_time(len(x), "uniform", generator)
-        v, v_ref = velocities(policy, x, c, t, generator, role)
+        v, v_ref, _ = velocities(policy, x, c, t, generator, role)
         lengths = [u.flatten(1).norm(dim=1).sum() for u in (v, v_ref)]
         square_ref = squared_error(v_ref, torch.zeros_like(v_ref)).sum()
         totals += torch.stack([squared_error(v, v_ref).sum(), *lengths, square_ref])

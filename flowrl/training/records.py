@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 REWARD = "reward/"
 """Before the names of the reward's components, which are anyone's, in logs: they replace no figure of flowrl's."""
 
+MISFIT = 1.3
+"""How many times the reference's loss a flow's loss of its own samples may be, before a caution."""
+
 
 class RolloutRecord:
     """Samples, rewards and components of an iteration on this rank, for its figures."""
@@ -74,20 +77,38 @@ def velocities(
     t: torch.Tensor,
     generator: torch.Generator,
     role: Role = "current",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute velocities (B, *latent_shape) of a role and the reference between samples and noise, at times t (B,)."""
-    x_t, _ = interpolate(policy.noise(len(x_1), generator), x_1, t)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute velocities (B, *latent_shape) between samples and noise, at times t (B,).
+
+    Returns:
+        v of a role, v_ref, and `u = x_1 - x_0`.
+    """
+    x_t, u = interpolate(policy.noise(len(x_1), generator), x_1, t)
     cond = policy.condition(context_ids)
-    return policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference")
+    return policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference"), u
+
+
+def cautions(model: FlowAlgorithm) -> dict[str, str]:
+    """Say what a user should be told of the figures of the last iteration, by kind."""
+    found, logged = model.cautions(model.last_logged), model.last_logged
+    own, reference = (logged.get(f"train/{name}", 0.0) for name in ("own_loss", "reference_loss"))
+    if own > MISFIT * reference:
+        found["misfit"] = (
+            "The flow fits its own samples worse than the reference does: their loss is "
+            f"{own / reference:.2f} times as large (train/own_loss, train/reference_loss). Errors have grown from "
+            "refresh to refresh, and rewards fall when they go on. Go back to an earlier checkpoint, with fewer "
+            "iterations, a lower learning rate, or a stronger penalty on leaving the reference."
+        )
+    return found
 
 
 def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], seconds: float) -> None:
     """Write the figures of an iteration to the logger, and warn of what an algorithm cautions against, once each.
 
-    The drift is measured here, where the loss has not given it.
+    The drift and the losses of own samples are measured here, where the loss has not given the drift.
     """
     if "drift" not in updates and model.learns_from != "contexts":
-        updates = {"drift": model.drift(), **updates}
+        updates = {**model.drift(), **updates}
     measured = {**model.rollout_figures, **{f"train/{key}": value for key, value in updates.items()}}
     values = model.ranks.mean_(torch.stack([value.float() for value in measured.values()])).tolist()
     record = model.logger.record
@@ -102,7 +123,7 @@ def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], second
     record("time/network_evaluations", model.policy.evaluations * model.ranks.world_size)
     record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
     model.last_logged = dict(model.logger.name_to_value)
-    for kind, text in model.cautions(model.last_logged).items():
+    for kind, text in cautions(model).items():
         if kind not in model.warned and model.ranks.is_main:
             model.warned.add(kind)
             warnings.warn(text, stacklevel=3)
