@@ -143,10 +143,11 @@ class ORWCFMW2(Prioritised):
 
         loss = importance * loss * self.time_weight(pair.t, squared_error(pair.u, base), importance)
         v = v.detach()
-        figures = {"fit": (importance * w * squared_error(v, pair.u)).mean()}
+        own = importance * squared_error(v, pair.u)
+        figures = {"fit": (w * own).mean()}
         if v_ref is not None:
             figures["drift"] = (importance * squared_error(v, v_ref)).mean()
-            figures["own_loss"] = (importance * squared_error(v, pair.u)).mean()
+            figures["own_loss"] = own.mean()
             figures["reference_loss"] = (importance * squared_error(v_ref, pair.u)).mean()
         return loss.mean(), figures
 

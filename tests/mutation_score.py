@@ -963,7 +963,7 @@ MUTATIONS = (
     Mutation(
         "own-loss",
         "flowrl/orw_w2.py",
-        'figures["own_loss"] = (importance * squared_error(v, pair.u)).mean()',
+        'figures["own_loss"] = own.mean()',
         'figures["own_loss"] = (importance * squared_error(v_ref, pair.u)).mean()',
         ("test_algorithm.py::test_a_flow_that_no_longer_fits_its_own_samples_is_told_of",),
     ),

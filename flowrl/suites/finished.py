@@ -69,7 +69,9 @@ def with_others(chosen: Sequence[Cell], root: Path, suite: str, budget: int | No
     for cell in whole:
         folder = root / cell.folder
         try:
-            if folder in own or (folder in others and (finished_before(cell, root) or True)):
+            if folder in others:
+                finished_before(cell, root)  # raises where the settings were others
+            if folder in own | others:
                 cells.append(cell)
         except FlowRLError as error:
             left_out.append(str(error))

@@ -168,7 +168,7 @@ class EndpointAlgorithm(Prioritised, GroupRelative):
         }
         if "reference" in known:
             for name, field in (("own_loss", v), ("reference_loss", known["reference"])):
-                figures[name] = (importance * squared_error(field, pair.u)).mean()
+                figures[name] = (importance * squared_error(field.detach(), pair.u)).mean()
         if self.critic is not None:
             value = self.critic(pair.x_t, pair.t, batch.context_ids)
             figures["critic_error"] = (importance * (advantage - value).square()).mean()

@@ -23,7 +23,7 @@ class PriorityConfig(CouplingConfig):
     noise, as samples whose groups agree take few passes. 0 takes each once; below 1."""
     paired_noise: bool = False
     """Take the samples of a pass in pairs of one group, a better with a worse, noised alike: with the same noise at the
-    same time. The same gradient in the mean, with less noise: what the two have in common cancels."""
+    same time. The same gradient in the mean, with less noise where the two have much in common: that cancels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
