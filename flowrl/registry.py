@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
@@ -17,6 +17,7 @@ from typing import Any
 
 from flowrl.checks import check_types, python_value
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
+from flowrl.shipped import SHIPPED, Shipped
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,49 @@ class EnvSpec:
         return replace(self.config, **settings)
 
 
-ALGORITHMS: dict[str, type] = {}
+class Algorithms(MutableMapping[str, type]):
+    """Registered algorithms by name; one that ships is imported when its class is first asked for.
+
+    Args:
+        shipped: Those that ship, by name.
+    """
+
+    def __init__(self, shipped: Mapping[str, Shipped]) -> None:
+        self._known: dict[str, type | Shipped] = dict(shipped)
+
+    def __getitem__(self, name: str) -> type:
+        known = self._known[name]
+        if isinstance(known, type):
+            return known
+        return getattr(importlib.import_module(known.module), known.name)
+
+    def __setitem__(self, name: str, cls: type) -> None:
+        self._known[name] = cls
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def class_name(self, name: str) -> str:
+        """Give the name of a class; nothing is imported."""
+        known = self._known[name]
+        return known.__qualname__ if isinstance(known, type) else known.name
+
+    def summary(self, name: str) -> str:
+        """Give the first line of a class's docstring; nothing is imported."""
+        known = self._known[name]
+        return (known.__doc__ or "").strip().partition("\n")[0] if isinstance(known, type) else known.summary
+
+
+ALGORITHMS = Algorithms(SHIPPED)
 ENVIRONMENTS: dict[str, EnvSpec] = {}
 
 
@@ -101,8 +144,8 @@ def register_algorithm(name: str) -> Callable[[type], type]:
             )
         if missing := ", ".join(sorted(getattr(cls, "__abstractmethods__", ()))):
             raise ConfigError(f"{cls.__name__} has no {missing}: every algorithm writes it (docs/how-to/algorithm.md).")
-        if ALGORITHMS.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ConfigError(f"An algorithm '{name}' is registered already: {ALGORITHMS[name].__qualname__}.")
+        if name in ALGORITHMS and (other := ALGORITHMS.class_name(name)) != cls.__qualname__:
+            raise ConfigError(f"An algorithm '{name}' is registered already: {other}.")
         ALGORITHMS[name] = cls
         cls.name = name  # type: ignore[attr-defined]
         return cls

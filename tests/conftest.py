@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def forgetting(*modules: str) -> Iterator[None]:
     from flowrl.models.families import DECLARED
     from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 
-    registries: list[dict[str, Any]] = [ALGORITHMS, ENVIRONMENTS, REWARDS, DECLARED, gymnasium.registry]
+    registries: list[MutableMapping[str, Any]] = [ALGORITHMS, ENVIRONMENTS, REWARDS, DECLARED, gymnasium.registry]
     before = [dict(registry) for registry in registries]
     for name in modules:  # of the same name, from another test
         sys.modules.pop(name, None)

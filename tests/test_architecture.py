@@ -22,7 +22,7 @@ else:
 
 LAYERS = [
     {"types", "errors", "checks", "version", "storage"},
-    {"functional", "registry", "config"},
+    {"functional", "registry", "shipped", "config"},
     {"models", "envs"},
     {"training", "distributed"},
     {"orw_w2", "tilt", "baselines", "evaluation"},

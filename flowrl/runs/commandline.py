@@ -196,7 +196,8 @@ def second_pass(
             known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]
             default = algo.configure(recommended=spec.recommended(known.env))
         parts.append(("algo", algo.Config, field(default=default)))
-        check_known(algo, sorted(name for name in given_settings(args, ("--algo.",)) if algorithms_with(name)))
+        other = given_settings(args, ("--algo.",)) - {f.name for f in dataclasses.fields(algo.Config)}
+        check_known(algo, sorted(name for name in other if algorithms_with(name)))
     whole = dataclasses.make_dataclass("Run", parts, frozen=True)
     whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
     parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
@@ -256,9 +257,7 @@ def require_names(run: RunConfig) -> None:
 def names() -> str:
     """List algorithms and environments, a line each."""
     lines = ["algorithms:"]
-    for name, cls in ALGORITHMS.items():
-        summary = (cls.__doc__ or "").strip().partition("\n")[0]
-        lines.append(f"  {name:20s} {summary}".rstrip())
+    lines += [f"  {name:20s} {ALGORITHMS.summary(name)}".rstrip() for name in ALGORITHMS]
     lines += ["", "environments:"]  # without an empty line `--help` joins the two
     for name, spec in ENVIRONMENTS.items():
         lines.append(f"  {name:20s} {spec.summary}" + (" [differentiable]" if spec.differentiable else ""))
