@@ -137,8 +137,10 @@ class FlowConfig:
         if isinstance(self.compile, bool):  # as of version 0.1.0
             object.__setattr__(self, "compile", "blocks" if self.compile else "off")
         take_python_values(self)
-        if isinstance(self.init_lora, str) and self.init_lora and os.path.exists(self.init_lora):
-            object.__setattr__(self, "init_lora", os.path.abspath(self.init_lora))  # a run goes on from any folder
+        for name in ("init_lora", "data"):  # a run goes on from any folder
+            place = getattr(self, name, "")
+            if isinstance(place, str) and place and os.path.exists(place):
+                object.__setattr__(self, name, os.path.abspath(place))
         self.require(
             not callable(self.learning_rate),
             "learning_rate is a number here, not a function; lr_schedule 'linear' or 'cosine' lets it fall over a run.",

@@ -11,6 +11,7 @@ from conftest import DEVICE
 import flowrl
 from flowrl.errors import ConfigError
 from flowrl.training.hooks import LaterChecks
+from flowrl.types import Batch
 
 pytestmark = pytest.mark.on_device
 
@@ -277,3 +278,17 @@ def test_a_group_whose_samples_all_failed_carries_no_weight(contexts: list[int])
         assert advantage[4:].abs().max() == 0
     finally:
         flowrl.registry.ENVIRONMENTS.pop(name, None)
+
+
+class Plain(flowrl.FlowAlgorithm):
+    """Flow matching on its own samples, with neither weights nor advantages."""
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return (batch.weight * self.error(self.pair(batch))).mean(), {"weight": batch.weight.mean()}
+
+
+def test_weights_are_one_where_an_algorithm_makes_none() -> None:
+    """They were the rewards: of either sign, in any unit."""
+    model = Plain("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=32, rollout_steps=2, batch_size=32)
+    model.learn(32)
+    assert model.last_logged["train/weight"] == 1

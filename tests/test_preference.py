@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import flowrl
 from flowrl.envs.gaussians import GaussiansEnv, eight_gaussians
-from flowrl.errors import ConfigError
+from flowrl.errors import CheckpointError, ConfigError
 from flowrl.functional.advantages import decoupled_advantage, trusted
 from flowrl.functional.endpoint import advantages
 from flowrl.functional.flow import x0_hat
@@ -201,6 +201,21 @@ def test_dpo_on_given_pairs_resumes_exactly(tmp_path: Path) -> None:
     again = type(model).load(tmp_path / "saved", device=DEVICE)
     again.learn(64, reset_num_timesteps=False)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(again)))
+
+
+def test_given_pairs_are_those_that_training_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run named by a relative path goes on from any folder, and not on other pairs."""
+    monkeypatch.chdir(tmp_path)
+    pairs_file(tmp_path / "pairs.safetensors")
+    make("flow_dpo", data="pairs.safetensors").save(tmp_path / "saved")
+    monkeypatch.chdir("/")
+    again = flowrl.FlowDPO.load(tmp_path / "saved", device=DEVICE)
+    assert again.config.data == str(tmp_path / "pairs.safetensors")
+    pairs = load_file(tmp_path / "pairs.safetensors")
+    pairs["loser"][-1] += 1e-3
+    save_file(pairs, tmp_path / "pairs.safetensors")
+    with pytest.raises(CheckpointError, match=r"was trained on other samples than .*pairs\.safetensors' holds now"):
+        flowrl.FlowDPO.load(tmp_path / "saved", device=DEVICE)
 
 
 def test_given_pairs_keep_their_contexts(tmp_path: Path) -> None:

@@ -185,3 +185,11 @@ def test_settings_of_steering_without_steering_are_refused() -> None:
     for given in ({"steer_n": 4}, {"steer_temperature": 0.5}, {"steer_step_size": 0.2}):
         with pytest.raises(ConfigError, match=f"--{next(iter(given)).replace('_', '-')} goes with --steer"):
             EvaluateConfig(**given)
+
+
+def test_a_trained_flow_that_is_steered_has_no_drift_in_its_table() -> None:
+    model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=32, rollout_steps=2)
+    model.learn(32)
+    table = flowrl.evaluate(model, n_samples=16, steering=Steering("best_of_n", n=2)).table()
+    assert "nan" not in table
+    assert "\neffective sample share: " in table

@@ -24,6 +24,7 @@ from flowrl.envs.base import GenerationVecEnv
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.orw_w2 import ORWCFMW2Config
 from flowrl.runs.folder import load_model
+from flowrl.runs.logs import logger, read_metrics
 from flowrl.training.construction import as_generation_env
 from flowrl.training.optimizers import laid_out_like
 
@@ -638,3 +639,11 @@ def test_charts_read_components_of_old_and_new_runs() -> None:
     assert drawn["reward/reward_mean"] == "reward_mean"
     assert drawn["rollout/reward_mean"] == "reward"
     assert "rollout/reward_std" not in drawn
+
+
+def test_the_last_iteration_has_a_row(tmp_path: Path) -> None:
+    """Of eight iterations with a row for every third: 3, 6 and 8."""
+    model = small(n_samples=32)
+    model.set_logger(logger(tmp_path, 0))
+    model.learn(8 * 32, log_interval=3)
+    assert [row["time/iteration"] for row in read_metrics(tmp_path / "metrics.csv")] == [3, 6, 8]

@@ -101,9 +101,9 @@ class EvaluationResult(SampleStatistics):
         low, high = self.reward_ci
         interval = "none" if math.isnan(low) else f"{low:.4g} to {high:.4g}"
         lines.append(f"reward of trained, 95 % interval: {interval} ({self.n_samples} samples)")
-        share = "" if math.isnan(self.ess) else f"    effective sample share: {self.ess:.3f}"
-        if share or not math.isnan(self.drift):  # steering trains nothing
-            lines.append(f"drift E|v - v_ref|^2: {self.drift:.4g}{share}")
+        share = "" if math.isnan(self.ess) else f"effective sample share: {self.ess:.3f}"
+        drift = "" if math.isnan(self.drift) else f"drift E|v - v_ref|^2: {self.drift:.4g}"  # none of steered samples
+        lines += ["    ".join(filter(None, (drift, share)))] if drift or share else []
         if self.n_prompts:
             lines.append(f"prompts: {self.prompts} ({self.n_prompts})")
         if self.sampling:

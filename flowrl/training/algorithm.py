@@ -177,7 +177,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self.iteration, self.checks = self.iteration + 1, LaterChecks(type(self).__name__)
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             self.unlogged = logged, time.perf_counter() - started
-            if log_interval is not None and self.iteration % log_interval == 0:
+            if log_interval and (self.iteration % log_interval == 0 or self.num_timesteps >= total_timesteps):
                 self.dump_logs()
             called.update_locals(locals())
             if self.ranks.any(not _iteration_ended(called)):
@@ -212,7 +212,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         """Turn the rewards of an iteration into coefficients."""
         rollout = self.buffer.all()
         aim(self, rollout)
-        method = "weigh" if self.has_weights else "advantage"
+        method = "advantage" if self.compares and not self.has_weights else "weigh"
         with self.checks.untouched(method, rollout):
             coefficient = getattr(self, method)(rollout)
         self.checks.coefficient(method, coefficient, self.buffer.size)

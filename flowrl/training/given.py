@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 def read_samples(path: Path, model: FlowAlgorithm, names: tuple[str, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Read tensors (N, *latent_shape) by their names, in the flow's own (latent) space, and `contexts` (N,).
+
+    Their hash becomes the model's `given_hash`.
 
     Raises:
         ConfigError: The file is missing or damaged, or its tensors do not fit the flow and the environment.
@@ -41,4 +44,8 @@ def read_samples(path: Path, model: FlowAlgorithm, names: tuple[str, ...]) -> tu
             raise ConfigError(f"The samples in '{path}' do not fit: {name} holds numbers that are not finite.")
     if tensors["contexts"].is_floating_point() or not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
         raise ConfigError(f"The contexts in '{path}' must be indices from 0 to {n_contexts - 1}, whole numbers.")
+    digest = hashlib.sha256()
+    for rows in (*samples, contexts):
+        digest.update(f"{tuple(rows.shape)}".encode() + rows.cpu().numpy().tobytes())
+    model.given_hash = digest.hexdigest()
     return samples, contexts

@@ -134,6 +134,11 @@ def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path
             f"'{folder}' was trained from other LoRA weights than '{model.config.init_lora}' holds now: bring them "
             "back as they were."
         )
+    if config.get("given") not in (None, model.given_hash):
+        raise CheckpointError(
+            f"'{folder}' was trained on other samples than '{getattr(model.config, 'data', '')}' holds now: bring them "
+            "back as they were."
+        )
     stored, files = config.get("flow_files"), model.policy.model.files
     others = [name for name in stored if stored[name] != files.get(name)] if isinstance(stored, dict) else []
     if of_file and others:

@@ -36,6 +36,7 @@ class Method(ABC):
         generator: Source of all randomness of training.
         ranks: The processes that train together.
         iteration: Iterations so far.
+        given_hash: Hash of the samples of a file that it learns from; empty without such a file.
     """
 
     Config: ClassVar[type[FlowConfig]] = FlowConfig
@@ -65,6 +66,7 @@ class Method(ABC):
     ranks: Ranks
     device: torch.device
     iteration: int
+    given_hash: str = ""
     shares: torch.Tensor | None
     reward_calls: RewardCalls
     record: RolloutRecord
@@ -121,7 +123,7 @@ class Method(ABC):
         return torch.ones_like(rollout.reward)
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
-        """Make advantages (B,) of both signs from the rewards, in place of `weigh`."""
+        """Make advantages (B,) of both signs from the rewards, in place of `weigh`; of neither, weights are one."""
         return rollout.reward
 
     def order(self) -> torch.Tensor:

@@ -149,6 +149,7 @@ def description(model: FlowAlgorithm) -> dict[str, Any]:
         "flow": model.env.core.flow.source,
         "flow_files": dict(model.policy.model.files),
         "init_lora": model.policy.model.init_lora_hash or None,
+        **({"given": model.given_hash} if model.given_hash else {}),
         "hub": dict(revisions.READ),
         "seed": model.seed,
     }
