@@ -98,14 +98,15 @@ class ORWCFMW2(Prioritised):
     def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
         """Tell of weights that lie on a few samples."""
         share, config = logged["rollout/ess"], self.config
+        found = super().cautions(logged)
         if not share < config.min_ess:  # also where no sample has a weight, which is told as such
-            return {}
+            return found
         text = (
             f"The weights are worth {100 * share:.2g} % of the samples: a few of them decide what is learnt. Lower tau "
             f"(now {config.tau:g}), raise n_samples (now {config.n_samples})"
         )
         wide = ", or take rewards in units of their standard deviation (standardise 'batch' or 'group')"
-        return {"ess": text + (wide if config.standardise == "none" else "") + "."}
+        return {**found, "ess": text + (wide if config.standardise == "none" else "") + "."}
 
     def sizes(self, coefficient: torch.Tensor) -> torch.Tensor:
         """Compute `|w - mean w|` (B,), or w itself where the target is plain."""

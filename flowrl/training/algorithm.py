@@ -172,7 +172,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             if self.learns_from == "contexts":  # the updates drew the samples
                 self._close_record()
             check_updates(self)
-            if (self.iteration + 1) % self.config.refresh_every == 0:
+            if (self.iteration + 1) % self.config.refresh_every == 0 and self.may_refresh(logged):
                 self.refresh()
             self.iteration, self.checks = self.iteration + 1, LaterChecks(type(self).__name__)
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)

@@ -139,6 +139,10 @@ class Method(ABC):
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the scalar loss of a minibatch, and scalar metrics as tensors (never `.item()` here)."""
 
+    def may_refresh(self, figures: Mapping[str, torch.Tensor]) -> bool:
+        """Tell whether an iteration whose updates gave these figures ends with a refresh, where one is due."""
+        return True
+
     def refresh(self) -> None:
         """Refresh the behaviour policy, after every `refresh_every` iterations."""
         self.policy.networks.update_copy("behaviour", self.refresh_decay())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from flowrl.config import FlowConfig
+from flowrl.errors import ConfigError
 from flowrl.functional.flow import sample_time
 from flowrl.functional.transport import Coupling, conditional_permutation, ot_permutation
 from flowrl.training.algorithm import FlowAlgorithm
@@ -30,10 +32,15 @@ class NoisingConfig(FlowConfig):
     """Largest time of the loss: beyond, towards the sample, there may be noise without signal."""
     draw_steps: int = 0
     """Solver steps of the samples to learn from, often fewer than those to show; 0 takes rollout_steps."""
+    max_own_loss: float = 0.0
+    """Refresh the behaviour policy only while the loss of the flow's own samples is at most this times the reference's
+    loss of the same (train/own_loss, train/reference_loss): beyond, errors would grow from refresh to refresh. 0 always
+    refreshes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.draw_steps >= 0, f"draw_steps must not be negative, not {self.draw_steps}.")
+        self.require(self.max_own_loss >= 0, f"max_own_loss must not be negative, not {self.max_own_loss}.")
         self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
 
 
@@ -42,9 +49,21 @@ class Noising(FlowAlgorithm):
 
     Config: ClassVar[type[FlowConfig]] = NoisingConfig
     config: NoisingConfig
+    is_held = False
+
+    @classmethod
+    def copies_for(cls, config: Any) -> set[Role]:
+        """Keep the policy that draws the samples where it may stay as it is."""
+        copies = super().copies_for(config)
+        return copies | {"behaviour"} if config.max_own_loss else copies
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        if self.config.max_own_loss and self.behaviour_role != "behaviour":
+            raise ConfigError(
+                f"'{self.name}' draws samples from its {self.behaviour_role} policy, which max_own_loss does not hold: "
+                "leave it at 0."
+            )
         if self.config.time_weighting == "variance":
             self.noise_at = self.keep("noise_at", torch.zeros(2, TIME_BINS))  # sums of |u - base|^2, and counts
 
@@ -56,6 +75,25 @@ class Noising(FlowAlgorithm):
     def drawn_from(self, x_0: torch.Tensor, context_ids: torch.Tensor, role: Role) -> torch.Tensor:
         """Draw latents of a role from noise (B, *latent_shape)."""
         return self.policy.sample_latents(context_ids, role=role, x_0=x_0, steps=self.config.draw_steps or None)
+
+    def may_refresh(self, figures: Mapping[str, torch.Tensor]) -> bool:
+        """Tell whether the loss of own samples is small enough for a refresh."""
+        limit = self.config.max_own_loss
+        if not limit:
+            return True
+        known = figures if "own_loss" in figures else self.drift()
+        own, reference = self.ranks.mean_(torch.stack([known["own_loss"], known["reference_loss"]])).tolist()
+        self.is_held = own > limit * reference
+        return not self.is_held
+
+    def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
+        """Tell of a behaviour policy that stays as it is."""
+        text = (
+            f"The policy that draws samples was not refreshed after iteration {self.iteration}: the loss of its own "
+            f"samples is more than {self.config.max_own_loss:g} times the reference's (max_own_loss), and errors would "
+            "grow. Training goes on with samples of the policy as it was, and refreshes it once that is mended."
+        )
+        return {**super().cautions(logged), **({"held": text} if self.is_held else {})}
 
     def pair(self, batch: Batch, x_0: torch.Tensor | None = None, t: torch.Tensor | None = None) -> Pair:
         """Pair the samples of a minibatch with fresh noise, at fresh times up to the largest; or with given ones."""

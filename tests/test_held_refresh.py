@@ -1,0 +1,108 @@
+"""Refreshes that are held while errors of the flow are too large (`max_own_loss`)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import flowrl
+from flowrl.errors import ConfigError
+from flowrl.types import Role
+
+pytestmark = pytest.mark.on_device
+
+SMALL: dict[str, Any] = {"n_samples": 64, "batch_size": 32, "rollout_steps": 3, "learning_rate": 3e-3}
+METHODS = [
+    ("orw_w2", {"alpha": 0.1}),  # its loss gives own_loss
+    ("orw", {"target": "plain"}),  # which keeps no v_old otherwise
+    ("nft", {"group_size": 8}),
+    ("tilt", {"pool": 64}),
+]
+
+
+def make(name: str, **settings: Any) -> Any:
+    return flowrl.algorithm_class(name)("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **SMALL | settings)
+
+
+def weights(model: Any, role: Role = "current") -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.policy.parameters_of(role).values()]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("name", "settings"), METHODS)
+def test_beyond_the_limit_the_samples_come_from_the_policy_as_it_was(name: str, settings: dict[str, Any]) -> None:
+    model, free, never = (make(name, **settings, max_own_loss=limit) for limit in (1e-6, 1e6, 0.0))
+    before = weights(model, "behaviour")
+    with pytest.warns(UserWarning, match=r"not refreshed after iteration 1: .* 1e-06 times the reference's"):
+        model.learn(3 * 64)
+    assert equal(weights(model, "behaviour"), before)
+    assert not equal(weights(model), before)
+    free.learn(3 * 64)
+    never.learn(3 * 64)
+    assert equal(weights(free), weights(never))
+    if name != "nft":  # whose old policy lags behind
+        assert equal(weights(free, "behaviour"), weights(free))
+
+
+@pytest.mark.parametrize(
+    ("own", "reference", "may"),
+    [(1.2, 1.0, True), (1.21, 1.0, False), (0.3, 0.25, True), (0.31, 0.25, False), (math.nan, 1.0, True), (0, 0, True)],
+)
+def test_the_limit_is_on_the_ratio_of_the_two_losses(own: float, reference: float, may: bool) -> None:
+    model = make("orw_w2", max_own_loss=1.2000001)
+    figures = {"own_loss": torch.tensor(float(own)), "reference_loss": torch.tensor(float(reference))}
+    assert model.may_refresh(figures) is may
+    assert make("orw_w2").may_refresh(figures)
+
+
+def test_it_goes_on_once_the_loss_is_small_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterations 2 and 3 are held; the fourth refreshes, and what was told is told once."""
+    model, losses = make("orw_w2", max_own_loss=1.5), iter([1.0, 2.0, 2.0, 1.0])
+    update, drawn_by = type(model).update, []
+
+    def with_loss(self: Any) -> dict[str, torch.Tensor]:
+        drawn_by.append(weights(self, "behaviour"))
+        told = {"own_loss": torch.tensor(next(losses)), "reference_loss": torch.tensor(1.0)}
+        return {**update(self), **told}
+
+    monkeypatch.setattr(type(model), "update", with_loss)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(4 * 64)
+    assert [equal(drawn_by[i], drawn_by[i + 1]) for i in range(3)] == [False, True, True]
+    assert equal(weights(model, "behaviour"), weights(model))
+    assert sum("was not refreshed after iteration 2" in str(w.message) for w in caught) == 1
+
+
+def test_a_held_run_resumes_exactly(tmp_path: Path) -> None:
+    whole, half = (make("orw_w2", max_own_loss=1e-6) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole.learn(4 * 64)
+        half.learn(2 * 64)
+        half.save(tmp_path / "half")
+        again = flowrl.ORWCFMW2.load(tmp_path / "half", device=DEVICE).learn(2 * 64, reset_num_timesteps=False)
+    for role in ("current", "behaviour"):
+        assert equal(weights(whole, role), weights(again, role))
+    assert not equal(weights(whole), weights(whole, "behaviour"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("rwr", {}, "'rwr' draws samples from its reference policy, which max_own_loss does not hold"),
+        ("orw_w2", {"max_own_loss": -1.0}, r"max_own_loss must not be negative, not -1\.0"),
+    ],
+)
+def test_where_there_is_nothing_to_hold(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(name, **{"max_own_loss": 1.2, **settings})
