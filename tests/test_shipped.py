@@ -16,9 +16,7 @@ from flowrl.registry import ALGORITHMS, register_algorithm
 from flowrl.shipped import SHIPPED
 from flowrl.training.algorithm import FlowAlgorithm
 
-HELP = (
-    "import contextlib, flowrl.run\nwith contextlib.suppress(SystemExit): flowrl.run.main(['--algo=nft', '--help'])"
-)
+HELP = "import contextlib, flowrl.run\nwith contextlib.suppress(SystemExit): flowrl.run.main(['--algo=nft', '--help'])"
 HEADS = ("flowrl.baselines.", "flowrl.orw_w2", "flowrl.tilt")
 
 
