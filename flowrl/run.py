@@ -231,7 +231,7 @@ def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> No
         return
     others = [WandbWriter(run.wandb, folder, read_json(folder / "config.json"))] if run.wandb else []
     say(head_of(model, folder, total))
-    for outdated in ("evaluation.json", "report.html"):
+    for outdated in ("evaluation.json", "report.html", "before_after.png", "sounds/contexts.json"):
         (folder / outdated).unlink(missing_ok=True)
     model.set_logger(logger(folder, model.num_timesteps, *others))
 
