@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from flowrl.checks import LARGEST_INT, counted, is_whole, python_value, shown
 from flowrl.envs.prompts import shares_of
-from flowrl.errors import ConfigError, FlowRLError, RewardError
+from flowrl.errors import ConfigError, FlowRLError, RewardError, raised_by
 from flowrl.models.loading import FlowSource
 from flowrl.types import Contexts, RewardOutput
 
@@ -210,11 +210,12 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         """Draw samples (B, *sample_shape) as images (B, 1 or 3, H, W) in [0, 1], if `shows_images`.
 
         Raises:
-            ConfigError: The renderer gave something else.
+            ConfigError: The renderer raised, or gave something else.
         """
         if self.renderer is None:
             return samples
-        drawn = torch.as_tensor(self.renderer(samples)).float()
+        with raised_by(f"The renderer of '{self.name}'"):
+            drawn = torch.as_tensor(self.renderer(samples)).float()
         if drawn.dim() != 4 or len(drawn) != len(samples) or drawn.shape[1] not in (1, 3):
             raise ConfigError(
                 f"The renderer of '{self.name}' gave shape {tuple(drawn.shape)} for {len(samples)} samples; it must "

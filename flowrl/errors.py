@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 LONGEST_NAME = 200
 """Characters of an unknown name that are repeated."""
@@ -58,6 +59,17 @@ class OutOfMemoryError(FlowRLError, MemoryError):
 
 class NonFiniteError(FlowRLError, FloatingPointError):
     """A weight, loss or gradient that is not finite."""
+
+
+@contextlib.contextmanager
+def raised_by(whose: str, kind: type[FlowRLError] = ConfigError) -> Iterator[None]:
+    """Raise an error of this kind, which says whose it is, where code of the user's own raises any."""
+    try:
+        yield
+    except FlowRLError:
+        raise
+    except Exception as error:
+        raise kind(f"{whose} raised {type(error).__name__}: {error}.") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

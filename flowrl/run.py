@@ -231,7 +231,7 @@ def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> No
         return
     others = [WandbWriter(run.wandb, folder, read_json(folder / "config.json"))] if run.wandb else []
     say(head_of(model, folder, total))
-    for outdated in ("evaluation.json", "report.html"):
+    for outdated in ("evaluation.json", "report.html", "before_after.png", "sounds/contexts.json"):
         (folder / outdated).unlink(missing_ok=True)
     model.set_logger(logger(folder, model.num_timesteps, *others))
 
@@ -277,8 +277,11 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Jud
     if not model.ranks.is_main:
         return 0
     write_evaluation(folder, result)
-    save_before_after(result, model.env.core, folder / "before_after.png")
-    save_sounds(result, model.env.core, folder / "sounds")
+    try:
+        save_before_after(result, model.env.core, folder / "before_after.png")
+        save_sounds(result, model.env.core, folder / "sounds")
+    except ConfigError as error:
+        say(f"warning: {error} The report has no samples of before and after.")
     from flowrl.pages.run_page import write_report
 
     report = write_report(folder)

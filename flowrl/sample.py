@@ -22,7 +22,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.functional.solver_steps import Solver
 from flowrl.runs.folder import cannot_write, load_model, new_folder
-from flowrl.runs.media import NO_WRITER, save_sound, save_video, writes_mp4
+from flowrl.runs.media import NO_WRITER, save_sound, save_video, sounds_of, writes_mp4
 from flowrl.runs.pictures import as_images, image_grid, n_shown, save_picture
 from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
 from flowrl.storage.files import write_json
@@ -226,7 +226,7 @@ def _write_points(
     samples = torch.cat(list(batches))
     save_file({"samples": samples.contiguous(), "seeds": torch.tensor(seeds)}, folder / "samples.safetensors")
     if env.sound_rate:
-        for i, sound in enumerate(env.sounds(samples, contexts)):
+        for i, sound in enumerate(sounds_of(env, samples, contexts)):
             save_sound(sound, folder / f"{i:04d}-{slug(contexts[i])}-seed{seeds[i]}", env.sound_rate)
     shown = samples[:GRID] if env.shows_images else samples
     save_picture(shown, contexts, env, folder / "scatter.png")

@@ -25,6 +25,7 @@ from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves
 from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, _add_speed, collect, summary
 from flowrl.pages.benchmark_tables import drift, interval, markdown, target
+from flowrl.pages.text import markdown_table
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
 from flowrl.runs.folder import finite_or_none
 from flowrl.storage.files import write_json
@@ -320,6 +321,12 @@ def test_a_place_that_takes_no_files(run_here, suite: Path, tmp_path: Path) -> N
     done = run_here("flowrl.benchmark", "--suite", suite, "--out", tmp_path / "taken", "--workers", 1)
     assert done.returncode == 2
     assert f"error: Cannot write to '{tmp_path / 'taken' / 'small'}': Not a directory. Finished cells" in done.stderr
+
+
+def test_names_in_tables_stand_for_themselves() -> None:
+    """Rows and components are named by others: a bar would move all figures that follow by a column."""
+    table = markdown_table(["a|b", "two\nlines"], [["<i>x</i>", "c\\|d"]])
+    assert table.splitlines() == [r"| a\|b | two lines |", "|---|---|", r"| \<i>x\</i> | c\\\|d |"]
 
 
 def test_summary_by_hand() -> None:

@@ -23,6 +23,8 @@ from conftest import forgetting
 from safetensors.torch import load_file
 
 import flowrl
+import flowrl.run
+from flowrl.pages.run_files import RunFiles
 from flowrl.registry import environment_spec
 from flowrl.run import main
 from flowrl.runs.folder import alone_in, finite_or_none, write_evaluation
@@ -456,6 +458,24 @@ def test_evaluate_gives_the_run_its_own_figures_again(run_here, three: Path, tmp
     assert done.returncode == 0, done.stderr
     assert (run / "evaluation.json").read_text() == (three / "evaluation.json").read_text()
     assert "reference     trained" in done.stdout
+
+
+def test_a_run_that_goes_on_shows_no_samples_of_before(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report that is written before its end would show them as those of the present state."""
+    run = shutil.copytree(three, tmp_path / "run")
+    (run / "sounds").mkdir()
+    (run / "sounds" / "contexts.json").write_text('{"contexts": []}')
+    assert RunFiles.read(run).before_after
+
+    def stopped(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flowrl.run, "evaluate", stopped)
+    assert main(["--resume", str(run), "--total-timesteps", str(4 * N)]) == 130
+    assert RunFiles.read(run).before_after == b""
+    assert not (run / "sounds" / "contexts.json").exists()
 
 
 def test_an_evaluation_with_another_sampler_has_files_of_its_own(run_here, three: Path, tmp_path: Path) -> None:

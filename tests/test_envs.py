@@ -30,6 +30,8 @@ from flowrl.errors import ConfigError, RewardError, UnknownNameError
 from flowrl.models.loading import source_of
 from flowrl.models.mlp import MLP, FieldFlow, ModuleFlow
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
+from flowrl.run import main
+from flowrl.runs.media import sounds_of
 from flowrl.runs.pictures import save_before_after, save_picture
 
 SHIPPED = sorted(ENVIRONMENTS)
@@ -596,6 +598,53 @@ def test_a_picture_of_ones_own(names: Callable[[], str], tmp_path: Path) -> None
         env.pictures(torch.zeros(4, 2))
 
 
+def test_pictures_of_ones_own_that_fail_cost_no_training(
+    names: Callable[[], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on to its weights and its report; before it has begun, the renderer is named instead."""
+    name, calls = names(), []
+
+    def render(samples: torch.Tensor) -> torch.Tensor:
+        calls.append(len(samples))
+        if len(calls) > good:
+            raise KeyError("colour")
+        return samples[:, None, None, :].expand(-1, 1, 4, -1) / 4 + 0.5
+
+    flowrl.register_env(name, flow="gaussians", render=render)(lambda samples, contexts: samples[:, 0])
+    given = ["--algo", "orw", "--env", name, "--algo.n-samples", "32", "--total-timesteps", "64", "--eval-samples", "8"]
+    given += ["--picture-every", "1", "--out", str(tmp_path), "--name"]
+    good = 1
+    assert main([*given, "later"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"The renderer of '{name}' raised KeyError: 'colour'. Training goes on.") == 2
+    assert f"The renderer of '{name}' raised KeyError: 'colour'. The report has no samples of before and after." in said
+    assert {path.name for path in (tmp_path / "later").iterdir()} >= {"final", "evaluation.json", "report.html"}
+    good, calls = 0, []
+    assert main([*given, "at-once"]) == 2
+    assert f"The renderer of '{name}' raised KeyError: 'colour'." in capsys.readouterr().err
+
+
+def test_plots_and_sounds_of_ones_own_that_fail_are_named(tmp_path: Path) -> None:
+    class Shown(Judged):
+        """Samples that are plotted and heard, wrongly."""
+
+        def plot(self, axes: Any, samples: torch.Tensor) -> None:
+            """Fail."""
+            raise RuntimeError("no axes")
+
+        def sounds(self, samples: torch.Tensor, contexts: Any) -> torch.Tensor:
+            """Give sounds without channels, or fail."""
+            return samples if len(samples) > 1 else samples[5]
+
+    env = Shown()
+    with pytest.raises(ConfigError, match=r"The method plot of 'judged' raised RuntimeError: no axes\."):
+        save_picture(torch.zeros(4, 2), [None] * 4, env, tmp_path / "points.png")
+    with pytest.raises(ConfigError, match=r"gave shape \(4, 2\) for 4 samples; it must give sounds \(4, channels, N\)"):
+        sounds_of(env, torch.zeros(4, 2), [None] * 4)
+    with pytest.raises(ConfigError, match="The method sounds of 'judged' raised IndexError"):
+        sounds_of(env, torch.zeros(1, 2), [None])
+
+
 class Judged(flowrl.GenerationEnv):
     """Reward to the right; its judges see the second coordinate, and how far all are from the origin."""
 
@@ -616,6 +665,31 @@ class Judged(flowrl.GenerationEnv):
         """Give the distance of the mean from the origin."""
         assert len(samples) == len(contexts)
         return {"off centre": samples.mean(0).norm().item() + seed}
+
+
+@pytest.mark.parametrize(
+    ("method", "gives", "message"),
+    [
+        ("errors", KeyError("k"), "The method errors of 'judged' raised KeyError: 'k'."),
+        ("errors", {"height": torch.zeros(())}, r"returned shape \(\) for 8 samples"),
+        ("errors_of_all", KeyError("k"), "The method errors_of_all of 'judged', .* raised KeyError: 'k'."),
+        ("errors_of_all", {"off centre": None}, "The method errors_of_all of 'judged', .* raised TypeError"),
+        ("errors_of_all", {"off centre": torch.zeros(8)}, "a number for each name, raised"),
+    ],
+)
+def test_judges_that_fail_are_named(
+    monkeypatch: pytest.MonkeyPatch, method: str, gives: Exception | dict[str, Any], message: str
+) -> None:
+    def judge(*given: Any) -> dict[str, Any]:
+        if isinstance(gives, Exception):
+            raise gives
+        return gives
+
+    env = Judged()
+    policy = flowrl.FlowPolicy.of(env, device="cpu", seed=0)
+    monkeypatch.setattr(env, method, judge)
+    with pytest.raises(RewardError, match=message):
+        flowrl.evaluate(policy, env, n_samples=8)
 
 
 def test_judges_that_the_reward_never_saw() -> None:

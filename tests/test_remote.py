@@ -192,6 +192,17 @@ def test_the_documented_examples() -> None:
     assert wire.decode_error(error) == "'samples[0] is not base64.' (request '4513464d168f4771859c85eaf76a774f')"
 
 
+@pytest.mark.parametrize("name", ["", "two\nlines", "\x1b]0;title\x07", "a\x00b", "n" * 101])
+def test_names_of_components_are_shown_as_they_are(name: str) -> None:
+    """They come from another machine, and go to the terminal."""
+    body = json.dumps({"reward": [1.0], "components": {name: [1.0]}}).encode()
+    with pytest.raises(RewardError, match="1 to 100 printable characters") as raised:
+        wire.decode_reply(body, 1)
+    assert str(raised.value).isprintable()
+    for fine in ("Güte", "n" * 100, "a/b c"):
+        assert fine in wire.decode_reply(json.dumps({"reward": [1], "components": {fine: [1]}}).encode(), 1).components
+
+
 @pytest.mark.parametrize(
     ("samples", "encoding", "message"),
     [

@@ -43,6 +43,8 @@ class Fake:
         self.logged.append((step, values))
 
     def finish(self) -> None:
+        if "finish" in self.fails:
+            raise self.Error("the service does not answer")
         self.finished += 1
 
     def Image(self, pixels: np.ndarray) -> np.ndarray:
@@ -55,6 +57,14 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.chdir(tmp_path)
     return module
+
+
+def test_a_log_that_does_not_end_costs_no_weights(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sending the rest can fail when training is over; weights, evaluation and report come after that."""
+    fake.fails = ["finish"]
+    assert main([*TINY, "--wandb", "project"]) == 0
+    assert {path.name for path in Path("runs/r").iterdir()} >= {"final", "evaluation.json", "report.html"}
+    assert "Cannot end the log by WandbWriter: Error the service does not answer." in capsys.readouterr().out
 
 
 def test_it_gets_what_tensorboard_gets(fake: Fake) -> None:

@@ -29,6 +29,7 @@ SCORE_PATH, HEALTH_PATH = "/v1/score", "/health"
 ENCODINGS = ("png", "float16", "float32")
 MAX_VALUES = 2**28  # numbers in the samples of a request: 1 GiB once decoded to float32
 MAX_DIMENSIONS = 8
+MAX_NAME = 100  # characters of a component's name
 MAX_BRACKETS = 10**6  # empty lists take twenty times the memory that they have as text
 
 _DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
@@ -97,6 +98,11 @@ def decode_reply(body: bytes, n_samples: int) -> RewardOutput:
     components = reply.get("components", {})
     if not isinstance(components, dict):
         raise RewardError("components must be an object of lists.")
+    for name in components:
+        if not (name.isprintable() and 1 <= len(name) <= MAX_NAME):  # a terminal takes some others for commands
+            raise RewardError(
+                f"The name of a component must have 1 to {MAX_NAME} printable characters, not {reprlib.repr(name)}."
+            )
     return RewardOutput(
         _scores(reply["reward"], n_samples, "reward"),
         {name: _scores(values, n_samples, f"component {reprlib.repr(name)}") for name, values in components.items()},

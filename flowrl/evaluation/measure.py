@@ -16,7 +16,7 @@ from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, check_reward, draw_contexts
 from flowrl.envs.prompts import prompts_from, shares_of
 from flowrl.envs.rewards.catalogue import RewardFunction
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, RewardError, raised_by
 from flowrl.evaluation.results import EvaluationResult, SampleStatistics
 from flowrl.evaluation.side_effects import compare, held_out, looks
 from flowrl.evaluation.steering import Steering, steer
@@ -346,17 +346,18 @@ def _judged(
 ) -> dict[str, torch.Tensor]:
     """Compute errors by the environment's own judges: (n_samples,) by name, and (1,) those of all samples together."""
     contexts = [env.contexts[i] for i in context_ids.tolist()]
-    parts = [
-        {
-            name: check_reward(value, batch, contexts[i : i + batch_size], f"{env.name}, {name}")
-            for name, value in env.errors(batch.clone(), contexts[i : i + batch_size]).items()
-        }
-        for i, batch in zip(range(0, len(samples), batch_size), samples.split(batch_size))
-    ]
-    together = env.errors_of_all(samples.clone(), contexts, seed)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {
-        name: torch.tensor([value]) for name, value in together.items()
-    }
+    with raised_by(f"The method errors of '{env.name}'", RewardError):
+        parts = [
+            {
+                name: check_reward(value, batch, contexts[i : i + batch_size], f"{env.name}, {name}")
+                for name, value in env.errors(batch.clone(), contexts[i : i + batch_size]).items()
+            }
+            for i, batch in zip(range(0, len(samples), batch_size), samples.split(batch_size))
+        ]
+        each = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    with raised_by(f"The method errors_of_all of '{env.name}', which gives a number for each name,", RewardError):
+        together = env.errors_of_all(samples.clone(), contexts, seed)
+        return each | {name: torch.tensor([float(value)]) for name, value in together.items()}
 
 
 W2_POINTS = 2048

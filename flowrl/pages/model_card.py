@@ -214,7 +214,7 @@ def _results(result: Mapping[str, Any]) -> str:
     for key, value in components.items():
         rows.append((key[:100], number(_table(base.get("components")).get(key)), number(value)))
     rows.append(("diversity", number(base.get("diversity")), number(result.get("diversity"))))
-    rows.append(("drift E\\|v - v_ref\\|²", "0", number(result.get("drift"))))
+    rows.append(("drift E|v - v_ref|²", "0", number(result.get("drift"))))
     return (
         f"{markdown_table(['', 'base model', 'fine-tuned'], rows)}\n\n"
         f"{number(result.get('n_samples'))} samples of each, from the same noise and prompts; intervals are of "

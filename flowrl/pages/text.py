@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ def setting(value: Any) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table in Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    """Write a table in Markdown; what would end a cell or begin a tag stands for itself."""
+    lines = [_markdown_row(head), "|" + "---|" * len(head)]
+    return "\n".join([*lines, *map(_markdown_row, rows)])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    plain = (re.sub(r"[\\|<]", r"\\\g<0>", " ".join(cell.split())) for cell in cells)
+    return "| " + " | ".join(plain) + " |"

@@ -17,7 +17,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from flowrl.envs.rewards.catalogue import RewardFunction
-from flowrl.errors import CheckpointError
+from flowrl.errors import CheckpointError, ConfigError
 from flowrl.evaluation.side_effects import held_out
 from flowrl.runs.logs import say, show_picture
 from flowrl.runs.pictures import n_shown, save_picture
@@ -39,7 +39,8 @@ class IterationCallback(BaseCallback):
 class PictureCallback(IterationCallback):
     """Callback that writes a picture of samples, at fixed noise and contexts, every few iterations.
 
-    One that cannot be written is reported; the run goes on.
+    One that cannot be written is reported; the run goes on. A renderer of one's own that fails before training began
+    ends it.
 
     Args:
         folder: Where `samples/` pictures go.
@@ -106,8 +107,11 @@ class PictureCallback(IterationCallback):
         try:
             save_picture(samples, [env.contexts[i] for i in self.contexts.tolist()], env, path)
             show_picture(self.logger, "samples", path, self.model.num_timesteps)
-        except OSError as error:
-            say(f"warning: Cannot write a picture to '{self.folder}': {error}. Training goes on.")
+        except (OSError, ConfigError) as error:
+            if isinstance(error, ConfigError) and self.model.iteration == 0:  # type: ignore[attr-defined]
+                raise  # nothing is lost yet
+            why = str(error).rstrip(".")
+            say(f"warning: Cannot write a picture to '{self.folder}': {why}. Training goes on.")
 
 
 class HeldOutCallback(BaseCallback):

@@ -255,6 +255,9 @@ class PatientWriter(KVWriter):
             self.failed = False
 
     def close(self) -> None:
-        """Close the writer."""
-        with contextlib.suppress(OSError):
+        """Close the writer; what comes after training does not wait for one that fails."""
+        try:
             self.writer.close()
+        except Exception as error:
+            if not isinstance(error, OSError):
+                say(f"warning: Cannot end the log {self.name}: {type(error).__name__} {error}.")

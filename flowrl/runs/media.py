@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import wave
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from flowrl.envs.base import GenerationEnv
+from flowrl.errors import ConfigError, raised_by
 from flowrl.evaluation.measure import EvaluationResult
 from flowrl.runs.pictures import image_grid
 from flowrl.storage.files import write_json
@@ -70,6 +72,22 @@ def save_sound(sound: torch.Tensor, path: Path, sample_rate: int) -> Path:
     return path
 
 
+def sounds_of(env: GenerationEnv, samples: torch.Tensor, contexts: Sequence[Any]) -> torch.Tensor:
+    """Make what samples (B, *sample_shape) sound like: (B, channels, N).
+
+    Raises:
+        ConfigError: The environment's method raised, or gave something else.
+    """
+    with raised_by(f"The method sounds of '{env.name}'"):
+        sounds = torch.as_tensor(env.sounds(samples, contexts))
+    if sounds.dim() != 3 or len(sounds) != len(samples):
+        raise ConfigError(
+            f"The method sounds of '{env.name}' gave shape {tuple(sounds.shape)} for {len(samples)} samples; it must "
+            f"give sounds ({len(samples)}, channels, N) with values in [-1, 1]."
+        )
+    return sounds
+
+
 def save_sounds(result: EvaluationResult, env: GenerationEnv, folder: Path) -> list[Path]:
     """Write what the first sample of each of the first contexts sounds like before and after, where there is a sound.
 
@@ -90,7 +108,7 @@ def save_sounds(result: EvaluationResult, env: GenerationEnv, folder: Path) -> l
     contexts = [result.sample_contexts[i] for i in rows]
     folder.mkdir(parents=True, exist_ok=True)
     for name, samples in (("before", result.reference_samples), ("after", result.samples)):
-        for i, sound in enumerate(env.sounds(samples[rows], contexts)):
+        for i, sound in enumerate(sounds_of(env, samples[rows], contexts)):
             save_sound(sound, folder / f"{i}-{name}", env.sound_rate)
     write_json(folder / "contexts.json", {"contexts": [str(context) for context in contexts]})
     return [folder]

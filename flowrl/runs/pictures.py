@@ -15,6 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from flowrl.envs.base import GenerationEnv, plotted
+from flowrl.errors import raised_by
 from flowrl.evaluation.measure import EvaluationResult
 from flowrl.runs.scatter import SIZE, scatter
 
@@ -123,7 +124,8 @@ def _save_plots(clouds: Sequence[tuple[str, torch.Tensor]], env: GenerationEnv, 
         figure.subplots_adjust(0.18 / len(clouds), 0.13, 1 - 0.05 / len(clouds), 0.92, wspace=0.3)
         for i, (title, points) in enumerate(clouds):
             axes = figure.add_subplot(1, len(clouds), i + 1)
-            env.plot(axes, points)
+            with raised_by(f"The method plot of '{env.name}'"):
+                env.plot(axes, points)
             axes.set(title=f"{title} ({len(points)})")
         figure.savefig(path, dpi=100)
         del axes, figure
