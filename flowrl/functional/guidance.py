@@ -35,8 +35,8 @@ def guided_velocity(
 
     - "cfg": as `combine` says.
     - "cfg_zero": CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): `v_null` is first multiplied by the
-      `s = <v, v_null> / |v_null|^2` of each sample that brings it nearest to `v`, and the step from t = 0 is left out
-      (velocity zero).
+      `s = <v, v_null> / |v_null|^2` of each sample that brings it nearest to `v`, and the velocity at t = 0 is zero, so
+      that the first step of Euler's is left out.
     """
     if guidance == "cfg":
         return combine(v, v_null, scale)
