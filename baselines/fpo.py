@@ -117,6 +117,10 @@ class FPO(GroupRelative):
 
 def stratified_times(n: int, k: int, kind: TimeSampling, generator: torch.Generator) -> torch.Tensor:
     """Draw `k` flow times for each of `n` rows, (n, k): one in each of k equally likely intervals, in rising order."""
-    uniform = drawn(lambda rows: torch.rand(rows, k, generator=generator, device=generator.device), n, generator)
-    share = (torch.arange(k, device=uniform.device) + uniform) / k
-    return share if kind == "uniform" else torch.special.ndtri(share).sigmoid()
+
+    def draw(rows: int) -> torch.Tensor:
+        uniform = torch.rand(rows, k, generator=generator, device=generator.device)
+        share = (torch.arange(k, device=uniform.device) + uniform) / k
+        return share if kind == "uniform" else torch.special.ndtri(share).sigmoid()
+
+    return drawn(draw, n, generator)

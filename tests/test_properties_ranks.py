@@ -18,8 +18,9 @@ from properties import (
     splits,
 )
 
+from flowrl.baselines import fpo
 from flowrl.distributed.ranks import Ranks, SharedGenerator
-from flowrl.functional import flow
+from flowrl.functional import endpoint, flow
 from flowrl.training.buffer import RolloutBuffer
 from flowrl.types import Batch
 
@@ -94,12 +95,13 @@ def test_rows_are_divided_among_ranks_in_whole_groups(n, count, group) -> None:
 
 @given(st.integers(1, 6), st.integers(1, 4), st.sampled_from(["uniform", "logit_normal"]), seeds)
 def test_what_ranks_draw_is_what_one_process_draws(n, count, kind, seed) -> None:
-    def of(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(ranks: Ranks) -> list[torch.Tensor]:
         generator = SharedGenerator("cpu", ranks)
         generator.manual_seed(seed)
         rows = n * count if ranks.world_size == 1 else n
-        return flow.normal(rows, (2, 3), generator), flow.sample_time(rows, kind, generator)
+        times = flow.sample_time(rows, kind, generator), flow.even_times(rows, kind, generator)
+        strata = (f(rows, 3, kind, generator).flatten() for f in (endpoint.stratified_times, fpo.stratified_times))
+        return [flow.normal(rows, (2, 3), generator), *times, *strata]
 
-    noise, times = (torch.cat(parts) for parts in zip(*(of(Thread(i, count)) for i in range(count))))
-    assert torch.equal(noise, of(Ranks())[0])
-    assert torch.equal(times, of(Ranks())[1])
+    parts = [torch.cat(parts) for parts in zip(*(of(Thread(i, count)) for i in range(count)))]
+    assert all(torch.equal(part, whole) for part, whole in zip(parts, of(Ranks()), strict=True))

@@ -166,11 +166,13 @@ def stratified_times(
 
     "early" has density `2 (1 - t)`; the others are those of `sample_time`. Times of a sample follow one another.
     """
-    u = drawn(lambda rows: torch.rand(rows, strata, generator=generator, device=generator.device), n, generator)
-    u = ((u + torch.arange(strata, device=u.device)) / strata).flatten().clamp_max(1 - 2**-24)
-    if kind == "early":
-        return 1 - (1 - u).sqrt()
-    return time_quantile(u, kind)
+
+    def draw(rows: int) -> torch.Tensor:
+        u = torch.rand(rows, strata, generator=generator, device=generator.device)
+        u = ((u + torch.arange(strata, device=u.device)) / strata).clamp_max(1 - 2**-24)
+        return 1 - (1 - u).sqrt() if kind == "early" else time_quantile(u, kind)
+
+    return drawn(draw, n, generator).flatten()
 
 
 def lagging_decay(step: int, flat: float, rate: float, hold: float) -> float:

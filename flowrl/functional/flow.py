@@ -52,9 +52,11 @@ def sample_time(n: int, kind: TimeSampling, generator: torch.Generator) -> torch
     "uniform", or "logit_normal": the sigmoid of a standard normal, as Stable Diffusion 3 is trained
     (Esser et al. 2024, eq. 19).
     """
+
     if kind == "uniform":
         return drawn(lambda rows: torch.rand(rows, generator=generator, device=generator.device), n, generator)
-    return drawn(lambda rows: torch.randn(rows, generator=generator, device=generator.device), n, generator).sigmoid()
+    # before ranks take their rows: the last bit of a sigmoid depends on how many there are, on some CPUs
+    return drawn(lambda rows: torch.randn(rows, generator=generator, device=generator.device).sigmoid(), n, generator)
 
 
 def even_times(n: int, kind: TimeSampling, generator: torch.Generator) -> torch.Tensor:
@@ -62,9 +64,10 @@ def even_times(n: int, kind: TimeSampling, generator: torch.Generator) -> torch.
 
     def draw(rows: int) -> torch.Tensor:
         device = generator.device
-        return (torch.arange(rows, device=device) + torch.rand(rows, generator=generator, device=device)) / rows
+        u = (torch.arange(rows, device=device) + torch.rand(rows, generator=generator, device=device)) / rows
+        return time_quantile(u, kind)
 
-    return time_quantile(drawn(draw, n, generator), kind)
+    return drawn(draw, n, generator)
 
 
 def time_quantile(u: torch.Tensor, kind: TimeSampling) -> torch.Tensor:
