@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.flow import TimeSampling, drawn, sample_time
+from flowrl.functional.endpoint import stratified_times
+from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import clip_fraction, clipped_objective
 from flowrl.registry import register_algorithm
 from flowrl.training.groups import GroupConfig, GroupRelative
@@ -81,7 +82,7 @@ class FPO(GroupRelative):
         n = len(x_1) // size
         x_0 = torch.stack([self.policy.noise(n, self.generator) for _ in range(config.draws)], 1)
         if config.shared:
-            t = stratified_times(n, config.draws, config.time_sampling, self.generator)
+            t = stratified_times(n, config.draws, config.time_sampling, self.generator).view(n, config.draws)
         else:
             t = torch.stack([sample_time(n, config.time_sampling, self.generator) for _ in range(config.draws)], 1)
         x_0, t = x_0.repeat_interleave(size, dim=0), t.repeat_interleave(size, dim=0)
@@ -113,14 +114,3 @@ class FPO(GroupRelative):
         ratio = (old - self.kept_errors(batch, x_0, t)).mean(1).exp()
         loss = clipped_objective(ratio, batch.advantage, self.config.clip_range)
         return loss.mean(), {"ratio": ratio.mean(), "clip_fraction": clip_fraction(ratio, self.config.clip_range)}
-
-
-def stratified_times(n: int, k: int, kind: TimeSampling, generator: torch.Generator) -> torch.Tensor:
-    """Draw `k` flow times for each of `n` rows, (n, k): one in each of k equally likely intervals, in rising order."""
-
-    def draw(rows: int) -> torch.Tensor:
-        uniform = torch.rand(rows, k, generator=generator, device=generator.device)
-        share = (torch.arange(k, device=uniform.device) + uniform) / k
-        return share if kind == "uniform" else torch.special.ndtri(share).sigmoid()
-
-    return drawn(draw, n, generator)

@@ -757,8 +757,8 @@ MUTATIONS = (
     Mutation(
         "fpo-strata",
         "baselines/fpo.py",
-        "device=uniform.device) + uniform) / k",
-        "device=uniform.device) * 0 + k * uniform) / k",
+        ".view(n, config.draws)",
+        ".view(config.draws, n).T",
         ("test_preference.py::test_fpo_shares_draws_in_a_group_at_times_of_every_part",),
     ),
     Mutation(

@@ -18,7 +18,6 @@ from properties import (
     splits,
 )
 
-from flowrl.baselines import fpo
 from flowrl.distributed.ranks import Ranks, SharedGenerator
 from flowrl.functional import endpoint, flow
 from flowrl.training.buffer import RolloutBuffer
@@ -100,8 +99,7 @@ def test_what_ranks_draw_is_what_one_process_draws(n, count, kind, seed) -> None
         generator.manual_seed(seed)
         rows = n * count if ranks.world_size == 1 else n
         times = flow.sample_time(rows, kind, generator), flow.even_times(rows, kind, generator)
-        strata = (f(rows, 3, kind, generator).flatten() for f in (endpoint.stratified_times, fpo.stratified_times))
-        return [flow.normal(rows, (2, 3), generator), *times, *strata]
+        return [flow.normal(rows, (2, 3), generator), *times, endpoint.stratified_times(rows, 3, kind, generator)]
 
     parts = [torch.cat(parts) for parts in zip(*(of(Thread(i, count)) for i in range(count)))]
     assert all(torch.equal(part, whole) for part, whole in zip(parts, of(Ranks()), strict=True))
