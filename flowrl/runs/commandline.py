@@ -192,15 +192,18 @@ def second_pass(
                     f"The settings in --config do not fit {algo.__name__}: {str(error).rstrip('.')}."
                 ) from error
         elif spec is not None:  # the recommendations depend on the environment's own settings
-            reduced = dataclasses.make_dataclass("Reduced", parts, frozen=True)
-            known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]
-            default = algo.configure(recommended=spec.recommended(known.env))
+            env = spec.config
+            if given_settings(args, ("--env.",)):
+                reduced = dataclasses.make_dataclass("Reduced", parts, frozen=True)
+                known: Any = tyro.cli(reduced, args=args, prog=PROGRAM, add_help=False, return_unknown_args=True)[0]
+                env = known.env
+            default = algo.configure(recommended=spec.recommended(env))
         parts.append(("algo", algo.Config, field(default=default)))
         other = given_settings(args, ("--algo.",)) - {f.name for f in dataclasses.fields(algo.Config)}
         check_known(algo, sorted(name for name in other if algorithms_with(name)))
     whole = dataclasses.make_dataclass("Run", parts, frozen=True)
     whole.__doc__ = f"Train a flow on a reward.\n\n{names()}"
-    parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM)
+    parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM, config=(tyro.conf.HelptextFromCommentsOff,))
     config = getattr(parsed, "algo", None)
     if algo is not None and config is not None:
         config = without_given(meant(algo, config, given_settings(args, ("--algo.",))), given_settings(args))
