@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import small_pipelines
+import torch
 
 import flowrl
 from flowrl.errors import ConfigError, OutOfMemoryError
@@ -250,3 +251,17 @@ def test_the_command_line_chooses_what_it_was_not_given(folder: Path) -> None:
     assert chosen_by("--algo.no-gradient-checkpointing") == ALL[1:]
     assert chosen_by("--algo.fit-memory") == ()
     assert chosen_by("--algo.fit-memory", "batch_size") == ("batch_size",)
+
+
+def test_ranks_with_other_free_memory_decide_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose memory is empty waits for the one whose is full, and takes its decision."""
+    free = [24 * 2**30, 2**20]
+    said = []
+    for rank in (0, 1):
+        monkeypatch.setattr(fitting, "free_memory", lambda device, rank=rank: free[rank])
+        ranks = SimpleNamespace(device=None, is_sharded=False, world_size=2)
+        ranks.all_gather = lambda rows, n, rank=rank: torch.tensor(free) if rows.tolist() == [free[rank]] else rows
+        config = CLS.configure(settings={"lora_rank": 2})
+        said.append(fitting.fitted(CLS, config, flowrl.make("gaussians-linear"), "cpu", ranks))
+    assert said[0].config == said[1].config
+    assert said[0].lines == said[1].lines != ()

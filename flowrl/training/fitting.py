@@ -93,11 +93,11 @@ def fitted(
         why = "with sharded weights (FSDP)" if ranks.is_sharded else f"on {device.type}"
         said = f"memory: settings as they are; {why} none are chosen by the memory that is free (--algo.fit-memory)"
         return Fit(config, env, (said,) if config.fit_memory else ())
-    if not config.fit_memory and _copies_at_most(env) <= NOTHING * free:
-        return Fit(config, env)
-    if ranks.world_size > 1:
+    if ranks.world_size > 1:  # before anything is decided: every rank must decide the same
         everyones = ranks.all_gather(torch.tensor([free], device=ranks.device), ranks.world_size)
         free = int(everyones.min())
+    if not config.fit_memory and _copies_at_most(env) <= NOTHING * free:
+        return Fit(config, env)
     return fit(cls, config, env, free, n_ranks or ranks.world_size, str(device))
 
 
