@@ -1,4 +1,4 @@
-"""The device of the tests: the CPU, also where there is a GPU, unless FLOWRL_TEST_DEVICE=cuda."""
+"""The device of the tests: the CPU, also where there is a GPU, unless FLOWRL_TEST_DEVICE is "cuda" or "far"."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import far_device
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -19,6 +20,8 @@ FACTORIES = {
 }  # fmt: skip
 if DEVICE != "cuda":  # before torch looks for GPUs, and for the programs that tests start
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if DEVICE == "far":  # before flowrl is imported
+    far_device.install()
 
 
 class TensorsOfTests(TorchFunctionMode):
@@ -37,14 +40,15 @@ class TensorsOfTests(TorchFunctionMode):
 
 def set_device() -> None:
     """Check the device that was asked for, and make tests use it."""
-    if DEVICE not in ("cpu", "cuda"):
-        raise pytest.UsageError(f"FLOWRL_TEST_DEVICE must be 'cpu' or 'cuda', not '{DEVICE}'.")
+    if DEVICE not in ("cpu", "cuda", "far"):
+        raise pytest.UsageError(f"FLOWRL_TEST_DEVICE must be 'cpu', 'cuda' or 'far', not '{DEVICE}'.")
     if DEVICE == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError("FLOWRL_TEST_DEVICE=cuda, but torch finds no CUDA device here.")
         torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as `--deterministic`: sums in any order differ
         torch.use_deterministic_algorithms(True, warn_only=True)
+    if DEVICE != "cpu":
         TensorsOfTests().__enter__()  # for the whole process: modules of tests make tensors when they are imported
 
 

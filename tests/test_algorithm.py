@@ -359,7 +359,7 @@ def test_a_falling_rate_resumes_exactly(tmp_path):
 
     first.learn(4 * 64, callback=Stop())
     first.save(tmp_path / "half")
-    second, seen = flowrl.ORWCFMW2.load(tmp_path / "half"), Rates()
+    second, seen = flowrl.ORWCFMW2.load(tmp_path / "half", device=DEVICE), Rates()
     second.learn(2 * 64, callback=seen, reset_num_timesteps=False)
     assert seen.rates == pytest.approx([whole.config.learning_rate * share for share in (0.5, 0.25)])
     for name, parameter in whole.policy.parameters_of("current").items():

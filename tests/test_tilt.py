@@ -70,7 +70,7 @@ def test_each_context_has_its_own_level() -> None:
     reference = torch.tensor([[0.0, 1.0], [10.0, 12.0]], device=DEVICE)
     rho = tilt_ratio(torch.tensor([1.0, 10.0], device=DEVICE), tilt_level(reference, 1.0), 1.0)
     expected = [math.e / ((1 + math.e) / 2), 1 / ((1 + math.exp(2)) / 2)]
-    torch.testing.assert_close(rho.cpu(), torch.tensor(expected))
+    torch.testing.assert_close(rho, torch.tensor(expected))
     torch.testing.assert_close(mixture_weight(rho, 1e-9), rho)  # pi -> 0: weights of offline regression
 
 
@@ -207,7 +207,7 @@ def test_the_spread_of_rewards_is_that_within_contexts() -> None:
     pool.hold(torch.tensor([3, 4], device=DEVICE))
     pool.reward[pool.slot[3]] = torch.tensor([0.0, 0.0, 2.0, 2.0], device=DEVICE)
     pool.reward[pool.slot[4]] = torch.tensor([9.0, 9.0, 9.0, 9.0], device=DEVICE)
-    torch.testing.assert_close(pool.spread().cpu(), torch.tensor(math.sqrt(0.5)))
+    torch.testing.assert_close(pool.spread(), torch.tensor(math.sqrt(0.5)))
     assert model.tilt_of(torch.tensor(0.5)) == 4
 
 

@@ -77,8 +77,8 @@ class Row(NamedTuple):
             pulled = pulled + _times(gain, velocities[role])
         if self.base != "current":
             pulled = pulled - _times(self.gain * advantage, velocities[self.base])
-        curvature = torch.as_tensor(self.curvature(advantage), dtype=target.dtype).expand(len(target))
-        return pulled / expand(curvature, target)
+        curvature = torch.as_tensor(self.curvature(advantage), dtype=target.dtype, device=target.device)
+        return pulled / expand(curvature.expand(len(target)), target)
 
     def curvature(self, advantage: Gain) -> Gain:
         """Compute the factor of v in the gradient, for an expected advantage given x_t; below zero nothing holds v."""

@@ -1,0 +1,125 @@
+"""Training on a device whose memory is apart from the CPU's (`far_device.py`): nothing is mixed, updates do not wait.
+
+They run in a process of their own, `FLOWRL_TEST_DEVICE=far`, which the last test starts where the others are left out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_pipelines
+import torch
+from conftest import DEVICE, REPOSITORY
+from far_device import Far, no_waiting, waits
+
+import flowrl
+from flowrl.registry import ALGORITHMS
+
+pytestmark = pytest.mark.on_device
+there_only = pytest.mark.skipif(DEVICE != "far", reason="of the device 'far', where the last test here runs it")
+
+NAMES = sorted(name for name, cls in ALGORITHMS.items() if cls.__module__.startswith("flowrl."))
+ASK_WHILE_THEY_UPDATE = {"draft", "refl"}
+"""Algorithms whose updates ask the environment for rewards, which takes the numbers of the prompts."""
+SETTINGS: dict[str, Any] = {"n_samples": 32, "batch_size": 16, "rollout_steps": 3}
+OWN = {"kl": {"tolerance": 100.0}, "tilt": {"pool": 64}}  # the fewest steps of a likelihood, and little to draw
+
+
+def make(name: str, device: str = DEVICE, env: str = "gaussians-quadratic", **settings: Any) -> Any:
+    given = {**SETTINGS, **OWN.get(name, {}), **settings}
+    return ALGORITHMS[name]("FlowPolicy", env, seed=0, device=device, **given)
+
+
+@there_only
+def test_tensors_of_two_devices_do_not_mix() -> None:
+    near, far = torch.ones(3, device="cpu"), torch.ones(3, device="far")
+    with pytest.raises(RuntimeError, match="same device, but add got"):
+        far + near
+    with pytest.raises(RuntimeError, match="same device, but index got"):
+        near[torch.zeros(1, dtype=torch.long, device="far")]
+    with pytest.raises(TypeError, match="convert far:0"):
+        far.numpy()
+    assert isinstance(far + near[0], Far)  # a number
+    assert isinstance(far[torch.tensor([0], device="cpu")], Far)
+    assert not isinstance(far.cpu(), Far)
+
+
+@there_only
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda far: far.sum().item(),
+        lambda far: far.tolist(),
+        lambda far: far[far > 0],
+        lambda far: bool((far > 0).all()),
+        lambda far: torch.tensor([1.0, 2.0], device="far"),
+        lambda far: far + torch.ones(3, device="cpu").to("far"),
+    ],
+)
+def test_a_host_that_waits_is_seen(asks: Any) -> None:
+    far = torch.ones(3, device="far")
+    waits.clear()
+    asks(far)
+    assert len(waits) == 1
+    with pytest.raises(RuntimeError, match="the host waits"), no_waiting():
+        asks(far)
+    with no_waiting():
+        far.mul_(2).add_(torch.zeros(3, device="far")).masked_fill_(far > 3, 0.0)
+
+
+@there_only
+@pytest.mark.parametrize("name", NAMES)
+def test_an_algorithm_trains_there_as_on_the_cpu(name: str) -> None:
+    there, here = make(name), make(name, "cpu")
+    for model in (there, here):
+        model.learn(32)
+    assert {type(tensor) for tensor in there.policy.parameters_of("current").values()} == {Far}
+    assert torch.equal(there.buffer.reward.cpu(), here.buffer.reward)
+    for one, other in zip(
+        there.policy.parameters_of("current").values(), here.policy.parameters_of("current").values()
+    ):
+        torch.testing.assert_close(one.detach().cpu(), other.detach(), atol=1e-5, rtol=1e-5)
+    if name not in ASK_WHILE_THEY_UPDATE:
+        with no_waiting():
+            there.update()
+            there.refresh()
+
+
+@there_only
+def test_an_iteration_waits_a_few_times() -> None:
+    """For prompts and two constants of this reward, then to know what is finite, whether there is a signal, to log."""
+    model = make("orw_w2")
+    model.learn(32)
+    waits.clear()
+    model.learn(32, reset_num_timesteps=False)
+    assert len(waits) == 8, waits
+
+
+@there_only
+def test_pictures_are_drawn_and_rewarded_there(tmp_path: Path) -> None:
+    own = {"reward": "colourfulness", "prompts": tuple(small_pipelines.PROMPTS)}
+    settings = {"env_settings": {"flow": str(small_pipelines.sd3(tmp_path / "sd3")), **own}, "group_size": 2}
+    model = make("orw_w2", env="sd3-aesthetic", **settings, n_samples=8, batch_size=8, lora_rank=2)
+    model.learn(8)
+    with no_waiting():
+        model.update()
+    result = flowrl.evaluate(model, n_samples=8)
+    assert torch.tensor([result.reward_mean, result.diversity]).isfinite().all()
+
+
+@pytest.mark.on_device(False)
+def test_all_of_this_on_the_far_device(program_environment: dict[str, str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
+        env={**program_environment, "FLOWRL_TEST_DEVICE": "far", "PYTEST_ADDOPTS": ""},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
+    assert f"{len(NAMES) + 9} passed" in ended.stdout
