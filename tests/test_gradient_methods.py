@@ -56,7 +56,7 @@ def gradient(model: Any) -> torch.Tensor:
     ids = torch.zeros(16, dtype=torch.long, device=DEVICE)
     loss, _ = model.loss(Batch.of(torch.zeros(16, 0, device=DEVICE), ids))
     loss.backward()
-    return model.policy.model.network.shift.grad.cpu()
+    return model.policy.model.network.shift.grad
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -112,7 +112,7 @@ def test_the_penalty_pulls_to_the_reference(cls: type[Any]) -> None:
 def test_a_reward_that_takes_no_tensor_with_a_graph_is_refused(name: str) -> None:
     """Before anything is drawn; one that has no graph to give is tried for every algorithm (test_contract.py)."""
     env = LinearEnv()
-    env.reward = lambda samples, contexts: RewardOutput(torch.from_numpy(samples.numpy()[:, 0]))  # type: ignore[method-assign]
+    env.reward = lambda samples, contexts: RewardOutput(torch.from_numpy(samples.cpu().numpy()[:, 0]))  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=f"'{name}' needs the gradient of the reward by the samples"):
         flowrl.algorithm_class(name)("FlowPolicy", env, seed=0, device=DEVICE)
 
@@ -169,7 +169,7 @@ def drawn(model: Any) -> Batch:
 
 def controls(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Times of the noisy steps, and `-eta a` there, which no sample changes: the flow and the reward are linear."""
-    t, adjoints = model.policy.times()[1:-2].cpu(), drawn(model).extra["adjoints"].squeeze(-1).cpu()
+    t, adjoints = model.policy.times()[1:-2], drawn(model).extra["adjoints"].squeeze(-1)
     torch.testing.assert_close(adjoints, adjoints[:1].expand_as(adjoints))
     return t, -(1 - t) / t * model.config.tau * adjoints[0]
 
@@ -213,12 +213,12 @@ def test_adjoint_matching_is_a_regression_on_the_controls() -> None:
     eta, network = (1 - t) / t, model.policy.model.network
     loss, figures = model.loss(drawn(model))  # every noisy time of every path
     loss.backward()
-    torch.testing.assert_close(loss.detach().cpu(), (control.square() / eta).mean())
-    torch.testing.assert_close(network.shift.grad.cpu()[0], (-2 * control / eta).mean())
+    torch.testing.assert_close(loss.detach(), (control.square() / eta).mean())
+    torch.testing.assert_close(network.shift.grad[0], (-2 * control / eta).mean())
     assert figures["drift"] == 0
     with torch.no_grad():
         network.shift.fill_(0.5)
-    torch.testing.assert_close(model.loss(drawn(model))[0].detach().cpu(), ((0.5 - control).square() / eta).mean())
+    torch.testing.assert_close(model.loss(drawn(model))[0].detach(), ((0.5 - control).square() / eta).mean())
 
 
 def test_times_of_a_path_differ() -> None:
@@ -244,7 +244,7 @@ def test_adjoint_matching_trains_to_the_tilt() -> None:
 
 def test_only_adjoint_matching_states_a_tilt() -> None:
     spread = torch.tensor(3.0)
-    assert matching(tau=0.7).tilt_of(spread) == pytest.approx(0.7)
+    assert float(matching(tau=0.7).tilt_of(spread)) == pytest.approx(0.7)
     guided = matching()
     guided.config = replace(guided.config, guidance_scale=2.0)
     assert guided.tilt_of(spread) is None
