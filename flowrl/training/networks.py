@@ -36,7 +36,7 @@ class TrainedNetwork:
         loss.backward()
         parameters = list(self.module.parameters())
         self.ranks.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         step_unless((~norm.isfinite()).float(), self.optimizer)
 
     def state(self) -> dict[str, torch.Tensor]:
