@@ -32,9 +32,9 @@ class BareLoop:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def draw(self) -> torch.Tensor:
+    def draw(self, mode: Callable[[], Any] = torch.inference_mode) -> torch.Tensor:
         n = self.config.n_samples
-        with torch.inference_mode():
+        with mode():
             x = torch.randn(n, *self.shape, device=self.device)
             for k in range(self.config.rollout_steps):
                 t, dt = self.times[k].expand(n), self.times[k + 1] - self.times[k]

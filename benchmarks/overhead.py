@@ -2,11 +2,13 @@
 
     python benchmarks/overhead.py --out figures.json
 
-Four comparisons:
+Five comparisons:
 - a whole ORW-CFM-W2 iteration (rollout, reward, weights, updates, metrics, log) against a bare PyTorch loop that
   does the same arithmetic and nothing else, on the 2-D MLP and on mini-sd3;
 - images per second of a rollout on mini-sd3, eager and with compiled blocks, against diffusers' own pipeline call; by
   seconds of the process, which other work on the machine changes little;
+- operations of torch of an update and of a rollout, those of a bare loop beside: a GPU that waits for Python waits for
+  these. They are counted, and the same on every machine;
 - drawing and rewarding samples with rewards in a thread, which takes a second core, against one after the other;
 - bytes of the rollout buffer against the number of sampler steps.
 """
@@ -19,9 +21,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bare_loops import BareLoop
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowrl
 from flowrl.envs.rewards.aesthetic import colourfulness
@@ -56,6 +60,40 @@ def whole_iteration(model: flowrl.ORWCFMW2) -> Callable[[], object]:
     return lambda: model.learn(n, reset_num_timesteps=False)
 
 
+class Operations(TorchDispatchMode):
+    """Count of operations that a device would be asked for: views and empty tensors are made without it."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.n += not (is_view or func._schema.name.startswith(("aten::empty", "aten::new_empty")))
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(work: Callable[[], object]) -> int:
+    work()  # what is made once
+    with Operations() as counted:
+        work()
+    return counted.n
+
+
+def operations(model: flowrl.ORWCFMW2, bare: BareLoop) -> dict[str, float]:
+    """Count those of each gradient step, and of each step of the sampler."""
+    c = model.config
+    ids = torch.arange(c.n_samples) // c.group_size % len(model.policy.contexts)
+    x, reward = bare.draw().clone(), torch.randn(c.n_samples)
+    n_updates = c.n_epochs * c.n_samples // c.batch_size
+    found = {
+        "gradient step, flowrl": operations_of(model.update) / n_updates,
+        "gradient step, bare": operations_of(lambda: bare.train(x, reward)) / n_updates,
+        "sampler step, flowrl": operations_of(lambda: model.policy.sample_latents(ids)) / c.rollout_steps,
+        "sampler step, bare": operations_of(lambda: bare.draw(torch.no_grad)) / c.rollout_steps,
+    }
+    print("operations a " + ", ".join(f"{key} {value:.1f}" for key, value in found.items()), flush=True)
+    return found
+
+
 def mlp(repeats: int) -> dict[str, float]:
     model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, **MLP)
     bare = BareLoop(model, lambda net, x, t, c: net(x, t), lambda x: x[:, 0], lambda x: x)
@@ -81,7 +119,7 @@ def compare(name: str, model: flowrl.ORWCFMW2, bare: BareLoop, repeats: int) -> 
     median = in_turn({"flowrl": whole_iteration(model), "bare": bare.iteration}, repeats)
     ratio = median["flowrl"] / median["bare"]
     print(f"{name}: flowrl {median['flowrl']:.4f} s, bare {median['bare']:.4f} s, ratio {ratio:.3f}", flush=True)
-    return {**median, "ratio": ratio}
+    return {**median, "ratio": ratio, **operations(model, bare)}
 
 
 def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, float]]:

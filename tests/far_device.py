@@ -209,7 +209,8 @@ def _far(held: torch.Tensor, given: list[torch.Tensor]) -> Far:
     """Give the tensor that holds this one: a new one, or that of an operation in place."""
     for tensor in given:
         if isinstance(tensor, Far) and tensor.held is held:
-            assert tensor.shape == held.shape, "operations that change the size in place are not known here"
+            if tensor.shape != held.shape:  # one that was given to hold the result
+                torch.Tensor.data.__set__(tensor, Far(held))  # type: ignore[attr-defined]
             return tensor
     return Far(held)
 

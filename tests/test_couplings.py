@@ -122,7 +122,7 @@ def test_embeddings_are_one_apart_in_the_mean() -> None:
     torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio))
     labels = torch.cdist(embedding_of((label,), 7), embedding_of((label,), 7))
     assert labels[0, 1] == 0
-    assert labels[0, 2] == pytest.approx(float(labels[3, 6]))
+    assert float(labels[0, 2]) == pytest.approx(float(labels[3, 6]))
     assert not embedding_of((pooled[:1],), 1).isnan().any()
 
 

@@ -191,7 +191,7 @@ class Coupled(Noising):
         """Give the embeddings (C, E) of all contexts, whose squared distances are one in the mean."""
         if self._embedding is None:
             n = len(self.env.core.contexts)
-            self._embedding = embedding_of(self.policy.condition(torch.arange(n)), n)
+            self._embedding = embedding_of(self.policy.condition(torch.arange(n)), n).to(self.device)
         return self._embedding
 
 
