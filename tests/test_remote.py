@@ -370,13 +370,15 @@ def test_retry_after(server: LocalServer, waits: list[float]) -> None:
     date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)
     server.script = [
         *(answer(429, Retry_After=value) for value in ("7", date, "Thu, 01 Jan 1970 00:00:00 GMT", "soon")),
+        answer(429, Retry_After=f"Thu, 01 Jan {10**20} 00:00:00 GMT"),
         means,
     ]
-    score(server)
+    score(server, retries=5)
     assert waits[0] == 7
     assert 60 < waits[1] <= 90
     assert waits[2] == 0
     assert 2 <= waits[3] <= 4  # its own wait before the fourth retry
+    assert 4 <= waits[4] <= 8
 
 
 def test_a_retry_after_too_long(server: LocalServer, waits: list[float]) -> None:

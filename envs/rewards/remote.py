@@ -321,7 +321,7 @@ def _retry_after(text: str | None) -> float | None:
         return float(text)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if date.tzinfo is None:  # "-0000": UTC
         date = date.replace(tzinfo=timezone.utc)
