@@ -176,6 +176,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
             "environment": env.name,
             "flow": env.flow.source,
             **sampling,
+            "guidance": policy.guidance,
             "device": str(model.device),
             "batch_size": config.batch_size,
             "noise": "torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)), on the CPU",
