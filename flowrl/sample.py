@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -212,7 +213,7 @@ def _write_media(
                 name = save_sound(image, folder / name, env.flow.sample_rate).name
             else:
                 image_grid(image[None], pad=0).save(folder / name)
-            entries.append({"file": name, "prompt": context, "seed": seed})
+            entries.append({"file": name, "prompt": as_json(context), "seed": seed})
         shown += batch[: most - len(shown)]
     image_grid(as_images(torch.stack(shown), env), columns=n if 1 < n < len(contexts) else 0).save(folder / "grid.png")
     return entries, folder / "grid.png"
@@ -232,10 +233,19 @@ def _write_points(
     shown = samples[:GRID] if env.shows_images else samples
     save_picture(shown, contexts, env, folder / "scatter.png")
     entries = [
-        {"file": "samples.safetensors", "rows": [i, i + n], "prompt": contexts[i], "seeds": [seeds[i], seeds[i] + n]}
-        for i in range(0, len(contexts), n)
+        {"file": "samples.safetensors", "rows": [i, i + n], "prompt": prompt, "seeds": [seeds[i], seeds[i] + n]}
+        for i, prompt in ((i, as_json(contexts[i])) for i in range(0, len(contexts), n))
     ]
     return entries, folder / "scatter.png"
+
+
+def as_json(context: Any) -> Any:
+    """Give a context as JSON can hold it: arrays as lists, and what it does not know as text."""
+    try:
+        text = json.dumps(context, default=lambda part: part.tolist() if hasattr(part, "tolist") else str(part))
+    except (TypeError, ValueError):  # keys that are no text, or a thing that holds itself
+        return str(context)
+    return json.loads(text)
 
 
 def slug(context: Any, longest: int = 40) -> str:
