@@ -148,6 +148,11 @@ def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
     return weights / weights.sum()
 
 
+def are_none(contexts: Sequence[Any]) -> bool:
+    """Tell whether contexts are those of an unconditional flow, `[None]`; arrays are compared with nothing."""
+    return len(contexts) == 1 and contexts[0] is None
+
+
 def picture_of(context: Any) -> str | None:
     """Give the file of a prompt's picture, as its field says; None where it has none."""
     place = context.fields.get(PICTURE) if isinstance(context, Prompt) else None

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
+from flowrl.envs.prompts import are_none
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.functional.solver_steps import Solver
 from flowrl.runs.folder import cannot_write, load_model, new_folder
@@ -102,7 +103,7 @@ def chosen_contexts(env: GenerationEnv, prompts: Sequence[str]) -> list[Any]:
         UnknownNameError: A flow conditioned on something other than text has no such context.
     """
     own = env.contexts
-    if own == [None]:
+    if are_none(own):
         if prompts:
             raise ConfigError(f"The flow of '{env.name}' is unconditional and takes no prompt: leave out --prompt.")
         return [None]

@@ -185,10 +185,13 @@ def test_contexts_that_json_does_not_know(contexts: list[Any], written: list[Any
     assert [as_json(context) for context in contexts] == written
 
 
-def test_samples_of_contexts_that_json_does_not_know(tmp_path: Path) -> None:
-    """They ended in a traceback, after all had been drawn."""
+@pytest.mark.parametrize(
+    "prompts", [[torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])], [np.array([0.0, 1.0])]], ids=["tensors", "array"]
+)
+def test_samples_of_contexts_that_json_does_not_know(prompts: list[Any], tmp_path: Path) -> None:
+    """They ended in a traceback, after all had been drawn; a single array could not be compared with None."""
 
-    @flowrl.register_env("pairs-of-numbers", flow=Labels, prompts=[torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])])
+    @flowrl.register_env("pairs-of-numbers", flow=Labels, prompts=prompts)
     def side(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
         return samples[:, 0]
 
@@ -196,7 +199,8 @@ def test_samples_of_contexts_that_json_does_not_know(tmp_path: Path) -> None:
     config = SampleConfig(run=tmp_path, n=2, out=tmp_path / "a")
     write_samples(model, chosen_contexts(model.env.core, ()), config)
     entries = json.loads((tmp_path / "a" / "samples.json").read_text())["samples"]
-    assert [entry["prompt"] for entry in entries] == [[0.0, 1.0], [1.0, 1.0]]
+    assert [entry["prompt"] for entry in entries] == [prompt.tolist() for prompt in prompts]
+    assert flowrl.evaluate(model, n_samples=8).n_prompts == len(prompts)
 
 
 def test_noise_is_standard_normal() -> None:
