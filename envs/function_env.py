@@ -28,8 +28,9 @@ class FunctionEnv(GenerationEnv):
 
     def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward samples of training, after a mixture's running statistics have taken them in."""
-        reward = self.reward_function
-        return self.asked(reward.observe if isinstance(reward, MixtureReward) else reward, samples, contexts)
+        if isinstance(self.reward_function, MixtureReward):
+            return self.asked(self.reward_function.observe, samples, contexts)
+        return self.reward(samples, contexts)  # which a subclass may replace
 
     def gather_with(self, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Feed a mixture's running statistics with the values of every process."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flowrl.checks import counted, shown
+from flowrl.checks import counted, in_all, shown
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, check_reward, draw_contexts
 from flowrl.envs.prompts import are_none, prompts_from, shares_of
@@ -268,7 +268,7 @@ def _drawn(
         parts.append((gather(done.x_1), gather(done.samples)))
         rewards.append(gather(done.output.reward))
         components.append({key: gather(value) for key, value in done.output.components.items()})
-    together = {key: torch.cat([part[key] for part in components]) for key in components[0]}
+    together = {key: torch.cat([part[key] for part in components]) for key in in_all(components)}
     x_1, samples = (torch.cat(rows) for rows in zip(*parts))
     return Drawn(x_1, samples, torch.cat(rewards), together, (policy.evaluations - spent) / n_drawn)
 
