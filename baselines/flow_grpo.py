@@ -147,7 +147,6 @@ class FlowGRPO(GroupRelative, TransitionAlgorithm):
         window = torch.tensor(list(self.window()), device=times.device)
 
         def std(k: torch.Tensor) -> torch.Tensor:
-            t, t_next = times[k], times[k + 1]
-            return self.sde.diffusion(t, t_next) * (t_next - t).sqrt()
+            return self.sde.std(times[k], times[k + 1])
 
         return std(steps.k) / std(window).mean()

@@ -86,8 +86,9 @@ class FPO(GroupRelative):
         else:
             t = torch.stack([sample_time(n, config.time_sampling, self.generator) for _ in range(config.draws)], 1)
         x_0, t = x_0.repeat_interleave(size, dim=0), t.repeat_interleave(size, dim=0)
+        kept = x_1.half().float() if config.half_buffer else x_1  # as minibatches get them
         with torch.no_grad():
-            old = self.kept_errors(Batch.of(x_1, context_ids), x_0, t, self.behaviour_role)
+            old = self.kept_errors(Batch.of(kept, context_ids), x_0, t, self.behaviour_role)
         return x_1, {**rows, "x_0": x_0, "t": t, "old": old}
 
     def advantage(self, rollout: Batch) -> torch.Tensor:

@@ -148,6 +148,11 @@ def shares_of(contexts: Sequence[Any]) -> np.ndarray | None:
     return weights / weights.sum()
 
 
+def are_none(contexts: Sequence[Any]) -> bool:
+    """Tell whether contexts are those of an unconditional flow, `[None]`; arrays are compared with nothing."""
+    return len(contexts) == 1 and contexts[0] is None
+
+
 def picture_of(context: Any) -> str | None:
     """Give the file of a prompt's picture, as its field says; None where it has none."""
     place = context.fields.get(PICTURE) if isinstance(context, Prompt) else None
@@ -341,7 +346,9 @@ def _json_line(line: str) -> tuple[Prompt, str | None] | None:
         return None
     expected = 'expected a JSON object such as {"prompt": "a red car", "weight": 2}'
     try:
-        entry = json.loads(line, parse_constant=_no_number)
+        entry = json.loads(line, parse_constant=_no_number, object_pairs_hook=_once_each)
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{expected}; this is not JSON ({error})") from error
     if not isinstance(entry, dict):
@@ -359,6 +366,15 @@ def _json_line(line: str) -> tuple[Prompt, str | None] | None:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(f"the field '{name}' is there twice")
+        found[name] = value
+    return found
 
 
 _PARSERS = {".txt": _text_line, ".jsonl": _json_line}

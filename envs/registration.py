@@ -13,13 +13,13 @@ import torch
 
 from flowrl.checks import python_value
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.envs.prompts import PromptSet, prompts_from, shipped_sets
+from flowrl.envs.function_env import FunctionEnv
+from flowrl.envs.prompts import PromptSet, are_none, prompts_from, shipped_sets
 from flowrl.envs.vector import GenerationVectorEnv
 from flowrl.errors import ConfigError
 from flowrl.models.loading import EMBEDDED, SMALL, FlowSource, source_of
 from flowrl.models.prior import Encoder, checked_module, generator_source, latent_shape_of
 from flowrl.registry import ENVIRONMENTS, EnvSpec, check_registered_name, environment_spec
-from flowrl.types import Contexts, RewardOutput
 
 NAMES_OF_FLOWS = ("auto", "sd3", "exact")
 """Names of flows in settings that are no files, beside the shipped ones."""
@@ -122,7 +122,7 @@ class CustomConfig:
     """Share of the prompts to keep out of training, for evaluation; a file may say itself which."""
 
 
-class CustomEnv(GenerationEnv):
+class CustomEnv(FunctionEnv):
     """A flow and any function of samples and contexts as the reward."""
 
     def __init__(
@@ -140,11 +140,6 @@ class CustomEnv(GenerationEnv):
         self.renderer = render
         self.reward_function = reward
         self.groupwise = getattr(reward, "groupwise", False)
-
-    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Call the registered function."""
-        output = self.reward_function(samples, contexts)
-        return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
 
 def register_env(
@@ -259,7 +254,7 @@ def _of_generator(generator: Any, latent: Any, chosen: PromptSet, encode: Encode
             "Prompts can only be held out where encode= describes them: one-hot vectors say nothing of new ones. Give "
             "encode=, or hold none out."
         )
-    contexts = [] if list(chosen.train) == [None] else list(chosen.train)
+    contexts = [] if are_none(chosen.train) else list(chosen.train)
     return generator_source(generator, latent, contexts, encode, bounds)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowrl.envs.base import GenerationEnv
+from flowrl.envs.function_env import FunctionEnv
 from flowrl.envs.prompts import PromptSet, prompts_from
 from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
 from flowrl.envs.rewards.frames import MEAN_OVER_FRAMES, over_frames
-from flowrl.envs.rewards.mixture import MixtureReward, make_mixture, parse_mixture
+from flowrl.envs.rewards.mixture import make_mixture, parse_mixture
 from flowrl.envs.sizes import sides
 from flowrl.errors import ConfigError
 from flowrl.models.loading import EMBEDDED, FlowSource, chosen_sd3, source_of
@@ -97,7 +97,7 @@ class TextToImageConfig:
         )
 
 
-class TextToImageEnv(GenerationEnv):
+class TextToImageEnv(FunctionEnv):
     """A text-to-image task: the sample is an image (3, H, W) with values in [0, 1], the context a prompt.
 
     Or a text-to-video task: a sample is (T, 3, H, W) then. A reward of images is averaged over its frames, one that
@@ -147,26 +147,9 @@ class TextToImageEnv(GenerationEnv):
         if self.flow.frame_rate and not getattr(reward, "takes_videos", False):
             self.reward_name += f" ({MEAN_OVER_FRAMES})"
 
-    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward images (B, 3, H, W), or videos (B, T, 3, H, W)."""
-        output = over_frames(self.reward_function)(samples, contexts)
-        return output if isinstance(output, RewardOutput) else RewardOutput(output)
-
-    def observe(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
-        """Reward samples of training, after a mixture's running statistics have taken them in."""
-        if isinstance(self.reward_function, MixtureReward):
-            observed: RewardOutput = over_frames(self.reward_function.observe)(samples, contexts)
-            return observed
-        return self.reward(samples, contexts)
-
-    def gather_with(self, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Feed a mixture's running statistics with the values of every process."""
-        if isinstance(self.reward_function, MixtureReward):
-            self.reward_function.all_gather = all_gather
-
-    def extra_state(self) -> dict[str, torch.Tensor]:
-        """Give the running statistics of a mixture."""
-        return self.reward_function.extra_state() if isinstance(self.reward_function, MixtureReward) else {}
+    def asked(self, function: Callable[..., Any], samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        """Ask a function for the rewards of images (B, 3, H, W), or of videos (B, T, 3, H, W)."""
+        return super().asked(over_frames(function), samples, contexts)
 
     def describe(self) -> list[str]:
         """Write lines for the head of a run."""

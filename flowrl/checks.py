@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from types import UnionType
@@ -43,6 +43,11 @@ def told_apart(context: Any) -> Any:
     if type(context) in (list, tuple):
         return type(context).__name__, tuple(map(told_apart, context))
     return repr(context)
+
+
+def in_all(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the names that are in all of several mappings, such as components of batches, in the order of the first."""
+    return [name for name in parts[0] if all(name in part for part in parts)]
 
 
 def check_types(cls: type, values: Mapping[str, Any], what: str = "") -> None:

@@ -204,6 +204,12 @@ def named_by_a_file(file: str, remedy: str) -> Iterator[None]:
         _NAMED_BY.reset(token)
 
 
+def naming_file() -> str | None:
+    """Give the file that names come from, in such a context; None where they are the user's own."""
+    named_by = _NAMED_BY.get()
+    return None if named_by is None else named_by[0]
+
+
 def import_module(name: str) -> Any:
     """Import the module of a `module:name`.
 

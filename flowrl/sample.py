@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
+from flowrl.envs.prompts import are_none
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.functional.solver_steps import Solver
 from flowrl.runs.folder import cannot_write, load_model, new_folder
@@ -101,7 +103,7 @@ def chosen_contexts(env: GenerationEnv, prompts: Sequence[str]) -> list[Any]:
         UnknownNameError: A flow conditioned on something other than text has no such context.
     """
     own = env.contexts
-    if own == [None]:
+    if are_none(own):
         if prompts:
             raise ConfigError(f"The flow of '{env.name}' is unconditional and takes no prompt: leave out --prompt.")
         return [None]
@@ -176,6 +178,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
             "environment": env.name,
             "flow": env.flow.source,
             **sampling,
+            "guidance": policy.guidance,
             "device": str(model.device),
             "batch_size": config.batch_size,
             "noise": "torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)), on the CPU",
@@ -211,7 +214,7 @@ def _write_media(
                 name = save_sound(image, folder / name, env.flow.sample_rate).name
             else:
                 image_grid(image[None], pad=0).save(folder / name)
-            entries.append({"file": name, "prompt": context, "seed": seed})
+            entries.append({"file": name, "prompt": as_json(context), "seed": seed})
         shown += batch[: most - len(shown)]
     image_grid(as_images(torch.stack(shown), env), columns=n if 1 < n < len(contexts) else 0).save(folder / "grid.png")
     return entries, folder / "grid.png"
@@ -231,10 +234,19 @@ def _write_points(
     shown = samples[:GRID] if env.shows_images else samples
     save_picture(shown, contexts, env, folder / "scatter.png")
     entries = [
-        {"file": "samples.safetensors", "rows": [i, i + n], "prompt": contexts[i], "seeds": [seeds[i], seeds[i] + n]}
-        for i in range(0, len(contexts), n)
+        {"file": "samples.safetensors", "rows": [i, i + n], "prompt": prompt, "seeds": [seeds[i], seeds[i] + n]}
+        for i, prompt in ((i, as_json(contexts[i])) for i in range(0, len(contexts), n))
     ]
     return entries, folder / "scatter.png"
+
+
+def as_json(context: Any) -> Any:
+    """Give a context as JSON can hold it: arrays as lists, and what it does not know as text."""
+    try:
+        text = json.dumps(context, default=lambda part: part.tolist() if hasattr(part, "tolist") else str(part))
+    except (TypeError, ValueError):  # keys that are no text, or a thing that holds itself
+        return str(context)
+    return json.loads(text)
 
 
 def slug(context: Any, longest: int = 40) -> str:

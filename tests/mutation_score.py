@@ -267,8 +267,8 @@ MUTATIONS = (
     Mutation(
         "sde-noise",
         SDE,
-        "GaussianStep(mean, g * h.sqrt())",
-        "GaussianStep(mean, g * h)",
+        "self.diffusion(t, t_next) * (t_next - t).sqrt()",
+        "self.diffusion(t, t_next) * (t_next - t)",
         (MARGINALS,),
     ),
     Mutation(

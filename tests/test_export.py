@@ -436,6 +436,27 @@ def test_the_real_client_without_network(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, ""),
+        ({"solver": "heun"}, "sampled with heun"),
+        ({"guidance": "cfg_zero"}, ""),
+        ({"guidance": "cfg_zero", "guidance_scale": 2.0}, "guided by CFG-Zero*"),
+    ],
+)
+def test_the_card_says_where_the_pipelines_own_call_draws_otherwise(
+    tiny_runs: dict[str, Path], settings: dict[str, Any], told: str
+) -> None:
+    model = load_model(tiny_runs["lora"], device="cpu")
+    model.policy.solver = settings.get("solver", "euler")
+    model.policy.guidance = settings.get("guidance", "cfg")
+    model.policy.guidance_scale = settings.get("guidance_scale", 1.0)
+    text = _use(model, "lora", "me/my-sd3", {})
+    assert told in text
+    assert ("The run" in text) is bool(told)
+
+
 def test_the_cards_code_is_python_whatever_the_call_takes(tiny_runs: dict[str, Path]) -> None:
     model = load_model(tiny_runs["lora"], device="cpu")
     text = _use(model, "lora", "me/my-sd3", {"guidance_scale": 4.5, "negative_prompt": ""})

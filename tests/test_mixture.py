@@ -376,3 +376,25 @@ def test_the_page_on_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, entry in REWARDS.items():
         if entry.factory.__module__.startswith("flowrl.") and name not in ("red", "bright"):
             assert f"\n| `{name}` |" in page, name
+
+
+def test_a_mixture_on_samples_that_are_no_images(tmp_path: Path) -> None:
+    """Its statistics stayed empty, so that "running" was "fixed" without a word, and no checkpoint had them."""
+    name = "mixture-of-points"
+    settings = {"n_samples": 32, "batch_size": 16, "rollout_steps": 2, "seed": 0, "device": "cpu"}
+
+    def registered() -> MixtureReward:
+        parts = [Part("x", lambda p, c: 100 * p[:, 0], 1.0, "running"), Part("y", lambda p, c: p[:, 1])]
+        return flowrl.register_env(name, flow="gaussians")(MixtureReward(parts))  # type: ignore[return-value]
+
+    mixture = registered()
+    whole = flowrl.ORWCFMW2("FlowPolicy", name, **settings).learn(96)
+    n, mean, squares = mixture.running["x"].state.tolist()
+    assert n == 96
+    assert (squares / n) ** 0.5 > 10 > abs(mean) / 10
+    registered()
+    flowrl.ORWCFMW2("FlowPolicy", name, **settings).learn(64).save(tmp_path / "two")
+    registered()
+    resumed = flowrl.FlowAlgorithm.load(tmp_path / "two", device="cpu").learn(32, reset_num_timesteps=False)
+    assert resumed.rollout_reward == whole.rollout_reward
+    assert torch.equal(state_of(resumed)[0], state_of(whole)[0])

@@ -375,7 +375,9 @@ def test_crd_with_an_anchor() -> None:
 # ------------------------------------------------------------------------------------------------ FPO
 
 
-@pytest.mark.parametrize("settings", [{}, {"shared": True}, {"error": "noise"}, {"lora_rank": 4}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"shared": True}, {"error": "noise"}, {"lora_rank": 4}, {"half_buffer": True}], ids=str
+)
 def test_fpo_starts_at_a_ratio_of_one(settings: dict) -> None:
     """There the gradient is that of `mean A d`, d the mean error over the kept draws."""
     model = collected("fpo", **settings)

@@ -221,6 +221,8 @@ FAULTS = {
     "nan": ('{"prompt": "b", "weight": NaN}', "NaN is no number of JSON"),
     "list as field": ('{"prompt": "b", "colours": ["red"]}', "field 'colours' must be a text, a finite number"),
     "null as field": ('{"prompt": "b", "colour": null}', "field 'colour' must be"),
+    "field twice": ('{"prompt": "b", "count": 3, "count": 4}', "the field 'count' is there twice"),
+    "thing twice": ('{"prompt": "b", "include": [{"class": "a", "class": "b"}]}', "the field 'class' is there twice"),
     "split": ('{"prompt": "b", "split": "test"}', '"split" must be "train" or "held_out", not \'test\''),
     "duplicate": ('{"prompt": "a ", "count": 2}', "the prompt 'a' is in line 1 already"),
     "long": (json.dumps({"prompt": "b" * 10_000}), "a line may have 10000"),

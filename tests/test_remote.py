@@ -24,6 +24,7 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
+import flowrl
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import CustomEnv
 from flowrl.envs.rewards import make_reward, remote, wire
@@ -370,13 +371,15 @@ def test_retry_after(server: LocalServer, waits: list[float]) -> None:
     date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)
     server.script = [
         *(answer(429, Retry_After=value) for value in ("7", date, "Thu, 01 Jan 1970 00:00:00 GMT", "soon")),
+        answer(429, Retry_After=f"Thu, 01 Jan {10**20} 00:00:00 GMT"),
         means,
     ]
-    score(server)
+    score(server, retries=5)
     assert waits[0] == 7
     assert 60 < waits[1] <= 90
     assert waits[2] == 0
     assert 2 <= waits[3] <= 4  # its own wait before the fourth retry
+    assert 4 <= waits[4] <= 8
 
 
 def test_a_retry_after_too_long(server: LocalServer, waits: list[float]) -> None:
@@ -554,6 +557,27 @@ def test_the_token_comes_from_the_environment(server: LocalServer, monkeypatch: 
     reward(points(1), [None])
     assert server.seen[0][1]["Authorization"] == "Bearer s3cret-token"
     assert "s3cret" not in f"{reward} {reward.description} {REWARDS['remote']}"
+
+
+def test_a_file_has_no_other_secret_sent(server: LocalServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A checkpoint of somebody else could name any variable, and an address of theirs; one of one's own is free."""
+    settings = {"flow": "mini-sd3", "reward": "remote", "prompts": ("a star",)}
+    for variable in ("AWS_SECRET", "FLOWRL_REWARD_TOKEN"):
+        monkeypatch.setenv(variable, "s3cret-token")
+        options = (f"remote.url={server.url}", f"remote.token_env={variable}", "remote.encoding=png")
+        small = {"n_samples": 2, "batch_size": 2, "group_size": 2, "rollout_steps": 2, "seed": 0, "device": "cpu"}
+        env = flowrl.make("sd3-compress", **settings, reward_options=options)
+        flowrl.ORWCFMW2("FlowPolicy", env, **small).save(tmp_path / variable)
+    server.seen.clear()
+    with pytest.raises(
+        ConfigError, match=rf"config\.json' asks to send .*AWS_SECRET to {server.url}.*FLOWRL_TOKENS="
+    ) as raised:
+        flowrl.FlowAlgorithm.load(tmp_path / "AWS_SECRET", device="cpu")
+    assert "s3cret" not in str(raised.value)
+    assert not server.seen
+    flowrl.FlowAlgorithm.load(tmp_path / "FLOWRL_REWARD_TOKEN", device="cpu")
+    monkeypatch.setenv("FLOWRL_TOKENS", "OTHER,AWS_SECRET")
+    flowrl.FlowAlgorithm.load(tmp_path / "AWS_SECRET", device="cpu")
 
 
 def test_a_refused_token_is_not_repeated(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -78,6 +79,28 @@ def test_samples_that_a_reward_fails_for_are_found(fail: Callable[..., Any]) -> 
         assert output.components["second"].tolist() == [1, 2, 0]
     assert calls.errors > 0
     assert "gaussians-linear" in str(calls.last_error)
+
+
+class Varying(Judge):
+    """A component more for batches that go far right, and one more for the others."""
+
+    def __call__(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        output = super().__call__(samples, contexts)
+        name = "far" if bool((samples[:, 0] > 2).any()) else "near"
+        return RewardOutput(output.reward, {name: samples[:, 0], **output.components})
+
+
+def test_components_that_not_every_call_gives() -> None:
+    """Those that all give are kept: the others ended in a KeyError."""
+    env = environment(Varying(lambda judge, samples: broken_beyond(judge, samples - 2)))
+    output, kept = RewardCalls(env, "drop")(*batch())
+    assert kept.tolist() == [0, 1, 2, 4]
+    assert list(output.components) == ["second"]
+    model = flowrl.ORWCFMW2("FlowPolicy", environment(Varying()), n_samples=16, batch_size=16, seed=0, device="cpu")
+    result = flowrl.evaluate(model.learn(16), n_samples=12, batch_size=1, samples_per_context=1)
+    assert list(result.components) == ["second"]
+    one_sided = dataclasses.replace(result, components={**result.components, "far": 1.0})
+    assert "far" not in one_sided.table()
 
 
 def test_a_reward_that_fails_for_all_is_an_error() -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import flowrl
 from flowrl.errors import UnknownNameError
 from flowrl.models.loading import ASSETS
 from flowrl.runs.folder import load_model
-from flowrl.sample import chosen_contexts, draw, main, seeded_noise, slug
+from flowrl.sample import SampleConfig, as_json, chosen_contexts, draw, main, seeded_noise, slug, write_samples
 from flowrl.training.algorithm import FlowAlgorithm
 
 MINI = ASSETS / "mini-sd3"
@@ -99,8 +101,8 @@ def test_files(tiny_runs: dict[str, Path], models: dict[str, FlowAlgorithm], tmp
     assert grid.shape == (2 * 66 + 2, 2 * 66 + 2, 3)
     assert np.array_equal(grid[68:132, 2:66], pixels[2])  # second row, the second prompt
     about = json.loads((tmp_path / "a" / "samples.json").read_text())
-    told = {"role": "ema", "steps": STEPS, "solver": "euler", "guidance_scale": 1.0, "trained_on_samples": 16}
-    assert told.items() <= about.items()
+    told = {"role": "ema", "steps": STEPS, "solver": "euler", "guidance_scale": 1.0, "guidance": "cfg"}
+    assert (told | {"trained_on_samples": 16}).items() <= about.items()
     assert about["samples"][3] == {"file": list(images)[3], "prompt": PROMPTS[1], "seed": 6}
 
 
@@ -154,6 +156,51 @@ def test_points(tiny_runs: dict[str, Path], models: dict[str, FlowAlgorithm], tm
     fewer = load_file(tmp_path / "b" / "samples.safetensors")["samples"]
     torch.testing.assert_close(fewer, tensors["samples"][:7])
     assert Image.open(tmp_path / "a" / "scatter.png").size == (400, 400)
+
+
+class Labels(flowrl.VelocityModel):
+    """A flow whose contexts are numbers or pairs of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Linear(2, 2)
+        self.network.forward = lambda x, t, c: x + c[:, None]
+        self.latent_shape = self.sample_shape = (2,)
+
+    def encode(self, contexts: Any) -> Any:
+        return (torch.stack([torch.as_tensor(context).float().sum() for context in contexts]),)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "written"),
+    [
+        (list(np.arange(2)), [0, 1]),
+        ([torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.5])], [[0.5, 1.0], [1.0, 0.5]]),
+        ([np.float32(0.5), (1, torch.tensor(2))], [0.5, [1, 2]]),
+        ([{("a", 1): 2}, Path("a")], ["{('a', 1): 2}", "a"]),
+    ],
+    ids=str,
+)
+def test_contexts_that_json_does_not_know(contexts: list[Any], written: list[Any]) -> None:
+    assert [as_json(context) for context in contexts] == written
+
+
+@pytest.mark.parametrize(
+    "prompts", [[torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])], [np.array([0.0, 1.0])]], ids=["tensors", "array"]
+)
+def test_samples_of_contexts_that_json_does_not_know(prompts: list[Any], tmp_path: Path) -> None:
+    """They ended in a traceback, after all had been drawn; a single array could not be compared with None."""
+
+    @flowrl.register_env("pairs-of-numbers", flow=Labels, prompts=prompts)
+    def side(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        return samples[:, 0]
+
+    model = flowrl.ORWCFMW2("FlowPolicy", "pairs-of-numbers", n_samples=4, batch_size=4, seed=0, device="cpu")
+    config = SampleConfig(run=tmp_path, n=2, out=tmp_path / "a")
+    write_samples(model, chosen_contexts(model.env.core, ()), config)
+    entries = json.loads((tmp_path / "a" / "samples.json").read_text())["samples"]
+    assert [entry["prompt"] for entry in entries] == [prompt.tolist() for prompt in prompts]
+    assert flowrl.evaluate(model, n_samples=8).n_prompts == len(prompts)
 
 
 def test_noise_is_standard_normal() -> None:

@@ -380,8 +380,9 @@ def test_guarded_ratio_has_a_logarithm_of_mean_zero() -> None:
     assert plain.mean() < -step.kl(old).mean() / 2
 
 
-def test_noise_weighting_has_mean_one() -> None:
-    model = recorded(flowrl.FlowGRPO, "gaussians-linear", n_samples=32, step_weighting="noise")
+@pytest.mark.parametrize("sde", ["flow", "constant", "cps"])
+def test_noise_weighting_has_mean_one(sde: str) -> None:
+    model = recorded(flowrl.FlowGRPO, "gaussians-linear", n_samples=32, step_weighting="noise", sde=sde)
     (batch,) = model.buffer.batches(model.order(), 10**6)
     weight = model.noise_weight(model.recorded(batch))
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-5)

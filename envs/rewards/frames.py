@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flowrl.checks import in_all
 from flowrl.types import Contexts, RewardOutput
 
 MEAN_OVER_FRAMES = "the mean over the frames"
@@ -27,7 +28,8 @@ def over_frames(reward: Callable[[torch.Tensor, Contexts], Any]) -> Callable[...
         outputs = [reward(frame, contexts) for frame in samples.unbind(1)]
         if not isinstance(outputs[0], RewardOutput):
             return _mean(outputs)
-        components = {name: _mean([o.components[name] for o in outputs]) for name in outputs[0].components}
+        parts = [output.components for output in outputs]
+        components = {name: _mean([part[name] for part in parts]) for name in in_all(parts)}
         return RewardOutput(_mean([o.reward for o in outputs]), components, outputs[0].info)
 
     return of_samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import ssl
 import threading
@@ -21,6 +22,7 @@ import torch
 from flowrl.envs.rewards import wire
 from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.errors import ConfigError, RewardError
+from flowrl.registry import naming_file
 from flowrl.types import RewardOutput
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ class RemoteReward:
         if token_env is not None:
             token = wire.read_token(token_env)
             _require(bool(token), f"token_env names the variable {token_env}, which is not set: export {token_env}=...")
+            _check_sent(token_env, self.url)
             self._headers["Authorization"] = f"Bearer {token}"
 
     def __call__(self, samples: torch.Tensor, contexts: Sequence[Any]) -> RewardOutput:
@@ -290,6 +293,21 @@ def _check_url(url: str) -> None:
         raise ConfigError(f"remote.url must be an http or https address, not {url!r}; e.g. {example}.")
 
 
+def _check_sent(variable: str, url: str) -> None:
+    """Check that a variable may be sent to a server: a file of others could name any secret, and an address of theirs.
+
+    Raises:
+        ConfigError: A file names it, and it neither begins with FLOWRL_ nor stands in FLOWRL_TOKENS.
+    """
+    file, allowed = naming_file(), os.environ.get("FLOWRL_TOKENS", "").replace(",", " ").split()
+    if file is not None and not variable.startswith("FLOWRL_") and variable not in allowed:
+        raise ConfigError(
+            f"{file} asks to send what is in the variable {variable} to {url}. Of variables that a file names, only "
+            "those that begin with FLOWRL_ are sent as tokens. If the address is that of your server, allow this one "
+            f"too: export FLOWRL_TOKENS={variable}."
+        )
+
+
 @lru_cache(maxsize=1)
 def _tls() -> ssl.SSLContext:
     """Make a context that checks certificates by the system's authorities (or those that SSL_CERT_FILE names)."""
@@ -321,7 +339,7 @@ def _retry_after(text: str | None) -> float | None:
         return float(text)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if date.tzinfo is None:  # "-0000": UTC
         date = date.replace(tzinfo=timezone.utc)

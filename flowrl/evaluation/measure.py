@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from flowrl.checks import counted, shown
+from flowrl.checks import counted, in_all, shown
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, check_reward, draw_contexts
-from flowrl.envs.prompts import prompts_from, shares_of
+from flowrl.envs.prompts import are_none, prompts_from, shares_of
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError, RewardError, raised_by
 from flowrl.evaluation.results import EvaluationResult, SampleStatistics
@@ -176,7 +176,7 @@ def evaluate(
         ess=_ess(model) if is_trained_on else math.nan,
         n_samples=n_samples,
         prompts=str(prompts) if isinstance(prompts, str | Path) else "given",
-        n_prompts=0 if core.contexts == [None] else len(core.contexts),
+        n_prompts=0 if are_none(core.contexts) else len(core.contexts),
         sampling={key: value for key, value in sampling.items() if value not in (None, getattr(policy, key, None))},
         evaluations_per_sample=after.evaluations_per_sample,
         per_prompt=_per_prompt(core, ids, before.reward, after.reward),
@@ -234,7 +234,7 @@ def _chosen(env: GenerationEnv, prompts: str | Path | Sequence[Any]) -> list[Any
                 "says which to hold out (docs/prompts.md); or evaluate with --prompts FILE."
             )
         return env.held_out
-    if env.contexts == [None]:
+    if are_none(env.contexts):
         raise ConfigError(f"The flow of '{env.name}' is unconditional: it takes no prompts.")
     chosen = prompts_from(prompts)
     return [*chosen.train, *chosen.held_out]
@@ -268,7 +268,7 @@ def _drawn(
         parts.append((gather(done.x_1), gather(done.samples)))
         rewards.append(gather(done.output.reward))
         components.append({key: gather(value) for key, value in done.output.components.items()})
-    together = {key: torch.cat([part[key] for part in components]) for key in components[0]}
+    together = {key: torch.cat([part[key] for part in components]) for key in in_all(components)}
     x_1, samples = (torch.cat(rows) for rows in zip(*parts))
     return Drawn(x_1, samples, torch.cat(rewards), together, (policy.evaluations - spent) / n_drawn)
 
@@ -317,7 +317,7 @@ def _statistics(
 def _per_prompt(
     env: GenerationEnv, context_ids: torch.Tensor, before: torch.Tensor, after: torch.Tensor
 ) -> list[dict[str, Any]]:
-    if env.contexts == [None]:
+    if are_none(env.contexts):
         return []
     drawn, index = context_ids.unique(return_inverse=True)
     n = torch.bincount(index)

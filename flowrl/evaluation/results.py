@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flowrl.checks import in_all
 from flowrl.errors import ConfigError
 
 
@@ -90,7 +91,8 @@ class EvaluationResult(SampleStatistics):
         if before is None:
             raise ConfigError("This result holds no reference to compare with.")
         rows = [("reward", before.reward_mean, self.reward_mean)]
-        rows += [(name, before.components[name], value) for name, value in self.components.items()]
+        parts = before.components, self.components
+        rows += [(name, parts[0][name], parts[1][name]) for name in in_all(parts)]
         rows += [("diversity", before.diversity, self.diversity)]
         rows += [(name, before.side[name], value) for name, value in self.side.items()]
         if not math.isnan(self.w2_to_optimum):

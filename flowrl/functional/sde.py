@@ -74,6 +74,12 @@ class SDE:
         square = torch.where(start, 1 / t_next, (1 - t) / torch.where(start, 1, t))
         return self.noise_level * square.sqrt()
 
+    def std(self, t: torch.Tensor, t_next: torch.Tensor) -> torch.Tensor:
+        """Compute the standard deviation (B,) of the noise of a step from `t` to `t_next`."""
+        if self.kind == "cps":
+            return (1 - t_next) * math.sin(self.noise_level * math.pi / 2)
+        return self.diffusion(t, t_next) * (t_next - t).sqrt()
+
     def step(self, v: torch.Tensor, x: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor) -> GaussianStep:
         """Take a step from `x` (B, ...) with velocity `v` (B, ...), from times `t` to `t_next` (B,); in float32."""
         v, x, t, t_next = v.float(), x.float(), t.float(), t_next.float()
@@ -81,11 +87,11 @@ class SDE:
             angle = self.noise_level * math.pi / 2
             kept = expand((1 - t_next) * math.cos(angle), x)
             mean = expand(t_next, x) * x1_hat(v, x, t) + kept * x0_hat(v, x, t)
-            return GaussianStep(mean, (1 - t_next) * math.sin(angle))
+            return GaussianStep(mean, self.std(t, t_next))
         h, g = t_next - t, self.diffusion(t, t_next)
         towards_score = expand(0.5 * h * g.square() / (1 - t), x)  # h g^2 / 2 times the score (t v - x) / (1 - t)
         mean = x + expand(h, x) * v + towards_score * (expand(t, x) * v - x)
-        return GaussianStep(mean, g * h.sqrt())
+        return GaussianStep(mean, self.std(t, t_next))
 
 
 def sde_sample(

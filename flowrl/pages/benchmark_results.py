@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flowrl.checks import in_all
 from flowrl.errors import CheckpointError
 from flowrl.storage.files import LARGEST_JSON, parsed_json, read_file
 from flowrl.suites.suite import Cell
@@ -68,7 +69,8 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
         for key in ("reward_mean", "diversity", "drift", "w2_to_optimum", "w2_floor"):
             entry[key] = summary([r[key] for r in finished])
         entry["gain"] = _gain(finished)
-        entry["components"] = {k: summary([r["components"][k] for r in finished]) for k in finished[0]["components"]}
+        named = [r["components"] for r in finished]
+        entry["components"] = {name: summary([part[name] for part in named]) for name in in_all(named)}
         for key in ("reward_mean", "diversity"):
             entry[f"reference_{key}"] = summary([r["reference"][key] for r in finished])
         if unseen := [r["held_out"] for r in finished if "held_out" in r]:

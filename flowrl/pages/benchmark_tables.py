@@ -45,7 +45,8 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     cells.append(target(entry))
     if "held_out" in example:
         cells += [interval(entry["held_out"][key]) if "held_out" in entry else "" for key in ("gain", "diversity")]
-    cells += [f"{entry['components'][key]['mean']:.3g}" for key in example["components"]]
+    parts = entry["components"]
+    cells += [f"{parts[key]['mean']:.3g}" if key in parts else "" for key in example["components"]]
     to_90 = entry.get("evaluations_to_90_percent")
     cells.append(f"{cost['network_evaluations']:.2g}")
     cells.append("" if to_90 is None else f"{to_90:.2g}")

@@ -154,10 +154,19 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
         kept, save = "frames", f'export_to_video(video, "video.mp4", fps={rate:g})'
     call = [f"{'video' if rate else 'image'} = pipe(", f"    prompt={prompt},", *options, f").{kept}[0]", save]
     code = "\n".join([*imports, "", *lines, *call])
-    solver = model.policy.solver
-    note = "" if solver == "euler" else f" The run sampled with {solver}; the pipeline's own scheduler comes near it."
     advice = 'On a GPU add `torch_dtype=torch.bfloat16` to `from_pretrained` and call `pipe.to("cuda")`.'
-    return f"```python\n{code}\n```\n\n{advice}{note}\n"
+    return f"```python\n{code}\n```\n\n{advice}{_otherwise(model)}\n"
+
+
+def _otherwise(model: FlowAlgorithm) -> str:
+    """Say how the run sampled where the pipeline's own call does not: it then draws other pictures."""
+    policy = model.policy
+    told = []
+    if policy.solver != "euler":
+        told.append(f"The run sampled with {policy.solver}: Euler's steps, the pipeline's own, come near it when many.")
+    if policy.guidance != "cfg" and policy.guidance_scale != 1 and not policy.model.distilled_guidance:
+        told.append("The run guided by CFG-Zero*: the pipeline's own guidance is another, and so are its pictures.")
+    return "".join(f" {text}" for text in told)
 
 
 def _base_code(model: FlowAlgorithm) -> str:

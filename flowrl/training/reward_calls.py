@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flowrl.checks import in_all
 from flowrl.config import FlowConfig, OnRewardError
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
@@ -71,7 +72,8 @@ class RewardCalls:
             assert self.last_error is not None
             raise self.last_error
         outputs, kept = zip(*parts)
-        components = {key: torch.cat([output.components[key] for output in outputs]) for key in outputs[0].components}
+        named = [output.components for output in outputs]
+        components = {key: torch.cat([part[key] for part in named]) for key in in_all(named)}
         output = RewardOutput(torch.cat([output.reward for output in outputs]), components)
         return (output if grad else output.detached()), torch.cat(kept)
 
