@@ -90,6 +90,27 @@ def test_an_algorithm_trains_there_as_on_the_cpu(name: str) -> None:
 
 
 @there_only
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("orw_w2", {"priority": 0.5, "paired_noise": True, "group_size": 4, "weight_normalisation": "group"}),
+        ("orw_w2", {"time_weighting": "variance", "ema_decay": 0.9, "max_own_loss": 1.2, "lora_rank": 2}),
+        ("tilt", {"reward_units": "std"}),
+        ("nft", {"coupling": "c2ot"}),  # minibatches are coupled on the host
+        *(("orw_w2", {"env": env, "group_size": 4}) for env in ("darcy", "digits-even", "plan-pendulum")),
+    ],
+    ids=str,
+)
+def test_settings_and_environments_train_there(name: str, settings: dict[str, Any]) -> None:
+    model = make(name, **settings)
+    model.learn(32)
+    if "coupling" not in settings:
+        with no_waiting():
+            model.update()
+    assert all(bool(weight.isfinite().all()) for weight in model.policy.parameters_of("current").values())
+
+
+@there_only
 def test_an_iteration_waits_a_few_times() -> None:
     """For prompts and two constants of this reward, then to know what is finite, whether there is a signal, to log."""
     model = make("orw_w2")
@@ -122,4 +143,4 @@ def test_all_of_this_on_the_far_device(program_environment: dict[str, str]) -> N
         timeout=900,
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
-    assert f"{len(NAMES) + 9} passed" in ended.stdout
+    assert f"{len(NAMES) + 16} passed" in ended.stdout
