@@ -97,7 +97,7 @@ def test_an_algorithm_trains_there_as_on_the_cpu(name: str) -> None:
         ("orw_w2", {"time_weighting": "variance", "ema_decay": 0.9, "max_own_loss": 1.2, "lora_rank": 2}),
         ("tilt", {"reward_units": "std"}),
         ("nft", {"coupling": "c2ot"}),  # minibatches are coupled on the host
-        *(("orw_w2", {"env": env, "group_size": 4}) for env in ("darcy", "digits-even", "plan-pendulum")),
+        ("orw_w2", {"env": "plan-pendulum", "group_size": 4}),
     ],
     ids=str,
 )
@@ -143,4 +143,4 @@ def test_all_of_this_on_the_far_device(program_environment: dict[str, str]) -> N
         timeout=900,
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
-    assert f"{len(NAMES) + 16} passed" in ended.stdout
+    assert f"{len(NAMES) + 14} passed" in ended.stdout
