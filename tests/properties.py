@@ -35,7 +35,7 @@ def numbers(low: float, high: float) -> st.SearchStrategy[float]:
 
 def tensors(low: float, high: float, min_size: int = 1, max_size: int = 30) -> st.SearchStrategy[torch.Tensor]:
     """Vectors (B,) float32."""
-    return st.lists(numbers(low, high), min_size=min_size, max_size=max_size).map(torch.tensor)
+    return st.lists(numbers(low, high), min_size=min_size, max_size=max_size).map(lambda values: torch.tensor(values))
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -144,13 +144,14 @@ def test_running_statistics_are_those_of_all_values_whatever_the_splits(n, n_con
     """Of a mixture's part, and of each context in DDPO."""
     values, sizes = normal(seed, n) + offset, data.draw(splits(n))
     running = RunningStatistics()
-    for part in values.double().split(sizes):
+    on_host = values.cpu().double()  # where these statistics are
+    for part in on_host.split(sizes):
         running.update(part)
     count, mean, squares = running.state.tolist()
     assert count == n
     assert mean == pytest.approx(values.double().mean().item(), rel=1e-9, abs=1e-9)
     assert squares / n == pytest.approx(values.double().var(correction=0).item(), rel=1e-6)
-    score = running.standard_score(values.double())
+    score = running.standard_score(on_host)
     assert score.square().mean().item() == pytest.approx(1, rel=1e-6)
 
     ddpo = statistics_of(n_contexts)

@@ -131,9 +131,9 @@ def test_systematic_resampling(groups, n, threshold, seed) -> None:
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=5), seeds, st.integers(2, 4))
 def test_shares_of_wins_have_mean_one_half(prompts, seed, repeats) -> None:
     asked = prompts * repeats
-    values = normal(seed, len(asked)).round()  # with ties
+    values = normal(seed, len(asked)).cpu().round()  # with ties
     wins = WinRateReward(lambda images, prompts: values, "r")(torch.zeros(len(asked), 3, 1, 1), asked).reward
     for name in set(asked):
-        rows = torch.tensor([text == name for text in asked])
+        rows = torch.tensor([text == name for text in asked], device=wins.device)
         assert wins[rows].mean().item() == pytest.approx(0.5, abs=1e-5)
         assert (wins[rows][values[rows].argsort()].diff() >= 0).all()
