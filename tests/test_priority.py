@@ -226,7 +226,7 @@ def test_a_run_by_priority_resumes_exactly(tmp_path, settings):
     whole.learn(64)
     first.learn(32)
     first.save(tmp_path / "half")
-    second = flowrl.ORWCFMW2.load(tmp_path / "half")
+    second = flowrl.ORWCFMW2.load(tmp_path / "half", device=DEVICE)
     second.learn(32, reset_num_timesteps=False)
     for name, parameter in whole.policy.parameters_of("current").items():
         assert torch.equal(parameter, second.policy.parameters_of("current")[name])
