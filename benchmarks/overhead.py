@@ -8,7 +8,7 @@ Five comparisons:
 - images per second of a rollout on mini-sd3, eager and with compiled blocks, against diffusers' own pipeline call; by
   seconds of the process, which other work on the machine changes little;
 - operations of torch of an update and of a rollout, those of a bare loop beside: a GPU that waits for Python waits for
-  these. They are counted, and the same on every machine;
+  these. They are counted, not timed;
 - drawing and rewarding samples with rewards in a thread, which takes a second core, against one after the other;
 - bytes of the rollout buffer against the number of sampler steps.
 """

@@ -3,7 +3,7 @@
 # operations makes tensors (torch.zeros), computes and differentiates, but torch.tensor([...], device=...) ends in an
 # internal assertion ("func != nullptr"), and torch.arange(4, device=...) gives a tensor of shape [0]: the one asks for
 # its memory and its copy while Python is left out of the dispatch, the other resizes an empty tensor, of which a
-# subclass that wraps another does not learn. Both need kernels registered by their names.
+# subclass that wraps another does not learn. The first needs kernels of empty_strided and _copy_from by their names.
 #
 #     findings/torch_python_backend_fallback.sh     # installs into a temporary folder
 #

@@ -23,20 +23,9 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU = torch.device("cpu")
-MADE = ("empty", "empty_strided", "arange", "linspace", "logspace", "randperm", "eye", "tril_indices", "triu_indices")
+MADE = ("empty", "empty_strided")
 """Operations that make tensors, and ask the device's backend for memory."""
-CAST = (
-    "linear",
-    "matmul",
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "scaled_dot_product_attention",
-)
+CAST = ("linear", "matmul", "mm", "addmm", "bmm", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention")
 """Operations that autocast runs in its type: those of them that are used here."""
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 COPYING = ("copy_", "_to_copy", "_copy_from")
@@ -136,9 +125,7 @@ def install() -> None:
     all_others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name in CAST:
         own.impl(name, _in_low_precision(getattr(torch.ops.aten, name)), "AutocastPrivateUse1")
-    _kept.extend(
-        [own, all_others, torch.autograd.set_multithreading_enabled(False)]
-    )  # a device in Python has no threads
+    _kept.extend([own, all_others, torch.autograd.set_multithreading_enabled(False)])  # no threads of the device's own
     torch.Generator = Generator  # type: ignore[misc]
     read_file, write_file = safetensors.torch.load_file, safetensors.torch.save_file
 

@@ -253,15 +253,15 @@ MUTATIONS = (
     Mutation(
         "sde-drift-sign",
         SDE,
-        "expand(0.5 * h * g.square()",
-        "expand(-0.5 * h * g.square()",
+        "expand(0.5 * std.square()",
+        "expand(-0.5 * std.square()",
         ("test_transitions.py::test_step_is_the_euler_step_of_the_sde",),
     ),
     Mutation(
         "sde-drift-half",
         SDE,
-        "expand(0.5 * h * g.square()",
-        "expand(1.0 * h * g.square()",
+        "expand(0.5 * std.square()",
+        "expand(1.0 * std.square()",
         (MARGINALS,),
     ),
     Mutation(
@@ -281,8 +281,8 @@ MUTATIONS = (
     Mutation(
         "cps-kept-noise",
         SDE,
-        "(1 - t_next) * math.cos(angle)",
-        "(1 - t_next) * math.cos(angle) ** 2",
+        "(1 - t_next) * math.cos(self.noise_level * math.pi / 2)",
+        "(1 - t_next) * math.cos(self.noise_level * math.pi / 2) ** 2",
         ("test_transitions.py::test_cps_keeps_the_share_of_noise",),
     ),
     Mutation(

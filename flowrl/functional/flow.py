@@ -52,7 +52,6 @@ def sample_time(n: int, kind: TimeSampling, generator: torch.Generator) -> torch
     "uniform", or "logit_normal": the sigmoid of a standard normal, as Stable Diffusion 3 is trained
     (Esser et al. 2024, eq. 19).
     """
-
     if kind == "uniform":
         return drawn(lambda rows: torch.rand(rows, generator=generator, device=generator.device), n, generator)
     # before ranks take their rows: the last bit of a sigmoid depends on how many there are, on some CPUs

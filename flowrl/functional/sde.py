@@ -83,15 +83,13 @@ class SDE:
     def step(self, v: torch.Tensor, x: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor) -> GaussianStep:
         """Take a step from `x` (B, ...) with velocity `v` (B, ...), from times `t` to `t_next` (B,); in float32."""
         v, x, t, t_next = v.float(), x.float(), t.float(), t_next.float()
+        std = self.std(t, t_next)
         if self.kind == "cps":
-            angle = self.noise_level * math.pi / 2
-            kept = expand((1 - t_next) * math.cos(angle), x)
-            mean = expand(t_next, x) * x1_hat(v, x, t) + kept * x0_hat(v, x, t)
-            return GaussianStep(mean, self.std(t, t_next))
-        h, g = t_next - t, self.diffusion(t, t_next)
-        towards_score = expand(0.5 * h * g.square() / (1 - t), x)  # h g^2 / 2 times the score (t v - x) / (1 - t)
-        mean = x + expand(h, x) * v + towards_score * (expand(t, x) * v - x)
-        return GaussianStep(mean, self.std(t, t_next))
+            kept = expand((1 - t_next) * math.cos(self.noise_level * math.pi / 2), x)
+            return GaussianStep(expand(t_next, x) * x1_hat(v, x, t) + kept * x0_hat(v, x, t), std)
+        towards_score = expand(0.5 * std.square() / (1 - t), x)  # h g^2 / 2 times the score (t v - x) / (1 - t)
+        mean = x + expand(t_next - t, x) * v + towards_score * (expand(t, x) * v - x)
+        return GaussianStep(mean, std)
 
 
 def sde_sample(
