@@ -269,7 +269,7 @@ MUTATIONS = (
         SDE,
         "self.diffusion(t, t_next) * (t_next - t).sqrt()",
         "self.diffusion(t, t_next) * (t_next - t)",
-        (MARGINALS,),
+        ("test_transitions.py::test_step_is_the_euler_step_of_the_sde",),
     ),
     Mutation(
         "sde-first-step",
