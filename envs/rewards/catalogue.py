@@ -51,8 +51,9 @@ def register_reward(name: str) -> Callable[[Any], Any]:
 
     Attributes that a reward may have: `description` (one line for the head of a run), `scale` (a typical standard
     deviation, by which mixtures divide), `groupwise = True` (compares samples of the same context, so that a call must
-    hold whole groups), `takes` (the least and the greatest value of the images that it takes, (0.0, 1.0) as flows draw
-    them: images of another range are refused), `pairwise = True` (called with images_a, images_b and prompts, gives the
+    hold whole groups; an evaluation compares two flows by its method `win_rate(samples, others, contexts)`, where it
+    has one), `takes` (the least and the greatest value of the images that it takes, (0.0, 1.0) as flows draw them:
+    images of another range are refused), `pairwise = True` (called with images_a, images_b and prompts, gives the
     probability that a is better; its reward is the mean over the samples of the same context), `takes_videos = True`
     (called with videos (B, T, 3, H, W); other rewards get a frame at a time, and are means over the frames), `on_host =
     True` (computes on the host wherever samples are, without torch's global random numbers: it may be called in a

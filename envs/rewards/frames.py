@@ -35,5 +35,18 @@ def over_frames(reward: Callable[[torch.Tensor, Contexts], Any]) -> Callable[...
     return of_samples
 
 
+def pairs_over_frames(judge: Any) -> Callable[[torch.Tensor, torch.Tensor, Contexts], torch.Tensor]:
+    """Make a judge's `win_rate` take pairs of videos too: the mean over pairs of frames, as `over_frames` does."""
+    if getattr(judge, "takes_videos", False):
+        return judge.win_rate
+
+    def of_pairs(samples: torch.Tensor, others: torch.Tensor, contexts: Contexts) -> torch.Tensor:
+        if samples.ndim != 5:
+            return judge.win_rate(samples, others, contexts)
+        return _mean([judge.win_rate(one, other, contexts) for one, other in zip(samples.unbind(1), others.unbind(1))])
+
+    return of_pairs
+
+
 def _mean(values: list[Any]) -> torch.Tensor:
     return torch.stack([torch.as_tensor(value) for value in values]).mean(0)

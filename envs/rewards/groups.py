@@ -11,6 +11,7 @@ from flowrl.envs.base import check_reward
 from flowrl.envs.prompts import picture_of
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError, RewardError
+from flowrl.functional.metrics import wins
 from flowrl.types import Contexts, RewardOutput
 
 
@@ -59,12 +60,16 @@ class WinRateReward:
         """
         groups = groups_of(prompts, f"winrate({self.name})")
         raw, components = raw_values(self.reward, images, prompts, self.name)
-        values, wins = raw.cpu(), torch.empty(len(images))
+        values, beaten = raw.cpu(), torch.empty(len(images))
         for rows in groups:
-            one, other = values[rows][:, None], values[rows][None]
-            points = (one > other).float() + 0.5 * (one == other).float()
-            wins[rows] = (points.sum(1) - 0.5) / (len(rows) - 1)  # less the tie with itself
-        return RewardOutput(wins, components)
+            points = wins(values[rows][:, None], values[rows][None])
+            beaten[rows] = (points.sum(1) - 0.5) / (len(rows) - 1)  # less the tie with itself
+        return RewardOutput(beaten, components)
+
+    def win_rate(self, images: torch.Tensor, others: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Compute 1 where an image beats the other (B, 3, H, W) of its prompt, 1/2 where they tie: (B,)."""
+        one, other = (raw_values(self.reward, given, prompts, self.name)[0] for given in (images, others))
+        return wins(one, other)
 
 
 class PairwiseReward:
@@ -97,18 +102,29 @@ class PairwiseReward:
             one, other = (index.flatten() for index in torch.meshgrid(rows, rows, indexing="ij"))
             differ = one != other
             one, other = one[differ], other[differ]
-            asked = [prompts[i] for i in one.tolist()]
-            given = self.preference(images[one], images[other], asked)
-            probability = check_reward(given, images[one], asked, self.name).cpu()
-            if bool((probability < 0).any() | (probability > 1).any()):
-                raise RewardError(
-                    f"The pairwise reward '{self.name}' must give probabilities in [0, 1], not values from "
-                    f"{probability.min():.3g} to {probability.max():.3g}."
-                )
+            probability = self._asked(images[one], images[other], [prompts[i] for i in one.tolist()])
             preferred = torch.zeros(n, n)
             preferred[~torch.eye(n, dtype=torch.bool)] = probability  # [i, j]: i, shown first, is better than j
             reward[rows] = (preferred.sum(1) + (n - 1) - preferred.sum(0)) / (2 * (n - 1))
         return RewardOutput(reward)
+
+    def win_rate(self, images: torch.Tensor, others: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Compute the probability (B,) that an image is preferred to the other (B, 3, H, W), asked in both orders.
+
+        Raises:
+            RewardError: The model gives something other than a probability per pair.
+        """
+        return (self._asked(images, others, prompts) + 1 - self._asked(others, images, prompts)) / 2
+
+    def _asked(self, one: torch.Tensor, other: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        given = self.preference(one, other, prompts)
+        probability = check_reward(given, one, prompts, self.name).cpu()
+        if bool((probability < 0).any() | (probability > 1).any()):
+            raise RewardError(
+                f"The pairwise reward '{self.name}' must give probabilities in [0, 1], not values from "
+                f"{probability.min():.3g} to {probability.max():.3g}."
+            )
+        return probability
 
 
 def raw_values(

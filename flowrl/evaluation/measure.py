@@ -20,6 +20,7 @@ from flowrl.errors import ConfigError, RewardError, raised_by
 from flowrl.evaluation.results import EvaluationResult, SampleStatistics
 from flowrl.evaluation.side_effects import compare, held_out, looks
 from flowrl.evaluation.steering import Steering, steer
+from flowrl.evaluation.win_rates import comparisons, outcomes
 from flowrl.functional import metrics
 from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
@@ -166,12 +167,22 @@ def evaluate(
     w2 = reference.w2_to_optimum, trained.w2_to_optimum
     rewards = before.reward, after.reward
     errors = [_judged(core, d.samples, ids, batch_size, seed) for d in (before, after)]
+    comparing = comparisons(
+        {"reward": (core.groupwise, getattr(core, "reward_function", None))}
+        | {f"held-out {name}": (getattr(r, "groupwise", False), r) for name, r in eval_rewards.items()}
+    )
+    values = {"reward": before.reward} | sides[0], {"reward": after.reward} | sides[1]
+    contexts = [core.contexts[i] for i in ids.tolist()]
+    won = outcomes(comparing, values, (before.samples, after.samples), contexts, batch_size)
+    clusters = _clusters(core, ids.cpu())
     side = compare(rewards, (sides[0], sides[1]), diversity, ratio, share, w2, (errors[0], errors[1]))
     trained, reference = replace(trained, side=side.after), replace(reference, side=side.before)
     return EvaluationResult(
         **{name: getattr(trained, name) for name in SampleStatistics.__dataclass_fields__},
         drift=drift,
         velocity_ratio=ratio,
+        win_rates={name: value.mean().item() for name, value in won.items()},
+        win_rate_cis={name: metrics.mean_interval(value, clusters) for name, value in won.items()},
         warnings=side.warnings,
         ess=_ess(model) if is_trained_on else math.nan,
         n_samples=n_samples,
@@ -303,15 +314,19 @@ def _statistics(
     seed: int,
 ) -> SampleStatistics:
     n_pairs = min(len(samples), 2048)
-    are_all = len(context_ids.unique()) == len(env.contexts)  # prompts; else those drawn stand for the others
     return SampleStatistics(
         reward_mean=reward.mean().item(),
-        reward_ci=metrics.mean_interval(reward, None if are_all else context_ids),
+        reward_ci=metrics.mean_interval(reward, _clusters(env, context_ids)),
         reward_std=reward.std(correction=0).item(),
         components={key: value.mean().item() for key, value in components.items()},
         diversity=metrics.diversity(samples[:n_pairs], context_ids[:n_pairs]).item(),
         w2_to_optimum=math.nan if env.oracle is None else _w2_to_optimum(env, samples, seed),
     )
+
+
+def _clusters(env: GenerationEnv, context_ids: torch.Tensor) -> torch.Tensor | None:
+    """Give the prompts of samples where those drawn stand for others, None where all were drawn."""
+    return None if len(context_ids.unique()) == len(env.contexts) else context_ids
 
 
 def _per_prompt(

@@ -44,6 +44,10 @@ class EvaluationResult(SampleStatistics):
     Attributes:
         drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
         velocity_ratio: `E|v| / E|v_ref|` over flow time, norms over all dimensions.
+        win_rates: Share of the contexts and noises at which the trained flow's sample has more reward than the
+            reference's, ties counting half, by name: "reward", and held-out rewards. Of those that compare the samples
+            of a call, "winrate(NAME)" and pairwise ones have one.
+        win_rate_cis: Their 95 % confidence intervals.
         warnings: What fell while the reward rose (signs of a reward that is exploited), and signs of a flow that has
             diverged or collapsed.
         ess: Effective share of the samples under the weights of training's last iteration, in (0, 1]; NaN for methods
@@ -64,6 +68,8 @@ class EvaluationResult(SampleStatistics):
 
     drift: float = math.nan
     velocity_ratio: float = math.nan
+    win_rates: dict[str, float] = field(default_factory=dict)
+    win_rate_cis: dict[str, tuple[float, float]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     ess: float = math.nan
     n_samples: int = 0
@@ -103,6 +109,9 @@ class EvaluationResult(SampleStatistics):
         low, high = self.reward_ci
         interval = "none" if math.isnan(low) else f"{low:.4g} to {high:.4g}"
         lines.append(f"reward of trained, 95 % interval: {interval} ({self.n_samples} samples)")
+        if self.win_rates:
+            each = [f"{name} {rate:.3g}{within(self.win_rate_cis[name])}" for name, rate in self.win_rates.items()]
+            lines.append(f"win rate over the reference: {', '.join(each)}")
         share = "" if math.isnan(self.ess) else f"effective sample share: {self.ess:.3f}"
         drift = "" if math.isnan(self.drift) else f"drift E|v - v_ref|^2: {self.drift:.4g}"  # none of steered samples
         lines += ["    ".join(filter(None, (drift, share)))] if drift or share else []
@@ -119,3 +128,8 @@ class EvaluationResult(SampleStatistics):
 def listed(sampling: Mapping[str, Any]) -> str:
     """List settings of a sampler: "steps = 4, solver = heun"."""
     return ", ".join(f"{name} = {value}" for name, value in sampling.items())
+
+
+def within(interval: tuple[float, float]) -> str:
+    """Write an interval, " (LOW to HIGH)"; nothing where there is none."""
+    return "" if math.isnan(interval[0]) else f" ({interval[0]:.3g} to {interval[1]:.3g})"

@@ -93,6 +93,11 @@ def edge_density(images: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
     return ((right.square() + down.square()).sqrt() > threshold).float().mean((1, 2))
 
 
+def wins(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Compute 1 where values are larger than others, 1/2 where equal and 0 where smaller; shapes broadcast."""
+    return (one > other).float() + 0.5 * (one == other).float()
+
+
 def mean_interval(values: torch.Tensor, clusters: torch.Tensor | None = None) -> tuple[float, float]:
     """Compute the 95 % confidence interval of the mean of values (B,), by the normal approximation.
 

@@ -224,10 +224,14 @@ def _results(result: Mapping[str, Any]) -> str:
         rows.append((key[:100], number(_table(base.get("components")).get(key)), number(value)))
     rows.append(("diversity", number(base.get("diversity")), number(result.get("diversity"))))
     rows.append(("drift E|v - v_ref|²", "0", number(result.get("drift"))))
+    intervals = _table(result.get("win_rate_cis"))
+    for key, value in _table(result.get("win_rates")).items():
+        rows.append((f"win rate, {key[:100]}", "", f"{number(value)} ({span(intervals.get(key))})"))
     return (
         f"{markdown_table(['', 'base model', 'fine-tuned'], rows)}\n\n"
         f"{number(result.get('n_samples'))} samples of each, from the same noise and prompts; intervals are of "
-        "95 %. Diversity is the mean distance of two images of the same prompt.\n"
+        "95 %. Diversity is the mean distance of two images of the same prompt; a win rate is the share of pairs, of "
+        "the same prompt and noise, in which the fine-tuned model's image is the better one (ties count half).\n"
     )
 
 

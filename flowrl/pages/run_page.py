@@ -92,6 +92,10 @@ def _notes(evaluation: Mapping[str, Any]) -> list[str]:
         f"Drift E|v - v_ref|\u00b2: {number(evaluation.get('drift'))}; "
         f"effective sample share: {number(evaluation.get('ess'))}.",
     ]
+    if evaluation.get("win_rates"):
+        intervals = evaluation.get("win_rate_cis") or {}
+        won = [f"{name} {number(rate)} ({span(intervals.get(name))})" for name, rate in evaluation["win_rates"].items()]
+        notes.append(f"Win rate over the reference, ties counting half: {', '.join(won)}.")
     if evaluation.get("n_prompts"):
         notes.append(f"prompts: {evaluation.get('prompts')} ({evaluation['n_prompts']})")
     if evaluation.get("sampling"):
