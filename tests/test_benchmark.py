@@ -409,6 +409,28 @@ def test_held_out_prompts_are_measured_apart(tmp_path: Path) -> None:
     assert table[-1].split("|")[place].strip() == "2"
 
 
+def test_a_renderer_that_fails_loses_no_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(samples: torch.Tensor, contexts: object) -> torch.Tensor:
+        raise ZeroDivisionError("mine")
+
+    env = flowrl.register_env("drawn", flow=lambda: MLP(2, 8), sample_shape=(2,), render=broken)
+    env(lambda samples, contexts: samples[:, 0])
+    cell = Cell("RWR", "drawn", "rwr", 0, 1, 16, {"n_samples": 16})
+    folder = tmp_path / cell.folder
+    folder.mkdir(parents=True)
+    (folder / "cell.json").write_text(json.dumps(cell.to_dict()))
+    try:
+        run_cell(folder)
+    finally:
+        del ENVIRONMENTS["drawn"]
+    assert "No picture of the samples was drawn; the figures are kept." in capsys.readouterr().err
+    entries = collect([cell], tmp_path)
+    assert entries[0]["seeds_finished"] == 1
+    page = benchmark_page(entries, tmp_path)
+    assert "data-told=" in page
+    assert "data-picture=" not in page
+
+
 def test_long_curves_are_thinned_and_keep_both_ends(tmp_path: Path) -> None:
     cell = Cell("DDPO", "gaussians-linear", "ddpo", 0, 1, 1)
     folder = tmp_path / cell.folder

@@ -131,6 +131,7 @@ def test_pictures_are_drawn_and_rewarded_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.on_device(False)
+@pytest.mark.timeout(900)
 def test_all_of_this_on_the_far_device(program_environment: dict[str, str]) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],

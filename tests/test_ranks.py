@@ -25,6 +25,8 @@ from flowrl.distributed.ranks import Ranks, SharedGenerator, join
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import drawn
 
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for all cases of two processes
+
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 
@@ -45,7 +47,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
 
     def make(folder: Path) -> None:
         command = [sys.executable, str(Path(ranks_worker.__file__)), str(folder), free_port()]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
         assert done.returncode == 0, done.stderr[-4000:]
 
     folder = made_once(tmp_path_factory, "ranks", make)

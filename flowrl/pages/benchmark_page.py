@@ -35,6 +35,7 @@ const shown = document.getElementById("shown");
 for (const point of document.querySelectorAll("circle[data-told]")) {
   const show = () => {
     shown.textContent = point.dataset.told;
+    if (!point.dataset.picture) return;
     const image = document.createElement("img");
     image.src = point.dataset.picture;
     shown.append(image);
@@ -73,8 +74,9 @@ def _mark(entry: Entry, root: Path) -> Mark:
     place = entry["diversity"]["mean"], entry["reward_mean"]["mean"]
     told = f"{entry['label']}\nreward {interval(entry['reward_mean'])}, diversity {interval(entry['diversity'])}"
     told += f", drift {figure(entry['drift']['mean'], 2)}\nsettings: {json.dumps(entry['settings'])}"
-    picture = _thumbnail(root / entry["folders"][0] / "samples.png")
-    return Mark(place, told, data={"told": told, "picture": data_url(picture, "jpeg")})
+    path = root / entry["folders"][0] / "samples.png"
+    picture = {"picture": data_url(_thumbnail(path), "jpeg")} if path.exists() else {}
+    return Mark(place, told, data={"told": told, **picture})
 
 
 def _thumbnail(path: Path) -> bytes:

@@ -16,6 +16,7 @@ import torch
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.evaluation.measure import evaluate
+from flowrl.evaluation.results import EvaluationResult
 from flowrl.evaluation.steering import Steering
 from flowrl.registry import algorithm_class, named_by_a_file, own_module
 from flowrl.runs.callbacks import IterationCallback
@@ -50,7 +51,7 @@ class StopAtBudget(IterationCallback):
 
 
 def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
-    """Train, evaluate, and write `curve.json`, `samples.png` and, last, `result.json`.
+    """Train, evaluate, and write `curve.json`, `samples.png` (where it can be drawn) and, last, `result.json`.
 
     Args:
         folder: Holds `cell.json`.
@@ -75,10 +76,7 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
         unseen = evaluate(*subject, n_samples=cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
         numbers["held_out"] = unseen.to_dict()
     write_json(folder / "curve.json", stop.rows)
-    if core.shows_images:
-        image_grid(core.pictures(result.samples[:16]), columns=4).save(folder / "samples.png")
-    else:
-        save_picture(result.samples, result.sample_contexts, core, folder / "samples.png")
+    _save_samples(result, core, folder / "samples.png")
     cost = {
         "network_evaluations": 0 if model is None else model.policy.evaluations,
         "samples": 0 if model is None else model.num_timesteps,
@@ -89,6 +87,18 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
         * (1 if sys.platform == "darwin" else 1024),
     }
     write_json(folder / "result.json", finite_or_none({"cell": cell.to_dict(), "cost": cost, **numbers}))
+
+
+def _save_samples(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
+    """Draw samples; a renderer of the environment's own that fails is reported, since what was trained matters more."""
+    try:
+        if env.shows_images:
+            image_grid(env.pictures(result.samples[:16]), columns=4).save(path)
+        else:
+            save_picture(result.samples, result.sample_contexts, env, path)
+    except Exception:
+        print("No picture of the samples was drawn; the figures are kept.", file=sys.stderr)
+        traceback.print_exc()
 
 
 def _untrained(cell: Cell, env: GenerationEnv) -> FlowPolicy:
