@@ -43,6 +43,10 @@ class CRDConfig(WholeGroupsConfig):
         self.require(self.anchor >= 0, f"anchor must not be negative, not {self.anchor}.")
         self.require(0 <= self.decay <= 1, f"decay must be in [0, 1], not {self.decay}.")
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({"refresh_every": "unless decay is below 1"} if self.decay == 1 else {})
+
 
 @register_algorithm("crd")
 class CRD(WholeGroups):

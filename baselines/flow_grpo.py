@@ -73,6 +73,10 @@ class FlowGRPOConfig(TransitionConfig, GroupConfig):
         """Count the noisy steps per sample."""
         return self.window or self.rollout_steps - 1
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({} if self.window else {"window_stride": "without window"})
+
 
 @register_algorithm("flow_grpo")
 class FlowGRPO(GroupRelative, TransitionAlgorithm):
