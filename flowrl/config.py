@@ -195,12 +195,7 @@ class FlowConfig:
         Whoever gives one is told: it would be left out without a word.
         """
         of_lora = ("lora_alpha", "lora_dropout", "lora_targets")
-        found = {} if self.lora_rank else dict.fromkeys(of_lora, "without lora_rank")
-        if self.on_reward_error != "retry":
-            found["reward_retries"] = "unless on_reward_error is 'retry'"
-        if self.on_reward_error != "drop":
-            found["max_dropped"] = "unless on_reward_error is 'drop'"
-        return found
+        return {} if self.lora_rank else dict.fromkeys(of_lora, "without lora_rank")
 
     def parts(self) -> int:
         """Count the entries of minibatches that a sample makes: 1, or the recorded steps of its path."""

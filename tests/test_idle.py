@@ -18,8 +18,6 @@ SMALL = {"n_samples": 16, "batch_size": 16}
 IDLE = [
     ("orw_w2", "lora_targets", ("0",), {}, "without lora_rank"),
     ("orw_w2", "lora_dropout", 0.5, {}, "without lora_rank"),
-    ("orw_w2", "reward_retries", 7, {}, "unless on_reward_error is 'retry'"),
-    ("orw_w2", "max_dropped", 0.5, {}, "unless on_reward_error is 'drop'"),
     ("orw_w2", "context_weight", 2.0, {}, "unless coupling is 'c2ot'"),
     ("raft", "tau", 5.0, {"group_size": 8}, "where the best are kept"),
     ("rvm", "critic_width", 16, {"critic_learning_rate": 0.0}, "without critic_learning_rate"),
