@@ -55,6 +55,10 @@ class AdjointConfig(FlowConfig):
             f"times_per_path must be from 1 to the {self.rollout_steps - 2} noisy steps, not {self.times_per_path}.",
         )
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | {"time_sampling": "for a loss at the sampler's own times"}
+
 
 @register_algorithm("adjoint")
 class AdjointMatching(FlowAlgorithm):

@@ -62,6 +62,12 @@ class AWMConfig(EndpointConfig):
         text = super().caution()
         return text and f"{text} Set beta_old to 1 (as published), or both so that they are 1 in sum."
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | (
+            {} if self.error_weighting == "ghuber" else {"ghuber_power": "unless error_weighting is 'ghuber'"}
+        )
+
 
 @register_algorithm("awm")
 class AWM(EndpointAlgorithm):

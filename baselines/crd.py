@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
+from flowrl.functional.endpoint import advantage_slope
 from flowrl.functional.losses import squared_error
 from flowrl.registry import register_algorithm
 from flowrl.training.groups import WholeGroups, WholeGroupsConfig
@@ -42,6 +43,10 @@ class CRDConfig(WholeGroupsConfig):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         self.require(self.anchor >= 0, f"anchor must not be negative, not {self.anchor}.")
         self.require(0 <= self.decay <= 1, f"decay must be in [0, 1], not {self.decay}.")
+
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({"refresh_every": "unless decay is below 1"} if self.decay == 1 else {})
 
 
 @register_algorithm("crd")
@@ -74,14 +79,16 @@ class CRD(WholeGroups):
         return self.config.decay
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
-        """Compute `lambda = 1 / (beta std)` where the old policy stays the reference (decay 1) and nothing anchors.
+        """Compute `lambda = dA/dr / (beta (1 - 1 / n))` where the old policy stays the reference (decay 1), unanchored.
 
+        dA/dr is that of `advantage_slope`, and n the group size: the log-ratio is centred in the group as well.
         Otherwise each refresh tilts anew, and none is stated; nor of rewards compared each by itself. The paper takes
         R for the log-ratio.
         """
         config = self.config
         stays = config.decay == 1 and config.anchor == 0 and config.reward_aggregation == "sum"
-        return 1 / (config.beta * (reward_std + 1e-4)) if stays else None
+        n = config.group_size
+        return advantage_slope(reward_std, "group", n) / (config.beta * (1 - 1 / n)) if stays else None
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Compute rewards (B,) in units of their standard deviation in the group."""

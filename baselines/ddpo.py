@@ -37,6 +37,10 @@ class DDPOConfig(TransitionConfig):
             f"accumulation = {-(-self.entries_per_epoch() // self.batch_size)}, or variant 'is'.",
         )
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({"clip_range": "unless variant is 'is'"} if self.variant == "sf" else {})
+
 
 @register_algorithm("ddpo")
 class DDPO(TransitionAlgorithm):

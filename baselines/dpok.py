@@ -42,6 +42,11 @@ class DPOKConfig(TransitionConfig):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         self.require(self.beta >= 0, f"beta must not be negative, not {self.beta}.")
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        of_critic = ("critic_width", "critic_learning_rate")
+        return super().idle() | ({} if self.critic else dict.fromkeys(of_critic, "without critic"))
+
 
 class Critic(nn.Module):
     """Expected reward of a state: `(x_k (B, ...), t (B,), context_ids (B,)) -> (B,)`; zero at first."""

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
+from flowrl.functional.endpoint import advantage_slope
 from flowrl.functional.sde import GaussianStep
 from flowrl.registry import register_algorithm
 from flowrl.training.groups import GroupConfig, GroupRelative
@@ -73,6 +74,10 @@ class FlowGRPOConfig(TransitionConfig, GroupConfig):
         """Count the noisy steps per sample."""
         return self.window or self.rollout_steps - 1
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({} if self.window else {"window_stride": "without window"})
+
 
 @register_algorithm("flow_grpo")
 class FlowGRPO(GroupRelative, TransitionAlgorithm):
@@ -107,16 +112,17 @@ class FlowGRPO(GroupRelative, TransitionAlgorithm):
         return self.relative(rollout, self.config.max_advantage)
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
-        """Compute `lambda = 1 / (beta std)`, of the law of whole paths, with the rewards' spread within groups.
+        """Compute `lambda = dA/dr / beta` of the law of whole paths, dA/dr as in `advantage_slope`.
 
-        Advantages are in units of that spread; gradient and penalty are both sums over steps, means over dimensions.
+        Gradient and penalty are both sums over steps, means over dimensions.
         None of several rewards that are compared each by itself, and none where the gradient, but not the penalty, is
         weighted by the noise of each step: by "noise", or by the guarded ratio, whose logarithm is that much smaller.
         """
         config = self.config
         is_one = config.reward_aggregation == "sum"
         is_even = config.step_weighting == "none" and config.ratio == "plain"
-        return 1 / (config.beta * (reward_std + 1e-4)) if config.beta > 0 and is_one and is_even else None
+        slope = advantage_slope(reward_std, "group", config.group_size)
+        return slope / config.beta if config.beta > 0 and is_one and is_even else None
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `max(-A rho, -A clip(rho)) + beta KL(p_theta || p_ref)`, per step of the sampler."""

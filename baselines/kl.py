@@ -37,6 +37,10 @@ class ExactKLConfig(ORWConfig):
         for name in ("n_probes", "tolerance"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({"n_probes": "for the exact divergence"} if self.divergence == "exact" else {})
+
 
 @register_algorithm("kl")
 class ExactKL(ORWCFMW2):

@@ -52,6 +52,11 @@ class RAFTConfig(ORWCFMW2Config):
         """Count what is kept for the plain target, all samples for the residual one."""
         return self.n_samples if self.target == "residual" else self.n_samples // self.group_size * self.n_best
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        counts = "where the best are kept, however much better they are"
+        return super().idle() | dict.fromkeys(("tau", "standardise", "weight_normalisation"), counts)
+
 
 @register_algorithm("raft")
 class RAFT(ORWCFMW2):

@@ -243,7 +243,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
 
     def step(self, action: np.ndarray) -> tuple[np.int64, float, bool, bool, dict[str, Any]]:
         """Score the action as a sample of the current context; always terminates."""
-        self._last = np.asarray(action, dtype=np.float32)
+        self._last = np.array(action, dtype=np.float32)  # a copy: `render` shows it later
         output = self.evaluate(torch.from_numpy(self._last)[None], torch.tensor([self._context]))
         info: dict[str, Any] = {key: value.item() for key, value in output.components.items()}
         info["context"] = self.contexts[self._context]

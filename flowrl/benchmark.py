@@ -129,7 +129,7 @@ def _processes() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flowrl.suites.cell", "ot", "matplotlib.figure", "torchdiffeq"])
+    context.set_forkserver_preload(["flowrl.suites.cell", "scipy.optimize", "matplotlib.figure", "torchdiffeq"])
     return context
 
 

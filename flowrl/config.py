@@ -189,6 +189,14 @@ class FlowConfig:
         if not condition:
             raise ConfigError(message)
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason; a subclass adds its own.
+
+        Whoever gives one is told: it would be left out without a word.
+        """
+        of_lora = ("lora_alpha", "lora_dropout", "lora_targets")
+        return {} if self.lora_rank else dict.fromkeys(of_lora, "without lora_rank")
+
     def parts(self) -> int:
         """Count the entries of minibatches that a sample makes: 1, or the recorded steps of its path."""
         return 1

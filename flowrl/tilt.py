@@ -57,6 +57,11 @@ class TiltConfig(NoisingConfig):
             known, value = get_args(get_type_hints(TiltConfig)[name]), getattr(self, name)
             self.require(value in known, f"{name} must be one of {', '.join(known)}, not '{value}'.")
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        of_critic, learns = ("critic_width", "critic_learning_rate"), self.control_variate == "critic"
+        return super().idle() | ({} if learns else dict.fromkeys(of_critic, "unless control_variate is 'critic'"))
+
 
 @register_algorithm("tilt")
 class Tilt(Noising):

@@ -86,6 +86,16 @@ def test_gymnasium_renders(env: flowrl.GenerationEnv) -> None:
     assert picture.ndim == 3
 
 
+def test_a_picture_is_of_the_step_though_its_action_is_changed_later() -> None:
+    made = gymnasium.make("flowrl/gaussians-linear-v0", render_mode="rgb_array")
+    made.reset(seed=0)
+    action = np.array([2.0, -3.0], dtype=np.float32)
+    made.step(action)
+    picture = made.render()
+    action[:] = 0  # one array that a loop fills anew
+    np.testing.assert_array_equal(made.render(), picture)
+
+
 def actions(env: flowrl.GenerationEnv, n: int) -> torch.Tensor:
     low, high = float(env.action_space.low.min()), float(env.action_space.high.max())
     samples = torch.rand(n, *env.sample_shape, generator=torch.Generator().manual_seed(0))

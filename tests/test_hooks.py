@@ -49,11 +49,38 @@ def learn(cls: type[flowrl.FlowAlgorithm], iterations: int = 1) -> flowrl.FlowAl
         ("draw", lambda self, ids: (torch.zeros(len(ids), 3), {}), r"x_1 a float32 tensor of shape \(32, 3\)"),
         ("draw", lambda self, ids: (torch.zeros(len(ids), 2), {"a": torch.zeros(5)}), "first dimension 32"),
         ("draw", lambda self, ids: (torch.zeros(len(ids), 2), {"x_1": torch.zeros(32)}), "rows named 'x_1'"),
+        ("rows_of", lambda self, output: {"a": output.reward.tolist()}, r"Mine\.rows_of gave a list as 'a'"),
+        ("rows_of", lambda self, output: {"a": output.reward[:1]}, r"shape \(1,\) as 'a'.*first dimension 32"),
+        ("rows_of", lambda self, output: output.reward, r"Mine\.rows_of gave a float32 tensor"),
+        ("cautions", lambda self, logged: ["Lower tau."], r"Mine\.cautions gave a list; it must give texts by kind"),
     ],
 )
 def test_what_a_method_gives_is_checked_at_once(name: str, method: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         learn(subclass(name, method))
+
+
+def test_rows_of_a_reward_take_no_names_that_were_drawn() -> None:
+    cls = subclass("rows_of", lambda self, output: {"a": output.reward})
+    cls.draw = lambda self, ids: (torch.zeros(len(ids), 2), {"a": torch.zeros(len(ids))})  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"rows_of gave rows named 'a'; it must give other names"):
+        learn(cls)
+
+
+def test_the_tilt_of_an_algorithm_of_ones_own_may_be_a_number() -> None:
+    """As a division of two settings is; logged, and aimed at."""
+
+    def own(tilt: Any) -> type[flowrl.FlowAlgorithm]:
+        return type("Mine", (flowrl.RWR,), {"tilt_of": lambda self, std: tilt(self.config), "__doc__": "Mine."})
+
+    model = learn(own(lambda config: config.tau / 2))
+    assert model.last_logged["rollout/target_lambda"] == pytest.approx(model.config.tau / 2)
+    settings = {"n_samples": 32, "batch_size": 16, "target_lambda": 3.0}
+    aimed = own(lambda config: config.tau / 2)("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
+    assert aimed.learn(32).config.tau == pytest.approx(6.0)
+    for tilt, gave in (("1", "a str"), (torch.ones(2), r"a float32 tensor of shape \(2,\)")):
+        with pytest.raises(ConfigError, match=rf"Mine\.tilt_of gave {gave}; it must give a number"):
+            learn(own(lambda config, tilt=tilt: tilt))
 
 
 class Plain:

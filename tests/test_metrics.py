@@ -86,6 +86,17 @@ def test_mean_interval_covers_the_mean_95_times_in_100() -> None:
     assert 925 <= inside <= 970
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("size", [1, 4])
+def test_mean_interval_of_few(n: int, size: int) -> None:
+    """It covers the mean as often; 1.96 errors of two are 70 %. Of independent values, and of clusters alike."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4000, n, generator=generator).repeat_interleave(size, 1)
+    clusters = torch.arange(n).repeat_interleave(size)
+    intervals = [mean_interval(row, None if size == 1 else clusters) for row in values]
+    assert sum(low <= 0 <= high for low, high in intervals) / 4000 == pytest.approx(0.95, abs=0.012)
+
+
 def test_mean_interval_of_prompts_that_are_some_of_many() -> None:
     """Eight samples of a prompt are worth little more than one where prompts decide: taken for independent, 54 %."""
     generator, hits = torch.Generator().manual_seed(0), 0

@@ -699,14 +699,27 @@ def test_the_tilts_that_they_state() -> None:
     std = torch.tensor(2.0)
     for name in ("flow_dpo", "dgpo", "fpo", "ddpo"):
         assert make(name).tilt_of(std) is None
-    assert make("crd", beta=0.25).tilt_of(std).item() == pytest.approx(2.0, rel=1e-3)
+    assert make("crd", beta=0.25).tilt_of(std).item() == pytest.approx(2.0 * 0.9650, rel=1e-3)
     assert make("crd", beta=0.25, decay=0.9).tilt_of(std) is None
     assert make("crd", beta=0.25, anchor=0.1).tilt_of(std) is None
-    assert make("flow_grpo", beta=0.1).tilt_of(std).item() == pytest.approx(5.0, rel=1e-3)
+    assert make("flow_grpo", beta=0.1).tilt_of(std).item() == pytest.approx(5.0 * 0.8444, rel=1e-3)
     assert make("flow_grpo", beta=0.0).tilt_of(std) is None
     assert make("dpok", beta=0.1, reward_weight=3.0).tilt_of(std).item() == pytest.approx(15.0, rel=1e-3)
     assert make("dpok", beta=0.1, standardise="none").tilt_of(std).item() == pytest.approx(10.0)
     assert make("dpok", beta=0.0).tilt_of(std) is None
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_tilts_of_group_relative_methods_are_those_of_their_advantages(size: int) -> None:
+    """Of normal rewards: the regression on r of what a sample expects as its advantage; of CRD, within the group."""
+    reward = 3 * torch.randn(100_000, size, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE) + 2
+    centred = reward - reward.mean(1, keepdim=True)
+    a, within = centred / centred.square().mean(1, keepdim=True).sqrt(), centred.square().mean().sqrt()
+    grpo = (reward - 2).mul(a).mean() / reward.var()
+    crd = centred.mul(a).mean() / centred.square().mean()
+    sizes = {"group_size": size, "beta": 0.25, "max_advantage": 50.0}
+    assert make("flow_grpo", **sizes).tilt_of(within).item() == pytest.approx(grpo.item() / 0.25, rel=0.01)
+    assert make("crd", **sizes).tilt_of(within).item() == pytest.approx(crd.item() / 0.25, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["crd", "flow_grpo", "dpok"])

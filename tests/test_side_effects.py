@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 
 import flowrl
 from flowrl.envs.rewards.mixture import make_rewards
@@ -232,10 +233,11 @@ def test_the_interval_of_an_evaluation_is_over_all_prompts() -> None:
         torch.tensor([float(ord(context)) for context in contexts])
     )
     policy = flowrl.FlowPolicy.of(env, device="cpu", seed=0)
-    for n_samples, half_width in ((8, 1.96 * 0.5), (48, None)):
+    quantile = {n: float(stats.t.ppf(0.975, n - 1)) for n in (2, 48)}
+    for n_samples, half_width in ((8, quantile[2] * 0.5), (48, None)):
         result = flowrl.evaluate(policy, env, n_samples=n_samples, samples_per_context=4, steps=1)
         means = torch.tensor([row["trained"] for row in result.per_prompt])
         low, high = result.reward_ci
-        iid = 1.96 * result.reward_std / math.sqrt(n_samples - 1)
+        iid = quantile[48] * result.reward_std / math.sqrt(n_samples - 1)
         expected = iid if half_width is None else half_width * float(means.max() - means.min())
         assert (high - low) / 2 == pytest.approx(expected, rel=1e-5)

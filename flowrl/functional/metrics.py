@@ -99,11 +99,13 @@ def wins(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def mean_interval(values: torch.Tensor, clusters: torch.Tensor | None = None) -> tuple[float, float]:
-    """Compute the 95 % confidence interval of the mean of values (B,), by the normal approximation.
+    """Compute the 95 % confidence interval of the mean of values (B,), by Student's t.
 
     Values are independent; or, with `clusters` (B,) int64, those of different clusters are, which are themselves a few
     drawn of many (the ratio estimator of cluster sampling, Cochran 1977, eq. 9A.7).
     """
+    from scipy import special
+
     n, deviation = len(values), values - values.mean()
     if clusters is not None:
         drawn, index = clusters.unique(return_inverse=True)
@@ -111,4 +113,5 @@ def mean_interval(values: torch.Tensor, clusters: torch.Tensor | None = None) ->
     if n < 2:
         return math.nan, math.nan
     mean, error = values.mean().item(), math.sqrt(n / (n - 1) * deviation.square().sum().item()) / len(values)
-    return mean - 1.96 * error, mean + 1.96 * error
+    reach = float(special.stdtrit(n - 1, 0.975)) * error  # of two or three prompts much more than 1.96 errors
+    return mean - reach, mean + reach

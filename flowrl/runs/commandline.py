@@ -20,7 +20,7 @@ from flowrl.runs.folder import imported_algorithm
 from flowrl.runs.program import Device, OwnModules
 from flowrl.storage.files import read_json
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.construction import check_known, without_given
+from flowrl.training.construction import check_idle, check_known, without_given
 from flowrl.training.loading import check_description, pinned_settings, tupled
 from flowrl.training.saving import algorithm_name
 
@@ -206,7 +206,9 @@ def second_pass(
     parsed: Any = tyro.cli(whole, args=args, prog=PROGRAM, config=(tyro.conf.HelptextFromCommentsOff,))
     config = getattr(parsed, "algo", None)
     if algo is not None and config is not None:
-        config = without_given(meant(algo, config, given_settings(args, ("--algo.",))), given_settings(args))
+        of_algo = given_settings(args, ("--algo.",))
+        config = without_given(meant(algo, config, of_algo), given_settings(args))
+        check_idle(config, of_algo)
     return parsed.run, config, getattr(parsed, "env", None)
 
 

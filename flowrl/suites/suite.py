@@ -35,6 +35,7 @@ from flowrl.evaluation.steering import Steering
 from flowrl.registry import algorithm_class, environment_spec, named_by_a_file
 from flowrl.storage.files import read_file
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.construction import check_idle
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -279,7 +280,9 @@ def _config(cell: Cell, recommended: Mapping[str, Any]) -> dict[str, Any]:
         cls: type[FlowAlgorithm] = algorithm_class(cell.algo) if cell.algo else FlowAlgorithm
         if not issubclass(cls, FlowAlgorithm):
             raise ConfigError(f"'{cell.algo}' is no FlowAlgorithm.")
-        return asdict(cls.configure(None, recommended, cell.settings))
+        config = cls.configure(None, recommended, cell.settings)
+        check_idle(config, cell.settings)
+        return asdict(config)
     except (ConfigError, UnknownNameError) as error:
         raise type(error)(f"{where}: {error}") from error
     except (TypeError, ValueError, ArithmeticError) as error:  # a third party's settings check themselves

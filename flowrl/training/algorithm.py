@@ -86,7 +86,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.ranks = join(device) if ranks is None else ranks
         core = construction.as_generation_env(env, env_settings)
         self.config = self.configure(config, core.recommended, settings)
-        construction.check_run(core, self.config, self.ranks.world_size)
+        construction.check_run(core, self.config, self.ranks.world_size, settings)
         self.fit = fitted(type(self), self.config, core, device, self.ranks)
         self.config, core = self.fit.config, self.fit.env
         construction.keep_freed_memory()

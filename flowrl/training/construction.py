@@ -88,6 +88,19 @@ def check_known(cls: type[Method], given: Iterable[str]) -> list[str]:
     return known
 
 
+def check_idle(config: FlowConfig, given: Collection[str]) -> None:
+    """Check that the settings that are given have something to do beside the others; those that are off have.
+
+    Raises:
+        ConfigError: One has not; says why.
+    """
+    defaults = {f.name: f.default for f in fields(config)}
+    for name, reason in config.idle().items():
+        value = getattr(config, name)
+        if name in given and value and value != defaults[name]:
+            raise ConfigError(f"{name} = {shown(value)} does nothing {reason}: leave it out, or change that.")
+
+
 def policy_arguments(cls: type, base: type, given: Any) -> dict[str, Any]:
     """Give what a subclass of a policy takes besides the arguments of its base, which the algorithm gives.
 
@@ -201,13 +214,14 @@ def weight_dtypes(config: FlowConfig) -> tuple[torch.dtype, torch.dtype]:
     return (dtype if config.lora_rank else torch.float32), dtype
 
 
-def check_run(env: GenerationEnv, config: FlowConfig, n_ranks: int) -> None:
-    """Check settings against the environment and the number of processes.
+def check_run(env: GenerationEnv, config: FlowConfig, n_ranks: int, given: Collection[str] = ()) -> None:
+    """Check settings, of which some were `given`, against the environment and the number of processes.
 
     Raises:
         ConfigError: They do not go together; names the setting.
     """
     config.check_itself()
+    check_idle(config, given)
     config.check_ranks(n_ranks)
     if env.groupwise:
         check_groups(config.group_size, (config.rollout_batch_size or config.n_samples) // n_ranks)

@@ -88,6 +88,15 @@ class EndpointConfig(GroupConfig, PriorityConfig, ABC):
             f"-{most:g} in the gradient, {held} holds the velocity, which then runs away."
         )
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        found = super().idle() | ({} if self.critic_learning_rate else {"critic_width": "without critic_learning_rate"})
+        if not self.decay_hold:
+            found |= dict.fromkeys(("decay_flat", "decay_rate"), "without decay_hold")
+        if not self.decay_rate:
+            found |= dict.fromkeys(("decay_flat", "decay_hold"), "without decay_rate")
+        return found | ({"time_sampling": "with early_times"} if self.early_times else {})
+
 
 class EndpointAlgorithm(Prioritised, GroupRelative):
     """A `FlowAlgorithm` with advantages, whose loss is a row of `flowrl.functional.endpoint`."""

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from flowrl.checks import is_finite
 from flowrl.errors import ConfigError
 from flowrl.types import Batch, version_of
 
 HOOKS = (
     *("contexts", "draw", "reward", "weigh", "advantage", "order", "loss", "refresh", "refresh_decay"),
     *("pair", "velocity", "error", "reward_of", "cautions", "copies_for", "couple", "read", "rows_of"),
+    *("tilt_of", "may_refresh"),
 )
 """Methods that a subclass of `FlowAlgorithm` replaces or calls."""
 RESERVED = ("loss", "grad_norm", "learning_rate", "n_updates", "bad_updates")
@@ -90,13 +92,31 @@ class HookChecks:
         x_1, extra = drawn
         if not isinstance(x_1, torch.Tensor) or x_1.shape != (n, *shape):
             self._fail("draw", f"x_1 {described(x_1)}", must)
+        self._check_rows("draw", extra, n, must, ())
+
+    def rows_of(self, rows: Any, n: int, drawn: Iterable[str]) -> None:
+        """Check rows that a reward's output is made into, beside those that were `drawn`."""
+        self._check_rows("rows_of", rows, n, f"{{name: tensor ({n},)}}", drawn)
+
+    def cautions(self, texts: Any) -> None:
+        """Check texts by kind."""
+        if not isinstance(texts, Mapping) or not all(isinstance(text, str) for text in texts.values()):
+            self._fail("cautions", described(texts), "texts by kind, {'ess': \"Lower tau.\"}")
+
+    def tilt_of(self, tilt: Any) -> None:
+        """Check a lambda."""
+        is_one = isinstance(tilt, torch.Tensor) and tilt.dim() == 0
+        if not (tilt is None or is_one or is_finite(tilt)):
+            self._fail("tilt_of", described(tilt), "a number or scalar tensor, or None where it aims at no tilt")
+
+    def _check_rows(self, method: str, extra: Any, n: int, must: str, taken: Iterable[str]) -> None:
         if not isinstance(extra, Mapping):
-            self._fail("draw", described(extra), must)
+            self._fail(method, described(extra), must)
         for name, rows in extra.items():
             if not isinstance(rows, torch.Tensor) or rows.dim() == 0 or len(rows) != n:
-                self._fail("draw", f"{described(rows)} as '{name}'", f"a tensor of first dimension {n} for each name")
-            if name in ("x_1", "part"):
-                self._fail("draw", f"rows named '{name}'", "other names than x_1 and part")
+                self._fail(method, f"{described(rows)} as '{name}'", f"a tensor of first dimension {n} for each name")
+            if name in ("x_1", "part", *taken):
+                self._fail(method, f"rows named '{name}'", f"other names than {' and '.join(('x_1', 'part', *taken))}")
 
     def _check_shape(self, method: str, values: Any, n: int) -> None:
         if not isinstance(values, torch.Tensor) or values.shape != (n,):

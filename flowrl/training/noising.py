@@ -136,6 +136,10 @@ class CouplingConfig(NoisingConfig):
             0 <= self.context_weight < math.inf, f"context_weight must not be negative, not {self.context_weight}."
         )
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({} if self.coupling == "c2ot" else {"context_weight": "unless coupling is 'c2ot'"})
+
 
 class Coupled(Noising):
     """A `Noising` algorithm with a choice of how noise is paired with samples."""

@@ -90,7 +90,10 @@ def velocities(
 
 def cautions(model: FlowAlgorithm) -> dict[str, str]:
     """Say what a user should be told of the figures of the last iteration, by kind."""
-    found, logged = model.cautions(model.last_logged), model.last_logged
+    logged = model.last_logged
+    given = model.cautions(logged)
+    model.checks.cautions(given)
+    found = dict(given)
     own, reference = (logged.get(f"train/{name}", 0.0) for name in ("own_loss", "reference_loss"))
     if own > MISFIT * reference:
         found["misfit"] = (

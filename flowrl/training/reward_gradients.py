@@ -25,6 +25,11 @@ class RewardGradientConfig(FlowConfig):
         super().__post_init__()
         self.require(self.alpha >= 0, f"alpha must not be negative, not {self.alpha}.")
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        found = dict.fromkeys(("refresh_every", "half_buffer"), "for samples that are drawn anew for each update")
+        return super().idle() | found | ({} if self.alpha else {"time_sampling": "without alpha"})
+
 
 class RewardGradientAlgorithm(FlowAlgorithm):
     """A `FlowAlgorithm` whose loss is minus the reward of samples with a gradient, which the reward must have."""

@@ -94,7 +94,9 @@ def filling(model: FlowAlgorithm, chunks: Sequence[torch.Tensor]) -> Iterator[tu
         return drawn
 
     for done, context_ids in zip(roll_outs(chunks, draw, model.policy.decode, model.reward, overlaps(model)), chunks):
-        rows = {**done.rows, **model.rows_of(done.output)}
+        own = model.rows_of(done.output)
+        model.checks.rows_of(own, len(done.context_ids), done.rows)
+        rows = {**done.rows, **own}
         if model.config.on_reward_error == "drop":
             model.record.dropped += done.dropped
             rows["stray"] = done.context_ids != context_ids  # stands in for another context: see `_weigh`

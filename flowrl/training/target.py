@@ -57,7 +57,7 @@ def aim(model: FlowAlgorithm, rollout: Batch) -> None:
     target, setting = model.config.target_lambda, model.tilt_setting
     if not target or model.iteration:  # it was set before, and is in the config
         return
-    now = model.tilt_of(unit_of(model, rollout))
+    now = _stated(model, rollout)
     if now is None and target == model.env.core.recommended.get("target_lambda"):
         model.config = replace(model.config, target_lambda=0.0)
         return
@@ -88,7 +88,12 @@ def held(model: FlowAlgorithm, rollout: Batch, coefficient: torch.Tensor) -> tor
 
 
 def _stated(model: FlowAlgorithm, rollout: Batch) -> torch.Tensor | None:
-    return None if model.tilt_setting is None else model.tilt_of(unit_of(model, rollout))
+    if model.tilt_setting is None:
+        return None
+    unit = unit_of(model, rollout)
+    now = model.tilt_of(unit)
+    model.checks.tilt_of(now)
+    return None if now is None else torch.as_tensor(now, dtype=unit.dtype, device=unit.device)
 
 
 def _holds(model: FlowAlgorithm) -> bool:

@@ -52,6 +52,11 @@ class TransitionConfig(FlowConfig):
         """Count the noisy steps per sample."""
         return self.rollout_steps - 1
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        found = {} if self.mask == "dppo" else {"dppo_delta": "unless mask is 'dppo'"}
+        return super().idle() | found | {"time_sampling": "for a loss at the sampler's own times"}
+
 
 class TransitionAlgorithm(FlowAlgorithm):
     """A `FlowAlgorithm` on steps of the sampler: minibatches consist of steps (see `recorded`), not of samples."""
