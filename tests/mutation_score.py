@@ -928,14 +928,14 @@ MUTATIONS = (
     Mutation(
         "held-refresh",
         NOISING,
-        "self.is_held = own > limit * reference",
-        "self.is_held = own > limit",
+        "if limit and values[name] > limit * found[-1]]",
+        "if limit and values[name] > limit]",
         ("test_held_refresh.py::test_the_limit_is_on_the_ratio_of_the_two_losses",),
     ),
     Mutation(
         "held-policy",
         NOISING,
-        'return copies | {"behaviour"} if config.max_own_loss else copies',
+        'return copies | {"behaviour"} if config.max_own_loss or config.max_drift else copies',
         "return copies",
         ("test_held_refresh.py::test_beyond_the_limit_the_samples_come_from_the_policy_as_it_was",),
     ),

@@ -75,7 +75,7 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     found["transport, contexts"] = ("orw_w2", "sd3-count", SMALLER, PICTURES | alike)
     found["own noise"] = ("nft", "gaussians-linear", {}, SMALL | {"coupling": "rectified", "noisings": 2})
     found["times"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"time_weighting": "variance", "max_time": 0.7})
-    found["held"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"max_own_loss": 1.0})
+    found["held"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"max_own_loss": 1.0, "max_drift": 0.05})
     found["priority"] = (
         "nft",
         "gaussians-linear",

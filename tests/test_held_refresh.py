@@ -1,4 +1,4 @@
-"""Refreshes that are held while errors of the flow are too large (`max_own_loss`)."""
+"""Refreshes that are held while errors or the drift of the flow are too large (`max_own_loss`, `max_drift`)."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("setting", ["max_own_loss", "max_drift"])
 @pytest.mark.parametrize(("name", "settings"), METHODS)
-def test_beyond_the_limit_the_samples_come_from_the_policy_as_it_was(name: str, settings: dict[str, Any]) -> None:
-    model, free, never = (make(name, **settings, max_own_loss=limit) for limit in (1e-6, 1e6, 0.0))
+def test_beyond_the_limit_the_samples_come_from_the_policy_as_it_was(
+    name: str, settings: dict[str, Any], setting: str
+) -> None:
+    model, free, never = (make(name, **settings, **{setting: limit}) for limit in (1e-6, 1e6, 0.0))
     before = weights(model, "behaviour")
-    with pytest.warns(UserWarning, match=r"not refreshed after iteration 1: .* 1e-06 times the reference's"):
+    with pytest.warns(UserWarning, match=rf"not refreshed after iteration 1: .* 1e-06 times .*\({setting}\)"):
         model.learn(3 * 64)
     assert equal(weights(model, "behaviour"), before)
     assert not equal(weights(model), before)
@@ -60,8 +63,19 @@ def test_beyond_the_limit_the_samples_come_from_the_policy_as_it_was(name: str, 
 def test_the_limit_is_on_the_ratio_of_the_two_losses(own: float, reference: float, may: bool) -> None:
     model = make("orw_w2", max_own_loss=1.2000001)
     figures = {"own_loss": torch.tensor(float(own)), "reference_loss": torch.tensor(float(reference))}
+    figures["drift"] = torch.tensor(5.0)
     assert model.may_refresh(figures) is may
     assert make("orw_w2").may_refresh(figures)
+
+
+@pytest.mark.parametrize(("drift", "may"), [(0.3, True), (0.32, False), (math.nan, True)])
+def test_the_other_limit_is_on_the_drift_in_units_of_the_references_loss(drift: float, may: bool) -> None:
+    model = make("orw_w2", max_drift=0.5)
+    figures = {"own_loss": torch.tensor(9.0), "reference_loss": torch.tensor(0.62), "drift": torch.tensor(drift)}
+    assert model.may_refresh(figures) is may
+    assert model.held_by == ("" if may else "drift")
+    both = make("orw_w2", max_drift=0.5, max_own_loss=1.2)
+    assert not both.may_refresh(figures)
 
 
 def test_it_goes_on_once_the_loss_is_small_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +86,7 @@ def test_it_goes_on_once_the_loss_is_small_again(monkeypatch: pytest.MonkeyPatch
     def with_loss(self: Any) -> dict[str, torch.Tensor]:
         drawn_by.append(weights(self, "behaviour"))
         told = {"own_loss": torch.tensor(next(losses)), "reference_loss": torch.tensor(1.0)}
+        told["drift"] = torch.tensor(0.0)
         return {**update(self), **told}
 
     monkeypatch.setattr(type(model), "update", with_loss)
@@ -99,8 +114,9 @@ def test_a_held_run_resumes_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("rwr", {}, "'rwr' draws samples from its reference policy, which max_own_loss does not hold"),
+        ("rwr", {}, "'rwr' draws samples from its reference policy, which max_own_loss and max_drift do not hold"),
         ("orw_w2", {"max_own_loss": -1.0}, r"max_own_loss must not be negative, not -1\.0"),
+        ("orw_w2", {"max_drift": -1.0}, r"max_drift must not be negative, not -1\.0"),
     ],
 )
 def test_where_there_is_nothing_to_hold(name: str, settings: dict[str, Any], message: str) -> None:

@@ -34,13 +34,17 @@ class NoisingConfig(FlowConfig):
     """Solver steps of the samples to learn from, often fewer than those to show; 0 takes rollout_steps."""
     max_own_loss: float = 0.0
     """Refresh the behaviour policy only while the loss of the flow's own samples is at most this times the reference's
-    loss of the same (train/own_loss, train/reference_loss): beyond, errors would grow from refresh to refresh. 0 always
-    refreshes."""
+    loss of the same (train/own_loss, train/reference_loss): beyond, errors would grow from refresh to refresh. 0 sets
+    no limit."""
+    max_drift: float = 0.0
+    """Refresh the behaviour policy only while train/drift, E|v - v_ref|^2 on the flow's own samples, is at most this
+    times train/reference_loss, E|u - v_ref|^2 on the same: a trust region around the reference. 0 sets no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.draw_steps >= 0, f"draw_steps must not be negative, not {self.draw_steps}.")
-        self.require(self.max_own_loss >= 0, f"max_own_loss must not be negative, not {self.max_own_loss}.")
+        for name in ("max_own_loss", "max_drift"):
+            self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
 
 
@@ -49,20 +53,20 @@ class Noising(FlowAlgorithm):
 
     Config: ClassVar[type[FlowConfig]] = NoisingConfig
     config: NoisingConfig
-    is_held = False
+    held_by = ""
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:
         """Keep the policy that draws the samples where it may stay as it is."""
         copies = super().copies_for(config)
-        return copies | {"behaviour"} if config.max_own_loss else copies
+        return copies | {"behaviour"} if config.max_own_loss or config.max_drift else copies
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if self.config.max_own_loss and self.behaviour_role != "behaviour":
+        if (self.config.max_own_loss or self.config.max_drift) and self.behaviour_role != "behaviour":
             raise ConfigError(
-                f"'{self.name}' draws samples from its {self.behaviour_role} policy, which max_own_loss does not hold: "
-                "leave it at 0."
+                f"'{self.name}' draws samples from its {self.behaviour_role} policy, which max_own_loss and max_drift "
+                "do not hold: leave them at 0."
             )
         if self.config.time_weighting == "variance":
             self.noise_at = self.keep("noise_at", torch.zeros(2, TIME_BINS))  # sums of |u - base|^2, and counts
@@ -77,23 +81,29 @@ class Noising(FlowAlgorithm):
         return self.policy.sample_latents(context_ids, role=role, x_0=x_0, steps=self.config.draw_steps or None)
 
     def may_refresh(self, figures: Mapping[str, torch.Tensor]) -> bool:
-        """Tell whether the loss of own samples is small enough for a refresh."""
-        limit = self.config.max_own_loss
-        if not limit:
+        """Tell whether the loss of own samples and the drift are small enough for a refresh."""
+        limits = {"own_loss": self.config.max_own_loss, "drift": self.config.max_drift}
+        if not any(limits.values()):
             return True
         known = figures if "own_loss" in figures else self.drift()
-        own, reference = self.ranks.mean_(torch.stack([known["own_loss"], known["reference_loss"]])).tolist()
-        self.is_held = own > limit * reference
-        return not self.is_held
+        found = self.ranks.mean_(torch.stack([known[name] for name in (*limits, "reference_loss")])).tolist()
+        values = dict(zip(limits, found))
+        beyond = [name for name, limit in limits.items() if limit and values[name] > limit * found[-1]]
+        self.held_by = beyond[0] if beyond else ""
+        return not beyond
 
     def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
         """Tell of a behaviour policy that stays as it is."""
+        if not self.held_by:
+            return super().cautions(logged)
+        limit = getattr(self.config, f"max_{self.held_by}")
+        what = "the loss of its own samples" if self.held_by == "own_loss" else "its drift on its own samples"
         text = (
-            f"The policy that draws samples was not refreshed after iteration {self.iteration}: the loss of its own "
-            f"samples is more than {self.config.max_own_loss:g} times the reference's (max_own_loss), and errors would "
-            "grow. Training goes on with samples of the policy as it was, and refreshes it once that is mended."
+            f"The policy that draws samples was not refreshed after iteration {self.iteration}: {what} is more than "
+            f"{limit:g} times the reference's loss of the same (max_{self.held_by}), and errors would grow. Training "
+            "goes on with samples of the policy as it was, and refreshes it once that is mended."
         )
-        return {**super().cautions(logged), **({"held": text} if self.is_held else {})}
+        return {**super().cautions(logged), "held": text}
 
     def pair(self, batch: Batch, x_0: torch.Tensor | None = None, t: torch.Tensor | None = None) -> Pair:
         """Pair the samples of a minibatch with fresh noise, at fresh times up to the largest; or with given ones."""
