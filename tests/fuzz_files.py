@@ -45,7 +45,7 @@ settings = { flow = "mini-sd3", reward = "compress:1+colourfulness:0.5", resolut
 
 [rows."ORW-CFM-W2"]
 algo = "orw_w2"
-settings = { n_samples = 64, rollout_steps = 4, lora_targets = ["attn.to_q"], compile = false, solver = "heun" }
+settings = { n_samples = 64, lora_rank = 2, lora_targets = ["attn.to_q"], compile = false, solver = "heun" }
 sweep = { alpha = [0.1, 3.0] }
 on.sd3-compress = { n_epochs = 2 }
 

@@ -10,9 +10,10 @@ import torch
 
 import flowrl
 from flowrl.errors import ConfigError
-from flowrl.registry import algorithm_class
+from flowrl.registry import algorithm_class, environment_spec
 from flowrl.runs.commandline import second_pass
 from flowrl.suites.suite import load_suite
+from flowrl.training.construction import check_idle
 
 SMALL = {"n_samples": 16, "batch_size": 16}
 IDLE = [
@@ -28,7 +29,7 @@ IDLE = [
     ("awm", "ghuber_power", 0.5, {}, "unless error_weighting is 'ghuber'"),
     ("ddpo", "time_sampling", "logit_normal", {}, "for a loss at the sampler's own times"),
     ("ddpo", "dppo_delta", 1e-3, {}, "unless mask is 'dppo'"),
-    ("ddpo", "clip_range", 0.1, {"variant": "sf", "rollout_steps": 2}, "unless variant is 'is'"),
+    ("ddpo", "clip_range", 0.3, {"variant": "sf", "rollout_steps": 2}, "unless variant is 'is'"),
     ("flow_grpo", "window_stride", 1, {}, "without window"),
     ("dpok", "critic_learning_rate", 0.1, {"critic": False}, "without critic"),
     ("tilt", "critic_width", 16, {"control_variate": "one", "pool": 64}, "unless control_variate is 'critic'"),
@@ -91,7 +92,7 @@ def test_a_suite_with_a_setting_that_does_nothing_is_refused_before_it_runs(tmp_
         "seeds = [0]\nbudget = 1000\n[envs.gaussians-linear]\n"
         '[rows.RAFT]\nalgo = "raft"\nsweep = { tau = [1.0, 2.0] }\n'
     )
-    with pytest.raises(ConfigError, match=r"Row 'RAFT' on 'gaussians-linear': tau = 1\.0 does nothing"):
+    with pytest.raises(ConfigError, match=r"Row 'RAFT' on 'gaussians-linear': tau = 2\.0 does nothing"):
         load_suite(str(file))
 
 
@@ -115,3 +116,16 @@ def test_an_algorithm_of_ones_own_says_which_of_its_settings_do_nothing() -> Non
     with pytest.raises(ConfigError, match=r"size = 2\.0 does nothing without bonus"):
         Own("FlowPolicy", "gaussians-linear", size=2.0)
     Own("FlowPolicy", "gaussians-linear", size=2.0, bonus=True)
+
+
+def test_what_an_environment_recommends_may_be_given() -> None:
+    """The head of a run prints it, whether the algorithm has a use for it or not, and what is printed can be given."""
+    spec, raft = environment_spec("sd3-count"), algorithm_class("raft")
+    recommended = spec.recommended(spec.config)
+    tau = recommended["tau"]
+    assert tau != raft.Config().tau
+    _, config, _ = second_pass(["--algo", "raft", "--env", spec.name, f"--algo.tau={tau}"], raft, spec, None)
+    assert config.tau == tau
+    check_idle(config, ["tau"], recommended)
+    with pytest.raises(ConfigError, match=r"tau = .* does nothing"):
+        check_idle(config, ["tau"], {})

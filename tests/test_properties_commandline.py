@@ -24,6 +24,7 @@ from flowrl.registry import ALGORITHMS, ENVIRONMENTS, algorithm_class, environme
 from flowrl.run import main
 from flowrl.runs.commandline import RunConfig, second_pass
 from flowrl.storage.files import read_json, write_json
+from flowrl.training.construction import check_idle
 
 algorithms = st.sampled_from(sorted(ALGORITHMS))
 words = st.text("abcXYZ019._-/ äé", min_size=1, max_size=8)
@@ -84,6 +85,7 @@ def test_settings_that_are_printed_are_parsed_back(algo, data) -> None:
     refusal = None
     try:
         expected = cls.configure(None, spec.recommended(spec.config), given)
+        check_idle(expected, given, spec.recommended(spec.config))
     except ConfigError as error:
         refusal = str(error)
     if refusal is None:

@@ -208,7 +208,7 @@ def second_pass(
     if algo is not None and config is not None:
         of_algo = given_settings(args, ("--algo.",))
         config = without_given(meant(algo, config, of_algo), given_settings(args))
-        check_idle(config, of_algo)
+        check_idle(config, of_algo, vars(default))
     return parsed.run, config, getattr(parsed, "env", None)
 
 

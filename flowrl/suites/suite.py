@@ -281,7 +281,7 @@ def _config(cell: Cell, recommended: Mapping[str, Any]) -> dict[str, Any]:
         if not issubclass(cls, FlowAlgorithm):
             raise ConfigError(f"'{cell.algo}' is no FlowAlgorithm.")
         config = cls.configure(None, recommended, cell.settings)
-        check_idle(config, cell.settings)
+        check_idle(config, cell.settings, recommended)
         return asdict(config)
     except (ConfigError, UnknownNameError) as error:
         raise type(error)(f"{where}: {error}") from error

@@ -88,16 +88,19 @@ def check_known(cls: type[Method], given: Iterable[str]) -> list[str]:
     return known
 
 
-def check_idle(config: FlowConfig, given: Collection[str]) -> None:
+def check_idle(config: FlowConfig, given: Collection[str], recommended: Mapping[str, Any]) -> None:
     """Check that the settings that are given have something to do beside the others; those that are off have.
+
+    So may be those that are as recommended: the head of a run prints them, and what it prints can be given.
 
     Raises:
         ConfigError: One has not; says why.
     """
     defaults = {f.name: f.default for f in fields(config)}
+    usual = [(name.rpartition(".")[2], value) for name, value in recommended.items()]
     for name, reason in config.idle().items():
         value = getattr(config, name)
-        if name in given and value and value != defaults[name]:
+        if name in given and value and value != defaults[name] and (name, value) not in usual:
             raise ConfigError(f"{name} = {shown(value)} does nothing {reason}: leave it out, or change that.")
 
 
@@ -221,7 +224,7 @@ def check_run(env: GenerationEnv, config: FlowConfig, n_ranks: int, given: Colle
         ConfigError: They do not go together; names the setting.
     """
     config.check_itself()
-    check_idle(config, given)
+    check_idle(config, given, env.recommended)
     config.check_ranks(n_ranks)
     if env.groupwise:
         check_groups(config.group_size, (config.rollout_batch_size or config.n_samples) // n_ranks)
