@@ -44,9 +44,9 @@ class EvaluationResult(SampleStatistics):
     Attributes:
         drift: `E|v - v_ref|^2` over flow time, mean over dimensions.
         velocity_ratio: `E|v| / E|v_ref|` over flow time, norms over all dimensions.
-        win_rates: Share of the contexts and noises at which the trained flow's sample has more reward than the
-            reference's, ties counting half, by name: "reward", and held-out rewards. Of those that compare the samples
-            of a call, "winrate(NAME)" and pairwise ones have one.
+        win_rates: Share of the contexts and noises (of steered samples: contexts) at which the trained flow's sample
+            has more reward than the reference's, ties counting half, by name: "reward", and held-out rewards. Of those
+            that compare the samples of a call, "winrate(NAME)" and pairwise ones have one.
         win_rate_cis: Their 95 % confidence intervals.
         warnings: What fell while the reward rose (signs of a reward that is exploited), and signs of a flow that has
             diverged or collapsed.
