@@ -90,7 +90,8 @@ class FlowConfig:
     """LoRA weights to start from, a folder or a .safetensors file: they are put into the weights, and the reference is
     that start. Exported LoRA weights hold both, the start and what was trained."""
     trained_parameters: tuple[str, ...] = ()
-    """Train only the parameters whose names contain one of these; all when not given. For LoRA: lora_targets."""
+    """Train only the parameters whose names contain one of these; all when not given. With LoRA: adapt, of its
+    modules, only those with such parameters."""
     optimizer: OptimizerKind = "adamw"
     """AdamW, or with moments in 8 bits ("adamw8bit", needs bitsandbytes)."""
     precision: Precision = "float32"
@@ -152,11 +153,6 @@ class FlowConfig:
         others = ("warmup_updates", "weight_decay", "rollout_batch_size", "lora_rank", "lora_alpha", "target_lambda")
         for name in (*others, "reward_retries", "reward_timeout"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
-        self.require(
-            not (self.lora_rank and self.trained_parameters),
-            "trained_parameters is for training the weights themselves; with lora_rank say what is adapted by "
-            "lora_targets.",
-        )
         for name in ("lora_targets", "trained_parameters"):
             self.require("" not in getattr(self, name), f"{name} has an empty name in it: leave it out.")
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), not {self.lora_dropout}.")

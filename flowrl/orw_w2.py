@@ -73,6 +73,7 @@ class ORWCFMW2(Prioritised):
     """Online reward-weighted conditional flow matching with Wasserstein-2 regularisation."""
 
     replayable = True
+    kind = "endpoint.w2"
     Config: ClassVar[type[FlowConfig]] = ORWCFMW2Config
     config: ORWCFMW2Config
 

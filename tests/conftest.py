@@ -24,6 +24,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: one thread for each,
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # or tests of names that nobody has wait for the hub, or for the lack of it
+
 # with what all tests have imported, a look at every object takes 0.1 s and finds little
 gc.set_threshold(20_000, 10, 10)
 

@@ -71,7 +71,7 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     for name in OUTSIDE:
         found[name] = (f"outside.{name}", "gaussians-linear", {}, SMALL | OUTSIDE[name])
     found["transport"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"coupling": "ot", "target": "plain"})
-    alike = {"coupling": "c2ot", "target": "plain", "context_weight": 0.1}
+    alike = {"coupling": "c2ot", "target": "plain", "context_weight": 0.1, "priority": 0.0}
     found["transport, contexts"] = ("orw_w2", "sd3-count", SMALLER, PICTURES | alike)
     found["own noise"] = ("nft", "gaussians-linear", {}, SMALL | {"coupling": "rectified", "noisings": 2})
     found["times"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"time_weighting": "variance", "max_time": 0.7})

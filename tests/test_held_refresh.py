@@ -78,6 +78,17 @@ def test_the_other_limit_is_on_the_drift_in_units_of_the_references_loss(drift: 
     assert not both.may_refresh(figures)
 
 
+@pytest.mark.parametrize(("settings", "log_interval"), [({}, 1), ({"max_drift": 1e6}, 1), ({"max_drift": 1e6}, None)])
+def test_what_holds_refreshes_is_part_of_the_cost_and_the_log_is_not(
+    settings: dict[str, Any], log_interval: int | None
+) -> None:
+    """Without a penalty neither loss nor update knows `v_ref`; the estimate of 4 samples, two passes each."""
+    model = make("orw_w2", alpha=0.0, baseline="clipped", **settings)
+    model.learn(3 * 64, log_interval=log_interval)
+    plain = 3 * 64 * (3 + 1 + 3)  # three steps to draw, v_old, v and its gradient
+    assert model.policy.evaluations == plain + 3 * 2 * 4 * bool(settings)
+
+
 def test_it_goes_on_once_the_loss_is_small_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Iterations 2 and 3 are held; the fourth refreshes, and what was told is told once."""
     model, losses = make("orw_w2", max_own_loss=1.5), iter([1.0, 2.0, 2.0, 1.0])

@@ -457,8 +457,29 @@ def test_trained_parameters_alone_move() -> None:
         ConfigError, match=r"no parameter .* has 'nowhere' .* made of inputs, weight, bias, hidden, output"
     ):
         small(trained_parameters=("out", "nowhere"))
-    with pytest.raises(ConfigError, match="with lora_rank say what is adapted by lora_targets"):
-        small(lora_rank=2, trained_parameters=("out",))
+
+
+@pytest.mark.parametrize(
+    ("targets", "parts", "adapted"),
+    [
+        ((), ("inputs", "output.weight"), {"inputs", "output"}),
+        ((), ("hidden.1", "out"), {"hidden.1", "output"}),
+        (("0", "1", "output"), ("hidden",), {"hidden.0", "hidden.1"}),
+    ],
+)
+def test_with_lora_modules_of_those_names_alone_are_adapted(
+    targets: tuple[str, ...], parts: tuple[str, ...], adapted: set[str]
+) -> None:
+    model = small(lora_rank=2, lora_targets=targets, trained_parameters=parts)
+    names = {name.partition(".lora_")[0] for name in model.policy.parameters_of("current")}
+    assert names == adapted
+
+
+def test_with_lora_some_module_must_have_such_a_name() -> None:
+    with pytest.raises(ConfigError, match="no module that lora_targets names has a parameter of trained_parameters"):
+        small(lora_rank=2, lora_targets=("output",), trained_parameters=("hidden",))
+    with pytest.raises(ConfigError, match="no parameter of this network has 'nowhere' in its name"):
+        small(lora_rank=2, trained_parameters=("nowhere",))
 
 
 @pytest.mark.parametrize("name", ["lora_targets", "trained_parameters"])

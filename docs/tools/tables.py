@@ -55,7 +55,7 @@ def recommended(name: str, *given: str) -> list[Row]:
         kind, _, setting = key.rpartition(".")
         found.setdefault(kind, []).append(f"`{setting}` {shown(value)}")
     shipped = {name: cls for name, cls in ALGORITHMS.items() if cls.__module__.startswith("flowrl.")}
-    of_kind = {kind: [name for name, cls in shipped.items() if cls.kind == kind] for kind in found}  # type: ignore[attr-defined]
+    of_kind = {kind: [n for n, cls in shipped.items() if f"{cls.kind}.".startswith(f"{kind}.")] for kind in found}  # type: ignore[attr-defined]
     rows = [
         (f"`{kind}`: " + ", ".join(of_kind[kind]) if kind else "all that have them", ", ".join(values))
         for kind, values in found.items()

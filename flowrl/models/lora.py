@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ class LoRA:
         alpha: Their scale; they count `alpha / rank` times.
         dropout: Dropout before the trained adapter.
         targets: Ends of the names of adapted modules; the flow's own choice when empty.
+        parts: Of those, modules with a parameter whose name contains one of these; all when empty.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @staticmethod
     def of(config: Any) -> LoRA | None:
@@ -37,7 +40,8 @@ class LoRA:
         rank = config.lora_rank
         if not rank:
             return None
-        return LoRA(rank, config.lora_alpha or 2.0 * rank, config.lora_dropout, config.lora_targets)
+        alpha = config.lora_alpha or 2.0 * rank
+        return LoRA(rank, alpha, config.lora_dropout, config.lora_targets, config.trained_parameters)
 
 
 class Factor(nn.Module):
@@ -73,6 +77,7 @@ def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> dict[str
                 f"lora_targets: no module of this network is named '{target}', so nothing there would be trained. "
                 f"Linear layers end in {', '.join(list(ends)[:12])}."
             )
+    others = "|".join(map(re.escape, _modules_without(model.network, lora.parts))) if lora.parts else None
     model.network.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant here
@@ -82,12 +87,16 @@ def add_adapters(model: VelocityModel, names: list[str], lora: LoRA) -> dict[str
                 lora_alpha=cast(int, lora.alpha),
                 lora_dropout=lora.dropout if name == "current" else 0.0,
                 target_modules=targets,
+                exclude_modules=others,
                 init_lora_weights="gaussian",
             )
             try:
                 inject_adapter_in_model(config, model.network, adapter_name=name)
             except ValueError as error:
-                raise ConfigError(f"LoRA cannot be put on this network: {error}") from error
+                reason = str(error)
+                if lora.parts and "No modules were targeted" in reason:
+                    reason = "no module that lora_targets names has a parameter of trained_parameters."
+                raise ConfigError(f"LoRA cannot be put on this network: {reason}") from error
     adapters: dict[str, Any] = {n: m for n, m in model.network.named_modules() if isinstance(m, BaseTunerLayer)}
     _activate(adapters.values(), "current")
     _keep_factors_in_float32(adapters.values())
@@ -139,6 +148,12 @@ def count_parameters(model: VelocityModel, lora: LoRA | None, trained: Iterable[
     parameters = list(model.network.parameters())
     n_trained = sum(p.numel() for p in parameters if p.requires_grad)
     return sum(p.numel() for p in parameters) - n_trained, n_trained
+
+
+def _modules_without(network: nn.Module, parts: Iterable[str]) -> list[str]:
+    """List modules with parameters of which none has one of `parts` in its name."""
+    own = {name: dict(module.named_parameters(name, recurse=False)) for name, module in network.named_modules()}
+    return [name for name, found in own.items() if found and not any(part in key for part in parts for key in found)]
 
 
 def _linear_layers(network: nn.Module) -> list[str]:

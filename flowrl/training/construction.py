@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -160,10 +161,12 @@ def without_given(config: FlowConfig, given: Collection[str]) -> FlowConfig:
 def recommended_settings(cls: type[Method], known: Collection[str], recommended: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the recommendations that are for an algorithm, of its `known` settings.
 
-    A key is a setting, `KIND.setting` for a kind of algorithm, or `NAME.setting` for one; the later win.
+    A key is a setting, `KIND.setting` for a kind of algorithm, or `NAME.setting` for one; the later win. A kind `a.b`
+    is one of kind `a`, and what is for `a` is for it too.
     """
     found: dict[str, Any] = {}
-    for prefix in ("", f"{cls.kind}.", f"{cls.name}."):
+    kinds = itertools.accumulate(f"{part}." for part in cls.kind.split("."))
+    for prefix in ("", *kinds, f"{cls.name}."):
         keys = [key for key in recommended if key.startswith(prefix) and key.removeprefix(prefix) in known]
         found |= {key.removeprefix(prefix): recommended[key] for key in keys}
     return found

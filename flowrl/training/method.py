@@ -232,13 +232,13 @@ class Method(ABC):
 
     @torch.no_grad()
     def drift(self) -> dict[str, torch.Tensor]:
-        """Estimate for the log of methods whose loss has no `v_ref`: scalars, means over dimensions.
+        """Estimate what the loss of methods without `v_ref` does not give: scalars, means over dimensions.
 
         "drift" is `E|v - v_ref|^2`; of methods that learn from the policy's own samples, "own_loss" is their
         `E|v - u|^2`, "reference_loss" their `E|v_ref - u|^2`.
 
         On so few samples that it costs at most a fiftieth of an iteration's updates (a gradient step is 3 evaluations
-        a sample, this 2), at even times; with randomness of its own, and not counted: training knows nothing of it.
+        a sample, this 2), at even times; with randomness of its own, of which training knows nothing.
         """
         config, buffer, ranks = self.config, self.buffer, self.ranks
         n = int(DRIFT_SHARE * 3 / 2 * config.entries_per_epoch() * config.n_epochs)
@@ -248,11 +248,10 @@ class Method(ABC):
         generator.manual_seed(self.iteration)
         order = torch.randperm(buffer.size, generator=generator, device=self.device)[:n] * buffer.parts
         totals = torch.zeros(3, device=self.device)
-        with self.policy.uncounted():
-            for batch in buffer.batches(order, config.batch_size):
-                t = even_times(len(batch.x_1), config.time_sampling, generator)
-                v, v_ref, u = velocities(self.policy, batch.x_1, batch.context_ids, t, generator)
-                pairs = ((v, v_ref), (v, u), (v_ref, u))
-                totals += torch.stack([squared_error(a, b).sum() for a, b in pairs]) * ranks.world_size / n
+        for batch in buffer.batches(order, config.batch_size):
+            t = even_times(len(batch.x_1), config.time_sampling, generator)
+            v, v_ref, u = velocities(self.policy, batch.x_1, batch.context_ids, t, generator)
+            pairs = ((v, v_ref), (v, u), (v_ref, u))
+            totals += torch.stack([squared_error(a, b).sum() for a, b in pairs]) * ranks.world_size / n
         is_own = self.learns_from != "data" and self.behaviour_role != "reference"
         return dict(zip(("drift", "own_loss", "reference_loss")[: 3 if is_own else 1], totals))

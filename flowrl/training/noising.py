@@ -80,13 +80,18 @@ class Noising(FlowAlgorithm):
         """Draw latents of a role from noise (B, *latent_shape)."""
         return self.policy.sample_latents(context_ids, role=role, x_0=x_0, steps=self.config.draw_steps or None)
 
+    def update(self) -> dict[str, torch.Tensor]:
+        """Improve the policy, and measure what may hold the refresh; that is part of the method's cost."""
+        figures = super().update()
+        holds = self.config.max_own_loss or self.config.max_drift
+        return {**self.drift(), **figures} if holds and "own_loss" not in figures else figures
+
     def may_refresh(self, figures: Mapping[str, torch.Tensor]) -> bool:
         """Tell whether the loss of own samples and the drift are small enough for a refresh."""
         limits = {"own_loss": self.config.max_own_loss, "drift": self.config.max_drift}
         if not any(limits.values()):
             return True
-        known = figures if "own_loss" in figures else self.drift()
-        found = self.ranks.mean_(torch.stack([known[name] for name in (*limits, "reference_loss")])).tolist()
+        found = self.ranks.mean_(torch.stack([figures[name] for name in (*limits, "reference_loss")])).tolist()
         values = dict(zip(limits, found))
         beyond = [name for name, limit in limits.items() if limit and values[name] > limit * found[-1]]
         self.held_by = beyond[0] if beyond else ""

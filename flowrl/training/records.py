@@ -111,7 +111,8 @@ def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], second
     The drift and the losses of own samples are measured here, where the loss has not given the drift.
     """
     if "drift" not in updates and model.learns_from != "contexts":
-        updates = {**model.drift(), **updates}
+        with model.policy.uncounted():  # the log is not part of the method's cost
+            updates = {**model.drift(), **updates}
     measured = {**model.rollout_figures, **{f"train/{key}": value for key, value in updates.items()}}
     values = model.ranks.mean_(torch.stack([value.float() for value in measured.values()])).tolist()
     record = model.logger.record
