@@ -551,8 +551,8 @@ MUTATIONS = (
     Mutation(
         "endpoint-noisings",
         ENDPOINTS,
-        "vectors = [rows[row]",
-        "vectors = [rows.repeat(config.noisings, *[1] * (rows.dim() - 1))",
+        "batch = some_rows(batch, row)",
+        "batch = some_rows(batch, row.flip(0))",
         ("test_endpoint.py::test_each_sample_is_noised_several_times",),
     ),
     Mutation(
@@ -924,6 +924,20 @@ MUTATIONS = (
         "weight = self.noise_at[1] / self.noise_at[0].clamp_min(1e-12)",
         "weight = self.noise_at[0] / self.noise_at[1].clamp_min(1)",
         ("test_tilt.py::test_times_of_much_noise_weigh_less",),
+    ),
+    Mutation(
+        "late-anchor-times",
+        NOISING,
+        "self.config.max_time + (1 - self.config.max_time) * t)",
+        "self.config.max_time * t)",
+        ("test_late_anchor.py::test_the_gradient_is_that_of_both_parts",),
+    ),
+    Mutation(
+        "late-anchor-coefficient",
+        NOISING,
+        "share_of_step(self, loss + self.config.late_anchor * strayed,",
+        "share_of_step(self, loss + strayed,",
+        ("test_late_anchor.py::test_the_gradient_is_that_of_both_parts",),
     ),
     Mutation(
         "held-refresh",

@@ -74,7 +74,12 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     alike = {"coupling": "c2ot", "target": "plain", "context_weight": 0.1, "priority": 0.0}
     found["transport, contexts"] = ("orw_w2", "sd3-count", SMALLER, PICTURES | alike)
     found["own noise"] = ("nft", "gaussians-linear", {}, SMALL | {"coupling": "rectified", "noisings": 2})
-    found["times"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"time_weighting": "variance", "max_time": 0.7})
+    found["times"] = (
+        "orw_w2",
+        "gaussians-linear",
+        {},
+        SMALL | {"time_weighting": "variance", "max_time": 0.7, "late_anchor": 0.2},
+    )
     found["held"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"max_own_loss": 1.0, "max_drift": 0.05})
     found["priority"] = (
         "nft",

@@ -23,6 +23,7 @@ from flowrl.functional.endpoint import (
 from flowrl.functional.losses import squared_error
 from flowrl.models.critic import StateCritic
 from flowrl.training.groups import GroupConfig, GroupRelative
+from flowrl.training.noising import some_rows
 from flowrl.training.priority import Prioritised, PriorityConfig
 from flowrl.types import Batch, Pair, Role
 
@@ -143,9 +144,7 @@ class EndpointAlgorithm(Prioritised, GroupRelative):
         t = stratified_times(n // size, config.noisings, kind, self.generator).repeat_interleave(size)
         if config.noisings > 1:
             row = torch.arange(n, device=self.device).view(-1, 1, size).expand(-1, config.noisings, size).flatten()
-            extra = {name: rows[row] for name, rows in batch.extra.items()}
-            vectors = [rows[row] for rows in batch[:5]]
-            batch = Batch(vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], extra)
+            batch = some_rows(batch, row)
         batch, x_0 = self.couple(batch)
         return batch, self.pair(batch, x_0, t)
 

@@ -13,11 +13,14 @@ import torch
 from flowrl.config import FlowConfig
 from flowrl.errors import ConfigError
 from flowrl.functional.flow import sample_time
+from flowrl.functional.losses import squared_error
 from flowrl.functional.transport import Coupling, conditional_permutation, ot_permutation
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.optimizers import share_of_step
 from flowrl.types import Batch, Condition, Pair, Role, Rows
 
 TIME_BINS = 16
+LATE_OF = 8  # rows of a minibatch, of which the last two are for late times
 TimeWeighting = Literal["none", "variance"]
 
 
@@ -30,6 +33,9 @@ class NoisingConfig(FlowConfig):
     the same."""
     max_time: float = 1.0
     """Largest time of the loss: beyond, towards the sample, there may be noise without signal."""
+    late_anchor: float = 0.0
+    """Beyond max_time hold the field to the reference's: a quarter of each minibatch is taken at these times, for this
+    times |v - v_ref|^2 alone. 0 leaves the field there to itself: weights that early times move move it, too."""
     draw_steps: int = 0
     """Solver steps of the samples to learn from, often fewer than those to show; 0 takes rollout_steps."""
     max_own_loss: float = 0.0
@@ -43,9 +49,27 @@ class NoisingConfig(FlowConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.draw_steps >= 0, f"draw_steps must not be negative, not {self.draw_steps}.")
-        for name in ("max_own_loss", "max_drift"):
+        for name in ("late_anchor", "max_own_loss", "max_drift"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
+        self.require(
+            not self.late_anchor or self.batch_size >= LATE_OF,
+            f"late_anchor takes two of {LATE_OF} rows: batch_size = {self.batch_size} must be at least that, or "
+            "late_anchor 0.",
+        )
         self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
+
+    def check_ranks(self, count: int) -> None:
+        """Check that ranks take the same rows for late times as one process would."""
+        super().check_ranks(count)
+        self.require(
+            count == 1 or not self.late_anchor or self.batch_size % (LATE_OF * count) == 0,
+            f"Each of {count} processes takes {LATE_OF} rows together for late_anchor: batch_size = {self.batch_size} "
+            f"must be a multiple of {LATE_OF * count}, or late_anchor 0.",
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({} if self.max_time < 1 else {"late_anchor": "without a max_time below 1"})
 
 
 class Noising(FlowAlgorithm):
@@ -79,6 +103,22 @@ class Noising(FlowAlgorithm):
     def drawn_from(self, x_0: torch.Tensor, context_ids: torch.Tensor, role: Role) -> torch.Tensor:
         """Draw latents of a role from noise (B, *latent_shape)."""
         return self.policy.sample_latents(context_ids, role=role, x_0=x_0, steps=self.config.draw_steps or None)
+
+    def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Add the gradient of a minibatch's loss to those of before, late times' anchor with it; loss and figures."""
+        if not self.config.late_anchor or self.config.max_time == 1 or len(batch.x_1) < LATE_OF:
+            return super().gradient(batch)
+        late, early = late_rows(len(batch.x_1), self.device)
+        result = self.loss(some_rows(batch, early))
+        self.checks.loss(result)
+        loss, figures = result
+        kept = some_rows(batch, late)
+        x_0, t = self.policy.noise(len(late), self.generator), sample_time(len(late), "uniform", self.generator)
+        pair = super().pair(kept, x_0, self.config.max_time + (1 - self.config.max_time) * t)
+        strayed = squared_error(self.velocity(pair), self.velocity(pair, "reference")).mean()
+        share_of_step(self, loss + self.config.late_anchor * strayed, len(batch.x_1)).backward()
+        figures = {"loss": loss, "late_drift": strayed, **figures}
+        return {key: figure.detach() for key, figure in figures.items()}
 
     def update(self) -> dict[str, torch.Tensor]:
         """Improve the policy, and measure what may hold the refresh; that is part of the method's cost."""
@@ -132,6 +172,21 @@ class Noising(FlowAlgorithm):
         weight = self.noise_at[1] / self.noise_at[0].clamp_min(1e-12)
         weight = torch.where(self.noise_at[1] > 0, weight, 0)
         return weight[bins] * (self.noise_at[1] > 0).sum() / weight.sum()
+
+
+def some_rows(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Take rows of a minibatch by their indices."""
+    extra = {name: value[rows] for name, value in batch.extra.items()}
+    x_1, context_ids, reward, coefficient, group = (value[rows] for value in batch[:5])
+    return Batch(x_1, context_ids, reward, coefficient, group, extra)
+
+
+def late_rows(n: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide rows of a minibatch: two of eight for late times, and the others; whole pairs, alike on several ranks."""
+    n_early = LATE_OF - 2
+    n_late = 2 * (n // LATE_OF) + max(n % LATE_OF - n_early, 0)
+    i, j = torch.arange(n_late, device=device), torch.arange(n - n_late, device=device)
+    return LATE_OF * (i // 2) + n_early + i % 2, LATE_OF * (j // n_early) + j % n_early
 
 
 @dataclass(frozen=True)
