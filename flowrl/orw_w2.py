@@ -67,6 +67,10 @@ class ORWCFMW2Config(PriorityConfig):
             "weigh: use target 'plain' with it.",
         )
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({} if self.target == "residual" else {"baseline": "unless target is 'residual'"})
+
 
 @register_algorithm("orw_w2")
 class ORWCFMW2(Prioritised):
