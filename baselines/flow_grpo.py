@@ -76,7 +76,10 @@ class FlowGRPOConfig(TransitionConfig, GroupConfig):
 
     def idle(self) -> dict[str, str]:
         """Name the settings that do nothing beside the others, each with the reason."""
-        return super().idle() | ({} if self.window else {"window_stride": "without window"})
+        if not self.window:
+            return super().idle() | {"window_stride": "without window"}
+        stays = self.window_start + self.window == self.rollout_steps - 1
+        return super().idle() | ({"window_stride": "for a window that ends with the noisy steps"} if stays else {})
 
 
 @register_algorithm("flow_grpo")

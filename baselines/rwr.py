@@ -43,6 +43,10 @@ class RWRConfig(ORWConfig):
             "The residual target takes the samples to be the reference's own: data needs target 'plain'.",
         )
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({"refresh_every": "unless mode is 'online'"} if self.mode == "offline" else {})
+
 
 @register_algorithm("rwr")
 class RWR(ORWCFMW2):

@@ -67,6 +67,10 @@ class ORWCFMW2Config(PriorityConfig):
             "weigh: use target 'plain' with it.",
         )
 
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({} if self.target == "residual" else {"baseline": "unless target is 'residual'"})
+
 
 @register_algorithm("orw_w2")
 class ORWCFMW2(Prioritised):
@@ -86,9 +90,8 @@ class ORWCFMW2(Prioritised):
     def _setup_model(self) -> None:
         super()._setup_model()
         if self.config.baseline == "local":
-            dim = torch.Size(self.policy.model.latent_shape).numel()
-            critic = StateCritic(dim, len(self.env.core.contexts), start=1.0)
-            self.critic = self.add_network("critic", critic, CRITIC_LEARNING_RATE)
+            dim, n = torch.Size(self.policy.model.latent_shape).numel(), len(self.env.core.contexts)
+            self.critic = self.add_network("critic", StateCritic(dim, n, start=1.0), CRITIC_LEARNING_RATE)
 
     def weigh(self, rollout: Batch) -> torch.Tensor:
         """Compute weights `w = exp(tau r)` (B,)."""
@@ -98,8 +101,7 @@ class ORWCFMW2(Prioritised):
 
     def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
         """Tell of weights that lie on a few samples."""
-        share, config = logged["rollout/ess"], self.config
-        found = super().cautions(logged)
+        share, config, found = logged["rollout/ess"], self.config, super().cautions(logged)
         if not share < config.min_ess:  # also where no sample has a weight, which is told as such
             return found
         text = (

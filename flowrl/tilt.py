@@ -124,7 +124,7 @@ class Tilt(Noising):
         error = residual_weighted_loss(v, pair.u, w, b, base, None, torch.zeros_like(w))
         error = error * self.time_weight(pair.t, squared_error(pair.u, base))
         loss = pi * error[:n].mean() + (1 - pi) * error[n:].mean()
-        return loss, {"drift": squared_error(v, base)[n:].mean(), "reference_weight": w[n:].mean()}
+        return loss, {"reference_drift": squared_error(v, base)[n:].mean(), "reference_weight": w[n:].mean()}
 
     def expected_weight(self, pair: Pair, context_ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """Estimate `E[w | x_t]` (B,), which may depend on anything but the sample's own reward; the critic learns."""

@@ -559,7 +559,17 @@ def test_samples_of_the_reference_are_not_taken_for_the_flows_own():
     assert "train/own_loss" not in model.last_logged
 
 
-@pytest.mark.parametrize(("name", "settings"), [("orw_w2", {"alpha": 0.5}), ("orw", {}), ("nft", {"beta_ref": 0.1})])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("orw_w2", {"alpha": 0.5}),
+        ("orw", {}),
+        ("nft", {"beta_ref": 0.1}),
+        ("tilt", {"pool": 64}),  # these three give a drift of other samples, or no losses beside it
+        ("crd", {"anchor": 0.1, "group_size": 4}),
+        ("adjoint", {}),
+    ],
+)
 def test_a_flow_that_no_longer_fits_its_own_samples_is_told_of(name, settings):
     model = small(name, learning_rate=1e-9, n_epochs=2, **settings)
     with warnings.catch_warnings():

@@ -37,7 +37,8 @@ def assert_matches(model, exact) -> None:
 def test_offline_rwr_gives_the_tilt(target: str) -> None:
     """C6: q_ref e^{tau r} / Z, however long it goes on."""
     env = flowrl.make("gaussians-linear")
-    model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, tau=0.8, target=target, baseline="mean", **FIT)
+    own = {"target": target} | ({"baseline": "mean"} if target == "residual" else {})
+    model = flowrl.RWR("FlowPolicy", env, seed=0, device=DEVICE, tau=0.8, **own, **FIT)
     model.learn(15 * 1024)
     assert_matches(model, env.mixture.tilt(0.8, linear=(1.0, 0.0)).sample)
 
@@ -123,7 +124,8 @@ def test_raft_moves_as_far_as_the_best_of_k(target: str) -> None:
     """One round on N(0, 1) with r = x gives the law of the largest of K: KL log K - (K - 1) / K to the reference."""
     k = 4
     env = narrow(GaussianMixture([[0.0]], [[1.0]]), LinearReward((1.0,)))
-    settings = {**FIT, "n_samples": 2048, "refresh_every": 10**6, "target": target, "baseline": "mean"}
+    settings = {**FIT, "n_samples": 2048, "refresh_every": 10**6, "target": target}
+    settings |= {"baseline": "mean"} if target == "residual" else {}
     settings |= {"learning_rate": RATE}
     model = flowrl.RAFT("FlowPolicy", env, seed=0, device=DEVICE, group_size=k, **settings)
     model.learn(20 * 2048)

@@ -56,6 +56,15 @@ def test_beyond_the_limit_the_samples_come_from_the_policy_as_it_was(
         assert equal(weights(free, "behaviour"), weights(free))
 
 
+def test_the_log_has_the_figures_that_the_limits_are_of() -> None:
+    """Also of a method whose loss knows the drift on other samples: those of the reference."""
+    model = make("tilt", pool=64, max_drift=1e6).learn(3 * 64)
+    measured, logged = model.drift(), model.last_logged
+    for name in ("drift", "own_loss", "reference_loss"):
+        assert logged[f"train/{name}"] == pytest.approx(measured[name].item(), rel=1e-5)
+    assert logged["train/reference_drift"] != logged["train/drift"]
+
+
 @pytest.mark.parametrize(
     ("own", "reference", "may"),
     [(1.2, 1.0, True), (1.21, 1.0, False), (0.3, 0.25, True), (0.31, 0.25, False), (math.nan, 1.0, True), (0, 0, True)],

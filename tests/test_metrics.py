@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowrl.errors import ConfigError
-from flowrl.functional.metrics import diversity, edge_density, entropy, mean_interval, wasserstein2
+from flowrl.functional.metrics import diversity, edge_density, entropy, mean_interval, share_interval, wasserstein2
 
 pytestmark = pytest.mark.on_device
 
@@ -110,6 +110,30 @@ def test_mean_interval_of_prompts_that_are_some_of_many() -> None:
     values = torch.randn(30, generator=generator)
     assert mean_interval(values, torch.arange(30)) == pytest.approx(mean_interval(values), rel=1e-6)
     assert all(map(math.isnan, mean_interval(values, torch.zeros(30, dtype=torch.long))))
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.5, 8), (0.9, 16), (0.9, 64), (0.98, 64)])
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_interval_of_a_share_covers_it_also_near_one(share: float, n: int, size: int) -> None:
+    """Of 16 values the mean's own interval covers 0.9 in 80 % of the cases, and is (1, 1) in a fifth of them."""
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.rand(2000, n, generator=generator) < share).float().repeat_interleave(size, 1)
+    clusters = torch.arange(n).repeat_interleave(size)
+    intervals = [share_interval(row, None if size == 1 else clusters) for row in values]
+    assert sum(low <= share <= high for low, high in intervals) / 2000 > 0.93
+    assert all(0 <= low < high <= 1 for low, high in intervals)
+
+
+def test_the_interval_of_a_share_by_hand() -> None:
+    low, high = share_interval(torch.tensor([1.0] * 300 + [0.0] * 100))
+    z = 1.9659272**2 / 399  # Student's t of 399 degrees
+    assert (low, high) == pytest.approx(
+        [(0.75 + z / 2 + sign * (0.1875 * z + z**2 / 4) ** 0.5) / (1 + z) for sign in (-1, 1)], abs=1e-6
+    )
+    assert share_interval(torch.ones(21)) == pytest.approx((1 / (1 + 2.0859634**2 / 20), 1), abs=1e-6)
+    assert share_interval(torch.zeros(21))[1] == pytest.approx(1 - share_interval(torch.ones(21))[0])
+    assert share_interval(torch.full((9,), 0.5)) == (0.5, 0.5)  # nothing but ties
+    assert all(map(math.isnan, share_interval(torch.ones(1))))
 
 
 def test_entropy_of_known_histograms() -> None:

@@ -505,7 +505,8 @@ def test_a_prompt_whose_samples_all_failed_moves_nothing(target: str) -> None:
     from flowrl.training.reward_calls import without_strays
     from flowrl.types import Batch
 
-    model = small(target=target, alpha=0.0, baseline="mean", group_size=2, cls=flowrl.ORWCFMW2)
+    own = {"baseline": "mean"} if target == "residual" else {}
+    model = small(target=target, alpha=0.0, group_size=2, cls=flowrl.ORWCFMW2, **own)
     model.learn(32)
     everything = model.buffer.all()
     stray = torch.zeros(32, dtype=torch.bool)

@@ -59,11 +59,23 @@ def test_an_untrained_flow_ties_and_a_better_one_wins() -> None:
     assert 0.7 < share <= 1
     assert result.win_rates["reward"] == pytest.approx(share)
     low, high = result.win_rate_cis["reward"]
-    error = 1.9659 * (share * (1 - share) / 399) ** 0.5  # Student's t of 399 degrees
-    assert (low, high) == pytest.approx((share - error, share + error), abs=1e-5)
+    z = 1.9659272**2 / 399  # Student's t of 399 degrees
+    middle, half = share + z / 2, (share * (1 - share) * z + z**2 / 4) ** 0.5
+    assert (low, high) == pytest.approx(((middle - half) / (1 + z), (middle + half) / (1 + z)), abs=1e-5)
     less = (result.samples[:, 0] < result.reference_samples[:, 0]).float().mean().item()
     assert result.win_rates["held-out less"] == pytest.approx(less)
     assert f"win rate over the reference: reward {share:.3g} ({low:.3g} to {high:.3g}), held-out less" in result.table()
+
+
+def test_few_samples_that_all_win_leave_room_for_some_that_do_not() -> None:
+    trained = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=64, rollout_steps=4)
+    trained.learn(20 * 64)
+    result = flowrl.evaluate(trained, n_samples=6, eval_rewards={"none": lambda x, c: 0 * x[:, 0]})
+    rate, (low, high) = result.win_rates["reward"], result.win_rate_cis["reward"]
+    assert rate == 1  # so it was "1 to 1", which the rate of more samples is not
+    assert high == 1
+    assert 0.3 < low < flowrl.evaluate(trained, n_samples=2000).win_rates["reward"] < 1
+    assert result.win_rate_cis["held-out none"] == (0.5, 0.5)
 
 
 def test_those_that_compare_samples_compare_with_the_reference() -> None:

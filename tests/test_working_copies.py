@@ -139,6 +139,10 @@ def test_the_floor_of_ratios_is_measured_in_low_precision(folder: Path, monkeypa
         ConfigError, match=r"clip_range = 0.0001 is below 0.0003, .* bfloat16 .* Take precision float32"
     ):
         strict.learn(4)
+    masked = algorithm(folder, "flow_grpo", lora_rank=4, precision="bfloat16", mask="dppo")  # clips nothing
+    monkeypatch.setattr(masked, "ratio_floor", lambda: torch.tensor(3e-4))
+    masked.learn(4)
+    assert masked.last_logged["train/ratio_floor"] == pytest.approx(3e-4)
 
 
 def _floor(model) -> torch.Tensor:

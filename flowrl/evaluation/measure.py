@@ -182,7 +182,7 @@ def evaluate(
         drift=drift,
         velocity_ratio=ratio,
         win_rates={name: value.mean().item() for name, value in won.items()},
-        win_rate_cis={name: metrics.mean_interval(value, clusters) for name, value in won.items()},
+        win_rate_cis={name: metrics.share_interval(value, clusters) for name, value in won.items()},
         warnings=side.warnings,
         ess=_ess(model) if is_trained_on else math.nan,
         n_samples=n_samples,

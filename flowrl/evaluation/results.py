@@ -47,7 +47,7 @@ class EvaluationResult(SampleStatistics):
         win_rates: Share of the contexts and noises (of steered samples: contexts) at which the trained flow's sample
             has more reward than the reference's, ties counting half, by name: "reward", and held-out rewards. Of those
             that compare the samples of a call, "winrate(NAME)" and pairwise ones have one.
-        win_rate_cis: Their 95 % confidence intervals.
+        win_rate_cis: Their 95 % confidence intervals, within 0 and 1 (`metrics.share_interval`).
         warnings: What fell while the reward rose (signs of a reward that is exploited), and signs of a flow that has
             diverged or collapsed.
         ess: Effective share of the samples under the weights of training's last iteration, in (0, 1]; NaN for methods

@@ -104,14 +104,36 @@ def mean_interval(values: torch.Tensor, clusters: torch.Tensor | None = None) ->
     Values are independent; or, with `clusters` (B,) int64, those of different clusters are, which are themselves a few
     drawn of many (the ratio estimator of cluster sampling, Cochran 1977, eq. 9A.7).
     """
+    mean, error, quantile, _ = _mean_error(values, clusters)
+    return mean - quantile * error, mean + quantile * error
+
+
+def share_interval(values: torch.Tensor, clusters: torch.Tensor | None = None) -> tuple[float, float]:
+    """Compute the 95 % confidence interval of the mean of values (B,) that are shares: in [0, 1], as the interval is.
+
+    As `mean_interval`, but for a spread that goes with the mean m as `m (1 - m)` (Wilson 1927): of few values, or near
+    0 and 1, the same spread on either side would be too narrow and reach beyond them. Values that are all 0 or all 1
+    say of the spread only that there was no other yet: theirs is taken to be that of 0 and 1.
+    """
+    mean, error, quantile, n = _mean_error(values, clusters)
+    if math.isnan(error):
+        return math.nan, math.nan
+    most = mean * (1 - mean)
+    reach = quantile**2 * (error**2 / most if most > 0 else 1 / (n - 1))
+    middle, half = (mean + reach / 2) / (1 + reach), math.sqrt(reach * most + reach**2 / 4) / (1 + reach)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _mean_error(values: torch.Tensor, clusters: torch.Tensor | None) -> tuple[float, float, float, int]:
+    """Give the mean of values, its standard error (NaN of one), how many of it are 95 %, and the independent values."""
     from scipy import special
 
     n, deviation = len(values), values - values.mean()
     if clusters is not None:
         drawn, index = clusters.unique(return_inverse=True)
         n, deviation = len(drawn), deviation.new_zeros(len(drawn)).index_add_(0, index, deviation)
+    mean = values.mean().item()
     if n < 2:
-        return math.nan, math.nan
-    mean, error = values.mean().item(), math.sqrt(n / (n - 1) * deviation.square().sum().item()) / len(values)
-    reach = float(special.stdtrit(n - 1, 0.975)) * error  # of two or three prompts much more than 1.96 errors
-    return mean - reach, mean + reach
+        return mean, math.nan, math.nan, n
+    error = math.sqrt(n / (n - 1) * deviation.square().sum().item()) / len(values)
+    return mean, error, float(special.stdtrit(n - 1, 0.975)), n  # of two or three prompts much more than 1.96 errors

@@ -108,9 +108,9 @@ def cautions(model: FlowAlgorithm) -> dict[str, str]:
 def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], seconds: float) -> None:
     """Write the figures of an iteration to the logger, and warn of what an algorithm cautions against, once each.
 
-    The drift and the losses of own samples are measured here, where the loss has not given the drift.
+    The drift and the losses of own samples are measured here, where the loss has not given them.
     """
-    if "drift" not in updates and model.learns_from != "contexts":
+    if not {"drift", "own_loss"} <= updates.keys() and model.learns_from != "contexts":
         with model.policy.uncounted():  # the log is not part of the method's cost
             updates = {**model.drift(), **updates}
     measured = {**model.rollout_figures, **{f"train/{key}": value for key, value in updates.items()}}

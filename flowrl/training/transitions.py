@@ -54,7 +54,7 @@ class TransitionConfig(FlowConfig):
 
     def idle(self) -> dict[str, str]:
         """Name the settings that do nothing beside the others, each with the reason."""
-        found = {} if self.mask == "dppo" else {"dppo_delta": "unless mask is 'dppo'"}
+        found = {"clip_range": "with mask 'dppo'"} if self.mask == "dppo" else {"dppo_delta": "unless mask is 'dppo'"}
         return super().idle() | found | {"time_sampling": "for a loss at the sampler's own times"}
 
 
@@ -135,7 +135,8 @@ class TransitionAlgorithm(FlowAlgorithm):
         if self.config.precision == "float32":
             return super().update()
         floor = self.ratio_floor()
-        if self.iteration == 0 and float(floor) > self.config.clip_range:
+        clips = "clip_range" not in self.config.idle()
+        if self.iteration == 0 and clips and float(floor) > self.config.clip_range:
             raise ConfigError(
                 f"clip_range = {self.config.clip_range:g} is below {float(floor):.1g}, by which ratios in "
                 f"{self.config.precision} differ from one before anything is learnt: rounding alone would clip them. "
