@@ -228,7 +228,9 @@ def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
     if name in OWN:
         return {**model, **OWN[name]}
-    return {**model, **RIGHT_OR_WRONG} if reward == "count" else model
+    if reward != "count":
+        return model
+    return {**model, **RIGHT_OR_WRONG, **(LAYOUT if model is MINI_MODEL else {})}
 
 
 IMAGES: Mapping[str, Any] = {
@@ -261,6 +263,19 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "endpoint-kl.alpha": 0.1,
     "baseline": "mean",  # wrong samples must repel
     "endpoint.max_own_loss": 1.2,  # which errors reach after 25 refreshes and more (docs/signal.md)
+}
+LAYOUT: Mapping[str, Any] = {  # numbers are laid out early, by the text (docs/signal.md)
+    "endpoint.w2.trained_parameters": ("context", "add_k", "add_v", "add_q", "to_add_out", "norm_added"),
+    "endpoint.w2.max_time": 0.3,
+    "endpoint.w2.draw_steps": 8,
+    "endpoint.w2.learning_rate": 7e-4,
+    "endpoint.w2.lr_schedule": "linear",
+    "endpoint.w2.ema_decay": 0.95,
+    "endpoint.w2.priority": 0.8,
+    "endpoint.w2.weight_normalisation": "group",
+    "endpoint.w2.tau": 1.0,
+    "endpoint.w2.alpha": 0.0,  # in place of a penalty on the drift, a limit
+    "endpoint.w2.max_drift": 0.35,
 }
 WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "endpoint.alpha": 0.1, "endpoint-kl.alpha": 0.1}
 PAIRS: Mapping[str, Any] = {
@@ -297,7 +312,7 @@ SPECS = [
     for reward, total_timesteps, summary in (
         ("aesthetic", 7_680, "pleasing images: LAION predictor; colourfulness on the embedded model"),
         ("compress", 7_680, "images that compress well: minus the JPEG size in kB"),
-        ("count", 12_800, "the asked number, colour and shape, checked by image analysis"),
+        ("count", 5_120, "the asked number, colour and shape, checked by image analysis"),
         ("ocr", 7_680, "the asked word, read by a text recogniser (extra [ocr])"),
         ("spatial", 7_680, "two things in the asked relation (left of, above), checked by image analysis"),
     )
