@@ -226,6 +226,8 @@ def test_a_policy_needs_no_algorithm() -> None:
         flowrl.evaluate(policy)
     with pytest.raises(ConfigError, match="evaluated on its own environment"):
         flowrl.evaluate(model, env)
+    with pytest.raises(TypeError, match=r"evaluate\(\) got an unexpected keyword argument 'stepz'"):
+        flowrl.evaluate(model, stepz=4)
     mistakes: dict[str, tuple[Any, str]] = {
         "samples_per_context": (0, "must be a whole number, 1 or more, not 0"),
         "n_kept": (-3, "must be a whole number, 1 or more, not -3"),

@@ -24,6 +24,7 @@ from flowrl.evaluation.win_rates import comparisons, outcomes
 from flowrl.functional import metrics
 from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
+from flowrl.functional.solver_steps import Solver
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.construction import as_generation_env
 from flowrl.training.policy import FlowPolicy
@@ -93,7 +94,9 @@ def evaluate(
     n_kept: int | None = None,
     steering: Steering | None = None,
     eval_rewards: Mapping[str, RewardFunction] | None = None,
-    **sampling: Any,
+    steps: int | None = None,
+    solver: Solver | None = None,
+    guidance_scale: float | None = None,
 ) -> EvaluationResult:
     """Sample a trained flow and its reference at the same noise and contexts, and reward both.
 
@@ -114,7 +117,9 @@ def evaluate(
         steering: Choose the trained flow's samples by their reward; the reference's are left as they are.
         eval_rewards: Rewards that training did not see, by name, for both; `warnings` says which of them fell while the
             trained reward rose.
-        **sampling: `steps`, `solver`, `guidance_scale` of the sampler.
+        steps: Steps of the sampler; the policy's own when None, as are the next two.
+        solver: Its solver.
+        guidance_scale: Its guidance.
 
     Raises:
         ConfigError: There are no such prompts, or the flow takes none.
@@ -125,6 +130,8 @@ def evaluate(
     samples_per_context, seed = counted("samples_per_context", samples_per_context), counted("seed", seed, 0)
     n_kept = None if n_kept is None else counted("n_kept", n_kept)
     _check_kinds(steering, eval_rewards)
+    asked = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
+    sampling: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     subject, is_trained_on = Subject.of(model, env), isinstance(prompts, str) and prompts == "train"
     if not is_trained_on:
         subject = subject.conditioned_on(_chosen(subject.env, prompts))
@@ -188,7 +195,7 @@ def evaluate(
         n_samples=n_samples,
         prompts=str(prompts) if isinstance(prompts, str | Path) else "given",
         n_prompts=0 if are_none(core.contexts) else len(core.contexts),
-        sampling={key: value for key, value in sampling.items() if value not in (None, getattr(policy, key, None))},
+        sampling={key: value for key, value in sampling.items() if value != getattr(policy, key, None)},
         evaluations_per_sample=after.evaluations_per_sample,
         per_prompt=_per_prompt(core, ids, before.reward, after.reward),
         reference=reference,
