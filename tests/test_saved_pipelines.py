@@ -22,6 +22,7 @@ from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.models.imports import first_failure, importing
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.models.schedules import times_of
 
 KINDS = {"sd3": small_pipelines.sd3, "flux": small_pipelines.flux}
 OF_FLOWS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -245,6 +246,15 @@ def test_an_autoencoder_without_a_shift(folder: Path, tmp_path: Path) -> None:
 
 
 # imports
+
+
+def test_one_step_of_a_schedule_that_scales_the_last_of_several() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.02)
+    with pytest.raises(
+        ConfigError, match=r"no noise levels for one step, .* \(shift_terminal\): take two steps or more"
+    ):
+        times_of(scheduler, 1)
+    torch.testing.assert_close(times_of(scheduler, 2), torch.tensor([0.0, 0.98, 1.0]))
 
 
 def test_an_import_that_fails_is_not_the_folders_fault(sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:

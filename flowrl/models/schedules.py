@@ -78,6 +78,11 @@ def times_of(scheduler: Any, steps: int, sigmas: np.ndarray | None = None, mu: f
         given["mu"] = mu
     scheduler.set_timesteps(steps, **given)
     levels = scheduler.sigmas.float().cpu()
+    if steps == 1 and bool(levels.isnan().any()):
+        raise ConfigError(
+            f"The pipeline's {name} has no noise levels for one step, as it scales the last of several "
+            "(shift_terminal): take two steps or more."
+        )
     levels = torch.unique_consecutive(1 - levels if scheduler.config.get("invert_sigmas") else levels)
     levels = torch.cat([levels[levels > 0], torch.zeros(1)])
     falls = bool((levels[1:] < levels[:-1]).all())
