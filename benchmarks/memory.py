@@ -14,6 +14,7 @@ import multiprocessing
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 N_SAMPLES = 256
 STEPS = (8, 16, 32, 64)
@@ -27,7 +28,9 @@ def measure(algo: str, steps: int) -> dict[str, float]:
     import flowrl
 
     torch.set_num_threads(1)
-    settings = {"n_samples": N_SAMPLES, "rollout_batch_size": 64, "batch_size": 64, "n_epochs": 1}
+    settings: dict[str, Any] = {"n_samples": N_SAMPLES, "rollout_batch_size": 64, "batch_size": 64, "n_epochs": 1}
+    if algo == "orw_w2":  # all weights and steps, as the others; the environment recommends fewer
+        settings |= {"trained_parameters": (), "draw_steps": 0}
     model = flowrl.algorithm_class(algo)("FlowPolicy", "sd3-count", seed=0, rollout_steps=steps, **settings)
     whole_pass = model.minibatches  # cut short: further minibatches take no more memory
     model.minibatches = lambda: (batch for batch, _ in zip(whole_pass(), range(4)))
