@@ -291,3 +291,22 @@ def test_a_mixture_is_on_the_device_of_its_means(monkeypatch: pytest.MonkeyPatch
         q = GaussianMixture(torch.zeros(2, 3, device="meta"), torch.eye(3), weights)
         assert {p.device.type for p in (q.means, q.covariances, q.weights)} == {"meta"}
         assert q.to("meta").velocity(0.5, torch.empty(4, 3, device="meta")).shape == (4, 3)
+
+
+@pytest.mark.parametrize(("kind", "pull", "stop"), [("linear", 0.63, 0.75), ("quadratic", 0.44, 0.64)])
+def test_what_a_covariance_balances_at_the_tilt(kind: str, pull: float, stop: float) -> None:
+    """The tilt's field is an integral of covariances: that at its end is smaller (docs/algorithms.md, one kernel)."""
+    q, reward, step = eight_gaussians().to(DEVICE), REWARDS[kind][0], 0.01
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    t = torch.rand(20_000, generator=draw, device=DEVICE)
+    x_0 = torch.randn(20_000, 2, generator=draw, device=DEVICE)
+
+    def pulls(lam: float) -> float:
+        """Project `Cov(r, u | x_t)`, the derivative of the field by lambda, on `v - v_ref`."""
+        x_t = torch.lerp(x_0, reward.tilt(q, lam).sample(20_000, draw), t[:, None])
+        less, here, more = (reward.tilt(q, lam + by).velocity(t, x_t) for by in (-step, 0.0, step))
+        moved = here - q.velocity(t, x_t)
+        return ((more - less) / (2 * step) * moved).sum().item() / moved.square().sum().item()
+
+    assert pulls(1.0) == pytest.approx(pull, abs=0.02)
+    assert pulls(stop) == pytest.approx(1.0, abs=0.02)
