@@ -107,6 +107,16 @@ def test_an_evaluation_says_that_a_flow_diverged() -> None:
     assert any("diverged" in text for text in flowrl.evaluate(model, n_samples=64).warnings)
 
 
+def test_the_drift_of_few_samples_is_of_several_noises_of_each() -> None:
+    """And of the same, however many are measured at once."""
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device="cpu")
+    model.learn(2048)
+    one, many = (flowrl.evaluate(model, n_samples=n) for n in (1, 512))
+    assert one.warnings == ()  # one velocity of the reference, where it is small, had a drift of 7 times its size
+    assert one.drift == pytest.approx(many.drift, rel=1.0)
+    assert flowrl.evaluate(model, n_samples=512, batch_size=100).drift == pytest.approx(many.drift, rel=1e-5)
+
+
 def test_looks_fall_when_pictures_turn_flat() -> None:
     busy = torch.rand(3, 3, 16, 16)
     flat = torch.full((3, 3, 16, 16), 0.5)

@@ -33,6 +33,8 @@ from flowrl.training.rollout import judged_by, roll_out
 from flowrl.types import Role
 
 Sampler = Callable[[torch.Tensor, torch.Tensor, Role], torch.Tensor]
+DRIFT_POINTS = 64
+"""Noised samples that the drift of an evaluation is the mean of, at least."""
 
 
 @dataclass(frozen=True)
@@ -299,11 +301,16 @@ def _drift(
     batch_size: int,
     generator: torch.Generator,
 ) -> tuple[float, float, float]:
-    """Measure `E|v - v_ref|^2` (mean over dimensions), `E|v| / E|v_ref|`, and the first in units of `E|v_ref|^2`."""
+    """Measure `E|v - v_ref|^2` (mean over dimensions), `E|v| / E|v_ref|`, and the first in units of `E|v_ref|^2`.
+
+    Samples are noised once, or as often as makes `DRIFT_POINTS`: a ratio of very few velocities says nothing.
+    """
+    several = torch.arange(len(x_1), device=x_1.device).repeat(-(-DRIFT_POINTS // len(x_1)))
+    x_1, context_ids = x_1[several], context_ids[several]
+    t, x_0 = sample_time(len(x_1), "uniform", generator), policy.noise(len(x_1), generator)  # whatever batch_size is
     totals = torch.zeros(4, device=x_1.device)
-    for x, c in zip(x_1.split(batch_size), context_ids.split(batch_size)):
-        t = sample_time(len(x), "uniform", generator)
-        v, v_ref, _ = velocities(policy, x, c, t, generator, role)
+    for x, noise, c, times in zip(*(rows.split(batch_size) for rows in (x_1, x_0, context_ids, t))):
+        v, v_ref, _ = velocities(policy, x, noise, c, times, role)
         lengths = [u.flatten(1).norm(dim=1).sum() for u in (v, v_ref)]
         square_ref = squared_error(v_ref, torch.zeros_like(v_ref)).sum()
         totals += torch.stack([squared_error(v, v_ref).sum(), *lengths, square_ref])

@@ -250,7 +250,7 @@ class Method(ABC):
         totals = torch.zeros(3, device=self.device)
         for batch in buffer.batches(order, config.batch_size):
             t = even_times(len(batch.x_1), config.time_sampling, generator)
-            v, v_ref, u = velocities(self.policy, batch.x_1, batch.context_ids, t, generator)
+            v, v_ref, u = velocities(self.policy, batch.x_1, self.policy.noise(len(t), generator), batch.context_ids, t)
             pairs = ((v, v_ref), (v, u), (v_ref, u))
             totals += torch.stack([squared_error(a, b).sum() for a, b in pairs]) * ranks.world_size / n
         is_own = self.learns_from != "data" and self.behaviour_role != "reference"

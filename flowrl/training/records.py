@@ -73,9 +73,9 @@ class RolloutRecord:
 def velocities(
     policy: FlowPolicy,
     x_1: torch.Tensor,
+    x_0: torch.Tensor,
     context_ids: torch.Tensor,
     t: torch.Tensor,
-    generator: torch.Generator,
     role: Role = "current",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute velocities (B, *latent_shape) between samples and noise, at times t (B,).
@@ -83,7 +83,7 @@ def velocities(
     Returns:
         v of a role, v_ref, and `u = x_1 - x_0`.
     """
-    x_t, u = interpolate(policy.noise(len(x_1), generator), x_1, t)
+    x_t, u = interpolate(x_0, x_1, t)
     cond = policy.condition(context_ids)
     return policy.velocity(x_t, t, cond, role), policy.velocity(x_t, t, cond, "reference"), u
 
