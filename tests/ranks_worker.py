@@ -49,15 +49,12 @@ OWN: dict[str, dict[str, Any]] = {
     "tilt": {"pool": 64},
 }
 OUTSIDE: dict[str, dict[str, Any]] = {
-    "nft:NFT": {},
-    "awm:AWM": {},
     "dpo:DPO": {"batch_size": 8},
     "draft:DRaFT": {"n_epochs": 1, "accumulation": 1},
     "fpo:FPO": {},
-    "adjoint:AdjointMatching": {},
     "tilt:Tilt": {"pool": 64},
 }
-"""Algorithms of tests/outside, and their settings."""
+"""Algorithms of tests/outside that are written otherwise than flowrl's own, and their settings."""
 
 
 def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:

@@ -23,6 +23,8 @@ SMALL = {
 }
 SMALL["sd3-count"] = SMALL["sd3-compress"]
 OWN_ALGORITHMS = sorted(name for name, cls in ALGORITHMS.items() if cls.__module__.startswith("flowrl."))
+OF_EACH_BASE = ("adjoint", "crd", "draft", "flow_grpo", "nft", "orw_w2", "tilt")
+"""Algorithms that train all weights of pictures and adapters of a toy, too, not just the other way round."""
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +52,12 @@ def weights(model: flowrl.FlowAlgorithm) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.policy.parameters_of("current").values()]
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
 @pytest.mark.parametrize(
-    ("name", "env"),
+    ("name", "env", "lora_rank"),
     [
-        *((name, env) for name in OWN_ALGORITHMS for env in ("gaussians-linear", "sd3-compress")),
-        ("orw_w2", "sd3-count"),
+        *((name, *with_) for name in OWN_ALGORITHMS for with_ in (("gaussians-linear", 0), ("sd3-compress", 4))),
+        *((name, *with_) for name in OF_EACH_BASE for with_ in (("gaussians-linear", 4), ("sd3-compress", 0))),
+        *(("orw_w2", "sd3-count", rank) for rank in (0, 4)),
     ],
 )
 def test_trains_saves_resumes_and_evaluates(
