@@ -32,8 +32,9 @@ class CRDConfig(WholeGroupsConfig):
     """Share of the old policy that a refresh keeps. 1 leaves it the reference, with one optimum; below, it follows the
     policy in training, which draws the samples in either case, and the flow goes on from refresh to refresh."""
     error_scale: Literal["none", "size"] = "none"
-    """Errors |v - u|^2 as they are ("none"), or divided by their own mean size |v - u| ("size", as published), which
-    grows so slowly away from the reference that it needs the anchor."""
+    """Errors |v - u|^2 summed over dimensions, as log-likelihoods are ("none"), or their means over dimensions divided
+    by their own mean size |v - u| ("size", as published), which grows so slowly away from the reference that it needs
+    the anchor."""
     max_advantage: float = 5.0
     """Rewards are clipped at so many of their standard deviations."""
 
@@ -79,16 +80,19 @@ class CRD(WholeGroups):
         return self.config.decay
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
-        """Compute `lambda = dA/dr / (beta (1 - 1 / n))` where the old policy stays the reference (decay 1), unanchored.
+        """Compute `lambda = dA/dr / (2 beta (1 - 1 / n))` where the old policy stays the reference, unanchored.
 
-        dA/dr is that of `advantage_slope`, and n the group size: the log-ratio is centred in the group as well.
-        Otherwise each refresh tilts anew, and none is stated; nor of rewards compared each by itself. The paper takes
-        R for the log-ratio.
+        dA/dr is that of `advantage_slope`, and n the group size: the log-ratio is centred in the group as well. It is
+        the tilt at t = 0 of samples of variance 1: where v moves by d there, R of a sample is `2 d·x_1` but for what
+        the group has in common, and the tilt of a reward a·x_1 is `d = lambda a`.
+        Otherwise each refresh tilts anew, and none is stated; nor of rewards compared each by itself, nor of errors
+        in units of their size.
         """
         config = self.config
         stays = config.decay == 1 and config.anchor == 0 and config.reward_aggregation == "sum"
         n = config.group_size
-        return advantage_slope(reward_std, "group", n) / (config.beta * (1 - 1 / n)) if stays else None
+        slope = advantage_slope(reward_std, "group", n) / (2 * config.beta * (1 - 1 / n))
+        return slope if stays and config.error_scale == "none" else None
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Compute rewards (B,) in units of their standard deviation in the group."""
@@ -116,7 +120,7 @@ class CRD(WholeGroups):
         return groups - groups.mean(1, keepdim=True)
 
     def likelihood(self, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Compute what stands for the log-likelihood (B,): `-|v - u|^2 / w`, w the mean size of the error, detached."""
+        """Compute what stands for the log-likelihood (B,): `-|v - u|^2`, or its mean over the error's own, detached."""
         if self.config.error_scale == "none":
-            return -squared_error(v, u)
+            return -(v - u).square().flatten(1).sum(1)
         return -squared_error(v, u) / (v - u).detach().abs().flatten(1).mean(1).clamp_min(1e-5)

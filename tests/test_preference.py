@@ -16,7 +16,7 @@ import flowrl
 from flowrl.envs.gaussians import GaussiansEnv, eight_gaussians
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.functional.advantages import decoupled_advantage, trusted
-from flowrl.functional.endpoint import advantages
+from flowrl.functional.endpoint import advantage_slope, advantages
 from flowrl.functional.flow import x0_hat
 from flowrl.functional.losses import squared_error
 from flowrl.training.memory_plan import predict_memory
@@ -314,7 +314,7 @@ def test_crd_vanishes_where_the_log_ratio_is_the_centred_reward(error_scale: str
     model.generator.manual_seed(5)
     pair = model.group_pair(batch)
     gap = v_old - pair.u
-    q = gap.square().mean(1)
+    q = gap.square().sum(1) if error_scale == "none" else gap.square().mean(1)
 
     def loss_at(values: torch.Tensor) -> tuple[float, float]:
         """The loss where the log-ratios are values / beta, and the size of its gradient in v."""
@@ -335,6 +335,22 @@ def test_crd_vanishes_where_the_log_ratio_is_the_centred_reward(error_scale: str
     for other in (torch.zeros(32), -a, 2 * a, a.roll(1)):
         assert loss_at(other)[0] > 1e-6
     assert loss_at(2 * a)[0] == pytest.approx(a.square().mean().item() / 10, rel=1e-2)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 64])
+def test_crd_means_the_same_tilt_in_any_dimension(dim: int) -> None:
+    """With noise alone, t = 0, log-ratios of the tilt of a linear reward are those that its advantages ask for."""
+    model = make("crd", beta=0.4)
+    a, x_0 = torch.randn(dim, device=DEVICE), torch.randn(1, dim, device=DEVICE)  # shared within the group
+    x_1 = torch.randn(8, dim, device=DEVICE)
+    reward = x_1 @ a
+    std = reward.std(correction=0)
+    advantage = (reward - reward.mean()) / std
+    lam = model.tilt_of(std) / advantage_slope(std, "group", 8) * (1 - 1 / 8) / std  # of these very advantages
+    v_ref, u = -x_0.expand(8, dim), x_1 - x_0
+    log_ratio = model.likelihood(v_ref + lam * a, u) - model.likelihood(v_ref, u)
+    expected = advantage / model.config.beta
+    torch.testing.assert_close(log_ratio - log_ratio.mean(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_crd_at_the_old_policy_is_a_linear_combination() -> None:
@@ -701,7 +717,8 @@ def test_the_tilts_that_they_state() -> None:
     std = torch.tensor(2.0)
     for name in ("flow_dpo", "dgpo", "fpo", "ddpo"):
         assert make(name).tilt_of(std) is None
-    assert make("crd", beta=0.25).tilt_of(std).item() == pytest.approx(2.0 * 0.9650, rel=1e-3)
+    assert make("crd", beta=0.25).tilt_of(std).item() == pytest.approx(0.9650, rel=1e-3)
+    assert make("crd", error_scale="size").tilt_of(std) is None
     assert make("crd", beta=0.25, decay=0.9).tilt_of(std) is None
     assert make("crd", beta=0.25, anchor=0.1).tilt_of(std) is None
     assert make("flow_grpo", beta=0.1).tilt_of(std).item() == pytest.approx(5.0 * 0.8444, rel=1e-3)
@@ -721,7 +738,7 @@ def test_the_tilts_of_group_relative_methods_are_those_of_their_advantages(size:
     crd = centred.mul(a).mean() / centred.square().mean()
     sizes = {"group_size": size, "beta": 0.25, "max_advantage": 50.0}
     assert make("flow_grpo", **sizes).tilt_of(within).item() == pytest.approx(grpo.item() / 0.25, rel=0.01)
-    assert make("crd", **sizes).tilt_of(within).item() == pytest.approx(crd.item() / 0.25, rel=0.01)
+    assert make("crd", **sizes).tilt_of(within).item() == pytest.approx(crd.item() / 0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["crd", "flow_grpo", "dpok"])
