@@ -26,8 +26,11 @@ from safetensors.torch import load_file
 from flowrl.errors import CheckpointError, ConfigError, HubError
 from flowrl.export import export, main
 from flowrl.models.loading import ASSETS, source_of
-from flowrl.pages.model_card import LIMITATIONS, _use, _with_interval, _without_folders
+from flowrl.pages import model_card
+from flowrl.pages.model_card import LIMITATIONS, NOT_EVALUATED, _use, _with_interval, _without_folders
+from flowrl.runs import pictures
 from flowrl.runs.folder import load_model
+from flowrl.runs.pictures import STEPS
 from flowrl.sample import draw, seeded_noise
 from flowrl.storage import hub
 from flowrl.training.policy import FlowPolicy
@@ -190,6 +193,27 @@ def test_a_checkpoint_without_its_run(tiny_runs: dict[str, Path], tmp_path: Path
     )
     assert "has not been evaluated" in card(tmp_path / "out")
     assert "![" not in card(tmp_path / "out")
+
+
+def test_the_card_is_of_the_state_that_is_exported(
+    tiny_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed has rows beyond its checkpoint; figures of another state are none of this one."""
+    run = shutil.copytree(tiny_runs["lora"], tmp_path / "run")
+    head, *_, last = (run / "metrics.csv").read_text().splitlines()
+    later = dict(zip(head.split(","), last.split(",")), **{STEPS: "24"})
+    (run / "metrics.csv").open("a").write(",".join(later.values()) + "\n")
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["trained_samples"] == 16
+    (run / "evaluation.json").write_text(json.dumps({**result, "trained_samples": 8}))
+    drawn: list[float] = []
+    monkeypatch.setattr(
+        model_card, "curves", lambda rows: drawn.extend(row[STEPS] for row in rows) or pictures.curves(rows)
+    )
+    export(load_model(run, device="cpu"), run, tmp_path / "out")
+    assert drawn == [8, 16]
+    assert NOT_EVALUATED in card(tmp_path / "out")
+    assert not (tmp_path / "out" / "before_after.png").exists()
 
 
 def test_nothing_is_overwritten(tiny_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

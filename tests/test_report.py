@@ -34,6 +34,7 @@ def test_the_page_of_a_run(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert f"{evaluation['reward_mean']:.4g}" in found.text
     assert f"{evaluation['reference']['diversity']:.4g}" in found.text
+    assert "It had been trained on 16 samples." in found.text
     assert found.tags.count("img") == 1
     assert found.tags.count("svg") == 3 * 6 + 1  # six metrics against three axes, and the path
 

@@ -16,7 +16,7 @@ from flowrl.models.loading import FlowSource
 from flowrl.models.pictures import PicturesFlow
 from flowrl.pages.text import markdown_table, number, span
 from flowrl.runs.logs import read_metrics
-from flowrl.runs.pictures import curves
+from flowrl.runs.pictures import STEPS, curves
 from flowrl.storage.files import read_json
 from flowrl.storage.revisions import split
 from flowrl.training.algorithm import FlowAlgorithm
@@ -47,7 +47,8 @@ def write_card(
 ) -> None:
     """Write `README.md`, `curves.png` and `before_after.png`.
 
-    Pictures and results are those of the run folder; what it does not have is left out, and the card says so.
+    Pictures and results are those of the run folder; what it does not have of this state is left out, and the card says
+    so.
 
     Args:
         folder: Folder to write to.
@@ -58,7 +59,8 @@ def write_card(
         sampling: How the run sampled, as the pipeline takes it.
     """
     parts = [_front_matter(model, kind), f"# {name.rpartition('/')[2]}\n", _summary(model, kind)]
-    evaluated = (run / "evaluation.json").exists()
+    evaluation = read_json(run / "evaluation.json") if (run / "evaluation.json").exists() else {}
+    evaluated = evaluation != {} and evaluation.get("trained_samples") in (None, model.num_timesteps)
     if evaluated and (run / "before_after.png").exists():
         shutil.copyfile(run / "before_after.png", folder / "before_after.png")
         parts.append(
@@ -67,10 +69,11 @@ def write_card(
         )
     parts += ["## Use\n", _use(model, kind, name, sampling)]
     parts += ["## Training\n", _training(model)]
-    if rows := read_metrics(run / "metrics.csv"):
+    rows = read_metrics(run / "metrics.csv")  # of a run that was killed, further than the checkpoint
+    if rows := [row for row in rows if row.get(STEPS, 0) <= model.num_timesteps]:
         curves(rows).savefig(folder / "curves.png", dpi=110)
         parts.append("![training curves](curves.png)\n")
-    parts += ["## Results\n", _results(read_json(run / "evaluation.json")) if evaluated else NOT_EVALUATED]
+    parts += ["## Results\n", _results(evaluation) if evaluated else NOT_EVALUATED]
     parts += ["## Limitations\n", LIMITATIONS]
     (folder / "README.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
