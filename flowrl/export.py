@@ -121,6 +121,7 @@ def export(model: FlowAlgorithm, run: Path, folder: Path, name: str = "") -> lis
             files.append(hub.MANIFEST)
             about = {"flowrl": __version__, "name": name, "kind": kind, "files": files}
             write_json(temporary / hub.MANIFEST, about)
+            _must_be_new(folder)  # made meanwhile
             replace_folder(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -222,6 +222,19 @@ def test_nothing_is_overwritten(tiny_runs: dict[str, Path], tmp_path: Path, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_made_meanwhile_is_not_overwritten(
+    tiny_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(folder: Path, *args: Any) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()
+
+    monkeypatch.setattr("flowrl.export.write_card", slowly)
+    with pytest.raises(ConfigError, match="is there already"):
+        export(load_model(tiny_runs["lora"], device="cpu"), tiny_runs["lora"], tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
 def test_a_disk_that_is_full_leaves_nothing(
     tiny_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
