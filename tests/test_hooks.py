@@ -104,6 +104,17 @@ def test_classes_that_are_no_algorithms_say_what_is_missing(name: str, value: An
         learn(subclass(name, value))
 
 
+def test_a_metric_may_count() -> None:
+    """Tensors of truth and of whole numbers have means, too."""
+
+    def loss(self: Any, batch: Batch) -> Any:
+        error = self.error(self.pair(batch))
+        return error.mean(), {"all": (error >= 0).all(), "count": (error >= 0).sum()}
+
+    logged = learn(subclass("loss", loss)).last_logged
+    assert (logged["train/all"], logged["train/count"]) == (1.0, 16.0)
+
+
 def test_losses_are_checked_in_the_first_iteration_only() -> None:
     model = learn(flowrl.ORWCFMW2)
     assert isinstance(model.checks, LaterChecks)
