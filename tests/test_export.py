@@ -16,13 +16,20 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
+import small_pipelines
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 
+import flowrl
 from flowrl.errors import CheckpointError, ConfigError, HubError
 from flowrl.export import export, main
 from flowrl.models.loading import ASSETS, source_of
@@ -128,6 +135,38 @@ def test_a_whole_pipeline(shared: dict[str, Path], policies: dict[str, FlowPolic
     assert loaded.max_sequence_length == 1
     network = policy.networks.model_of("ema").network.state_dict()
     assert all(torch.equal(value, network[key]) for key, value in loaded.network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("env", "algo", "levels"),
+    [({}, {"precision": "bfloat16"}, 8), ({"t5": False}, {}, 1), ({"t5": False}, {"lora_rank": 2}, 1)],
+    ids=["low precision", "whole without T5", "LoRA without T5"],
+)
+def test_the_cards_snippet_fits_how_the_run_loaded_its_pipeline(
+    env: dict[str, Any], algo: dict[str, Any], levels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of another precision do not go together, and diffusers must be told which encoders are left out."""
+    monkeypatch.chdir(tmp_path)
+    small_pipelines.sd3(tmp_path / "base")
+    settings = {"flow": "base", "prompts": ("two squares",), "resolution": 16, **env}
+    sizes = {"n_samples": 8, "batch_size": 4, "group_size": 2, "rollout_steps": 3}
+    model = flowrl.ORWCFMW2(
+        "FlowPolicy",
+        "sd3-compress",
+        seed=0,
+        device="cpu",
+        env_settings=settings,
+        **{"precision": "float32", "lora_rank": 0, **sizes, **algo},
+    )
+    before = model.policy.model.pipeline.vae.dtype
+    export(model, tmp_path, tmp_path / "out")
+    assert model.policy.model.pipeline.vae.dtype == before
+    (code,) = re.findall(r"```python\n(.*?)```", card(tmp_path / "out"), re.DOTALL)
+    (tmp_path / "snippet.py").write_text(code)
+    runpy.run_path("snippet.py")
+    (ours,) = draw(model.policy, ["two squares"], [0])
+    theirs = np.asarray(Image.open("image.png")).astype(int)
+    assert abs((255 * ours[0]).round().permute(1, 2, 0).numpy() - theirs).max() <= levels
 
 
 def test_exporting_leaves_the_model_as_it_was(policies: dict[str, FlowPolicy], shared: dict[str, Path]) -> None:
@@ -492,6 +531,14 @@ def test_the_card_says_where_the_pipelines_own_call_draws_otherwise(
     text = _use(model, "lora", "me/my-sd3", {})
     assert told in text
     assert ("The run" in text) is bool(told)
+
+
+def test_the_card_says_that_a_scheduler_takes_other_steps(tiny_runs: dict[str, Path]) -> None:
+    model = load_model(tiny_runs["lora"], device="cpu")
+    model.policy.model.pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    assert "other steps than the pipeline's FlowMatchHeunDiscreteScheduler" in _use(model, "lora", "me/my-sd3", {})
+    model.policy.model.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    assert "other steps than the pipeline's FlowMatchEuler" in _use(model, "lora", "me/my-sd3", {})
 
 
 def test_the_cards_code_is_python_whatever_the_call_takes(tiny_runs: dict[str, Path]) -> None:

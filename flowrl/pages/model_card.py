@@ -26,6 +26,7 @@ from flowrl.version import __version__
 Kind = Literal["lora", "transformer", "pipeline"]
 """What an export holds: LoRA weights, the fine-tuned network alone, or a whole pipeline."""
 NOT_EVALUATED = "This state of the run has not been evaluated.\n"
+EULER = "FlowMatchEulerDiscreteScheduler"
 PROMPTS = 20
 """Prompts that the card lists."""
 LIMITATIONS = (
@@ -125,16 +126,17 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
     imports = ["import torch"]
     imports.append(f"from diffusers import {f'{network}, {cls}' if kind == 'transformer' else cls}")
     lines = []
+    without = _without(pipeline)
     if kind == "pipeline":
-        lines.append(f"pipe = {cls}.from_pretrained({json.dumps(name)})")
+        lines.append(f"pipe = {cls}.from_pretrained({json.dumps(name)}{without})")
     elif kind == "transformer":
         lines += [f'{part} = {network}.from_pretrained({json.dumps(name)}, subfolder="{part}")' for part in parts]
         given = ", ".join(f"{part}={part}" for part in parts)
-        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, {given})")
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, {given}{without})")
     else:
         if model.env.core.flow.is_embedded:
             imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
-        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)})")
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}{without})")
         if hasattr(pipeline, "load_lora_weights"):
             lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
         else:
@@ -161,10 +163,19 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
     return f"```python\n{code}\n```\n\n{advice}{_otherwise(model)}\n"
 
 
+def _without(pipeline: Any) -> str:
+    """Name the text encoders that the pipeline does without, as arguments: diffusers must be told, or loads them."""
+    gone = [name for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is None]
+    gone = [name for name in gone if name not in pipeline._optional_components]
+    return "".join(f", {name.replace('tokenizer', 'text_encoder')}=None, {name}=None" for name in gone)
+
+
 def _otherwise(model: FlowAlgorithm) -> str:
     """Say how the run sampled where the pipeline's own call does not: it then draws other pictures."""
-    policy = model.policy
+    policy, scheduler = model.policy, _pipeline(model).scheduler
     told = []
+    if type(scheduler).__name__ != EULER or scheduler.config.get("stochastic_sampling"):
+        told.append(f"The run took other steps than the pipeline's {type(scheduler).__name__}: pictures are others.")
     if policy.solver != "euler":
         told.append(f"The run sampled with {policy.solver}: Euler's steps, the pipeline's own, come near it when many.")
     if policy.guidance != "cfg" and policy.guidance_scale != 1 and not policy.model.distilled_guidance:
