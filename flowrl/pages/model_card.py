@@ -126,17 +126,18 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
     imports = ["import torch"]
     imports.append(f"from diffusers import {f'{network}, {cls}' if kind == 'transformer' else cls}")
     lines = []
-    without = _without(pipeline)
+    rest = f", torch_dtype=torch.float32{_without(pipeline)}"  # transformers would take the files' type, diffusers not
     if kind == "pipeline":
-        lines.append(f"pipe = {cls}.from_pretrained({json.dumps(name)}{without})")
+        lines.append(f"pipe = {cls}.from_pretrained({json.dumps(name)}{rest})")
     elif kind == "transformer":
-        lines += [f'{part} = {network}.from_pretrained({json.dumps(name)}, subfolder="{part}")' for part in parts]
+        own = f"{network}.from_pretrained({json.dumps(name)}, torch_dtype=torch.float32, subfolder="
+        lines += [f"{part} = {own}{json.dumps(part)})" for part in parts]
         given = ", ".join(f"{part}={part}" for part in parts)
-        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, {given}{without})")
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, {given}{rest})")
     else:
         if model.env.core.flow.is_embedded:
             imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
-        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}{without})")
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}{rest})")
         if hasattr(pipeline, "load_lora_weights"):
             lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
         else:
@@ -159,7 +160,7 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
         kept, save = "frames", f'export_to_video(video, "video.mp4", fps={rate:g})'
     call = [f"{'video' if rate else 'image'} = pipe(", f"    prompt={prompt},", *options, f").{kept}[0]", save]
     code = "\n".join([*imports, "", *lines, *call])
-    advice = 'On a GPU add `torch_dtype=torch.bfloat16` to `from_pretrained` and call `pipe.to("cuda")`.'
+    advice = 'On a GPU take `torch.bfloat16` in the place of `torch.float32`, and call `pipe.to("cuda")`.'
     return f"```python\n{code}\n```\n\n{advice}{_otherwise(model)}\n"
 
 
