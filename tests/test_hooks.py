@@ -10,6 +10,7 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
+from flowrl.registry import ALGORITHMS, algorithm_class
 from flowrl.training.hooks import LaterChecks
 from flowrl.types import Batch
 
@@ -113,6 +114,13 @@ def test_a_metric_may_count() -> None:
 
     logged = learn(subclass("loss", loss)).last_logged
     assert (logged["train/all"], logged["train/count"]) == (1.0, 16.0)
+
+
+def test_an_algorithm_without_a_loss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = type("Unfinished", (flowrl.FlowAlgorithm,), {"weigh": lambda self, rollout: rollout.reward})
+    monkeypatch.setitem(ALGORITHMS, "unfinished", unfinished)
+    with pytest.raises(ConfigError, match="'unfinished' lacks the method loss"):
+        algorithm_class("unfinished")
 
 
 def test_losses_are_checked_in_the_first_iteration_only() -> None:
