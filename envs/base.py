@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from flowrl.checks import LARGEST_INT, counted, is_whole, python_value, shown
+from flowrl.checks import LARGEST_INT, counted, is_finite, is_whole, python_value, shown
 from flowrl.envs.prompts import shares_of
 from flowrl.errors import ConfigError, FlowRLError, RewardError, raised_by
 from flowrl.models.loading import FlowSource
@@ -85,9 +85,11 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     def reward_weights(self) -> Mapping[str, float]:
         """Weights of the components, by name, of a reward that is their weighted sum; empty for any other.
 
-        They are the attribute `weights` of the environment's `reward_function`.
+        They are the attribute `weights` of the environment's `reward_function`, where that is numbers by name.
         """
-        return getattr(getattr(self, "reward_function", None), "weights", {})
+        weights = getattr(getattr(self, "reward_function", None), "weights", {})
+        is_such = isinstance(weights, Mapping) and all(is_finite(python_value(value)) for value in weights.values())
+        return weights if is_such else {}
 
     @property
     def rewards_on_host(self) -> bool:
