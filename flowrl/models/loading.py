@@ -70,6 +70,10 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
     def build() -> VelocityModel:
         model = copy.deepcopy(factory())  # `lambda: model` gives the same object every time
         if isinstance(model, VelocityModel):
+            for name in ("network", "latent_shape", "sample_shape"):
+                if not hasattr(model, name):
+                    raise ConfigError(f"{type(model).__name__} must set self.{name} in its __init__.")
+            _checked_shape(model.latent_shape)
             return model
         if not isinstance(model, nn.Module):
             raise ConfigError(f"The flow factory returned a {type(model).__name__}, not a torch module.")
@@ -95,7 +99,7 @@ def _checked_shape(shape: Any) -> tuple[int, ...]:
     """Check the shape of one sample."""
     sizes = tuple(map(python_value, shape)) if isinstance(shape, tuple | list) else ()
     if not sizes or not all(is_whole(n, 1) for n in sizes):
-        raise ConfigError(f"sample_shape must be that of one sample, such as (2,) or (3, 32, 32), not {shown(shape)}.")
+        raise ConfigError(f"A shape must be that of one sample, such as (2,) or (3, 32, 32), not {shown(shape)}.")
     return sizes
 
 
