@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import gymnasium
@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from flowrl.checks import LARGEST_INT, counted, is_whole, python_value, shown
+from flowrl.checks import LARGEST_INT, counted, is_finite, is_whole, python_value, shown
 from flowrl.envs.prompts import shares_of
 from flowrl.errors import ConfigError, FlowRLError, RewardError, raised_by
 from flowrl.models.loading import FlowSource
@@ -57,12 +57,17 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         render_mode: str | None = None,
         held_out: Sequence[Any] = (),
     ) -> None:
+        if isinstance(contexts, str) or not isinstance(contexts, Iterable):
+            raise ConfigError(f"The contexts of '{name}' must be a list of them, not {shown(contexts)}.")
+        contexts = list(contexts)
         if len(contexts) == 0:
             if held_out:
                 raise ConfigError(f"All {len(held_out)} prompts of '{name}' are held out: none is left to train on.")
             raise ConfigError(f"Environment '{name}' needs at least one context; use [None] for none.")
+        if np.any(np.asarray(low) > np.asarray(high)):
+            raise ConfigError(f"The values of samples of '{name}' lie from low to high, not from {low} to {high}.")
         self.flow = flow
-        self.contexts = list(contexts)
+        self.contexts = contexts
         self.held_out = list(held_out)
         self.shares = shares_of(self.contexts)  # (n,) share of each context in the draws, None when all are equal
         self.name = name
@@ -80,9 +85,11 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
     def reward_weights(self) -> Mapping[str, float]:
         """Weights of the components, by name, of a reward that is their weighted sum; empty for any other.
 
-        They are the attribute `weights` of the environment's `reward_function`.
+        They are the attribute `weights` of the environment's `reward_function`, where that is numbers by name.
         """
-        return getattr(getattr(self, "reward_function", None), "weights", {})
+        weights = getattr(getattr(self, "reward_function", None), "weights", {})
+        is_such = isinstance(weights, Mapping) and all(is_finite(python_value(value)) for value in weights.values())
+        return weights if is_such else {}
 
     @property
     def rewards_on_host(self) -> bool:
@@ -169,7 +176,14 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
                 f"The reward of '{self.name}' raised {type(error).__name__}: {error}. It was called with samples "
                 f"of shape {tuple(samples.shape)} and {len(asked)} contexts, the first {asked[0]!r}."
             ) from error
+        if not isinstance(output, RewardOutput):  # the numbers alone, as functions may give them
+            output = RewardOutput(output)
         reward = check_reward(output.reward, samples, asked, self.name)
+        if not isinstance(output.components, Mapping):
+            raise RewardError(
+                f"The components of the reward '{self.name}' must be numbers (B,) by name, {{name: values}}, not "
+                f"{shown(output.components)}."
+            )
         components = {
             key: check_reward(value, samples, asked, f"{self.name}, component {key}")
             for key, value in output.components.items()

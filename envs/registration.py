@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,12 @@ def register_env(
             "name: runs and checkpoints find their environment by it."
         )
     _check_generator(name, flow, generator, latent, encode)
+    if not isinstance(recommended, Mapping | None):
+        raise ConfigError(f"recommended= of '{name}' must be settings by name, {{name: value}}, not {recommended!r}.")
+    if not isinstance(prompts, str | Path | None):
+        if not isinstance(prompts, Iterable):
+            raise ConfigError(f"prompts= of '{name}' must be a list of them, a file or a set, not {prompts!r}.")
+        prompts = list(prompts)  # an iterator would be empty when the environment is made again
 
     def decorate(reward: Callable) -> Callable:
         if not callable(reward):

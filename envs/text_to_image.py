@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,6 +197,9 @@ def _own_prompts(reward: str, flow: FlowSource) -> Sequence[str] | str:
 def _prompts(config: TextToImageConfig, own: Sequence[str] | str) -> PromptSet:
     if config.prompts and config.prompt_file:
         raise ConfigError("--env.prompts and --env.prompt-file both say what to train on: give one of them.")
+    for prompt in config.prompts:
+        if prompt.lower().endswith((".txt", ".jsonl")) and os.path.isfile(prompt):
+            raise ConfigError(f"--env.prompts takes prompts, and '{prompt}' is a file: --env.prompt-file {prompt}.")
     return prompts_from(config.prompt_file or config.prompts or own, config.held_out_share)
 
 

@@ -27,7 +27,7 @@ from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves, save_drawing
 from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
-from flowrl.runs.folder import cannot_write, finite_or_none
+from flowrl.runs.folder import alone_in, cannot_write, finite_or_none
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
 from flowrl.storage.files import write_json
 from flowrl.suites.cell import run_logged
@@ -183,8 +183,9 @@ def _main(args: list[str]) -> int:
         return 0
     try:
         failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
-        shown, left_out = with_others(cells, root, config.suite, config.budget)
-        written = write_results(shown, root)
+        with alone_in(root, wait=True):
+            shown, left_out = with_others(cells, root, config.suite, config.budget)
+            written = write_results(shown, root)
     except KeyboardInterrupt:
         print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {shlex.join(args)}")
         return EXIT_STOPPED

@@ -14,10 +14,13 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from safetensors import SafetensorError
 
@@ -121,6 +124,7 @@ def export(model: FlowAlgorithm, run: Path, folder: Path, name: str = "") -> lis
             files.append(hub.MANIFEST)
             about = {"flowrl": __version__, "name": name, "kind": kind, "files": files}
             write_json(temporary / hub.MANIFEST, about)
+            _must_be_new(folder)  # made meanwhile
             replace_folder(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -154,11 +158,25 @@ def _write_weights(model: FlowAlgorithm, folder: Path) -> Kind:
         policy.networks.export(folder, policy.sampling_role)
         return "transformer"
     flow: Any = policy.model
-    flow.with_encoders(policy.networks.model_of(policy.sampling_role).network).save_pretrained(
-        folder, safe_serialization=True
-    )
+    pipeline = flow.with_encoders(policy.networks.model_of(policy.sampling_role).network)
+    with _in_float32([part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]):
+        pipeline.save_pretrained(folder, safe_serialization=True)
     flow.release_encoders()
     return "pipeline"
+
+
+@contextmanager
+def _in_float32(parts: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Keep weights of low precision as float32 on the host: loaded beside others, they would not fit those."""
+    tensors = (tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
+    low = {t: (t.device, t.dtype) for t in tensors if t.is_floating_point() and t.dtype != torch.float32}
+    try:
+        for tensor in low:
+            tensor.data = tensor.data.to("cpu", torch.float32)
+        yield
+    finally:
+        for tensor, (device, dtype) in low.items():
+            tensor.data = tensor.data.to(device, dtype)
 
 
 if __name__ == "__main__":

@@ -158,16 +158,20 @@ def algorithm_class(name: str) -> type:
 
     Raises:
         UnknownNameError: No such name; the message names the closest.
+        ConfigError: The class lacks a method.
     """
     if ":" in name:
         module, attribute = _import(name)
         cls = getattr(module, attribute, None)
         if not isinstance(cls, type):
             raise UnknownNameError.of(f"class in module '{module.__name__}'", attribute, _classes(module))
-        return cls
-    if name not in ALGORITHMS:
+    elif name not in ALGORITHMS:
         raise UnknownNameError.of("algorithm", name, ALGORITHMS)
-    return ALGORITHMS[name]
+    else:
+        cls = ALGORITHMS[name]
+    if missing := getattr(cls, "__abstractmethods__", None):
+        raise ConfigError(f"'{name}' lacks the method {', '.join(sorted(missing))}, which an algorithm must write.")
+    return cls
 
 
 def environment_spec(name: str) -> EnvSpec:

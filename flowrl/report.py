@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +38,10 @@ def _report(config: ReportConfig) -> int:
     if not config.runs:
         raise ConfigError(f"Name a run folder or several: {PROGRAM} runs/NAME runs/OTHER")
     runs = [RunFiles.read(folder) for folder in config.runs]
+    names = [run.name for run in runs]
+    runs = [
+        replace(run, name=str(folder)) if names.count(run.name) > 1 else run for run, folder in zip(runs, config.runs)
+    ]
     single = len(runs) == 1
     out = config.out or (config.runs[0] / "report.html" if single else Path("comparison.html"))
     text = run_page(runs[0]) if single else runs_page(runs)

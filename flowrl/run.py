@@ -168,7 +168,8 @@ def _is_finished(folder: Path, total: int) -> bool:
     final = folder / "final" / "state.json"
     if not all(file.exists() for file in (final, folder / "evaluation.json", folder / "report.html")):
         return False
-    return read_json(final).get("num_timesteps", 0) >= total
+    trained = read_json(final).get("num_timesteps", 0)
+    return trained >= total and read_json(folder / "evaluation.json").get("trained_samples") in (None, trained)
 
 
 def _write_config(folder: Path, model: FlowAlgorithm, run: RunConfig, total: int) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,16 +20,17 @@ from PIL import Image
 
 import flowrl
 from flowrl.benchmark import BenchmarkConfig, run_cells
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import CheckpointError, ConfigError, UnknownNameError
 from flowrl.models.mlp import MLP
-from flowrl.pages.benchmark_page import benchmark_page
+from flowrl.pages.benchmark_page import _thumbnail, benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves
 from flowrl.pages.benchmark_results import CURVE_POINTS, Entry, _add_speed, collect, summary
 from flowrl.pages.benchmark_tables import drift, interval, markdown, target
 from flowrl.pages.text import markdown_table
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS
-from flowrl.runs.folder import finite_or_none
+from flowrl.runs.folder import alone_in, finite_or_none
 from flowrl.storage.files import write_json
+from flowrl.suites import cell as cell_module
 from flowrl.suites.cell import UNBOUNDED, StopAtBudget, run_cell
 from flowrl.suites.finished import finished_before, with_others
 from flowrl.suites.suite import Cell, load_suite, suites
@@ -286,6 +288,41 @@ def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(
     assert done.returncode == 0, done.stderr
     assert "2 cells, 1 finished before" in done.stdout
     assert done.stdout.count("done (") == 1
+
+
+def test_a_cell_that_another_process_runs_is_waited_for(suite: Path, tmp_path: Path, monkeypatch) -> None:
+    """As of a second benchmark in that place, or of one that was killed; once finished it is not run again."""
+    (first,) = load_suite(str(suite), algos=["ddpo"], seeds=[0])
+    folder = tmp_path / first.folder
+    folder.mkdir(parents=True)
+    (folder / "cell.json").write_text(json.dumps(first.to_dict()))
+    monkeypatch.setattr(cell_module.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(cell_module.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(cell_module, "algorithm_class", pytest.fail)
+    waiting = threading.Thread(target=cell_module.run_logged, args=(folder,), daemon=True)
+    with alone_in(folder):
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        assert not (folder / "log.txt").exists()
+        write_json(folder / "result.json", {"cell": first.to_dict()})
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert (folder / "log.txt").read_text() == ""
+    (folder / "cell.json").write_text(json.dumps(replace(first, eval_samples=7).to_dict()))
+    with pytest.raises(ConfigError, match="finished with other settings"):
+        run_cell(folder)
+
+
+def test_damaged_files_of_a_finished_cell_say_what_to_do(suite: Path, tmp_path: Path) -> None:
+    (first,) = load_suite(str(suite), algos=["ddpo"], seeds=[0])
+    (tmp_path / first.folder).mkdir(parents=True)
+    (tmp_path / first.folder / "result.json").write_text("{")
+    (tmp_path / first.folder / "samples.png").write_text("no picture")
+    with pytest.raises(CheckpointError, match=r"result.json' is damaged.*Remove its folder"):
+        finished_before(first, tmp_path)
+    with pytest.raises(CheckpointError, match=r"samples.png' is damaged.*Remove its folder"):
+        _thumbnail(tmp_path / first.folder / "samples.png")
 
 
 def test_a_failing_cell_is_recorded_and_the_others_go_on(run_here, suite: Path, tmp_path: Path) -> None:

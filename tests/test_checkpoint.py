@@ -20,6 +20,7 @@ import flowrl
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.mlp import MLP
 from flowrl.models.source import ASSETS
+from flowrl.runs.callbacks import KeepCheckpoints
 from flowrl.storage import files
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import checkpoint_folder
@@ -127,6 +128,28 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     model.save(tmp_path / "a")
     assert not (tmp_path / "a" / "left-over.json").exists()
     assert flowrl.ORWCFMW2.load(tmp_path / "a", device=DEVICE).num_timesteps == N
+
+
+def test_saving_deletes_nothing_else(tmp_path: Path) -> None:
+    """A run folder, or any other, is not taken for an older checkpoint, nor is a file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    model = algorithm()
+    for name in ("run", "file"):
+        with pytest.raises(CheckpointError, match=f"{name}': it is there and no checkpoint.*{name}-model"):
+            model.save(tmp_path / name)
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+    assert (tmp_path / "file").read_text() == "mine"
+    model.save(tmp_path / "empty")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "file", "empty"}
+
+
+def test_only_checkpoints_are_cleaned_away(tmp_path: Path) -> None:
+    (tmp_path / "1999").mkdir()
+    algorithm().learn(3 * N, callback=KeepCheckpoints(tmp_path, every=1, keep=1, keep_best=False, background=False))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{3 * N:010d}", "1999"]
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,6 +295,15 @@ def test_a_run_stopped_after_its_last_iteration_is_finished(run_here, three: Pat
     assert_same_run(run, three)
 
 
+def test_a_run_with_the_evaluation_of_an_older_state_is_not_finished(run_here, three: Path, tmp_path: Path) -> None:
+    """It was evaluated while it trained, and killed before it evaluated its end."""
+    run = shutil.copytree(three, tmp_path / "run")
+    older = json.loads((run / "evaluation.json").read_text()) | {"trained_samples": 2 * N}
+    (run / "evaluation.json").write_text(json.dumps(older))
+    assert run_here("flowrl.run", "--resume", "run", "--eval-samples", 32).returncode == 0
+    assert_same_run(run, three)
+
+
 def test_dry_run_of_a_resume_writes_nothing(run_here, three: Path, tmp_path: Path) -> None:
     run = shutil.copytree(three, tmp_path / "run")
     done = run_here("flowrl.run", "--resume", "run", "--total-timesteps", 6 * N, "--dry-run")

@@ -381,12 +381,64 @@ WRONG: dict[str, tuple[Callable, list[str]]] = {
     "list of strings": (lambda s, c: ["much"] * 4, ["returned a list"]),
     "pair": (lambda s, c: (s[:, 0], {"part": s[:, 1]}), ["returned a tuple", "flowrl.RewardOutput(reward, {name"]),
     "complex": (lambda s, c: s[:, 0] + 1j, ["complex numbers have no order"]),
+    "components without names": (
+        lambda s, c: flowrl.RewardOutput(s[:, 0], [s[:, 1]]),
+        ["components", "{name: values}"],
+    ),
 }
 
 
 def wrong_env(kind: str, name: str) -> flowrl.GenerationEnv:
     flowrl.register_env(name, flow=Small, prompts=PROMPTS)(WRONG[kind][0])
     return flowrl.make(name)
+
+
+class Own(flowrl.GenerationEnv):
+    """An environment of an author's own whose reward is a number for each sample, no `RewardOutput`."""
+
+    def __init__(self, contexts: Any = ("a", "b"), low: float = -1.0) -> None:
+        super().__init__(source_of(Small), contexts, low=low, high=1.0, name="own")
+
+    def reward(self, samples: torch.Tensor, contexts: Any) -> Any:
+        return samples[:, 0]
+
+
+class NotMade(Own):
+    """One that forgets to call `super().__init__`."""
+
+    def __init__(self) -> None:
+        self.name = "own"
+
+
+def test_an_environment_may_give_the_numbers_alone() -> None:
+    samples = torch.rand(4, 3)
+    assert torch.equal(Own().evaluate(samples, torch.tensor([0, 1, 1, 0])).reward, samples[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Own(contexts=4), "contexts of 'own' must be a list of them, not 4"),
+        (lambda: Own(contexts="a car"), "contexts of 'own' must be a list of them, not 'a car'"),
+        (lambda: Own(low=3.0), "lie from low to high, not from 3.0 to 1.0"),
+        (lambda: flowrl.ORWCFM("FlowPolicy", NotMade()), r"NotMade.__init__ must call super\(\).__init__"),
+        (
+            lambda: source_of(Small, sample_shape=3),
+            r"A shape must be that of one sample, .*, not 3",
+        ),
+        (lambda: flowrl.register_env("x", flow=Small, recommended=["tau"]), "must be settings by name"),
+        (lambda: flowrl.register_env("x", flow=Small, prompts=3), "must be a list of them, a file or a set, not 3"),
+    ],
+)
+def test_mistakes_in_an_environment_of_ones_own(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_prompts_from_an_iterator_are_there_each_time(names: Callable[[], str]) -> None:
+    name = names()
+    flowrl.register_env(name, flow=Small, prompts=iter(PROMPTS))(lambda s, c: s[:, 0])
+    assert flowrl.make(name).contexts == flowrl.make(name).contexts == PROMPTS
 
 
 @pytest.mark.parametrize("kind", WRONG)

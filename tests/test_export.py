@@ -16,18 +16,28 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
+import small_pipelines
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 
+import flowrl
 from flowrl.errors import CheckpointError, ConfigError, HubError
 from flowrl.export import export, main
 from flowrl.models.loading import ASSETS, source_of
-from flowrl.pages.model_card import LIMITATIONS, _use, _with_interval, _without_folders
+from flowrl.pages import model_card
+from flowrl.pages.model_card import LIMITATIONS, NOT_EVALUATED, _use, _with_interval, _without_folders
+from flowrl.runs import pictures
 from flowrl.runs.folder import load_model
+from flowrl.runs.pictures import STEPS
 from flowrl.sample import draw, seeded_noise
 from flowrl.storage import hub
 from flowrl.training.policy import FlowPolicy
@@ -127,6 +137,44 @@ def test_a_whole_pipeline(shared: dict[str, Path], policies: dict[str, FlowPolic
     assert all(torch.equal(value, network[key]) for key, value in loaded.network.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("env", "algo", "levels"),
+    [
+        ({}, {"precision": "bfloat16"}, 8),
+        ({}, {"lora_rank": 2}, 1),
+        ({"t5": False}, {}, 1),
+        ({"t5": False}, {"lora_rank": 2}, 1),
+    ],
+    ids=["low precision", "LoRA of files in low precision", "whole without T5", "LoRA without T5"],
+)
+def test_the_cards_snippet_fits_how_the_run_loaded_its_pipeline(
+    env: dict[str, Any], algo: dict[str, Any], levels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of another precision do not go together, and diffusers must be told which encoders are left out."""
+    monkeypatch.chdir(tmp_path)
+    base = StableDiffusion3Pipeline.from_pretrained(small_pipelines.sd3(tmp_path / "high"))
+    base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    settings = {"flow": "base", "prompts": ("two squares",), "resolution": 16, **env}
+    sizes = {"n_samples": 8, "batch_size": 4, "group_size": 2, "rollout_steps": 3}
+    model = flowrl.ORWCFMW2(
+        "FlowPolicy",
+        "sd3-compress",
+        seed=0,
+        device="cpu",
+        env_settings=settings,
+        **{"precision": "float32", "lora_rank": 0, **sizes, **algo},
+    )
+    before = model.policy.model.pipeline.vae.dtype
+    export(model, tmp_path, tmp_path / "out")
+    assert model.policy.model.pipeline.vae.dtype == before
+    (code,) = re.findall(r"```python\n(.*?)```", card(tmp_path / "out"), re.DOTALL)
+    (tmp_path / "snippet.py").write_text(code)
+    runpy.run_path("snippet.py")
+    (ours,) = draw(model.policy, ["two squares"], [0])
+    theirs = np.asarray(Image.open("image.png")).astype(int)
+    assert abs((255 * ours[0]).round().permute(1, 2, 0).numpy() - theirs).max() <= levels
+
+
 def test_exporting_leaves_the_model_as_it_was(policies: dict[str, FlowPolicy], shared: dict[str, Path]) -> None:
     policy = policies["full"]
     assert policy.model.pipeline.transformer is policy.model.network is policy.networks.model_of("current").network
@@ -192,10 +240,44 @@ def test_a_checkpoint_without_its_run(tiny_runs: dict[str, Path], tmp_path: Path
     assert "![" not in card(tmp_path / "out")
 
 
+def test_the_card_is_of_the_state_that_is_exported(
+    tiny_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed has rows beyond its checkpoint; figures of another state are none of this one."""
+    run = shutil.copytree(tiny_runs["lora"], tmp_path / "run")
+    head, *_, last = (run / "metrics.csv").read_text().splitlines()
+    later = dict(zip(head.split(","), last.split(",")), **{STEPS: "24"})
+    (run / "metrics.csv").open("a").write(",".join(later.values()) + "\n")
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["trained_samples"] == 16
+    (run / "evaluation.json").write_text(json.dumps({**result, "trained_samples": 8}))
+    drawn: list[float] = []
+    monkeypatch.setattr(
+        model_card, "curves", lambda rows: drawn.extend(row[STEPS] for row in rows) or pictures.curves(rows)
+    )
+    export(load_model(run, device="cpu"), run, tmp_path / "out")
+    assert drawn == [8, 16]
+    assert NOT_EVALUATED in card(tmp_path / "out")
+    assert not (tmp_path / "out" / "before_after.png").exists()
+
+
 def test_nothing_is_overwritten(tiny_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tiny_runs["lora"]), str(tmp_path)]) == 2
     assert "is there already, and nothing is overwritten" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_made_meanwhile_is_not_overwritten(
+    tiny_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(folder: Path, *args: Any) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()
+
+    monkeypatch.setattr("flowrl.export.write_card", slowly)
+    with pytest.raises(ConfigError, match="is there already"):
+        export(load_model(tiny_runs["lora"], device="cpu"), tiny_runs["lora"], tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
 def test_a_disk_that_is_full_leaves_nothing(
@@ -455,6 +537,14 @@ def test_the_card_says_where_the_pipelines_own_call_draws_otherwise(
     text = _use(model, "lora", "me/my-sd3", {})
     assert told in text
     assert ("The run" in text) is bool(told)
+
+
+def test_the_card_says_that_a_scheduler_takes_other_steps(tiny_runs: dict[str, Path]) -> None:
+    model = load_model(tiny_runs["lora"], device="cpu")
+    model.policy.model.pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    assert "other steps than the pipeline's FlowMatchHeunDiscreteScheduler" in _use(model, "lora", "me/my-sd3", {})
+    model.policy.model.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    assert "other steps than the pipeline's FlowMatchEuler" in _use(model, "lora", "me/my-sd3", {})
 
 
 def test_the_cards_code_is_python_whatever_the_call_takes(tiny_runs: dict[str, Path]) -> None:

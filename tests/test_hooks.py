@@ -10,6 +10,7 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
+from flowrl.registry import ALGORITHMS, algorithm_class
 from flowrl.training.hooks import LaterChecks
 from flowrl.types import Batch
 
@@ -102,6 +103,24 @@ class Undecorated(flowrl.FlowConfig):
 def test_classes_that_are_no_algorithms_say_what_is_missing(name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         learn(subclass(name, value))
+
+
+def test_a_metric_may_count() -> None:
+    """Tensors of truth and of whole numbers have means, too."""
+
+    def loss(self: Any, batch: Batch) -> Any:
+        error = self.error(self.pair(batch))
+        return error.mean(), {"all": (error >= 0).all(), "count": (error >= 0).sum()}
+
+    logged = learn(subclass("loss", loss)).last_logged
+    assert (logged["train/all"], logged["train/count"]) == (1.0, 16.0)
+
+
+def test_an_algorithm_without_a_loss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = type("Unfinished", (flowrl.FlowAlgorithm,), {"weigh": lambda self, rollout: rollout.reward})
+    monkeypatch.setitem(ALGORITHMS, "unfinished", unfinished)
+    with pytest.raises(ConfigError, match="'unfinished' lacks the method loss"):
+        algorithm_class("unfinished")
 
 
 def test_losses_are_checked_in_the_first_iteration_only() -> None:

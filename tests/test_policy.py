@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
 
 import flowrl
+from flowrl.config import FlowConfig
 from flowrl.errors import ConfigError
 from flowrl.functional.solver_steps import evaluations_per_sample
 from flowrl.models.base import VelocityModel
@@ -293,3 +297,70 @@ def test_a_flow_of_ones_own_goes_where_training_is() -> None:
     assert flow.network.weight.device.type != "meta"
     flow.network.to("meta")
     assert flow(torch.empty(3, 2, device="meta"), torch.empty(3, device="meta"), ()).device.type == "meta"
+
+
+class Labelled(VelocityModel):
+    """A flow of an author's own, with two labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Linear(4, 2)
+        self.latent_shape = self.sample_shape = (2,)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        return self.network(torch.cat([x_t, cond[0]], dim=1))
+
+    def encode(self, contexts: Any) -> Any:
+        return (torch.eye(2)[list(contexts)],)
+
+
+def unset(name: str) -> Callable[[Labelled], None]:
+    def init(self: Labelled) -> None:
+        Labelled.__init__(self)
+        delattr(self, name)
+
+    return init
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("encode", lambda self, c: torch.eye(2), r"tuple of tensors, each with 2 rows.*not a tensor of shape \(2, 2\)"),
+        ("encode", lambda self, c: (torch.eye(2)[:1],), r"each with 2 rows.*not a tuple of a tensor of shape \(1, 2\)"),
+        ("null_condition", lambda self: torch.zeros(2), r"each with a row .*not a tensor of shape \(2,\)"),
+        ("times", lambda self, steps: torch.linspace(1, 0, steps + 1), r"times\(4\) must give .* 5 times that rise"),
+        ("times", lambda self, steps: torch.linspace(0, 1, steps), r"times\(4\) must give a tensor of 5 times"),
+        ("times", lambda self, steps: torch.ones(steps + 1), r"times\(4\) must give .* 5 times that rise"),
+        (
+            "decode",
+            lambda self, x_1: x_1[:1],
+            r"decode must give a tensor of 3 samples .*not a tensor of shape \(1, 2\)",
+        ),
+        ("decode", lambda self, x_1: None, "decode must give a tensor of 3 samples .*not a NoneType"),
+        ("__init__", unset("latent_shape"), "Own must set self.latent_shape in its __init__"),
+        ("__init__", unset("network"), "Own must set self.network in its __init__"),
+    ],
+)
+def test_mistakes_in_a_flow_of_ones_own(name: str, value: Any, message: str) -> None:
+    """Times of another number or order went through, and samples were of another flow."""
+    own = type("Own", (Labelled,), {"null_condition": lambda self: (torch.zeros(1, 2),), name: value})
+    with pytest.raises(ConfigError, match=message):
+        drawn(own)
+
+
+def drawn(own: type[VelocityModel]) -> torch.Tensor:
+    core = flowrl.GenerationEnv(source_of(own), [0, 1], low=-1.0, high=1.0, name="own")
+    settings = FlowConfig(rollout_steps=4, guidance_scale=2.0)
+    return FlowPolicy.of(core, settings, device="cpu").sample([0, 1, 0])
+
+
+def test_what_encodes_contexts_keeps_no_graph() -> None:
+    """A second update went through the first one's."""
+    own = type(
+        "Own", (Labelled,), {"encode": lambda self, c: (torch.eye(2)[list(c)] * torch.ones(2).requires_grad_(),)}
+    )
+    core = flowrl.GenerationEnv(source_of(own), [0, 1], low=-1.0, high=1.0, name="own")
+    core.reward = lambda samples, contexts: samples[:, 0]  # type: ignore[method-assign]
+    settings = {"n_samples": 16, "batch_size": 8, "rollout_steps": 2}
+    model = flowrl.ORWCFM("FlowPolicy", core, seed=0, device="cpu", **settings).learn(16)
+    assert model._n_updates > 1

@@ -618,6 +618,15 @@ def test_one_reward_cannot_be_compared_each_by_itself() -> None:
     for name in ("flow_grpo", *NAMES, *ENDPOINT_NAMES):
         with pytest.raises(ConfigError, match=r"'gaussians-linear' is no weighted sum.*--env.reward clip:0.7\+"):
             make(name, reward_aggregation="gdpo")
+    for weights in (torch.ones(2), {"right": "1", "up": "2"}, {"right": 1.0, "up": float("nan")}):
+        env = two_rewards()
+        env.reward_function.weights = weights
+        with pytest.raises(ConfigError, match=r"no weighted sum.*has a dictionary `weights`"):
+            make("fpo", env, reward_aggregation="gdpo")
+    env = two_rewards()
+    env.reward_function.weights = {"right": 1.0, "down": 1.0}
+    with pytest.raises(ConfigError, match="gave no 'down', only 'right', 'up'"):
+        collected("fpo", env, reward_aggregation="gdpo")
     with pytest.raises(ConfigError, match="reward_aggregation must be one of sum, gdpo, not 'mean'"):
         make("fpo", reward_aggregation="mean")
     with pytest.raises(ConfigError, match="Given pairs have no rewards"):

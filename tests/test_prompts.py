@@ -177,6 +177,14 @@ def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.M
         prompts_from("mine.txt")
 
 
+def test_a_prompt_file_in_the_place_of_prompts_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name would be trained on."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.txt", "stars")
+    with pytest.raises(ConfigError, match=r"'mine.txt' is a file: --env.prompt-file mine.txt"):
+        flowrl.make("sd3-compress", flow="mini-sd3", prompts=("a star", "mine.txt"))
+
+
 def test_fields_are_read_only() -> None:
     given = {"count": 2}
     prompt = Prompt("two stars", given)

@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from html_checker import checked
 
+import flowrl
 from flowrl.pages.charts import LEFT, MOST_POINTS, RIGHT, WIDTH, Mark, Series, chart, label, legend, ticks
 from flowrl.pages.run_files import RunFiles
 from flowrl.pages.run_page import run_page, write_report
@@ -34,6 +36,7 @@ def test_the_page_of_a_run(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert f"{evaluation['reward_mean']:.4g}" in found.text
     assert f"{evaluation['reference']['diversity']:.4g}" in found.text
+    assert "It had been trained on 16 samples." in found.text
     assert found.tags.count("img") == 1
     assert found.tags.count("svg") == 3 * 6 + 1  # six metrics against three axes, and the path
 
@@ -85,6 +88,27 @@ def test_comparing_runs(tiny_runs: dict[str, Path], tmp_path: Path, capsys: pyte
     assert "algo.n_samples" not in found.text.split("Training")[0]  # the same in both
     assert found.tags.count("polyline") >= 2 * 3 * 6
     assert found.tags.count("img") == 2
+
+
+def test_a_comparison_tells_what_runs_have_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cell is of a setting that the algorithm has not; runs of one name are told apart by their places."""
+    monkeypatch.chdir(tmp_path)
+    default = asdict(flowrl.ORWCFMW2.Config())
+    for place, name, settings in (
+        ("x", "orw_w2", {**default, "tau": 0.25}),
+        ("y", "orw_w2", default),
+        ("z", "ddpo", asdict(flowrl.DDPO.Config())),
+    ):
+        (tmp_path / place / "run").mkdir(parents=True)
+        config = {"algorithm": name, "environment": {"name": "e", "settings": {}}, "settings": settings, "seed": 0}
+        (tmp_path / place / "run" / "config.json").write_text(json.dumps(config))
+    assert main(["x/run", "y/run", "z/run"]) == 0
+    rows = re.findall(r"<tr>(.*?)</tr>", Path("comparison.html").read_text(), re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    assert cells[0][:3] == ["run", "algorithm", "algo.tau"]
+    assert [row[0] for row in cells[1:]] == ["x/run", "y/run", "z/run"]
+    assert [row[2] for row in cells[1:]] == ["0.25", str(default["tau"]), ""]
+    assert "algo.clip_range" not in cells[0]  # at its default
 
 
 def test_a_run_and_one_without_an_evaluation(tiny_runs: dict[str, Path], run: Path) -> None:

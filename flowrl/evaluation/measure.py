@@ -195,6 +195,7 @@ def evaluate(
         warnings=side.warnings,
         ess=_ess(model) if is_trained_on else math.nan,
         n_samples=n_samples,
+        trained_samples=getattr(model, "num_timesteps", None),
         prompts=str(prompts) if isinstance(prompts, str | Path) else "given",
         n_prompts=0 if are_none(core.contexts) else len(core.contexts),
         sampling={key: value for key, value in sampling.items() if value != getattr(policy, key, None)},

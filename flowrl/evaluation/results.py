@@ -53,6 +53,7 @@ class EvaluationResult(SampleStatistics):
         ess: Effective share of the samples under the weights of training's last iteration, in (0, 1]; NaN for methods
             without weights, flows that no algorithm trains, and prompts that training does not draw.
         n_samples: Samples of each flow.
+        trained_samples: Samples that the flow had been trained on; None of a policy that no algorithm trains.
         prompts: Source of their prompts: "train", "held_out", a file or set, or "given".
         n_prompts: Number of prompts; 0 for an unconditional flow.
         sampling: Settings of the sampler that are not those of training, by name; empty when all are.
@@ -73,6 +74,7 @@ class EvaluationResult(SampleStatistics):
     warnings: tuple[str, ...] = ()
     ess: float = math.nan
     n_samples: int = 0
+    trained_samples: int | None = None
     prompts: str = "train"
     n_prompts: int = 0
     sampling: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowrl.checks import is_whole
+from flowrl.checks import is_whole, python_value, shown
 from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
 from flowrl.models.base import VelocityModel
 from flowrl.models.pipeline_options import DEFAULTS, PipelineOptions
@@ -70,6 +70,10 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
     def build() -> VelocityModel:
         model = copy.deepcopy(factory())  # `lambda: model` gives the same object every time
         if isinstance(model, VelocityModel):
+            for name in ("network", "latent_shape", "sample_shape"):
+                if not hasattr(model, name):
+                    raise ConfigError(f"{type(model).__name__} must set self.{name} in its __init__.")
+            _checked_shape(model.latent_shape)
             return model
         if not isinstance(model, nn.Module):
             raise ConfigError(f"The flow factory returned a {type(model).__name__}, not a torch module.")
@@ -80,15 +84,23 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
                 "The flow factory returned a plain module: say the shape of one sample, as the module's "
                 "attribute `sample_shape` or as `sample_shape=` where the environment is registered."
             )
-        return ModuleFlow(model, tuple(shape))
+        return ModuleFlow(model, _checked_shape(shape))
 
     known: Any = factory if sample_shape else build()
     shape = sample_shape or known.sample_shape
     rate = getattr(known, "sample_rate", 0) or getattr(getattr(known, "network", None), "sample_rate", 0)
     name = getattr(factory, "__qualname__", type(factory).__name__)
     return FlowSource(
-        "", f"from factory {name}", tuple(shape), load, build, load, reloadable=False, sample_rate=int(rate)
+        "", f"from factory {name}", _checked_shape(shape), load, build, load, reloadable=False, sample_rate=int(rate)
     )
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    """Check the shape of one sample."""
+    sizes = tuple(map(python_value, shape)) if isinstance(shape, tuple | list) else ()
+    if not sizes or not all(is_whole(n, 1) for n in sizes):
+        raise ConfigError(f"A shape must be that of one sample, such as (2,) or (3, 32, 32), not {shown(shape)}.")
+    return sizes
 
 
 def _check_signature(network: nn.Module) -> None:

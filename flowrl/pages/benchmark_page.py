@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowrl.errors import CheckpointError
 from flowrl.pages import charts
 from flowrl.pages.benchmark_frontier import before, frontiers, limits, rows_of
 from flowrl.pages.benchmark_results import Entry
 from flowrl.pages.benchmark_tables import figure, interval
 from flowrl.pages.charts import Mark, Series, chart, legend
 from flowrl.pages.html import data_url, heading, page, paragraph
+from flowrl.suites.suite import AGAIN
 
 THUMBNAIL = 160  # pixels
 STYLE = (
@@ -80,10 +82,17 @@ def _mark(entry: Entry, root: Path) -> Mark:
 
 
 def _thumbnail(path: Path) -> bytes:
-    """Make a small JPEG of a picture: a page may hold hundreds."""
+    """Make a small JPEG of a picture: a page may hold hundreds.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
     from PIL import Image
 
-    picture, data = Image.open(path).convert("RGB"), io.BytesIO()
+    try:
+        picture, data = Image.open(path).convert("RGB"), io.BytesIO()
+    except (OSError, SyntaxError) as error:  # SyntaxError: of PNGs
+        raise CheckpointError(f"The picture '{path}' is damaged: {error}. {AGAIN}") from error
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     picture.save(data, "JPEG", quality=50)
     return data.getvalue()

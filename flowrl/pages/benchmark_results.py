@@ -12,10 +12,9 @@ import numpy as np
 from flowrl.checks import in_all
 from flowrl.errors import CheckpointError
 from flowrl.storage.files import LARGEST_JSON, parsed_json, read_file
-from flowrl.suites.suite import Cell
+from flowrl.suites.suite import AGAIN, Cell
 
 Entry = dict[str, Any]
-AGAIN = "Remove its folder to run that cell again."
 CURVE_POINTS = 20
 
 

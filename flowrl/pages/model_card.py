@@ -16,7 +16,7 @@ from flowrl.models.loading import FlowSource
 from flowrl.models.pictures import PicturesFlow
 from flowrl.pages.text import markdown_table, number, span
 from flowrl.runs.logs import read_metrics
-from flowrl.runs.pictures import curves
+from flowrl.runs.pictures import STEPS, curves
 from flowrl.storage.files import read_json
 from flowrl.storage.revisions import split
 from flowrl.training.algorithm import FlowAlgorithm
@@ -26,6 +26,7 @@ from flowrl.version import __version__
 Kind = Literal["lora", "transformer", "pipeline"]
 """What an export holds: LoRA weights, the fine-tuned network alone, or a whole pipeline."""
 NOT_EVALUATED = "This state of the run has not been evaluated.\n"
+EULER = "FlowMatchEulerDiscreteScheduler"
 PROMPTS = 20
 """Prompts that the card lists."""
 LIMITATIONS = (
@@ -47,7 +48,8 @@ def write_card(
 ) -> None:
     """Write `README.md`, `curves.png` and `before_after.png`.
 
-    Pictures and results are those of the run folder; what it does not have is left out, and the card says so.
+    Pictures and results are those of the run folder; what it does not have of this state is left out, and the card says
+    so.
 
     Args:
         folder: Folder to write to.
@@ -58,7 +60,8 @@ def write_card(
         sampling: How the run sampled, as the pipeline takes it.
     """
     parts = [_front_matter(model, kind), f"# {name.rpartition('/')[2]}\n", _summary(model, kind)]
-    evaluated = (run / "evaluation.json").exists()
+    evaluation = read_json(run / "evaluation.json") if (run / "evaluation.json").exists() else {}
+    evaluated = evaluation != {} and evaluation.get("trained_samples") in (None, model.num_timesteps)
     if evaluated and (run / "before_after.png").exists():
         shutil.copyfile(run / "before_after.png", folder / "before_after.png")
         parts.append(
@@ -67,10 +70,11 @@ def write_card(
         )
     parts += ["## Use\n", _use(model, kind, name, sampling)]
     parts += ["## Training\n", _training(model)]
-    if rows := read_metrics(run / "metrics.csv"):
+    rows = read_metrics(run / "metrics.csv")  # of a run that was killed, further than the checkpoint
+    if rows := [row for row in rows if row.get(STEPS, 0) <= model.num_timesteps]:
         curves(rows).savefig(folder / "curves.png", dpi=110)
         parts.append("![training curves](curves.png)\n")
-    parts += ["## Results\n", _results(read_json(run / "evaluation.json")) if evaluated else NOT_EVALUATED]
+    parts += ["## Results\n", _results(evaluation) if evaluated else NOT_EVALUATED]
     parts += ["## Limitations\n", LIMITATIONS]
     (folder / "README.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
@@ -122,16 +126,18 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
     imports = ["import torch"]
     imports.append(f"from diffusers import {f'{network}, {cls}' if kind == 'transformer' else cls}")
     lines = []
+    rest = f", torch_dtype=torch.float32{_without(pipeline)}"  # transformers would take the files' type, diffusers not
     if kind == "pipeline":
-        lines.append(f"pipe = {cls}.from_pretrained({json.dumps(name)})")
+        lines.append(f"pipe = {cls}.from_pretrained({json.dumps(name)}{rest})")
     elif kind == "transformer":
-        lines += [f'{part} = {network}.from_pretrained({json.dumps(name)}, subfolder="{part}")' for part in parts]
+        own = f"{network}.from_pretrained({json.dumps(name)}, torch_dtype=torch.float32, subfolder="
+        lines += [f"{part} = {own}{json.dumps(part)})" for part in parts]
         given = ", ".join(f"{part}={part}" for part in parts)
-        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, {given})")
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, {given}{rest})")
     else:
         if model.env.core.flow.is_embedded:
             imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
-        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)})")
+        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}{rest})")
         if hasattr(pipeline, "load_lora_weights"):
             lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
         else:
@@ -154,14 +160,23 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
         kept, save = "frames", f'export_to_video(video, "video.mp4", fps={rate:g})'
     call = [f"{'video' if rate else 'image'} = pipe(", f"    prompt={prompt},", *options, f").{kept}[0]", save]
     code = "\n".join([*imports, "", *lines, *call])
-    advice = 'On a GPU add `torch_dtype=torch.bfloat16` to `from_pretrained` and call `pipe.to("cuda")`.'
+    advice = 'On a GPU take `torch.bfloat16` in the place of `torch.float32`, and call `pipe.to("cuda")`.'
     return f"```python\n{code}\n```\n\n{advice}{_otherwise(model)}\n"
+
+
+def _without(pipeline: Any) -> str:
+    """Name the text encoders that the pipeline does without, as arguments: diffusers must be told, or loads them."""
+    gone = [name for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is None]
+    gone = [name for name in gone if name not in pipeline._optional_components]
+    return "".join(f", {name.replace('tokenizer', 'text_encoder')}=None, {name}=None" for name in gone)
 
 
 def _otherwise(model: FlowAlgorithm) -> str:
     """Say how the run sampled where the pipeline's own call does not: it then draws other pictures."""
-    policy = model.policy
+    policy, scheduler = model.policy, _pipeline(model).scheduler
     told = []
+    if type(scheduler).__name__ != EULER or scheduler.config.get("stochastic_sampling"):
+        told.append(f"The run took other steps than the pipeline's {type(scheduler).__name__}: pictures are others.")
     if policy.solver != "euler":
         told.append(f"The run sampled with {policy.solver}: Euler's steps, the pipeline's own, come near it when many.")
     if policy.guidance != "cfg" and policy.guidance_scale != 1 and not policy.model.distilled_guidance:

@@ -92,6 +92,8 @@ def _notes(evaluation: Mapping[str, Any]) -> list[str]:
         f"Drift E|v - v_ref|\u00b2: {number(evaluation.get('drift'))}; "
         f"effective sample share: {number(evaluation.get('ess'))}.",
     ]
+    if evaluation.get("trained_samples") is not None:
+        notes.append(f"It had been trained on {count(evaluation['trained_samples'])} samples.")
     if evaluation.get("win_rates"):
         intervals = evaluation.get("win_rate_cis") or {}
         won = [f"{name} {number(rate)} ({span(intervals.get(name))})" for name, rate in evaluation["win_rates"].items()]

@@ -32,8 +32,11 @@ def runs_page(runs: Sequence[RunFiles]) -> str:
 
 
 def _overview(runs: Sequence[RunFiles]) -> str:
-    """Write a row for each run: its settings where runs differ, and its results."""
-    settings = [
+    """Write a row for each run: its settings where runs differ, and its results.
+
+    Settings are those that some run has other than its algorithm's default.
+    """
+    told = [
         {
             "algorithm": run.config.get("algorithm"),
             "environment": run.environment.get("name"),
@@ -42,7 +45,11 @@ def _overview(runs: Sequence[RunFiles]) -> str:
         }
         for run in runs
     ]
-    known = dict.fromkeys(key for given in settings for key in given)
+    known = dict.fromkeys(key for given in told for key in given)
+    settings = [
+        {f"algo.{key}": value for key, value in run.config.get("settings", {}).items()} | given
+        for run, given in zip(runs, told)
+    ]
     differing = [key for key in known if len({str(given.get(key)) for given in settings}) > 1]
     head = ["run", *differing, "reward before", "after", "95 % interval"]
     head += ["diversity before", "after", "drift", "network evaluations"]

@@ -239,7 +239,7 @@ class KeepCheckpoints(IterationCallback):
 
     def _clean(self) -> None:
         """Delete the checkpoints that are not to be kept."""
-        folders = sorted(path for path in self.folder.iterdir() if path.name.isdigit())
+        folders = sorted(p for p in self.folder.iterdir() if p.name.isdigit() and (p / "state.json").exists())
         kept = set(folders[-self.keep :])
         best = max(folders, key=_reward, default=None)
         if self.keep_best and best is not None and _reward(best) > -math.inf:

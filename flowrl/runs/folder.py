@@ -35,15 +35,15 @@ def create_run_folder(out: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into a run folder; a process that is killed does so no longer.
+def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing into a folder, or wait for them; a process that is killed does so no longer.
 
     Raises:
-        ConfigError: Another process is writing into it.
+        ConfigError: Another process is writing into it, and is not to be waited for.
     """
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise ConfigError(
             f"Another process is training in '{folder}'. Wait for it, stop it, or train elsewhere with --name."

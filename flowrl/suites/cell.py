@@ -20,9 +20,10 @@ from flowrl.evaluation.results import EvaluationResult
 from flowrl.evaluation.steering import Steering
 from flowrl.registry import algorithm_class, named_by_a_file, own_module
 from flowrl.runs.callbacks import IterationCallback
-from flowrl.runs.folder import finite_or_none
+from flowrl.runs.folder import alone_in, finite_or_none
 from flowrl.runs.pictures import image_grid, save_picture
 from flowrl.storage.files import write_json
+from flowrl.suites.finished import finished_before
 from flowrl.suites.suite import REMEDY, Cell
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.policy import FlowPolicy
@@ -53,6 +54,8 @@ class StopAtBudget(IterationCallback):
 def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     """Train, evaluate, and write `curve.json`, `samples.png` (where it can be drawn) and, last, `result.json`.
 
+    Nothing is done where another process has finished the cell meanwhile.
+
     Args:
         folder: Holds `cell.json`.
         modules: To import first; nothing else that the cell names is imported.
@@ -60,6 +63,8 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     for module in modules:
         own_module(module)
     cell = Cell(**json.loads((folder / "cell.json").read_text()))
+    if finished_before(cell, folder.parents[3]):
+        return
     stop = StopAtBudget(cell.budget)
     with named_by_a_file("The suite", REMEDY):
         core = make(cell.env, **cell.env_settings)
@@ -108,13 +113,17 @@ def _untrained(cell: Cell, env: GenerationEnv) -> FlowPolicy:
 
 
 def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:
-    """Run a cell in a process of its own, which ends with 1 on an error; what it prints goes into `log.txt`."""
+    """Run a cell in a process of its own, which ends with 1 on an error; what it prints goes into `log.txt`.
+
+    One that another call is running, or that a killed one left behind, is waited for.
+    """
     torch.set_num_threads(1)
-    with (folder / "log.txt").open("w") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
     try:
-        run_cell(folder, modules)
+        with alone_in(folder, wait=True):
+            with (folder / "log.txt").open("w") as log:
+                for stream in (1, 2):
+                    os.dup2(log.fileno(), stream)
+            run_cell(folder, modules)
     except BaseException:
         traceback.print_exc()
         sys.exit(1)

@@ -9,11 +9,11 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from flowrl.errors import ConfigError, FlowRLError
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError
 from flowrl.registry import algorithm_class
 from flowrl.runs.folder import finite_or_none
 from flowrl.storage.files import read_json
-from flowrl.suites.suite import Cell, load_suite
+from flowrl.suites.suite import AGAIN, Cell, load_suite
 from flowrl.training.algorithm import FlowAlgorithm
 
 
@@ -29,7 +29,10 @@ def finished_before(cell: Cell, root: Path) -> bool:
     path, shown = root / cell.folder / "result.json", reprlib.Repr().repr
     if not path.exists():
         return False
-    old, new = read_json(path).get("cell"), _as_stored(cell.to_dict())
+    try:
+        old, new = read_json(path).get("cell"), _as_stored(cell.to_dict())
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {AGAIN}") from error
     if not (isinstance(old, dict) and isinstance(old.get("config", {}), dict)):
         raise ConfigError(f"'{path}' says of no cell that it has finished. Remove that folder to run the cell again.")
     old, new = ({**made.pop("config", {}), **made} for made in (old, new))

@@ -48,6 +48,7 @@ LARGEST, MOST_CELLS, LONGEST_TITLE = 2**20, 10_000, 100
 MOST_DOTS = 1000
 """In a line: of a key of n parts tomllib keeps all n beginnings, n parts long."""
 REMEDY = "add --modules NAME if you trust it"
+AGAIN = "Remove its folder to run that cell again."
 Kind = tuple[str, Callable[[Any], bool]]
 TABLE: Kind = ("a table", lambda value: isinstance(value, dict))
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))

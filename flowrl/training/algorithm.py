@@ -254,7 +254,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             if n_pending:
                 self.ranks.average_gradients(policy.parameters_of("current").values())
                 norms.append(gradient_step(self, n_entries))
-        means = {key: torch.stack(values).mean() for key, values in found.items()}
+        means = {key: torch.stack(values).float().mean() for key, values in found.items()}
         return means | {"grad_norm": torch.stack(norms).mean()}
 
     def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -42,6 +42,8 @@ def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> Ge
             f"A flow algorithm trains on a GenerationEnv (or its name), not on a {type(core).__name__}; it makes "
             "batches itself, so give one environment, not several."
         )
+    if not hasattr(core, "origin"):
+        raise ConfigError(f"{type(core).__name__}.__init__ must call super().__init__(flow, contexts, ...).")
     return core
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from flowrl.checks import shown
 from flowrl.config import FlowConfig
 from flowrl.errors import ConfigError
 from flowrl.functional.advantages import decoupled_advantage, group_advantage
@@ -67,6 +68,11 @@ class GroupRelative(FlowAlgorithm):
         """Keep the components of a reward that are compared each by itself."""
         if self.config.reward_aggregation == "sum":
             return {}
+        if missing := [name for name in self.env.core.reward_weights if name not in output.components]:
+            raise ConfigError(
+                f"reward_aggregation 'gdpo' compares the components that the reward has weights for, and it gave no "
+                f"{', '.join(map(shown, missing))}, only {', '.join(map(shown, output.components)) or 'none'}."
+            )
         return {COMPONENT + name: output.components[name] for name in self.env.core.reward_weights}
 
     def compared(self, reward: torch.Tensor, group: torch.Tensor, maximum: float) -> torch.Tensor:

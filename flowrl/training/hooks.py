@@ -162,7 +162,8 @@ class HookChecks:
         if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
             self._fail("loss", described(loss), must + "; take the mean over the minibatch")
         if not loss.requires_grad:
-            self._fail("loss", "a loss without gradient", "one made from self.velocity(pair), say")
+            must = "one made from self.velocity(pair), say, of a network that cuts no gradient (no_grad, detach)"
+            self._fail("loss", "a loss without gradient", must)
         if not isinstance(parts, Mapping):
             self._fail("loss", f"metrics {described(parts)}", must)
         for name, value in parts.items():

@@ -23,11 +23,11 @@ from flowrl.models.attention import set_attention_backend
 from flowrl.models.base import VelocityModel
 from flowrl.models.init_lora import started_from
 from flowrl.models.lora import LoRA, freeze_others
+from flowrl.training import flow_checks
 from flowrl.training.construction import (
     as_generation_env,
     check_device,
     check_noise,
-    on_device,
     sampling_config,
     weight_dtypes,
 )
@@ -78,7 +78,7 @@ class FlowPolicy(SB3Policy):
         model.move_frozen(device)
         self.model = model
         guided = self.guidance_scale != 1 and not model.distilled_guidance
-        self._null = on_device(model.null_condition(), device) if guided else None
+        self._null = flow_checks.condition(model, model.null_condition(), device) if guided else None
         self._condition = self.encode(self.contexts)
         freeze_others(model.network, config.trained_parameters)
         model.network.to(device)  # now: text encoders can be as large as the network
@@ -146,7 +146,7 @@ class FlowPolicy(SB3Policy):
 
     def encode(self, contexts: Sequence[Any]) -> Condition:
         """Encode contexts, with the default scale where guidance is distilled; what encodes them does not stay."""
-        encoded = on_device(self.model.encode(contexts), self._home)
+        encoded = flow_checks.condition(self.model, self.model.encode(contexts), self._home, len(contexts))
         self.model.release_encoders()
         return self.model.with_guidance(encoded, self.guidance_scale)
 
@@ -178,7 +178,7 @@ class FlowPolicy(SB3Policy):
         if scale == 1:
             return lambda x, t: self.velocity(x, t, cond, role, exact)
         if self._null is None:
-            self._null = on_device(self.model.null_condition(), self._home)
+            self._null = flow_checks.condition(self.model, self.model.null_condition(), self._home)
             self.model.release_encoders()
         both = tuple(torch.cat(halves) for halves in zip(cond, self.model.null_like(self._null, cond)))
         return guided_field(lambda x, t: self.velocity(x, t, both, role, exact), scale, self.guidance, self.model.guide)
@@ -240,9 +240,9 @@ class FlowPolicy(SB3Policy):
     def times(self, steps: int | None = None) -> torch.Tensor:
         """Give the times (steps + 1,) of the solver, on the device; by default with its own number of steps."""
         if steps is not None and (steps := counted("steps (of a sampler)", steps)) != self.steps:
-            return self.model.times(steps).to(self.device)
+            return flow_checks.times(self.model, steps, self.device)
         if self.steps not in self._times:
-            self._times[self.steps] = self.model.times(self.steps).to(self.device)
+            self._times[self.steps] = flow_checks.times(self.model, self.steps, self.device)
         return self._times[self.steps]
 
     def sample(self, contexts: Any = None, n: int = 1, **kwargs: Any) -> torch.Tensor:
@@ -271,7 +271,7 @@ class FlowPolicy(SB3Policy):
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents to samples (B, *sample_shape); gradients by the latents flow through."""
-        return self.model.decode(x_1)
+        return flow_checks.samples(self.model, x_1)
 
     def evaluations_per_sample(self) -> int:
         """Count the network evaluations that one sample costs with the default settings."""

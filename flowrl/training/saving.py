@@ -96,13 +96,16 @@ class Snapshot:
         checkpoint or the new one.
 
         Raises:
-            CheckpointError: The folder cannot be written; what was there before is left as it was.
+            CheckpointError: The folder cannot be written, or holds something else than a checkpoint; what was there
+                before is left as it was.
         """
         folder = Path(path)
         folder = folder.with_suffix("") if folder.suffix == ".zip" else folder
         if not self.documents:
             return folder
         try:
+            if folder.exists() and not _may_be_replaced(folder):
+                raise OSError(f"it is there and no checkpoint, and would be deleted; take '{folder}-model', say")
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         except OSError as error:
@@ -122,6 +125,14 @@ class Snapshot:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return folder
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Tell whether a folder is empty or a checkpoint, whole or damaged."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or bool(names & {"state.json", "policy.safetensors", "optimizer.safetensors"})
 
 
 OPTIONAL = ("algorithm.safetensors", "environment.safetensors")
