@@ -64,6 +64,7 @@ class NFTConfig(EndpointConfig):
 class NFT(EndpointAlgorithm):
     """Contrast of a positive and a negative policy around the old one (DiffusionNFT)."""
 
+    kind = "advantages.contrast"
     replayable = True
     tilt_setting = ("beta_ref", -1)
     Config: ClassVar[type[FlowConfig]] = NFTConfig

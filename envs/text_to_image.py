@@ -268,18 +268,30 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "baseline": "mean",  # wrong samples must repel
     "endpoint.max_own_loss": 1.2,  # which errors reach after 25 refreshes and more (docs/signal.md)
 }
-LAYOUT: Mapping[str, Any] = {  # numbers are laid out early, by the text (docs/signal.md)
-    "endpoint.w2.trained_parameters": ("context", "add_k", "add_v", "add_q", "to_add_out", "norm_added"),
-    "endpoint.w2.max_time": 0.3,
-    "endpoint.w2.draw_steps": 8,
-    "endpoint.w2.learning_rate": 7e-4,
-    "endpoint.w2.lr_schedule": "linear",
-    "endpoint.w2.ema_decay": 0.95,
-    "endpoint.w2.priority": 0.8,
+EARLY: Mapping[str, Any] = {  # numbers are laid out early, by the text (docs/signal.md)
+    "trained_parameters": ("context", "add_k", "add_v", "add_q", "to_add_out", "norm_added"),
+    "max_time": 0.3,
+    "draw_steps": 8,
+    "learning_rate": 7e-4,
+    "lr_schedule": "linear",
+    "ema_decay": 0.95,
+    "priority": 0.8,
+}
+LAYOUT: Mapping[str, Any] = {
+    **{f"{kind}.{name}": value for kind in ("endpoint.w2", "advantages") for name, value in EARLY.items()},
     "endpoint.w2.weight_normalisation": "group",
     "endpoint.w2.tau": 1.0,
     "endpoint.w2.alpha": 0.0,  # in place of a penalty on the drift, a limit
     "endpoint.w2.max_drift": 0.35,
+    # by benchmarks/tuning/count_early.toml
+    "advantages.beta_ref": 0.0,
+    "advantages.decay_rate": 0.0,
+    "advantages.early_times": False,
+    "advantages.noisings": 1,
+    "advantages.beta_old": 0.2,
+    "advantages.gain": 0.2,
+    "advantages.strength": 4.0,
+    "advantages.contrast.beta": 0.2,
 }
 WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "endpoint.alpha": 0.1, "endpoint-kl.alpha": 0.1}
 PAIRS: Mapping[str, Any] = {

@@ -306,8 +306,7 @@ def _drift(
 
     Samples are noised once, or as often as makes `DRIFT_POINTS`: a ratio of very few velocities says nothing.
     """
-    several = torch.arange(len(x_1), device=x_1.device).repeat(-(-DRIFT_POINTS // len(x_1)))
-    x_1, context_ids = x_1[several], context_ids[several]
+    x_1, context_ids = (torch.cat([rows] * -(-DRIFT_POINTS // len(x_1))) for rows in (x_1, context_ids))
     t, x_0 = sample_time(len(x_1), "uniform", generator), policy.noise(len(x_1), generator)  # whatever batch_size is
     totals = torch.zeros(4, device=x_1.device)
     for x, noise, c, times in zip(*(rows.split(batch_size) for rows in (x_1, x_0, context_ids, t))):
