@@ -54,6 +54,7 @@ class CRDConfig(WholeGroupsConfig):
 class CRD(WholeGroups):
     """Centred reward distillation: log-ratios fitted to rewards, both relative to the group."""
 
+    kind = "endpoint.preference"
     replayable = True
     tilt_setting = ("beta", -1)
     Config: ClassVar[type[FlowConfig]] = CRDConfig

@@ -42,6 +42,7 @@ class DGPOConfig(WholeGroupsConfig):
 class DGPO(WholeGroups):
     """Direct preference optimisation of groups, with advantages for weights."""
 
+    kind = "endpoint.preference"
     replayable = True
     Config: ClassVar[type[FlowConfig]] = DGPOConfig
     config: DGPOConfig

@@ -71,6 +71,7 @@ class FlowDPOConfig(GroupConfig):
 class FlowDPO(GroupRelative):
     """Direct preference optimisation on the best and the worst of each group, or on given pairs."""
 
+    kind = "endpoint.preference"
     replayable = True
     Config: ClassVar[type[FlowConfig]] = FlowDPOConfig
     config: FlowDPOConfig

@@ -254,6 +254,7 @@ IMAGES: Mapping[str, Any] = {
 }
 MINI_MODEL: Mapping[str, Any] = {
     **IMAGES,
+    "endpoint.preference.learning_rate": 5e-5,  # by benchmarks/tuning/count_preference.toml
     # of the baselines, by benchmarks/tuning/laptop.toml
     "likelihood.learning_rate": 4e-4,
     "selection.n_epochs": 12,
