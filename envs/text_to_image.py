@@ -284,6 +284,7 @@ LAYOUT: Mapping[str, Any] = {
     "endpoint.w2.tau": 1.0,
     "endpoint.w2.alpha": 0.0,  # in place of a penalty on the drift, a limit
     "endpoint.w2.max_drift": 0.35,
+    "advantages.max_drift": 0.35,
     # by benchmarks/tuning/count_early.toml
     "advantages.beta_ref": 0.0,
     "advantages.decay_rate": 0.0,

@@ -706,6 +706,13 @@ MUTATIONS = (
         ("test_preference.py::test_crd_at_the_old_policy_is_a_linear_combination",),
     ),
     Mutation(
+        "crd-sum",
+        "baselines/crd.py",
+        "(v - u).square().flatten(1).sum(1)",
+        "(v - u).square().flatten(1).mean(1)",
+        ("test_preference.py::test_crd_means_the_same_tilt_in_any_dimension",),
+    ),
+    Mutation(
         "crd-anchor",
         "baselines/crd.py",
         "loss + config.anchor * drift",
