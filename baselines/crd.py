@@ -91,9 +91,10 @@ class CRD(WholeGroups):
         """
         config = self.config
         stays = config.decay == 1 and config.anchor == 0 and config.reward_aggregation == "sum"
+        if not stays or config.error_scale != "none":
+            return None
         n = config.group_size
-        slope = advantage_slope(reward_std, "group", n) / (2 * config.beta * (1 - 1 / n))
-        return slope if stays and config.error_scale == "none" else None
+        return advantage_slope(reward_std, "group", n) / (2 * config.beta * (1 - 1 / n))
 
     def advantage(self, rollout: Batch) -> torch.Tensor:
         """Compute rewards (B,) in units of their standard deviation in the group."""
@@ -121,7 +122,10 @@ class CRD(WholeGroups):
         return groups - groups.mean(1, keepdim=True)
 
     def likelihood(self, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Compute what stands for the log-likelihood (B,): `-|v - u|^2`, or its mean over the error's own, detached."""
+        """Compute what stands for the log-likelihood (B,): `-|v - u|^2`, a sum over dimensions.
+
+        With error_scale "size" their mean, over the mean size of the error, detached.
+        """
         if self.config.error_scale == "none":
             return -(v - u).square().flatten(1).sum(1)
         return -squared_error(v, u) / (v - u).detach().abs().flatten(1).mean(1).clamp_min(1e-5)

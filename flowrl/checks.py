@@ -121,6 +121,15 @@ def shown(value: Any) -> str:
         return "a number too long to be written"
 
 
+def described(value: Any) -> str:
+    """Describe a value for a message: a tensor by type and shape, a tuple by its parts, others by their type."""
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple) and value:
+        return f"a tuple of {', '.join(map(described, value))}"
+    return "nothing (None)" if value is None else f"a {type(value).__name__}"
+
+
 def is_whole(value: Any, least: int = 0, most: int = LARGEST_INT) -> bool:
     """Tell whether a value is an int (and no bool) in this range."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

@@ -325,18 +325,26 @@ def unset(name: str) -> Callable[[Labelled], None]:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("encode", lambda self, c: torch.eye(2), r"tuple of tensors, each with 2 rows.*not a tensor of shape \(2, 2\)"),
-        ("encode", lambda self, c: (torch.eye(2)[:1],), r"each with 2 rows.*not a tuple of a tensor of shape \(1, 2\)"),
-        ("null_condition", lambda self: torch.zeros(2), r"each with a row .*not a tensor of shape \(2,\)"),
+        (
+            "encode",
+            lambda self, c: torch.eye(2),
+            r"tuple of tensors, each with 2 rows.*not a float32 tensor of shape \(2, 2\)",
+        ),
+        (
+            "encode",
+            lambda self, c: (torch.eye(2)[:1],),
+            r"each with 2 rows.*not a tuple of a float32 tensor of shape \(1, 2\)",
+        ),
+        ("null_condition", lambda self: torch.zeros(2), r"each with a row .*not a float32 tensor of shape \(2,\)"),
         ("times", lambda self, steps: torch.linspace(1, 0, steps + 1), r"times\(4\) must give .* 5 times that rise"),
         ("times", lambda self, steps: torch.linspace(0, 1, steps), r"times\(4\) must give a tensor of 5 times"),
         ("times", lambda self, steps: torch.ones(steps + 1), r"times\(4\) must give .* 5 times that rise"),
         (
             "decode",
             lambda self, x_1: x_1[:1],
-            r"decode must give a tensor of 3 samples .*not a tensor of shape \(1, 2\)",
+            r"decode must give a tensor of 3 samples .*not a float32 tensor of shape \(1, 2\)",
         ),
-        ("decode", lambda self, x_1: None, "decode must give a tensor of 3 samples .*not a NoneType"),
+        ("decode", lambda self, x_1: None, r"decode must give a tensor of 3 samples .*not nothing \(None\)"),
         ("__init__", unset("latent_shape"), "Own must set self.latent_shape in its __init__"),
         ("__init__", unset("network"), "Own must set self.network in its __init__"),
     ],

@@ -306,17 +306,17 @@ def _drift(
 
     Samples are noised once, or as often as makes `DRIFT_POINTS`: a ratio of very few velocities says nothing.
     """
-    x_1, context_ids = (torch.cat([rows] * -(-DRIFT_POINTS // len(x_1))) for rows in (x_1, context_ids))
-    t, x_0 = sample_time(len(x_1), "uniform", generator), policy.noise(len(x_1), generator)  # whatever batch_size is
+    order = torch.arange(len(x_1), device=x_1.device).repeat(-(-DRIFT_POINTS // len(x_1)))
+    t, x_0 = sample_time(len(order), "uniform", generator), policy.noise(len(order), generator)  # for any batch_size
     totals = torch.zeros(4, device=x_1.device)
-    for x, noise, c, times in zip(*(rows.split(batch_size) for rows in (x_1, x_0, context_ids, t))):
-        v, v_ref, _ = velocities(policy, x, noise, c, times, role)
+    for rows, noise, times in zip(*(part.split(batch_size) for part in (order, x_0, t))):
+        v, v_ref, _ = velocities(policy, x_1[rows], noise, context_ids[rows], times, role)
         lengths = [u.flatten(1).norm(dim=1).sum() for u in (v, v_ref)]
         square_ref = squared_error(v_ref, torch.zeros_like(v_ref)).sum()
         totals += torch.stack([squared_error(v, v_ref).sum(), *lengths, square_ref])
     drift, length, length_ref, square = totals.tolist()
     share = drift / square if square else math.nan
-    return drift / len(x_1), length / length_ref if length_ref else math.nan, share
+    return drift / len(order), length / length_ref if length_ref else math.nan, share
 
 
 def _statistics(

@@ -63,7 +63,7 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     for module in modules:
         own_module(module)
     cell = Cell(**json.loads((folder / "cell.json").read_text()))
-    if finished_before(cell, folder.parents[3]):
+    if finished_before(cell, folder.parents[cell.folder.count("/")]):
         return
     stop = StopAtBudget(cell.budget)
     with named_by_a_file("The suite", REMEDY):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flowrl.checks import shown
+from flowrl.checks import described, shown
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
 from flowrl.training.construction import on_device
@@ -30,7 +30,7 @@ def condition(model: VelocityModel, given: Any, device: torch.device, n: int | N
         rows = "a row" if n is None else f"{n} rows"
         raise ConfigError(
             f"The condition that {type(model).__name__} gives must be a tuple of tensors, each with {rows} for its "
-            f"contexts, such as (embeddings,), not {_described(given)}."
+            f"contexts, such as (embeddings,), not {described(given)}."
         )
     return on_device(tuple(part.detach() for part in parts), device)
 
@@ -63,14 +63,6 @@ def samples(model: VelocityModel, x_1: torch.Tensor) -> torch.Tensor:
     if not isinstance(given, torch.Tensor) or given.shape[:1] != x_1.shape[:1]:
         raise ConfigError(
             f"{type(model).__name__}.decode must give a tensor of {len(x_1)} samples for as many latents, not "
-            f"{_described(given)}."
+            f"{described(given)}."
         )
     return given
-
-
-def _described(given: Any) -> str:
-    if isinstance(given, torch.Tensor):
-        return f"a tensor of shape {tuple(given.shape)}"
-    return (
-        f"a tuple of {', '.join(map(_described, given))}" if isinstance(given, tuple) else f"a {type(given).__name__}"
-    )

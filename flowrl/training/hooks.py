@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flowrl.checks import is_finite
+from flowrl.checks import described, is_finite
 from flowrl.errors import ConfigError
 from flowrl.types import Batch, version_of
 
@@ -190,10 +190,3 @@ class LaterChecks(HookChecks):
 
     def loss(self, result: Any) -> None:
         """Check nothing."""
-
-
-def described(value: Any) -> str:
-    """Describe a value for a message: a tensor by type and shape, others by their type."""
-    if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return "nothing (None)" if value is None else f"a {type(value).__name__}"
