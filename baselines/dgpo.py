@@ -23,8 +23,8 @@ class DGPOConfig(WholeGroupsConfig):
 
     beta: float = 10.0
     """Strength of the preference: the larger, the sooner a group that is told apart stops teaching."""
-    latest_time: float = 0.7
-    """Flow times are drawn below this: as published, in the noisiest 7 of 10 steps."""
+    max_time: float = 0.7
+    """Largest time of the loss: as published, that of the noisiest 7 of 10 steps."""
     clip_range: float = 0.05
     """Samples whose `exp(d_old - d)` leaves 1 +- this get no gradient; 0 freezes none, and keeps no old policy."""
     max_advantage: float = 5.0
@@ -35,7 +35,6 @@ class DGPOConfig(WholeGroupsConfig):
         for name in ("beta", "max_advantage"):
             self.require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
         self.require(self.clip_range >= 0, f"clip_range must not be negative, not {self.clip_range}.")
-        self.require(0 < self.latest_time <= 1, f"latest_time must be in (0, 1], not {self.latest_time}.")
 
 
 @register_algorithm("dgpo")
@@ -64,7 +63,7 @@ class DGPO(WholeGroups):
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute `sigmoid(S) A d`, `S = beta mean_g A (d - d_ref)` without gradient, `d = |v - u|^2` (eq. 15)."""
         config, advantage = self.config, batch.advantage
-        pair = self.group_pair(batch, config.latest_time)
+        pair = self.group_pair(batch)
         d, d_ref = self.error(pair), self.error(pair, "reference")
         gap = (d - d_ref).detach()
         score = config.beta * self.in_groups(advantage * gap).mean(1)  # (G,), negative where the group is told apart

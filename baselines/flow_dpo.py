@@ -16,13 +16,14 @@ import torch
 from flowrl.config import FlowConfig
 from flowrl.functional.flow import sample_time
 from flowrl.registry import register_algorithm
+from flowrl.training.endpoint_samples import EndpointSamples, EndpointSamplesConfig
 from flowrl.training.given import read_samples
 from flowrl.training.groups import GroupConfig, GroupRelative
 from flowrl.types import Batch, RewardOutput, Rows
 
 
 @dataclass(frozen=True)
-class FlowDPOConfig(GroupConfig):
+class FlowDPOConfig(GroupConfig, EndpointSamplesConfig):
     """Settings of Flow-DPO."""
 
     beta: float = 100.0
@@ -42,6 +43,10 @@ class FlowDPOConfig(GroupConfig):
         for name in ("batch_size", *(("n_samples",) if self.data else ())):
             n = getattr(self, name)
             self.require(n % 2 == 0, f"{name} counts both samples of every pair: it must be even, not {n}.")
+
+    def idle(self) -> dict[str, str]:
+        """Name the settings that do nothing beside the others, each with the reason."""
+        return super().idle() | ({"draw_steps": "for given pairs"} if self.data else {})
 
     def check_group_size(self) -> None:
         """Check that groups have pairs, where none are given."""
@@ -68,7 +73,7 @@ class FlowDPOConfig(GroupConfig):
 
 
 @register_algorithm("flow_dpo")
-class FlowDPO(GroupRelative):
+class FlowDPO(EndpointSamples, GroupRelative):
     """Direct preference optimisation on the best and the worst of each group, or on given pairs."""
 
     kind = "endpoint.preference"

@@ -16,12 +16,13 @@ from flowrl.functional.endpoint import stratified_times
 from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import clip_fraction, clipped_objective
 from flowrl.registry import register_algorithm
+from flowrl.training.endpoint_samples import EndpointSamples, EndpointSamplesConfig
 from flowrl.training.groups import GroupConfig, GroupRelative
 from flowrl.types import Batch, Role, Rows
 
 
 @dataclass(frozen=True)
-class FPOConfig(GroupConfig):
+class FPOConfig(GroupConfig, EndpointSamplesConfig):
     """Settings of FPO."""
 
     draws: int = 8
@@ -61,7 +62,7 @@ class FPOConfig(GroupConfig):
 
 
 @register_algorithm("fpo")
-class FPO(GroupRelative):
+class FPO(EndpointSamples, GroupRelative):
     """PPO whose log-likelihood is the flow-matching error at kept draws of noise and time."""
 
     replayable = True

@@ -45,7 +45,8 @@ class RWRConfig(ORWConfig):
 
     def idle(self) -> dict[str, str]:
         """Name the settings that do nothing beside the others, each with the reason."""
-        return super().idle() | ({"refresh_every": "unless mode is 'online'"} if self.mode == "offline" else {})
+        found = super().idle() | ({"draw_steps": "for given samples"} if self.data else {})
+        return found | ({"refresh_every": "unless mode is 'online'"} if self.mode == "offline" else {})
 
 
 @register_algorithm("rwr")

@@ -189,7 +189,7 @@ MUTATIONS = (
     ),
     Mutation(
         "largest-time",
-        NOISING,
+        "flowrl/training/endpoint_samples.py",
         "x_0, t if self.config.max_time == 1 else self.config.max_time * t",
         "x_0, t",
         ("test_couplings.py::test_times_are_weighed_and_end_at_the_largest",),

@@ -19,6 +19,7 @@ from flowrl.functional.advantages import decoupled_advantage, trusted
 from flowrl.functional.endpoint import advantage_slope, advantages
 from flowrl.functional.flow import x0_hat
 from flowrl.functional.losses import squared_error
+from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.memory_plan import predict_memory
 from flowrl.types import Batch, Pair, RewardOutput
 
@@ -68,7 +69,7 @@ def loss_and_draws(model: Any, batch: Batch, n: int, repeats: int) -> tuple[torc
     model.generator.manual_seed(3)
     x_0, t = model.policy.noise(n, model.generator), torch.rand(n, generator=model.generator, device=DEVICE)
     x_0, t = x_0.repeat_interleave(repeats, 0), t.repeat_interleave(repeats)
-    return loss, figures, model.pair(batch, x_0, t * getattr(model.config, "latest_time", 1.0))
+    return loss, figures, FlowAlgorithm.pair(model, batch, x_0, model.config.max_time * t)
 
 
 def error(model: Any, pair: Pair, role: str) -> torch.Tensor:
@@ -642,6 +643,23 @@ def test_groups_of_one_are_refused_with_a_remedy(name: str) -> None:
         make(name, group_size=1)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_times_end_at_the_largest_and_steps_to_draw_may_be_fewer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fewer = make(name, max_time=0.3, draw_steps=2), make(name, rollout_steps=2)
+    pair, times = FlowAlgorithm.pair, []
+    monkeypatch.setattr(FlowAlgorithm, "pair", lambda self, *given: times.append(given[2]) or pair(self, *given))
+    model.learn(64)
+    assert 0.2 < torch.cat(times).max() <= 0.3
+    fewer.learn(64)
+    assert torch.equal(model.buffer.all().x_1, fewer.buffer.all().x_1)
+    assert model.policy.evaluations_per_sample() == 4
+
+
+def test_steps_to_draw_given_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="draw_steps = 2 does nothing for given pairs"):
+        make("flow_dpo", data=pairs_file(tmp_path / "pairs.safetensors"), draw_steps=2)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -649,7 +667,7 @@ def test_groups_of_one_are_refused_with_a_remedy(name: str) -> None:
         ("crd", {"batch_size": 4}, "group_size = 8 must divide batch_size = 4"),
         ("crd", {"decay": 1.5}, "decay must be in"),
         ("crd", {"beta": 0.0}, "beta must be positive"),
-        ("dgpo", {"latest_time": 0.0}, "latest_time must be in"),
+        ("dgpo", {"max_time": 0.0}, "max_time must be in"),
         ("dgpo", {"clip_range": -1.0}, "clip_range must not be negative"),
         ("flow_dpo", {"batch_size": 3}, "batch_size counts both samples of every pair"),
         ("flow_dpo", {"beta": -1.0}, "beta must be positive"),

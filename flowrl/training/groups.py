@@ -14,6 +14,7 @@ from flowrl.errors import ConfigError
 from flowrl.functional.advantages import decoupled_advantage, group_advantage
 from flowrl.functional.flow import sample_time
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.endpoint_samples import EndpointSamples, EndpointSamplesConfig
 from flowrl.types import Batch, Pair, RewardOutput, Rows
 
 RewardAggregation = Literal["sum", "gdpo"]
@@ -90,7 +91,7 @@ class GroupRelative(FlowAlgorithm):
 
 
 @dataclass(frozen=True)
-class WholeGroupsConfig(GroupConfig):
+class WholeGroupsConfig(GroupConfig, EndpointSamplesConfig):
     """Settings of methods whose loss sees whole groups."""
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ class WholeGroupsConfig(GroupConfig):
             )
 
 
-class WholeGroups(GroupRelative):
+class WholeGroups(EndpointSamples, GroupRelative):
     """A group-relative method whose minibatches hold whole groups, which share their noise and time."""
 
     Config: ClassVar[type[FlowConfig]] = WholeGroupsConfig
@@ -129,10 +130,10 @@ class WholeGroups(GroupRelative):
         """Arrange numbers of a minibatch (B,) by group: (G, group_size)."""
         return values.view(-1, self.config.group_size)
 
-    def group_pair(self, batch: Batch, latest: float = 1.0) -> Pair:
-        """Pair the samples of a minibatch with the same noise at the same time, below `latest`, throughout a group."""
+    def group_pair(self, batch: Batch) -> Pair:
+        """Pair the samples of a minibatch with the same noise at the same time throughout a group."""
         size = self.config.group_size
         n = len(batch.x_1) // size
         x_0 = self.policy.noise(n, self.generator)
-        t = latest * sample_time(n, self.config.time_sampling, self.generator)
+        t = sample_time(n, self.config.time_sampling, self.generator)
         return self.pair(batch, x_0.repeat_interleave(size, dim=0), t.repeat_interleave(size))

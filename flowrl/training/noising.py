@@ -1,4 +1,4 @@
-"""Noising: at which times samples are noised again, with which noise, and how times are weighed."""
+"""Noising: with which noise samples are noised again, how times are weighed, and what holds a refresh."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
 from flowrl.functional.transport import Coupling, conditional_permutation, ot_permutation
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.endpoint_samples import EndpointSamples, EndpointSamplesConfig
 from flowrl.training.optimizers import share_of_step
-from flowrl.types import Batch, Condition, Pair, Role, Rows
+from flowrl.types import Batch, Condition, Role, Rows
 
 TIME_BINS = 16
 LATE_OF = 8  # rows of a minibatch, of which the last two are for late times
@@ -25,19 +26,15 @@ TimeWeighting = Literal["none", "variance"]
 
 
 @dataclass(frozen=True)
-class NoisingConfig(FlowConfig):
-    """Settings of methods that noise their samples again."""
+class NoisingConfig(EndpointSamplesConfig):
+    """Settings of methods that weigh times and may hold refreshes."""
 
     time_weighting: TimeWeighting = "none"
     """"variance" weights times by the inverse of E|u - base|^2 there, a running mean: noise is even, the optimum is
     the same."""
-    max_time: float = 1.0
-    """Largest time of the loss: beyond, towards the sample, there may be noise without signal."""
     late_anchor: float = 0.0
     """Beyond max_time hold the field to the reference's: a quarter of each minibatch is taken at these times, for this
     times |v - v_ref|^2 alone. 0 leaves the field there to itself: weights that early times move move it, too."""
-    draw_steps: int = 0
-    """Solver steps of the samples to learn from, often fewer than those to show; 0 takes rollout_steps."""
     max_own_loss: float = 0.0
     """Refresh the behaviour policy only while the loss of the flow's own samples is at most this times the reference's
     loss of the same (train/own_loss, train/reference_loss): beyond, errors would grow from refresh to refresh. 0 sets
@@ -48,7 +45,6 @@ class NoisingConfig(FlowConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.draw_steps >= 0, f"draw_steps must not be negative, not {self.draw_steps}.")
         for name in ("late_anchor", "max_own_loss", "max_drift"):
             self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         self.require(
@@ -56,7 +52,6 @@ class NoisingConfig(FlowConfig):
             f"late_anchor takes two of {LATE_OF} rows: batch_size = {self.batch_size} must be at least that, or "
             "late_anchor 0.",
         )
-        self.require(0 < self.max_time <= 1, f"max_time must be in (0, 1], not {self.max_time}.")
 
     def check_ranks(self, count: int) -> None:
         """Check that ranks take the same rows for late times as one process would."""
@@ -72,8 +67,8 @@ class NoisingConfig(FlowConfig):
         return super().idle() | ({} if self.max_time < 1 else {"late_anchor": "without a max_time below 1"})
 
 
-class Noising(FlowAlgorithm):
-    """A `FlowAlgorithm` whose loss noises samples again."""
+class Noising(EndpointSamples):
+    """An `EndpointSamples` method whose times have weights, and whose refreshes may be held."""
 
     Config: ClassVar[type[FlowConfig]] = NoisingConfig
     config: NoisingConfig
@@ -95,15 +90,6 @@ class Noising(FlowAlgorithm):
         if self.config.time_weighting == "variance":
             self.noise_at = self.keep("noise_at", torch.zeros(2, TIME_BINS))  # sums of |u - base|^2, and counts
 
-    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
-        """Draw latents of the behaviour policy, with as many solver steps as are asked for."""
-        x_0 = self.policy.noise(len(context_ids), self.generator)
-        return self.drawn_from(x_0, context_ids, self.behaviour_role), {}
-
-    def drawn_from(self, x_0: torch.Tensor, context_ids: torch.Tensor, role: Role) -> torch.Tensor:
-        """Draw latents of a role from noise (B, *latent_shape)."""
-        return self.policy.sample_latents(context_ids, role=role, x_0=x_0, steps=self.config.draw_steps or None)
-
     def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Add the gradient of a minibatch's loss to those of before, late times' anchor with it; loss and figures."""
         if not self.config.late_anchor or self.config.max_time == 1 or len(batch.x_1) < LATE_OF:
@@ -114,7 +100,7 @@ class Noising(FlowAlgorithm):
         loss, figures = result
         kept = some_rows(batch, late)
         x_0, t = self.policy.noise(len(late), self.generator), sample_time(len(late), "uniform", self.generator)
-        pair = super().pair(kept, x_0, self.config.max_time + (1 - self.config.max_time) * t)
+        pair = FlowAlgorithm.pair(self, kept, x_0, self.config.max_time + (1 - self.config.max_time) * t)
         strayed = squared_error(self.velocity(pair), self.velocity(pair, "reference")).mean()
         share_of_step(self, loss + self.config.late_anchor * strayed, len(batch.x_1)).backward()
         figures = {"loss": loss, "late_drift": strayed, **figures}
@@ -149,12 +135,6 @@ class Noising(FlowAlgorithm):
             "goes on with samples of the policy as it was, and refreshes it once that is mended."
         )
         return {**super().cautions(logged), "held": text}
-
-    def pair(self, batch: Batch, x_0: torch.Tensor | None = None, t: torch.Tensor | None = None) -> Pair:
-        """Pair the samples of a minibatch with fresh noise, at fresh times up to the largest; or with given ones."""
-        x_0 = self.policy.noise(len(batch.x_1), self.generator) if x_0 is None else x_0
-        t = sample_time(len(x_0), self.config.time_sampling, self.generator) if t is None else t
-        return super().pair(batch, x_0, t if self.config.max_time == 1 else self.config.max_time * t)
 
     def time_weight(self, t: torch.Tensor, noise: torch.Tensor, importance: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Compute weights (B,) of times t (B,), in the mean over times one.
