@@ -5,8 +5,11 @@ The module can also be called, `flowrl.evaluate(model)`: it then is the function
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +21,7 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.envs.rewards.mixture import make_rewards
-from flowrl.errors import ConfigError
+from flowrl.errors import CheckpointError, ConfigError
 from flowrl.evaluation.measure import evaluate
 from flowrl.evaluation.results import EvaluationResult
 from flowrl.evaluation.steering import Steering
@@ -29,6 +32,7 @@ from flowrl.runs.folder import environment_of, load_model, write_evaluation
 from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
+from flowrl.storage.files import read_json
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.saving import algorithm_name
@@ -107,7 +111,7 @@ def _evaluate(config: EvaluateConfig) -> int:
         model,
         env,
         n_samples=config.n_samples,
-        prompts=config.prompts,
+        prompts=os.path.abspath(config.prompts) if Path(config.prompts).is_file() else config.prompts,
         seed=config.seed,
         steering=steering,
         eval_rewards=make_rewards(config.eval_rewards, config.reward_options),
@@ -121,21 +125,41 @@ def _evaluate(config: EvaluateConfig) -> int:
     elif config.env and environment_spec(config.env).name != (own := environment_of(config.run)) != "":
         print(f"\nnot written: the run is of '{own}', and its report stays of that")
     else:
-        print(f"\nwritten: {', '.join(map(str, _write(config.run, core, result, config.prompts)))}")
+        print(f"\nwritten: {', '.join(map(str, _write(config.run, core, result)))}")
     return 0
 
 
-def _write(folder: Path, env: GenerationEnv, result: EvaluationResult, prompts: str) -> list[Path]:
+def _write(folder: Path, env: GenerationEnv, result: EvaluationResult) -> list[Path]:
     """Write figures, picture and report; those of other prompts or of another sampler into files of their own."""
-    parts = [] if prompts == "train" else [Path(prompts).name.replace(".", "-")]
-    parts += [f"{name.replace('_', '-')}-{value}" for name, value in result.sampling.items()]
-    tag = "".join(f"-{part}" for part in parts)
+    tag = _tag(folder, result)
     files = [write_evaluation(folder, result, tag), folder / f"before_after{tag}.png"]
     save_before_after(result, env, files[1])
     files += save_sounds(result, env, folder / f"sounds{tag}")
     if (folder / "metrics.csv").exists():
         files.append(write_report(folder, tag))
     return files
+
+
+def _tag(folder: Path, result: EvaluationResult) -> str:
+    """Choose the end of the files' names: with a number where an evaluation of another file of that name stands."""
+    sampler = "".join(f"-{name.replace('_', '-')}-{value}" for name, value in result.sampling.items())
+    if result.prompts == "train":
+        return sampler
+    tags = (f"-{Path(result.prompts).name.replace('.', '-')}{number}{sampler}" for number in _numbers())
+    return next(tag for tag in tags if _may_write(folder / f"evaluation{tag}.json", result.prompts))
+
+
+def _numbers() -> Iterator[str]:
+    yield ""
+    yield from (f"-{number}" for number in itertools.count(2))
+
+
+def _may_write(path: Path, prompts: str) -> bool:
+    """Tell whether there is no evaluation yet, one of the same prompts, or a damaged one."""
+    try:
+        return not path.exists() or read_json(path).get("prompts") in (prompts, os.path.relpath(prompts))
+    except CheckpointError:
+        return True
 
 
 def _subject(config: EvaluateConfig) -> tuple[FlowAlgorithm | FlowPolicy, GenerationEnv | None]:

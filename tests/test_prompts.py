@@ -27,6 +27,7 @@ from flowrl.envs.prompts import Prompt, PromptSet, fingerprint, prompts_from, sh
 from flowrl.envs.registration import CustomConfig, anchored
 from flowrl.envs.text_to_image import TextToImageConfig
 from flowrl.errors import CheckpointError, ConfigError, UnknownNameError
+from flowrl.evaluate import main as evaluate_main
 from flowrl.models.loading import ASSETS
 from flowrl.models.mlp import MLP
 from flowrl.registry import ENVIRONMENTS
@@ -609,6 +610,27 @@ def test_a_run_on_a_file_and_its_evaluation_on_held_out_prompts(run_here: Run, s
     assert (result["prompts"], result["n_prompts"]) == ("held_out", 2)
     assert "prompts: held_out (2)" in (folder / "report-held_out.html").read_text()
     assert (folder / "evaluation.json").read_text() == before
+
+
+def test_evaluations_of_files_of_the_same_name_stand_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one of the same file, of whatever folder it is named from, takes the place of the one before."""
+    env = flowrl.make("sd3-compress", flow="mini-sd3", prompts=("stars", "circles"))
+    sizes = {"n_samples": 2, "group_size": 2, "batch_size": 2, "rollout_steps": 1}
+    flowrl.ORWCFMW2("FlowPolicy", env, seed=0, **sizes).save(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for name, prompt in (("a", "red stars"), ("b", "blue stars")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.txt").write_text(prompt)
+    for place in ("a/p.txt", "b/p.txt", str(tmp_path / "a" / "p.txt")):
+        assert evaluate_main(["run", "--prompts", place, "--n-samples", "2"]) == 0
+    assert "evaluation-p-txt-2.json" in capsys.readouterr().out
+    of = {path.name: json.loads(path.read_text())["prompts"] for path in sorted(Path("run").glob("evaluation-*.json"))}
+    assert of == {
+        "evaluation-p-txt-2.json": str(tmp_path / "b" / "p.txt"),
+        "evaluation-p-txt.json": str(tmp_path / "a" / "p.txt"),
+    }
 
 
 @pytest.mark.parametrize(
