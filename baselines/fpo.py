@@ -68,7 +68,7 @@ class FPO(EndpointSamples, GroupRelative):
     replayable = True
     draws_ahead = True
     Config: ClassVar[type[FlowConfig]] = FPOConfig
-    kind = "endpoint-free"
+    kind = "endpoint-free.ratio"
     config: FPOConfig
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:

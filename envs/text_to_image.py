@@ -276,10 +276,12 @@ EARLY: Mapping[str, Any] = {  # numbers are laid out early, by the text (docs/si
     "learning_rate": 7e-4,
     "lr_schedule": "linear",
     "ema_decay": 0.95,
-    "priority": 0.8,
 }
+TRAINED_EARLY = ("endpoint.w2", "advantages", "endpoint.preference", "endpoint-free.ratio")
 LAYOUT: Mapping[str, Any] = {
-    **{f"{kind}.{name}": value for kind in ("endpoint.w2", "advantages") for name, value in EARLY.items()},
+    **{f"{kind}.{name}": value for kind in TRAINED_EARLY for name, value in EARLY.items()},
+    "endpoint.w2.priority": 0.8,
+    "advantages.priority": 0.8,
     "endpoint.w2.weight_normalisation": "group",
     "endpoint.w2.tau": 1.0,
     "endpoint.w2.alpha": 0.0,  # in place of a penalty on the drift, a limit
@@ -294,6 +296,10 @@ LAYOUT: Mapping[str, Any] = {
     "advantages.gain": 0.2,
     "advantages.strength": 4.0,
     "advantages.contrast.beta": 0.2,
+    # by benchmarks/tuning/count_early_others.toml
+    "endpoint.preference.learning_rate": 5e-4,
+    "endpoint-free.ratio.learning_rate": 4e-4,
+    "endpoint-free.ratio.draws": 2,
 }
 WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "endpoint.alpha": 0.1, "endpoint-kl.alpha": 0.1}
 PAIRS: Mapping[str, Any] = {
