@@ -29,7 +29,7 @@ from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
 from flowrl.runs.folder import alone_in, cannot_write, finite_or_none
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
-from flowrl.storage.files import write_json
+from flowrl.storage.files import write_json, written_whole
 from flowrl.suites.cell import run_logged
 from flowrl.suites.finished import finished_before, with_others
 from flowrl.suites.suite import Cell, load_suite, suites
@@ -166,10 +166,13 @@ def write_results(cells: Sequence[Cell], root: Path) -> list[Path]:
     entries = collect(cells, root)
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
     write_json(paths[0], to_six_digits(finite_or_none(entries)))
-    paths[1].write_text(markdown(entries))
+    with written_whole(paths[1]) as new:
+        new.write_text(markdown(entries))
     save_drawing(learning_curves(entries), paths[2], dpi=80)
     save_drawing(frontier(entries), paths[3], dpi=110)
-    paths[4].write_text(benchmark_page(entries, root), encoding="utf-8")
+    page = benchmark_page(entries, root)
+    with written_whole(paths[4]) as new:
+        new.write_text(page, encoding="utf-8")
     return paths
 
 
