@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -30,6 +30,7 @@ from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.loading import followed
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.saving import algorithm_name
 
@@ -93,6 +94,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _evaluate(config: EvaluateConfig) -> int:
+    config = config if config.run is None else replace(config, run=followed(config.run))
     model, env = _subject(config)
     is_trained = isinstance(model, FlowAlgorithm)
     core = model.env.core if isinstance(model, FlowAlgorithm) else env

@@ -58,7 +58,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert names(tmp_path) == {*names_of(3, 6, 7), "best"}
     assert (tmp_path / "best").resolve().name == f"{N * 3:010d}"
     assert flowrl.ORWCFMW2.load(tmp_path / "best").num_timesteps == 3 * N
-    assert checkpoint_folder(tmp_path.parent / tmp_path.name / "best").name == "best"
+    assert checkpoint_folder(tmp_path / "best").name == f"{N * 3:010d}"  # the link leads elsewhere once another is best
+    for later in names_of(6, 7):
+        shutil.rmtree(tmp_path / later)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path, target_is_directory=True)
+    assert checkpoint_folder(run).name == f"{N * 3:010d}"
 
 
 def test_a_reward_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
