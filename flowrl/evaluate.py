@@ -150,6 +150,8 @@ def _subject(config: EvaluateConfig) -> tuple[FlowAlgorithm | FlowPolicy, Genera
     """Load the trained algorithm of a run; without a run, the flow of an environment that no algorithm trains."""
     if config.run is not None:
         return load_model(config.run, config.algo, config.env, config.device), None
+    if config.algo:
+        raise ConfigError(f"--algo {config.algo} is the algorithm of a run: name its folder, or leave --algo out.")
     if not config.env or config.steer == "none":
         raise ConfigError(
             "Nothing to evaluate: name a run folder (flowrl.evaluate runs/NAME), or steer the untrained flow of an "

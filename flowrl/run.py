@@ -109,10 +109,15 @@ def _main(args: list[str]) -> int:
 
 def _held_out(run: RunConfig, args: list[str], file: str | None) -> dict[str, RewardFunction]:
     """Make the rewards that training does not see; where they are not among `args`, a file names them."""
-    if file is None or "--eval-rewards" in {arg.partition("=")[0].replace("_", "-") for arg in args}:
+    if file is None or "--eval-rewards" in _options(args):
         return make_rewards(run.eval_rewards, run.eval_reward_options)
     with named_by_a_file(file, "name its rewards again with --eval-rewards, or their module with --modules"):
         return make_rewards(run.eval_rewards, run.eval_reward_options)
+
+
+def _options(args: list[str]) -> set[str]:
+    """Name the options among arguments."""
+    return {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
 
 
 def _set_deterministic(run: RunConfig) -> None:
@@ -131,6 +136,11 @@ def _timesteps(run: RunConfig, spec: EnvSpec) -> int:
 
 def _resume(args: list[str], folder: Path) -> int:
     """Go on with a run: its own settings, unless they are given again."""
+    if idle := {"--seed", "--name", "--out"} & _options(args):
+        raise ConfigError(
+            f"{', '.join(sorted(idle))} does nothing beside --resume: a run goes on in its own folder, with its own "
+            f"random states. The same again from the start, with another seed: --config {folder} --seed 1."
+        )
     checkpoint = checkpoint_folder(folder)
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
