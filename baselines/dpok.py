@@ -15,6 +15,7 @@ from torch import nn
 from flowrl.config import FlowConfig
 from flowrl.functional.losses import Standardisation, standardise
 from flowrl.registry import register_algorithm
+from flowrl.training.reward_calls import counts
 from flowrl.training.transitions import TransitionAlgorithm, TransitionConfig
 from flowrl.types import Batch
 
@@ -105,10 +106,9 @@ class DPOK(TransitionAlgorithm):
         kl = step.kl(self.step(steps, batch.context_ids, "reference"))
         metrics = {"kl": kl.mean()}
         if config.critic:
-            value = self.critic(steps.x_k, self.policy.times()[steps.k], batch.context_ids)
-            error = (advantage - value).square().mean()
-            self.critic.improve(error)
-            advantage, metrics["critic_error"] = advantage - value.detach(), error
+            state = steps.x_k, self.policy.times()[steps.k], batch.context_ids
+            value, metrics["critic_error"] = self.critic.regress(advantage, counts(batch), *state)
+            advantage = (advantage - value) * counts(batch)  # no advantage is to carry nothing
         advantage = advantage.clamp(-config.max_advantage, config.max_advantage)
         objective, figures = self.surrogate(batch, steps, step, ratio, advantage)
         return (config.reward_weight * objective + config.beta * kl).mean(), {**metrics, **figures}

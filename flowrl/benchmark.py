@@ -22,19 +22,24 @@ from typing import Any
 
 import tyro
 
-from flowrl.errors import ConfigError, FlowRLError
+from flowrl.errors import ConfigError, FlowRLError, RankError
 from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves, save_drawing
 from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
 from flowrl.runs.folder import alone_in, cannot_write, finite_or_none
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
-from flowrl.storage.files import write_json
+from flowrl.storage.files import write_json, written_whole
 from flowrl.suites.cell import run_logged
 from flowrl.suites.finished import finished_before, with_others
 from flowrl.suites.suite import Cell, load_suite, suites
 
 PROGRAM = "python -m flowrl.benchmark"
+MOST_LOST = 3
+LOST = (
+    f"The process that starts the cells ended {MOST_LOST} times: something ends it, perhaps the system for want of "
+    "memory. Finished cells are kept, and the same command goes on; fewer --workers need less."
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, .
 
     Raises:
         ConfigError: A finished cell there was made with other settings.
+        RankError: What starts the cells ends again and again.
         KeyboardInterrupt: On Ctrl-C or SIGTERM; every finished cell is kept.
     """
     waiting = [cell for cell in cells if not finished_before(cell, root)]
@@ -78,13 +84,18 @@ def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, .
     processes = _processes()
     running: dict[BaseProcess, tuple[Cell, float]] = {}
     failed: list[Path] = []
-    n_done, total = 0, len(waiting)
+    n_done, total, lost = 0, len(waiting), 0
     with _stop_signals() as received:
         try:
             while (waiting or running) and not received:
-                while waiting and len(running) < workers:
-                    cell = waiting.pop(0)
-                    running[_start(processes, cell, root / cell.folder, modules)] = (cell, time.monotonic())
+                while waiting and len(running) < workers and not received:
+                    cell = waiting[0]
+                    try:
+                        running[_start(processes, cell, root / cell.folder, modules)] = (cell, time.monotonic())
+                        del waiting[0]
+                    except (EOFError, ConnectionError) as error:  # the server that forks was ended; it starts anew
+                        if (lost := lost + 1) == MOST_LOST and not received:
+                            raise RankError(LOST) from error
                 wait([process.sentinel for process in running], timeout=0.5)
                 for process in [process for process in running if not process.is_alive() and not received]:
                     cell, started = running.pop(process)
@@ -115,11 +126,12 @@ def _start(processes: Any, cell: Cell, folder: Path, modules: tuple[str, ...]) -
 
 
 def _finished(process: BaseProcess, folder: Path) -> bool:
-    """Tell whether a cell that ended has its result; write `error.txt` otherwise."""
-    if process.exitcode == 0 and (folder / "result.json").exists():
+    """Tell whether a cell that ended has its result, which comes last; write `error.txt` otherwise."""
+    if (folder / "result.json").exists():
         return True
     log = (folder / "log.txt").read_text(errors="replace") if (folder / "log.txt").exists() else ""
-    (folder / "error.txt").write_text(f"{log}\nexit code {process.exitcode}\n")
+    killed = " (killed; where nobody did that, the system has, for want of memory)" if process.exitcode == -9 else ""
+    (folder / "error.txt").write_text(f"{log}\nexit code {process.exitcode}{killed}\n")
     return False
 
 
@@ -154,10 +166,13 @@ def write_results(cells: Sequence[Cell], root: Path) -> list[Path]:
     entries = collect(cells, root)
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
     write_json(paths[0], to_six_digits(finite_or_none(entries)))
-    paths[1].write_text(markdown(entries))
+    with written_whole(paths[1]) as new:
+        new.write_text(markdown(entries))
     save_drawing(learning_curves(entries), paths[2], dpi=80)
     save_drawing(frontier(entries), paths[3], dpi=110)
-    paths[4].write_text(benchmark_page(entries, root), encoding="utf-8")
+    page = benchmark_page(entries, root)
+    with written_whole(paths[4]) as new:
+        new.write_text(page, encoding="utf-8")
     return paths
 
 

@@ -191,7 +191,11 @@ class FlowConfig:
         Whoever gives one is told: it would be left out without a word.
         """
         of_lora = ("lora_alpha", "lora_dropout", "lora_targets")
-        return {} if self.lora_rank else dict.fromkeys(of_lora, "without lora_rank")
+        found = {} if self.lora_rank else dict.fromkeys(of_lora, "without lora_rank")
+        for name, kind in (("reward_retries", "retry"), ("max_dropped", "drop")):
+            if self.on_reward_error != kind:
+                found[name] = f"unless on_reward_error is '{kind}'"
+        return found
 
     def parts(self) -> int:
         """Count the entries of minibatches that a sample makes: 1, or the recorded steps of its path."""

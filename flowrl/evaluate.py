@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -21,19 +21,20 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.envs.rewards.mixture import make_rewards
-from flowrl.errors import CheckpointError, ConfigError
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError
 from flowrl.evaluation.measure import evaluate
 from flowrl.evaluation.results import EvaluationResult
 from flowrl.evaluation.steering import Steering
 from flowrl.functional.solver_steps import Solver
 from flowrl.pages.run_page import write_report
 from flowrl.registry import environment_spec
-from flowrl.runs.folder import environment_of, load_model, write_evaluation
+from flowrl.runs.folder import cannot_write, environment_of, load_model, write_evaluation
 from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
 from flowrl.storage.files import read_json
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.loading import followed
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.saving import algorithm_name
 
@@ -97,6 +98,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _evaluate(config: EvaluateConfig) -> int:
+    config = config if config.run is None else replace(config, run=followed(config.run))
     model, env = _subject(config)
     is_trained = isinstance(model, FlowAlgorithm)
     core = model.env.core if isinstance(model, FlowAlgorithm) else env
@@ -125,7 +127,13 @@ def _evaluate(config: EvaluateConfig) -> int:
     elif config.env and environment_spec(config.env).name != (own := environment_of(config.run)) != "":
         print(f"\nnot written: the run is of '{own}', and its report stays of that")
     else:
-        print(f"\nwritten: {', '.join(map(str, _write(config.run, core, result)))}")
+        try:
+            written = _write(config.run, core, result)
+        except OSError as error:
+            if isinstance(error, FlowRLError):
+                raise
+            raise cannot_write(config.run, error, "The figures are those above.") from error
+        print(f"\nwritten: {', '.join(map(str, written))}")
     return 0
 
 
@@ -166,6 +174,8 @@ def _subject(config: EvaluateConfig) -> tuple[FlowAlgorithm | FlowPolicy, Genera
     """Load the trained algorithm of a run; without a run, the flow of an environment that no algorithm trains."""
     if config.run is not None:
         return load_model(config.run, config.algo, config.env, config.device), None
+    if config.algo:
+        raise ConfigError(f"--algo {config.algo} is the algorithm of a run: name its folder, or leave --algo out.")
     if not config.env or config.steer == "none":
         raise ConfigError(
             "Nothing to evaluate: name a run folder (flowrl.evaluate runs/NAME), or steer the untrained flow of an "

@@ -28,6 +28,7 @@ from flowrl.functional.losses import (
 from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
 from flowrl.training.priority import Prioritised, PriorityConfig
+from flowrl.training.reward_calls import counts, mean_that_counts
 from flowrl.types import Batch, Role
 
 CRITIC_LEARNING_RATE = 2e-3
@@ -118,7 +119,7 @@ class ORWCFMW2(Prioritised):
         return (coefficient - self._mean_weight()).abs()
 
     def _mean_weight(self) -> torch.Tensor:
-        return self.buffer.coefficient[: self.buffer.size].mean()
+        return mean_that_counts(self.buffer)
 
     def penalty(self, t: torch.Tensor) -> torch.Tensor:
         """Compute the coefficient (B,) of `|v - v_ref|^2` at times t."""
@@ -134,13 +135,11 @@ class ORWCFMW2(Prioritised):
         if self.config.target == "residual":
             base = v_old = self.velocity(pair, self.behaviour_role)
             if self.config.baseline == "local":
-                baseline = self.critic(pair.x_t, pair.t, batch.context_ids)
-                self.critic.improve((importance * (baseline - w).square()).mean())
-                baseline = baseline.detach().clamp_min(0)
+                state = pair.x_t, pair.t, batch.context_ids
+                baseline = self.critic.regress(w, importance * counts(batch), *state)[0].clamp_min(0)
             else:
                 baseline = residual_baseline(w, self._mean_weight(), penalty, self.config.baseline)
-            if "stray" in batch.extra:  # no weight is to carry nothing: not even a push away
-                baseline = baseline.masked_fill(batch.extra["stray"], 0)
+            baseline = baseline * counts(batch)  # no weight is to carry nothing: not even a push away
             loss = residual_weighted_loss(v, pair.u, w, baseline, v_old, v_ref, penalty)
         else:
             loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)

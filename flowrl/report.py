@@ -14,6 +14,7 @@ from flowrl.pages.run_files import RunFiles
 from flowrl.pages.run_page import run_page
 from flowrl.pages.runs_page import runs_page
 from flowrl.runs.program import OwnModules, run_program
+from flowrl.storage.files import written_whole
 
 PROGRAM = "python -m flowrl.report"
 
@@ -47,7 +48,8 @@ def _report(config: ReportConfig) -> int:
     text = run_page(runs[0]) if single else runs_page(runs)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        with written_whole(out) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Cannot write '{out}': {error}. Choose another place with --out.") from error
     print(f"written: {out}")

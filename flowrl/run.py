@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -109,10 +109,15 @@ def _main(args: list[str]) -> int:
 
 def _held_out(run: RunConfig, args: list[str], file: str | None) -> dict[str, RewardFunction]:
     """Make the rewards that training does not see; where they are not among `args`, a file names them."""
-    if file is None or "--eval-rewards" in {arg.partition("=")[0].replace("_", "-") for arg in args}:
+    if file is None or "--eval-rewards" in _options(args):
         return make_rewards(run.eval_rewards, run.eval_reward_options)
     with named_by_a_file(file, "name its rewards again with --eval-rewards, or their module with --modules"):
         return make_rewards(run.eval_rewards, run.eval_reward_options)
+
+
+def _options(args: list[str]) -> set[str]:
+    """Name the options among arguments."""
+    return {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
 
 
 def _set_deterministic(run: RunConfig) -> None:
@@ -131,6 +136,11 @@ def _timesteps(run: RunConfig, spec: EnvSpec) -> int:
 
 def _resume(args: list[str], folder: Path) -> int:
     """Go on with a run: its own settings, unless they are given again."""
+    if idle := {"--seed", "--name", "--out"} & _options(args):
+        raise ConfigError(
+            f"{', '.join(sorted(idle))} does nothing beside --resume: a run goes on in its own folder, with its own "
+            f"random states. The same again from the start, with another seed: --config {folder} --seed 1."
+        )
     checkpoint = checkpoint_folder(folder)
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
@@ -183,14 +193,27 @@ Judges = Mapping[str, RewardFunction]
 def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:
     """Train and evaluate in a run folder that no other process writes into."""
     with alone_in(folder) if model.ranks.is_main else nullcontext():
-        if model.ranks.is_main:
-            clear_away(folder)
-            _write_config(folder, model, run, total)
+        with _telling(folder, run):
+            if model.ranks.is_main:
+                clear_away(folder)
+                _write_config(folder, model, run, total)
+            _begin(model, folder, run, total)
         return _learn(model, folder, run, total, held_out)
 
 
+@contextmanager
+def _telling(folder: Path, run: RunConfig) -> Iterator[None]:
+    """Say what to do about a run folder that takes no files: full, read-only."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FlowRLError):
+            raise
+        hint = _resume_hint(folder, run)
+        raise cannot_write(folder, error, f"{hint[0].upper()}{hint[1:]}") from error
+
+
 def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:
-    _begin(model, folder, run, total)
     checkpoints = _checkpoints(folder / "checkpoints", run)
     pictures = PictureCallback(folder / "samples", run.picture_every)
     shown = [pictures, HeldOutCallback(held_out, run.picture_every or PictureCallback.USUAL)]
@@ -211,18 +234,17 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_
             what = f"What was computed is in {folder}; {_resume_hint(folder, run)}"
             raise type(explained)(f"{explained}\n{what}") from error
     if model.ranks.any(stop.received is not None):
-        checkpoints.write()
+        kept = "" if checkpoints.write() else "this state is not kept; "
         if model.ranks.is_main:
-            say(f"stopped at {model.num_timesteps} of {total} samples; {_resume_hint(folder, run)}")
+            say(f"stopped at {model.num_timesteps} of {total} samples; {kept}{_resume_hint(folder, run)}")
         model.ranks.leave()
         return EXIT_STOPPED
     checkpoints.wait()
-    try:
-        return _finish(model, folder, run.eval_samples, held_out)
-    except OSError as error:
-        if isinstance(error, FlowRLError):
-            raise
-        raise cannot_write(folder, error, _resume_hint(folder, run)) from error
+    with _telling(folder, run):
+        try:
+            return _finish(model, folder, run.eval_samples, held_out)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}\nThe final weights are not kept; {_resume_hint(folder, run)}") from error
 
 
 def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> None:
@@ -232,9 +254,9 @@ def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> No
         return
     others = [WandbWriter(run.wandb, folder, read_json(folder / "config.json"))] if run.wandb else []
     say(head_of(model, folder, total))
+    model.set_logger(logger(folder, model.num_timesteps, *others))
     for outdated in ("evaluation.json", "report.html", "before_after.png", "sounds/contexts.json"):
         (folder / outdated).unlink(missing_ok=True)
-    model.set_logger(logger(folder, model.num_timesteps, *others))
 
 
 def _checkpoints(folder: Path, run: RunConfig) -> KeepCheckpoints:
@@ -277,6 +299,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Jud
     model.ranks.leave()
     if not model.ranks.is_main:
         return 0
+    say(result.table())
     write_evaluation(folder, result)
     try:
         save_before_after(result, model.env.core, folder / "before_after.png")
@@ -286,7 +309,7 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Jud
     from flowrl.pages.run_page import write_report
 
     report = write_report(folder)
-    say(f"{result.table()}\n\nreport: {report}")
+    say(f"\nreport: {report}")
     return 0
 
 

@@ -22,6 +22,7 @@ from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
 from flowrl.training.noising import Noising, NoisingConfig
 from flowrl.training.reference_pool import ReferencePool
+from flowrl.training.reward_calls import counts
 from flowrl.types import Batch, Pair, Role
 
 
@@ -117,22 +118,24 @@ class Tilt(Noising):
         base = torch.cat([self.velocity(own, "behaviour"), self.velocity(reference, "reference")])
         pair = joined(own, reference)
         w = torch.cat([batch.weight, self.weights_of(reward, ids)])
-        b = self.expected_weight(pair, ids.repeat(2), w)
-        if "stray" in batch.extra:  # no weight is to carry nothing: not even a push away
-            b = torch.cat([b[:n].masked_fill(batch.extra["stray"], 0), b[n:]])
+        counted = torch.cat([torch.ones_like(reward) * counts(batch), torch.ones_like(reward)])
+        b = counted * self.expected_weight(pair, ids.repeat(2), w, counted)  # no weight carries nothing: no push away
         v = torch.cat([self.velocity(own), self.velocity(reference)])  # each as its base: where nothing pulls, v = base
         error = residual_weighted_loss(v, pair.u, w, b, base, None, torch.zeros_like(w))
         error = error * self.time_weight(pair.t, squared_error(pair.u, base))
         loss = pi * error[:n].mean() + (1 - pi) * error[n:].mean()
         return loss, {"reference_drift": squared_error(v, base)[n:].mean(), "reference_weight": w[n:].mean()}
 
-    def expected_weight(self, pair: Pair, context_ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """Estimate `E[w | x_t]` (B,), which may depend on anything but the sample's own reward; the critic learns."""
+    def expected_weight(
+        self, pair: Pair, context_ids: torch.Tensor, w: torch.Tensor, counted: torch.Tensor
+    ) -> torch.Tensor:
+        """Estimate `E[w | x_t]` (B,), which may depend on anything but the sample's own reward; the critic learns.
+
+        `counted` (B,): 0 for the samples that it is not to learn from.
+        """
         if self.config.control_variate == "one":
             return torch.ones_like(w)
-        value = self.critic(pair.x_t, pair.t, context_ids)
-        self.critic.improve((value - w).square().mean())
-        return value.detach().clamp_min(0)
+        return self.critic.regress(w, counted, pair.x_t, pair.t, context_ids)[0].clamp_min(0)
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Compute the lambda of the tilt `q_ref e^(lambda r) / Z` that is aimed at: tau, in units of the reward."""

@@ -395,8 +395,8 @@ MUTATIONS = (
     Mutation(
         "dpok-critic",
         "baselines/dpok.py",
-        "advantage - value.detach(), error",
-        "advantage + value.detach(), error",
+        "(advantage - value) * counts(batch)",
+        "(advantage + value) * counts(batch)",
         (LOSS_BY_HAND,),
     ),
     Mutation(
@@ -537,15 +537,15 @@ MUTATIONS = (
     Mutation(
         "endpoint-critic",
         ENDPOINTS,
-        "advantage = advantage - value.detach()",
-        "advantage = advantage + value.detach()",
+        "advantage = advantage - value\n",
+        "advantage = advantage + value\n",
         ("test_endpoint.py::test_a_critic_leaves_the_covariance_and_holds_every_row",),
     ),
     Mutation(
         "endpoint-strays",
         ENDPOINTS,
-        'if "stray" in batch.extra:',
-        'if "others" in batch.extra:',
+        "advantage = advantage * counts(batch)",
+        "advantage = advantage * 1",
         ("test_endpoint.py::test_samples_that_stand_in_for_others_carry_nothing",),
     ),
     Mutation(
@@ -912,10 +912,24 @@ MUTATIONS = (
         ("test_tilt.py::test_a_minibatch_is_the_mixture",),
     ),
     Mutation(
+        "strays-learnt",
+        "flowrl/training/reward_calls.py",
+        'return 1 - batch.extra["stray"].float()',
+        'return 1 - 0 * batch.extra["stray"].float()',
+        ("test_training_faults.py::test_nothing_is_learnt_from_samples_that_stand_in_for_others",),
+    ),
+    Mutation(
+        "strays-in-the-mean",
+        "flowrl/training/reward_calls.py",
+        "weight.sum() / (~stray[: buffer.size]).sum()",
+        "weight.sum() / (stray[: buffer.size] >= 0).sum()",
+        ("test_training_faults.py::test_equal_rewards_move_nothing_beside_samples_that_stand_in_for_others",),
+    ),
+    Mutation(
         "tilt-critic",
-        "flowrl/tilt.py",
-        "self.critic.improve((value - w).square().mean())",
-        "self.critic.improve((value + w).square().mean())",
+        "flowrl/training/networks.py",
+        "(weight * (value - target).square())",
+        "(weight * (value + target).square())",
         ("test_tilt.py::test_a_minibatch_is_the_mixture",),
     ),
     Mutation(

@@ -224,11 +224,11 @@ def test_steering_keeps_contexts_apart() -> None:
     settings = {"env_settings": prompts, "rollout_steps": 4}
     model = flowrl.ORWCFM("FlowPolicy", "sd3-count", seed=0, device=DEVICE, **settings)
     contexts = torch.tensor([0, 2, 1])
-    for method in ("best_of_n", "smc"):
+    for steering in (Steering("best_of_n", 3), Steering("smc", 3, 0.1)):
         x_1 = steer(
             model.policy,
             model.env.core,
-            Steering(method, 3, 0.1),
+            steering,
             contexts,
             torch.Generator(DEVICE).manual_seed(0),
             guidance_scale=2.0,

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from html_checker import checked
 from PIL import Image
 
 import flowrl
+from flowrl import benchmark
 from flowrl.benchmark import BenchmarkConfig, run_cells
-from flowrl.errors import CheckpointError, ConfigError, UnknownNameError
+from flowrl.errors import CheckpointError, ConfigError, RankError, UnknownNameError
 from flowrl.models.mlp import MLP
 from flowrl.pages.benchmark_page import _thumbnail, benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves
@@ -291,6 +294,61 @@ def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(
     assert done.stdout.count("done (") == 1
 
 
+@pytest.mark.parametrize("lost", [2, 3])
+def test_a_cell_that_could_not_be_started_is_started_again(suite: Path, tmp_path: Path, monkeypatch, lost: int) -> None:
+    """As where what forks the cells was killed: it ended in a traceback."""
+    tries = start_that_fails(monkeypatch, lost)
+    cells = load_suite(str(suite), algos=["ddpo"], seeds=[0])
+    if lost < benchmark.MOST_LOST:
+        assert run_cells(cells, tmp_path, workers=2) == []
+        assert len(tries) == lost + 1
+    else:
+        with pytest.raises(RankError, match=r"ended 3 times.*the same command goes on"):
+            run_cells(cells, tmp_path, workers=2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_signal_to_all_processes_stops_a_benchmark_while_it_starts_cells(
+    suite: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """What forks the cells is ended by it too."""
+    tries = start_that_fails(monkeypatch, 100, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(load_suite(str(suite), algos=["ddpo"], seeds=[0]), tmp_path, workers=2)
+    assert len(tries) == 1
+
+
+def start_that_fails(monkeypatch, times: int, meanwhile: Callable[[], None] = lambda: None) -> list[Cell]:
+    """Let so many starts of cells fail; others end at once with a result. Gives the cells that were to be started."""
+    tries: list[Cell] = []
+
+    class Ended:
+        sentinel, exitcode, is_alive = 0, 0, staticmethod(lambda: False)
+
+    def start(processes: object, cell: Cell, folder: Path, modules: tuple[str, ...]) -> Ended:
+        tries.append(cell)
+        meanwhile()
+        if len(tries) <= times:
+            raise EOFError
+        folder.mkdir(parents=True)
+        write_json(folder / "result.json", {"cell": cell.to_dict()})
+        return Ended()
+
+    monkeypatch.setattr(benchmark, "_start", start)
+    monkeypatch.setattr(benchmark, "wait", lambda *_, **__: [])
+    return tries
+
+
+def test_a_cell_killed_after_its_result_has_finished(suite: Path, tmp_path: Path) -> None:
+    cells = load_suite(str(suite), algos=["ddpo"], seeds=[0, 1])
+    for cell, name in zip(cells, ("result.json", "log.txt")):
+        (tmp_path / cell.folder).mkdir(parents=True)
+        (tmp_path / cell.folder / name).write_text("{}")
+    killed = SimpleNamespace(exitcode=-9)
+    assert [benchmark._finished(killed, tmp_path / cell.folder) for cell in cells] == [True, False]
+    assert "for want of memory" in (tmp_path / cells[1].folder / "error.txt").read_text()
+
+
 def test_a_cell_that_another_process_runs_is_waited_for(suite: Path, tmp_path: Path, monkeypatch) -> None:
     """As of a second benchmark in that place, or of one that was killed; once finished it is not run again."""
     (first,) = load_suite(str(suite), algos=["ddpo"], seeds=[0])
@@ -462,8 +520,9 @@ def test_a_renderer_that_fails_loses_no_cell(tmp_path: Path, capsys: pytest.Capt
     finally:
         del ENVIRONMENTS["drawn"]
     assert "No picture of the samples was drawn; the figures are kept." in capsys.readouterr().err
+    (folder / "error.txt").write_text("of a call that did not wait for it")
     entries = collect([cell], tmp_path)
-    assert entries[0]["seeds_finished"] == 1
+    assert (entries[0]["seeds_finished"], entries[0]["seeds_failed"]) == (1, 0)
     page = benchmark_page(entries, tmp_path)
     assert "data-told=" in page
     assert "data-picture=" not in page

@@ -58,7 +58,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert names(tmp_path) == {*names_of(3, 6, 7), "best"}
     assert (tmp_path / "best").resolve().name == f"{N * 3:010d}"
     assert flowrl.ORWCFMW2.load(tmp_path / "best").num_timesteps == 3 * N
-    assert checkpoint_folder(tmp_path.parent / tmp_path.name / "best").name == "best"
+    assert checkpoint_folder(tmp_path / "best").name == f"{N * 3:010d}"  # the link leads elsewhere once another is best
+    for later in names_of(6, 7):
+        shutil.rmtree(tmp_path / later)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path, target_is_directory=True)
+    assert checkpoint_folder(run).name == f"{N * 3:010d}"
 
 
 def test_a_reward_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +149,7 @@ def test_a_failure_in_the_background_is_reported(
         patch.setattr(Snapshot, "write", fail)
         trained = model().learn(2 * N, callback=keep)
         assert keep.write() is None
-    assert capsys.readouterr().out.count("no space. Training goes on") == 3  # two iterations and the last try
+    assert capsys.readouterr().out.count("no space. It will be tried again") == 3  # two iterations and the last try
     assert trained.num_timesteps == 2 * N
     assert keep.write() == tmp_path / f"{2 * N:010d}"
 
@@ -161,7 +167,7 @@ def test_a_folder_that_vanishes_while_old_checkpoints_are_deleted_ends_no_run(
     keep = KeepCheckpoints(tmp_path / "checkpoints", every=1)
     assert model().learn(2 * N, callback=keep).num_timesteps == 2 * N
     keep.wait()
-    assert "Training goes on" in capsys.readouterr().out
+    assert "while training goes on" in capsys.readouterr().out
 
 
 def test_the_last_checkpoint_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

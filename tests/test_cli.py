@@ -517,11 +517,21 @@ def test_a_run_stays_of_one_environment(run_here, three: Path, tmp_path: Path) -
     assert {path.name: path.read_bytes() for path in own.iterdir() if path.is_file()} == files
 
 
+@pytest.mark.parametrize("option", [("--seed", 7), ("--name", "b"), ("--out=b",)])
+def test_a_run_goes_on_in_its_own_folder_with_its_own_seed(run_here, three: Path, option: tuple[object, ...]) -> None:
+    """Others went unheard."""
+    done = run_here("flowrl.run", "--resume", three, "--total-timesteps", 64 * 4, *option)
+    assert done.returncode == 2
+    assert f"{str(option[0])[:6].rstrip('=')} does nothing beside --resume" in done.stderr
+
+
 def test_evaluate_steers_an_untrained_flow(run_here, tmp_path: Path) -> None:
     done = run_here("flowrl.evaluate", "--steer", "best_of_n", "--env", "sd3-count", "--n-samples", 8, "--steer-n", 2)
     assert done.returncode == 0, done.stderr
     assert "network evaluations per sample: 32" in done.stdout
     assert not list(tmp_path.iterdir())
+    done = run_here("flowrl.evaluate", "--steer", "best_of_n", "--env", "gaussians-linear", "--algo", "orw")
+    assert "--algo orw is the algorithm of a run" in done.stderr
     done = run_here("flowrl.evaluate", "--env", "sd3-count")
     assert done.returncode == 2
     assert "Nothing to evaluate" in done.stderr

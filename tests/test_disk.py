@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_a_run_on_a_full_disk_trains_on_and_ends_with_an_error(tiny: Path, run_i
     assert done.returncode == 2
     assert "Training goes on" in done.stdout
     assert "1.28e+03" in done.stdout or "1280" in done.stdout  # it went on to the end
-    assert done.stderr.strip().splitlines()[-1].startswith(("error:", "What"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(("error:", "What", "The final weights are not kept; "))
 
 
 def test_a_folder_that_becomes_read_only_loses_nothing(roomy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,3 +150,71 @@ def test_a_run_in_a_read_only_folder_ends_before_it_trains(
     assert "Read-only file system" in done.stderr
     assert "Traceback" not in done.stderr
     assert "rollout/" not in done.stdout
+
+
+def test_what_is_there_stays_whole_on_a_full_disk(roomy: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs end with one line; report and pictures of before were left cut, and three ended in tracebacks."""
+    monkeypatch.chdir(roomy)
+    command = ["--algo", "orw", "--env", "gaussians-linear", "--device", "cpu", "--name", "a", "--out", "."]
+    size = ["--algo.n-samples", "32", "--eval-samples", "16"]
+    assert run_here("flowrl.run", *command, *size, "--total-timesteps", "32").returncode == 0
+    before = contents(roomy / "a")
+    fill(roomy / "ballast")
+    for program, *arguments in (
+        ("flowrl.evaluate", "a", "--n-samples", "16"),
+        ("flowrl.report", "a"),
+        ("flowrl.run", "--resume", "a", "--total-timesteps", "64"),
+        ("flowrl.run", *command),
+    ):
+        done = run_here(program, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert "No space left on device" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert contents(roomy / "a") == before
+        if program == "flowrl.evaluate":
+            assert "W2 to optimum" in done.stdout
+            assert "The figures are those above." in done.stderr
+        if "--resume" in arguments:
+            assert "Go on with: python -m flowrl.run --resume a" in done.stderr
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Give the files of a run folder but its lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_signal_on_a_full_disk_says_that_nothing_was_kept(
+    tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks.Snapshot, "write", full)
+    monkeypatch.setattr(callbacks.StopOnSignal, "on_iteration_end", stopped)
+    done = run_here("flowrl.run", "--algo", "orw", "--env", "gaussians-linear", "--algo.n-samples", "32")
+    assert done.returncode == 3
+    assert "; this state is not kept; there is no checkpoint yet" in done.stdout
+
+
+def stopped(callback: callbacks.StopOnSignal) -> bool:
+    """Act as where a signal has come."""
+    callback.received = signal.SIGTERM
+    return False
+
+
+def written_half(path: Path) -> None:
+    with files.written_whole(path) as new:
+        new.write_text("half")
+        full()
+
+
+def test_a_file_takes_the_place_of_another_once_it_is_whole(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("old")
+    link.symlink_to(path)
+    with pytest.raises(OSError, match="No space"):
+        written_half(path)
+    assert path.read_text() == "old"
+    for place, text in ((path, "new"), (link, "through a link")):
+        with files.written_whole(place) as new:
+            new.write_text(text)
+        assert path.read_text() == text
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [path, link]

@@ -161,11 +161,8 @@ class Knows:
     def __init__(self, given: Expectations, a: torch.Tensor) -> None:
         self.value = given.mean(a)[given.bins]
 
-    def __call__(self, *state: torch.Tensor) -> torch.Tensor:
-        return self.value
-
-    def improve(self, loss: torch.Tensor) -> None:
-        pass
+    def regress(self, target: torch.Tensor, weight: object, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.value, torch.zeros(())
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -198,8 +198,8 @@ def test_held_out_rewards_named_by_a_run_folder_are_not_imported(
     config["run"]["eval_rewards"] = ["hostile_module:hostile"]
     (run / "config.json").write_text(json.dumps(config))
     before = sorted(tmp_path.rglob("*"))
-    for option in ("--resume", "--config"):
-        assert main([option, str(run), "--total-timesteps", "64", "--out", str(tmp_path)]) == 2
+    for options in (["--resume", str(run)], ["--config", str(run), "--out", str(tmp_path)]):
+        assert main([*options, "--total-timesteps", "64"]) == 2
         assert "name its rewards again with --eval-rewards" in capsys.readouterr().err
     assert hostile_module not in sys.modules
     assert sorted(tmp_path.rglob("*")) == before  # no folder of a run that could not begin

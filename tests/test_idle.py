@@ -42,6 +42,10 @@ IDLE = [
     ("crd", "refresh_every", 3, {}, "unless decay is below 1"),
     ("draft", "refresh_every", 3, {}, "drawn anew"),
     ("refl", "half_buffer", True, {}, "drawn anew"),
+    ("refl", "rollout_batch_size", 4, {}, "drawn anew"),
+    ("draft", "offload", True, {}, "drawn anew"),
+    ("orw", "reward_retries", 7, {}, "unless on_reward_error is 'retry'"),
+    ("orw", "max_dropped", 0.5, {"on_reward_error": "retry"}, "unless on_reward_error is 'drop'"),
     ("adjoint", "time_sampling", "logit_normal", {"rollout_steps": 4}, "for a loss at the sampler's own times"),
 ]
 

@@ -93,9 +93,9 @@ def test_failures_are_met_as_without(on_error: str, kind: str, monkeypatch: pyte
     from flowrl.training import reward_calls
 
     monkeypatch.setattr(reward_calls, "FIRST_PAUSE", 0.01)
-    outcomes = []
+    outcomes, left_out = [], {"max_dropped": 0.9} if on_error == "drop" else {}
     for overlap in ("off", "on"):
-        model = make(overlap_rewards=overlap, on_reward_error=on_error, max_dropped=0.9)
+        model = make(overlap_rewards=overlap, on_reward_error=on_error, **left_out)
         faulty = Faulty(kind)
         model.env.core.reward = lambda x, c, faulty=faulty: RewardOutput(faulty(x, c))  # type: ignore[method-assign]
         if on_error == "raise":

@@ -187,6 +187,24 @@ def test_settings_of_steering_without_steering_are_refused() -> None:
             EvaluateConfig(**given)
 
 
+@pytest.mark.parametrize(
+    ("method", "idle"),
+    [
+        ("best_of_n", ("temperature", "noise_level", "ess_threshold", "step_size")),
+        ("smc", ("step_size",)),
+        ("rbf", ("temperature", "ess_threshold", "step_size")),
+        ("d_flow", ("noise_level", "ess_threshold")),
+    ],
+)
+def test_settings_of_another_steering_are_refused(method: Any, idle: tuple[str, ...]) -> None:
+    for name in ("temperature", "noise_level", "ess_threshold", "step_size"):
+        if name not in idle:
+            assert getattr(Steering(method, **{name: 0.25}), name) == 0.25
+            continue
+        with pytest.raises(ConfigError, match=f"{name} does nothing for steering '{method}'"):
+            Steering(method, **{name: 0.25})
+
+
 def test_a_trained_flow_that_is_steered_has_no_drift_in_its_table() -> None:
     model = flowrl.ORWCFM("FlowPolicy", "gaussians-linear", seed=0, device="cpu", n_samples=32, rollout_steps=2)
     model.learn(32)

@@ -526,6 +526,49 @@ def test_a_prompt_whose_samples_all_failed_moves_nothing(target: str) -> None:
     assert all(p.grad is None or not p.grad.any() for p in model.policy.parameters_of("current").values())
 
 
+@pytest.mark.parametrize(
+    ("cls", "own"),
+    [
+        (flowrl.ORWCFMW2, {"baseline": "local", "alpha": 0.0}),
+        (flowrl.Tilt, {"pool": 64}),
+        (flowrl.AWM, {"critic_learning_rate": 1e-2, "group_size": 2, "beta_ref": 0.0}),
+        (flowrl.DPOK, {"rollout_steps": 3, "beta": 0.0}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_nothing_is_learnt_from_samples_that_stand_in_for_others(cls: type, own: dict[str, Any]) -> None:
+    """By neither the flow nor a critic, wherever they lie: a weight of zero, which they have, is no target."""
+
+    def learnt(scale: float) -> list[torch.Tensor]:
+        model = small(cls=cls, batch_size=32, **own)
+        model.learn(64)
+        batch = next(model.minibatches())
+        stray = torch.arange(len(batch.x_1)) % 4 == 0
+        for rows in (batch.x_1, batch.coefficient, *batch.extra.values()):
+            rows[stray] *= scale if rows.dim() > 1 else 0
+        batch.extra["stray"] = stray
+        model.policy.optimizer.zero_grad()
+        with model.policy.in_update():
+            loss, _ = model.loss(batch)
+        loss.backward()
+        flow = [p.grad for p in model.policy.parameters_of("current").values()]
+        return [*flow, *(p.detach() for p in model.critic.module.parameters())]
+
+    assert all(torch.equal(a, b) for a, b in zip(learnt(1.0), learnt(1.1), strict=True))
+
+
+@pytest.mark.parametrize("baseline", ["mean", "clipped"])
+def test_equal_rewards_move_nothing_beside_samples_that_stand_in_for_others(baseline: str) -> None:
+    model = small(target="residual", alpha=0.0, baseline=baseline, cls=flowrl.ORWCFMW2)
+    model.learn(32)
+    model.buffer.numbers["stray"] = torch.arange(32) < 3
+    model.buffer.coefficient.copy_(~model.buffer.numbers["stray"])
+    loss, _ = model.loss(next(model.minibatches()))
+    model.policy.optimizer.zero_grad()
+    loss.backward()
+    assert all(not p.grad.any() for p in model.policy.parameters_of("current").values())
+
+
 @pytest.mark.parametrize("group_size", [1, 2])
 def test_strays_by_group(group_size: int) -> None:
     from flowrl.training.reward_calls import without_strays

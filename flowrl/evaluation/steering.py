@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +22,13 @@ from flowrl.types import Field, RewardOutput, Role
 
 Method = Literal["best_of_n", "smc", "rbf", "d_flow"]
 METHODS = get_args(Method)
+ACTS: dict[Method, tuple[str, ...]] = {
+    "best_of_n": (),
+    "smc": ("temperature", "sde", "noise_level", "ess_threshold"),
+    "rbf": ("sde", "noise_level"),
+    "d_flow": ("temperature", "step_size"),
+}
+"""Settings beside n that act on each method."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,9 @@ class Steering:
                 f"{self.ess_threshold}."
             )
         SDE(self.sde, self.noise_level)  # raises for settings without meaning
+        for f in fields(self)[2:]:
+            if f.name not in ACTS[self.method] and getattr(self, f.name) != f.default:
+                raise ConfigError(f"{f.name} does nothing for steering '{self.method}': leave it out.")
 
     @property
     def held_at_once(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flowrl.pages.benchmark_frontier import before, frontiers, limits, rows_of, without_far_out
 from flowrl.pages.benchmark_results import Entry
 from flowrl.pages.charts import COLOURS
+from flowrl.storage.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,4 +82,5 @@ def save_drawing(figure: Figure, path: Path, dpi: int) -> None:
 
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi)
-    Image.open(stream).convert("RGB").quantize(128).save(path, optimize=True)
+    with written_whole(path) as new:
+        Image.open(stream).convert("RGB").quantize(128).save(new, optimize=True)

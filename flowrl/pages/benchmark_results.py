@@ -63,7 +63,8 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
     first = members[0]
     entry: Entry = {"env": first.env, "label": first.label, "row": first.row, "swept": first.swept}
     entry |= {"settings": first.settings or first.steer, "seeds_finished": len(finished)}
-    entry["seeds_failed"] = sum((root / cell.folder / "error.txt").exists() for cell in members)
+    without = [root / cell.folder for cell, result in zip(members, results) if result is None]
+    entry["seeds_failed"] = sum((folder / "error.txt").exists() for folder in without)
     if finished:
         for key in ("reward_mean", "diversity", "drift", "w2_to_optimum", "w2_floor"):
             entry[key] = summary([r[key] for r in finished])

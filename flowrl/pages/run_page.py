@@ -14,6 +14,7 @@ from flowrl.pages.run_files import RunFiles, telling_damage
 from flowrl.pages.text import change, count, duration, number, setting, span
 from flowrl.pages.training_charts import STYLE, before_after, training_charts
 from flowrl.runs.pictures import STEPS
+from flowrl.storage.files import written_whole
 
 
 def write_report(folder: Path, tag: str = "") -> Path:
@@ -27,7 +28,9 @@ def write_report(folder: Path, tag: str = "") -> Path:
         ConfigError: It is no run folder, or a file in it is damaged.
     """
     path = folder / f"report{tag}.html"
-    path.write_text(run_page(RunFiles.read(folder, tag)), encoding="utf-8")
+    text = run_page(RunFiles.read(folder, tag))
+    with written_whole(path) as new:
+        new.write_text(text, encoding="utf-8")
     return path
 
 

@@ -215,7 +215,7 @@ class KeepCheckpoints(IterationCallback):
             try:
                 pending.result()
             except (CheckpointError, OSError) as error:
-                say(f"warning: {error} Training goes on; it will be tried again.")
+                say(f"warning: {error} It will be tried again while training goes on.")
 
     def _path(self) -> Path:
         return self.folder / f"{self.model.num_timesteps:010d}"

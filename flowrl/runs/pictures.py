@@ -18,6 +18,7 @@ from flowrl.envs.base import GenerationEnv, plotted
 from flowrl.errors import raised_by
 from flowrl.evaluation.measure import EvaluationResult
 from flowrl.runs.scatter import SIZE, scatter
+from flowrl.storage.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,10 +91,11 @@ def n_shown(env: GenerationEnv, images: int = 36) -> int:
 def save_picture(samples: torch.Tensor, contexts: Sequence[Any], env: GenerationEnv, path: Path) -> None:
     """Save a picture of samples as PNG: a grid of images or of spectrograms, or a scatter plot of points."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if env.shows_images:
-        image_grid(as_images(samples, env)).save(path)
-    else:
-        _save_plots([("samples", samples)], env, path)
+    with written_whole(path) as new:
+        if env.shows_images:
+            image_grid(as_images(samples, env)).save(new)
+        else:
+            _save_plots([("samples", samples)], env, new)
 
 
 def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
@@ -105,9 +107,11 @@ def save_before_after(result: EvaluationResult, env: GenerationEnv, path: Path) 
         both = Image.new("RGB", (2 * halves[0].width + gap, halves[0].height), "white")
         both.paste(halves[0], (0, 0))
         both.paste(halves[1], (halves[0].width + gap, 0))
-        both.save(path)
-    else:
-        _save_plots([("reference", result.reference_samples), ("trained", result.samples)], env, path)
+        with written_whole(path) as new:
+            both.save(new)
+        return
+    with written_whole(path) as new:
+        _save_plots([("reference", result.reference_samples), ("trained", result.samples)], env, new)
 
 
 def _save_plots(clouds: Sequence[tuple[str, torch.Tensor]], env: GenerationEnv, path: Path) -> None:

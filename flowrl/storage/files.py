@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -10,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,27 @@ LARGEST_JSON = 2**24
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON with an indent; a file of that name is whole at any moment, the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
+    """Write JSON with an indent; see `written_whole`."""
+    with written_whole(path) as new:
+        new.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give the place of a new file that takes the place of `path` in the end: what is there is whole at any moment.
+
+    What is no plain file (a device, a pipe, a link) is written to itself.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        yield path
+        return
+    new = path.with_name(f".new-{path.name}")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        yield new
+        new.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
         raise
 
 

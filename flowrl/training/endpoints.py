@@ -25,6 +25,7 @@ from flowrl.models.critic import StateCritic
 from flowrl.training.groups import GroupConfig, GroupRelative
 from flowrl.training.noising import some_rows
 from flowrl.training.priority import Prioritised, PriorityConfig
+from flowrl.training.reward_calls import counts
 from flowrl.types import Batch, Pair, Role
 
 FIGURES: Mapping[Role, str] = {"reference": "drift", "behaviour": "move"}
@@ -178,12 +179,10 @@ class EndpointAlgorithm(Prioritised, GroupRelative):
             for name, field in (("own_loss", v), ("reference_loss", known["reference"])):
                 figures[name] = (importance * squared_error(field.detach(), pair.u)).mean()
         if self.critic is not None:
-            value = self.critic(pair.x_t, pair.t, batch.context_ids)
-            figures["critic_error"] = (importance * (advantage - value).square()).mean()
-            self.critic.improve(figures["critic_error"])
-            advantage = advantage - value.detach()
-        if "stray" in batch.extra:  # no advantage is to carry nothing
-            advantage = advantage.masked_fill(batch.extra["stray"], 0)
+            state = pair.x_t, pair.t, batch.context_ids
+            value, figures["critic_error"] = self.critic.regress(advantage, importance * counts(batch), *state)
+            advantage = advantage - value
+        advantage = advantage * counts(batch)  # no advantage is to carry nothing
         weight = self.time_weight(pair.t, squared_error(pair.u, known[row.base].detach()), importance)
         loss = importance * endpoint_loss(v, row.gradient(pair.u, advantage, known, weight))
         return loss.mean(), figures

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
 
 
+def followed(folder: Path) -> Path:
+    """Give the folder that a link leads to now, such as `best`: training may let it lead to another one."""
+    return folder.parent / folder.readlink() if folder.is_symlink() else folder
+
+
 def checkpoint_folder(path: str | Path) -> Path:
     """Find the checkpoint that a path means: itself, or the newest one of a run folder.
 
@@ -35,7 +40,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     folder = folder.with_suffix("") if folder.suffix == ".zip" and not folder.exists() else folder
-    folder = standing(folder)
+    folder = standing(followed(folder))
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder '{folder}'.")
     if (folder / "state.json").exists() or (folder / "policy.safetensors").exists():
@@ -43,6 +48,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     found = [*folder.glob("checkpoints/[!.]*/state.json"), *folder.glob("final/state.json")]
     if not found:
         raise CheckpointError(f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/).")
+    found = [file for file in found if not file.parent.is_symlink()] or found
     return max(found, key=lambda file: (read_json(file).get("num_timesteps", 0), file.parent.name)).parent
 
 

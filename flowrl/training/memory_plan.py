@@ -61,14 +61,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def ways_to_save(config: FlowConfig) -> list[str]:
     """List settings that lower the memory of a run, in the order to try them: first what costs time only."""
-    large = config.batch_size > 1
+    large, idle = config.batch_size > 1, config.idle()
     ways = {
         "--algo.precision bfloat16": config.precision == "float32",
         "--algo.gradient-checkpointing": not config.gradient_checkpointing,
         f"--algo.batch-size {max(1, config.batch_size // 2)} --algo.accumulation {2 * config.accumulation}": large,
-        "a smaller --algo.rollout-batch-size": config.rollout_batch_size != 1,
+        "a smaller --algo.rollout-batch-size": config.rollout_batch_size != 1 and "rollout_batch_size" not in idle,
         "--env.decode-batch 1 or --env.vae-tiling": True,
-        "--algo.offload": not config.offload,
+        "--algo.offload": not config.offload and "offload" not in idle,
         "--algo.lora-rank 32": not config.lora_rank,
         "--algo.optimizer adamw8bit": config.optimizer == "adamw",
         "--algo.working-copies off": config.working_copies != "off" and has_working_copies(config),

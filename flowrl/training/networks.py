@@ -39,6 +39,19 @@ class TrainedNetwork:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         step_unless((~norm.isfinite()).float(), self.optimizer)
 
+    def regress(
+        self, target: torch.Tensor, weight: torch.Tensor | float, *state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimate numbers (B,) by their states, and take a step on the mean of `weight (estimate - target)^2`.
+
+        Returns:
+            The estimates (B,) from before the step, detached, and that mean.
+        """
+        value = self.module(*state)
+        error = (weight * (value - target).square()).mean()
+        self.improve(error)
+        return value.detach(), error.detach()
+
     def state(self) -> dict[str, torch.Tensor]:
         """Collect the weights by their names, and the optimizer's moments as `moments.INDEX.NAME`."""
         moments = self.optimizer.state_dict()["state"]

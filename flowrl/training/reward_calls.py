@@ -14,6 +14,7 @@ from flowrl.config import FlowConfig, OnRewardError
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import RewardError
+from flowrl.training.buffer import RolloutBuffer
 from flowrl.types import Batch, RewardOutput
 
 FIRST_PAUSE = 1.0
@@ -173,3 +174,14 @@ def without_strays(rollout: Batch, coefficient: torch.Tensor) -> torch.Tensor:
     strays = torch.zeros_like(coefficient).index_add_(0, rollout.group, rollout.extra["stray"].float())
     rollout.extra["stray"].copy_(strays[rollout.group] > 0)
     return coefficient.masked_fill(rollout.extra["stray"], 0)
+
+
+def counts(batch: Batch) -> torch.Tensor | float:
+    """Give 0 for the samples (B,) of groups that compare nothing, and 1 for all others."""
+    return 1 - batch.extra["stray"].float() if "stray" in batch.extra else 1.0
+
+
+def mean_that_counts(buffer: RolloutBuffer) -> torch.Tensor:
+    """Average the weights in a buffer over the samples that count."""
+    weight, stray = buffer.coefficient[: buffer.size], buffer.numbers.get("stray")
+    return weight.mean() if stray is None else weight.sum() / (~stray[: buffer.size]).sum().clamp_min(1)

@@ -27,7 +27,8 @@ class RewardGradientConfig(FlowConfig):
 
     def idle(self) -> dict[str, str]:
         """Name the settings that do nothing beside the others, each with the reason."""
-        found = dict.fromkeys(("refresh_every", "half_buffer"), "for samples that are drawn anew for each update")
+        of_rollouts = ("refresh_every", "half_buffer", "rollout_batch_size", "overlap_rewards", "offload")
+        found = dict.fromkeys(of_rollouts, "for samples that are drawn anew for each update, batch_size at a time")
         return super().idle() | found | ({} if self.alpha else {"time_sampling": "without alpha"})
 
 
