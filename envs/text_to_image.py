@@ -277,7 +277,7 @@ EARLY: Mapping[str, Any] = {  # numbers are laid out early, by the text (docs/si
     "lr_schedule": "linear",
     "ema_decay": 0.95,
 }
-TRAINED_EARLY = ("endpoint.w2", "advantages", "endpoint.preference", "endpoint-free.ratio")
+TRAINED_EARLY = ("endpoint.w2", "advantages", "endpoint.preference", "endpoint-free.ratio", "mixture")
 LAYOUT: Mapping[str, Any] = {
     **{f"{kind}.{name}": value for kind in TRAINED_EARLY for name, value in EARLY.items()},
     "endpoint.w2.priority": 0.8,
@@ -300,6 +300,12 @@ LAYOUT: Mapping[str, Any] = {
     "endpoint.preference.learning_rate": 5e-4,
     "endpoint-free.ratio.learning_rate": 4e-4,
     "endpoint-free.ratio.draws": 2,
+    "mixture.reward_units": "std",
+    "mixture.tau": 5.0,
+    "mixture.own_share": 0.7,
+    "mixture.pool": 2048,
+    "mixture.pool_group": 8,
+    "mixture.max_drift": 0.35,
 }
 WORDS: Mapping[str, Any] = {"learning_rate": 6e-4, "tau": 0.7, "endpoint.alpha": 0.1, "endpoint-kl.alpha": 0.1}
 PAIRS: Mapping[str, Any] = {
