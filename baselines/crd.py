@@ -54,7 +54,7 @@ class CRDConfig(WholeGroupsConfig):
 class CRD(WholeGroups):
     """Centred reward distillation: log-ratios fitted to rewards, both relative to the group."""
 
-    kind = "endpoint.preference"
+    kind = "endpoint.preference.regression"
     replayable = True
     tilt_setting = ("beta", -1)
     Config: ClassVar[type[FlowConfig]] = CRDConfig

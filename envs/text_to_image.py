@@ -298,6 +298,7 @@ LAYOUT: Mapping[str, Any] = {
     "advantages.contrast.beta": 0.2,
     # by benchmarks/tuning/count_early_others.toml
     "endpoint.preference.learning_rate": 5e-4,
+    "endpoint.preference.regression.beta": 0.02,
     "endpoint-free.ratio.learning_rate": 4e-4,
     "endpoint-free.ratio.draws": 2,
     "mixture.reward_units": "std",
