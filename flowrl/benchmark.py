@@ -27,6 +27,7 @@ from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves, save_drawing
 from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
+from flowrl.runs.callbacks import StopOnSignal
 from flowrl.runs.folder import alone_in, cannot_write, finite_or_none
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
 from flowrl.storage.files import write_json, written_whole
@@ -77,7 +78,7 @@ def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, .
     Raises:
         ConfigError: A finished cell there was made with other settings.
         RankError: What starts the cells ends again and again.
-        KeyboardInterrupt: On Ctrl-C or SIGTERM; every finished cell is kept.
+        KeyboardInterrupt: On Ctrl-C, SIGTERM or a closed terminal; every finished cell is kept.
     """
     waiting = [cell for cell in cells if not finished_before(cell, root)]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before, {workers} at a time: {root}", flush=True)
@@ -149,7 +150,7 @@ def _processes() -> Any:
 def _stop_signals() -> Iterator[list[int]]:
     """Collect stop signals; none interrupts, since a cell that is just being started could not be ended any more."""
     received: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in StopOnSignal.heard()}
     try:
         yield received
     finally:

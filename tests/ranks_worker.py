@@ -44,6 +44,8 @@ That is rounding and no fault of how work is divided: in float64 every figure ag
 """
 
 OWN: dict[str, dict[str, Any]] = {
+    "draft": {"rollout_batch_size": 0},  # each minibatch is drawn by itself
+    "refl": {"rollout_batch_size": 0},
     "kl": {"tolerance": 1e-5},
     "orw_w2": {"ema_decay": 0.9, "refresh_every": 2},
     "tilt": {"pool": 64},

@@ -295,11 +295,14 @@ def test_a_cell_that_could_not_be_started_is_started_again(suite: Path, tmp_path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_to_all_processes_stops_a_benchmark_while_it_starts_cells(
-    suite: Path, tmp_path: Path, monkeypatch
+    suite: Path, tmp_path: Path, monkeypatch, name: str
 ) -> None:
     """What forks the cells is ended by it too."""
-    tries = start_that_fails(monkeypatch, 100, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    number = getattr(signal, name)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # also under nohup
+    tries = start_that_fails(monkeypatch, 100, lambda: os.kill(os.getpid(), number))
     with pytest.raises(KeyboardInterrupt):
         run_cells(load_suite(str(suite), algos=["ddpo"], seeds=[0]), tmp_path, workers=2)
     assert len(tries) == 1

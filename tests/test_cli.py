@@ -24,9 +24,11 @@ from safetensors.torch import load_file
 
 import flowrl
 import flowrl.run
+from flowrl.errors import ConfigError
 from flowrl.pages.run_files import RunFiles
 from flowrl.registry import environment_spec
 from flowrl.run import main
+from flowrl.runs.commandline import RunConfig
 from flowrl.runs.folder import alone_in, finite_or_none, write_evaluation
 from flowrl.runs.program import guarded
 
@@ -523,6 +525,13 @@ def test_a_run_goes_on_in_its_own_folder_with_its_own_seed(run_here, three: Path
     done = run_here("flowrl.run", "--resume", three, "--total-timesteps", 64 * 4, *option)
     assert done.returncode == 2
     assert f"{str(option[0])[:6].rstrip('=')} does nothing beside --resume" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "../a", "/a", "a/", "."])
+def test_a_name_is_no_path(name: str) -> None:
+    """'..' made a folder '..-2', and others one outside --out, or an error that named neither."""
+    with pytest.raises(ConfigError, match="--name is that of a folder in --out, not a path"):
+        RunConfig(name=name)
 
 
 def test_evaluate_steers_an_untrained_flow(run_here, tmp_path: Path) -> None:

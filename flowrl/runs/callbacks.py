@@ -282,9 +282,13 @@ class StopOnSignal(IterationCallback):
         super().__init__()
         self.received: signal.Signals | None = None
 
+    @classmethod
+    def heard(cls) -> list[signal.Signals]:
+        """Give the signals that are to stop a program, which nohup keeps a closed terminal's from."""
+        return [s for s in cls.signals if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN]
+
     def __enter__(self) -> StopOnSignal:
-        taken = [s for s in self.signals if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN]  # nohup
-        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._handle) for s in taken}
+        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._handle) for s in self.heard()}
         return self
 
     def __exit__(

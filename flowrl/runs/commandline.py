@@ -87,6 +87,8 @@ class RunConfig:
             value = getattr(self, key)
             FlowConfig.require(value is None or value > 0, f"--{key.replace('_', '-')} must be positive.")
         FlowConfig.require(0 <= self.seed < 2**32, f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
+        plain = self.name != ".." and self.name in ("", Path(self.name).name)
+        FlowConfig.require(plain, f"--name is that of a folder in --out, not a path: not {self.name!r}.")
         for key in ("total_timesteps", "checkpoint_every", "checkpoint_minutes"):
             value = getattr(self, key)
             FlowConfig.require(value is None or value >= 0, f"--{key.replace('_', '-')} must not be negative.")
