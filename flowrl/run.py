@@ -144,7 +144,10 @@ def _resume(args: list[str], folder: Path) -> int:
     checkpoint = checkpoint_folder(folder)
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
-        raise CheckpointError(f"'{folder}' is no run folder: its config.json does not say how it was run.")
+        raise CheckpointError(
+            f"'{folder}' is no run folder: its config.json does not say how it was run. A run goes on from its newest "
+            f"checkpoint; to train on from a checkpoint, load it in Python: cls.load('{folder}').learn(N)."
+        )
     before = kept_options(stored)
     run = tyro.cli(RunConfig, args=args, prog=PROGRAM, default=before)
     cls = algorithm_of(checkpoint, run.algo)

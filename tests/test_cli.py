@@ -489,6 +489,11 @@ def test_a_run_that_goes_on_shows_no_samples_of_before(
     assert not (run / "sounds" / "contexts.json").exists()
 
 
+def test_a_checkpoint_of_a_run_is_trained_on_in_python(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--resume", str(three / "final")]) == 2
+    assert f"from a checkpoint, load it in Python: cls.load('{three / 'final'}').learn(N)" in capsys.readouterr().err
+
+
 def test_an_evaluation_with_another_sampler_has_files_of_its_own(run_here, three: Path, tmp_path: Path) -> None:
     run = shutil.copytree(three, tmp_path / "run")
     own = {name: (run / name).read_bytes() for name in ("evaluation.json", "report.html", "before_after.png")}
