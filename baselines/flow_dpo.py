@@ -46,7 +46,8 @@ class FlowDPOConfig(GroupConfig, EndpointSamplesConfig):
 
     def idle(self) -> dict[str, str]:
         """Name the settings that do nothing beside the others, each with the reason."""
-        return super().idle() | ({"draw_steps": "for given pairs"} if self.data else {})
+        of_own_samples = ("draw_steps", "max_own_loss", "max_drift")
+        return super().idle() | (dict.fromkeys(of_own_samples, "for given pairs") if self.data else {})
 
     def check_group_size(self) -> None:
         """Check that groups have pairs, where none are given."""

@@ -267,7 +267,7 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "endpoint.alpha": 0.1,
     "endpoint-kl.alpha": 0.1,
     "baseline": "mean",  # wrong samples must repel
-    "endpoint.max_own_loss": 1.2,  # which errors reach after 25 refreshes and more (docs/signal.md)
+    "endpoint.w2.max_own_loss": 1.2,  # which errors reach after 25 refreshes and more (docs/signal.md)
 }
 EARLY: Mapping[str, Any] = {  # numbers are laid out early, by the text (docs/signal.md)
     "trained_parameters": ("context", "add_k", "add_v", "add_q", "to_add_out", "norm_added"),
@@ -298,9 +298,12 @@ LAYOUT: Mapping[str, Any] = {
     "advantages.contrast.beta": 0.2,
     # by benchmarks/tuning/count_early_others.toml
     "endpoint.preference.learning_rate": 5e-4,
+    "endpoint.preference.max_drift": 0.35,
     "endpoint.preference.regression.beta": 0.02,
+    "endpoint.preference.regression.max_drift": 0.0,  # has one optimum, as the old policy stays
     "endpoint-free.ratio.learning_rate": 4e-4,
     "endpoint-free.ratio.draws": 2,
+    "endpoint-free.ratio.max_drift": 0.35,
     "mixture.reward_units": "std",
     "mixture.tau": 5.0,
     "mixture.own_share": 0.7,

@@ -56,7 +56,7 @@ LOSSES, SAMPLER, FLOW = "flowrl/functional/losses.py", "flowrl/functional/solver
 ORW, STEERING, ALGORITHM = "flowrl/orw_w2.py", "flowrl/evaluation/steering.py", "flowrl/training/algorithm.py"
 SDE, TRANSPORT = "flowrl/functional/sde.py", "flowrl/functional/transport.py"
 OF_LOSSES, OF_FLOW, OF_METRICS = ("test_losses.py",), ("test_flow.py",), ("test_metrics.py",)
-NOISING = "flowrl/training/noising.py"
+NOISING, OF_SAMPLES = "flowrl/training/noising.py", "flowrl/training/endpoint_samples.py"
 OF_ADVANTAGES = "test_couplings.py::test_transport_of_advantages_keeps_their_pull_and_the_noise_normal"
 ENDPOINT, ENDPOINTS = "flowrl/functional/endpoint.py", "flowrl/training/endpoints.py"
 ROW = "test_endpoint.py::test_one_refresh_ends_at_the_minimiser_of_the_row"
@@ -189,7 +189,7 @@ MUTATIONS = (
     ),
     Mutation(
         "largest-time",
-        "flowrl/training/endpoint_samples.py",
+        OF_SAMPLES,
         "x_0, t if self.config.max_time == 1 else self.config.max_time * t",
         "x_0, t",
         ("test_couplings.py::test_times_are_weighed_and_end_at_the_largest",),
@@ -962,14 +962,14 @@ MUTATIONS = (
     ),
     Mutation(
         "held-refresh",
-        NOISING,
+        OF_SAMPLES,
         "if limit and values[name] > limit * found[-1]]",
         "if limit and values[name] > limit]",
         ("test_held_refresh.py::test_the_limit_is_on_the_ratio_of_the_two_losses",),
     ),
     Mutation(
         "held-policy",
-        NOISING,
+        OF_SAMPLES,
         'return copies | {"behaviour"} if config.max_own_loss or config.max_drift else copies',
         "return copies",
         ("test_held_refresh.py::test_beyond_the_limit_the_samples_come_from_the_policy_as_it_was",),

@@ -23,6 +23,9 @@ METHODS = [
     ("orw", {"target": "plain"}),  # which keeps no v_old otherwise
     ("nft", {"group_size": 8}),
     ("tilt", {"pool": 64}),
+    ("dgpo", {"group_size": 8}),
+    ("flow_dpo", {"group_size": 8}),  # which draws from the policy in training otherwise
+    ("fpo", {"group_size": 8, "draws": 2}),
 ]
 
 
@@ -135,6 +138,7 @@ def test_a_held_run_resumes_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
+        ("crd", {}, "'crd' draws samples from its current policy, which max_own_loss and max_drift do not hold"),
         ("rwr", {}, "'rwr' draws samples from its reference policy, which max_own_loss and max_drift do not hold"),
         ("orw_w2", {"max_own_loss": -1.0}, r"max_own_loss must not be negative, not -1\.0"),
         ("orw_w2", {"max_drift": -1.0}, r"max_drift must not be negative, not -1\.0"),

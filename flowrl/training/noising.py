@@ -1,24 +1,22 @@
-"""Noising: with which noise samples are noised again, how times are weighed, and what holds a refresh."""
+"""Noising: with which noise samples are noised again, and how times are weighed."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.errors import ConfigError
 from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
 from flowrl.functional.transport import Coupling, conditional_permutation, ot_permutation
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.endpoint_samples import EndpointSamples, EndpointSamplesConfig
 from flowrl.training.optimizers import share_of_step
-from flowrl.types import Batch, Condition, Role, Rows
+from flowrl.types import Batch, Condition, Rows
 
 TIME_BINS = 16
 LATE_OF = 8  # rows of a minibatch, of which the last two are for late times
@@ -27,7 +25,7 @@ TimeWeighting = Literal["none", "variance"]
 
 @dataclass(frozen=True)
 class NoisingConfig(EndpointSamplesConfig):
-    """Settings of methods that weigh times and may hold refreshes."""
+    """Settings of methods that weigh times."""
 
     time_weighting: TimeWeighting = "none"
     """"variance" weights times by the inverse of E|u - base|^2 there, a running mean: noise is even, the optimum is
@@ -35,18 +33,10 @@ class NoisingConfig(EndpointSamplesConfig):
     late_anchor: float = 0.0
     """Beyond max_time hold the field to the reference's: a quarter of each minibatch is taken at these times, for this
     times |v - v_ref|^2 alone. 0 leaves the field there to itself: weights that early times move move it, too."""
-    max_own_loss: float = 0.0
-    """Refresh the behaviour policy only while the loss of the flow's own samples is at most this times the reference's
-    loss of the same (train/own_loss, train/reference_loss): beyond, errors would grow from refresh to refresh. 0 sets
-    no limit."""
-    max_drift: float = 0.0
-    """Refresh the behaviour policy only while train/drift, E|v - v_ref|^2 on the flow's own samples, is at most this
-    times train/reference_loss, E|u - v_ref|^2 on the same: a trust region around the reference. 0 sets no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("late_anchor", "max_own_loss", "max_drift"):
-            self.require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
+        self.require(self.late_anchor >= 0, f"late_anchor must not be negative, not {self.late_anchor}.")
         self.require(
             not self.late_anchor or self.batch_size >= LATE_OF,
             f"late_anchor takes two of {LATE_OF} rows: batch_size = {self.batch_size} must be at least that, or "
@@ -68,25 +58,13 @@ class NoisingConfig(EndpointSamplesConfig):
 
 
 class Noising(EndpointSamples):
-    """An `EndpointSamples` method whose times have weights, and whose refreshes may be held."""
+    """An `EndpointSamples` method whose times have weights, and that may hold the field beyond the largest."""
 
     Config: ClassVar[type[FlowConfig]] = NoisingConfig
     config: NoisingConfig
-    held_by = ""
-
-    @classmethod
-    def copies_for(cls, config: Any) -> set[Role]:
-        """Keep the policy that draws the samples where it may stay as it is."""
-        copies = super().copies_for(config)
-        return copies | {"behaviour"} if config.max_own_loss or config.max_drift else copies
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if (self.config.max_own_loss or self.config.max_drift) and self.behaviour_role != "behaviour":
-            raise ConfigError(
-                f"'{self.name}' draws samples from its {self.behaviour_role} policy, which max_own_loss and max_drift "
-                "do not hold: leave them at 0."
-            )
         if self.config.time_weighting == "variance":
             self.noise_at = self.keep("noise_at", torch.zeros(2, TIME_BINS))  # sums of |u - base|^2, and counts
 
@@ -105,36 +83,6 @@ class Noising(EndpointSamples):
         share_of_step(self, loss + self.config.late_anchor * strayed, len(batch.x_1)).backward()
         figures = {"loss": loss, "late_drift": strayed, **figures}
         return {key: figure.detach() for key, figure in figures.items()}
-
-    def update(self) -> dict[str, torch.Tensor]:
-        """Improve the policy, and measure what may hold the refresh; that is part of the method's cost."""
-        figures = super().update()
-        holds = self.config.max_own_loss or self.config.max_drift
-        return {**self.drift(), **figures} if holds and "own_loss" not in figures else figures
-
-    def may_refresh(self, figures: Mapping[str, torch.Tensor]) -> bool:
-        """Tell whether the loss of own samples and the drift are small enough for a refresh."""
-        limits = {"own_loss": self.config.max_own_loss, "drift": self.config.max_drift}
-        if not any(limits.values()):
-            return True
-        found = self.ranks.mean_(torch.stack([figures[name] for name in (*limits, "reference_loss")])).tolist()
-        values = dict(zip(limits, found))
-        beyond = [name for name, limit in limits.items() if limit and values[name] > limit * found[-1]]
-        self.held_by = beyond[0] if beyond else ""
-        return not beyond
-
-    def cautions(self, logged: Mapping[str, Any]) -> dict[str, str]:
-        """Tell of a behaviour policy that stays as it is."""
-        if not self.held_by:
-            return super().cautions(logged)
-        limit = getattr(self.config, f"max_{self.held_by}")
-        what = "the loss of its own samples" if self.held_by == "own_loss" else "its drift on its own samples"
-        text = (
-            f"The policy that draws samples was not refreshed after iteration {self.iteration}: {what} is more than "
-            f"{limit:g} times the reference's loss of the same (max_{self.held_by}), and errors would grow. Training "
-            "goes on with samples of the policy as it was, and refreshes it once that is mended."
-        )
-        return {**super().cautions(logged), "held": text}
 
     def time_weight(self, t: torch.Tensor, noise: torch.Tensor, importance: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Compute weights (B,) of times t (B,), in the mean over times one.
