@@ -15,7 +15,9 @@ from flowrl.storage.files import written_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKERS = "osD^v"
+MARKERS = "osD^vPX"  # their number and that of the colours have no common divisor: pairs repeat late
+MOST_PATHS = 12
+"""Rows of an environment whose trainings are drawn; more are not told apart."""
 
 
 def colours(entries: Sequence[Entry]) -> dict[str, str]:
@@ -52,7 +54,10 @@ def learning_curves(entries: Sequence[Entry]) -> Figure:
 
 
 def frontier(entries: Sequence[Entry]) -> Figure:
-    """Draw reward against diversity, per environment: the values of a sweep joined, or a single setting's training."""
+    """Draw reward against diversity, per environment: the values of a sweep joined, or a single setting's training.
+
+    The trainings are left out where there are more than `MOST_PATHS` rows.
+    """
     from matplotlib.figure import Figure
 
     envs, colour = list(dict.fromkeys(entry["env"] for entry in entries)), colours(entries)
@@ -67,7 +72,7 @@ def frontier(entries: Sequence[Entry]) -> Figure:
             continue
         for row, (ends, path) in frontiers(done).items():
             axes.plot(*zip(*ends), color=colour[row], label=row, marker=marker[row], markersize=4, linewidth=1)
-            if path:
+            if path and len(rows_of(done)) <= MOST_PATHS:
                 axes.plot(*zip(*path), ":", color=colour[row], linewidth=1)
         axes.plot(*before(done), "k*", markersize=11, label="before training")
         across, up = limits(done)
