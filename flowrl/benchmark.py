@@ -22,13 +22,13 @@ from typing import Any
 
 import tyro
 
-from flowrl.errors import ConfigError, FlowRLError, RankError
+from flowrl.errors import ConfigError, RankError
 from flowrl.pages.benchmark_page import benchmark_page
 from flowrl.pages.benchmark_plots import frontier, learning_curves, save_drawing
 from flowrl.pages.benchmark_results import collect, to_six_digits
 from flowrl.pages.benchmark_tables import markdown
 from flowrl.runs.callbacks import StopOnSignal
-from flowrl.runs.folder import alone_in, cannot_write, finite_or_none
+from flowrl.runs.folder import alone_in, finite_or_none, writing_to
 from flowrl.runs.program import EXIT_STOPPED, OwnModules, guarded
 from flowrl.storage.files import write_json, written_whole
 from flowrl.suites.cell import run_logged
@@ -198,17 +198,14 @@ def _main(args: list[str]) -> int:
         print(f"{len(cells)} cells; results would go to {root}")
         return 0
     try:
-        failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
-        with alone_in(root, wait=True):
-            shown, left_out = with_others(cells, root, config.suite, config.budget)
-            written = write_results(shown, root)
+        with writing_to(root, lambda: "Finished cells are kept; choose another place with --out."):
+            failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
+            with alone_in(root, wait=True):
+                shown, left_out = with_others(cells, root, config.suite, config.budget)
+                written = write_results(shown, root)
     except KeyboardInterrupt:
         print(f"\nstopped; finished cells are kept. The same command goes on: {PROGRAM} {shlex.join(args)}")
         return EXIT_STOPPED
-    except OSError as error:
-        if isinstance(error, FlowRLError | BrokenPipeError):  # a pipe's reader that is gone is no folder's fault
-            raise
-        raise cannot_write(root, error, "Finished cells are kept; choose another place with --out.") from error
     if left_out:
         print(f"not in the tables: {left_out}")
     print("written: " + ", ".join(map(str, written)))

@@ -21,14 +21,14 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.envs.rewards.mixture import make_rewards
-from flowrl.errors import CheckpointError, ConfigError, FlowRLError
+from flowrl.errors import CheckpointError, ConfigError
 from flowrl.evaluation.measure import evaluate
 from flowrl.evaluation.results import EvaluationResult
 from flowrl.evaluation.steering import Steering
 from flowrl.functional.solver_steps import Solver
 from flowrl.pages.run_page import write_report
 from flowrl.registry import environment_spec
-from flowrl.runs.folder import cannot_write, environment_of, load_model, write_evaluation
+from flowrl.runs.folder import environment_of, load_model, write_evaluation, writing_to
 from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
@@ -127,12 +127,8 @@ def _evaluate(config: EvaluateConfig) -> int:
     elif config.env and environment_spec(config.env).name != (own := environment_of(config.run)) != "":
         print(f"\nnot written: the run is of '{own}', and its report stays of that")
     else:
-        try:
+        with writing_to(config.run, lambda: "The figures are those above."):
             written = _write(config.run, core, result)
-        except OSError as error:
-            if isinstance(error, FlowRLError):
-                raise
-            raise cannot_write(config.run, error, "The figures are those above.") from error
         print(f"\nwritten: {', '.join(map(str, written))}")
     return 0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -35,11 +35,11 @@ from flowrl.runs.commandline import (
 from flowrl.runs.folder import (
     algorithm_of,
     alone_in,
-    cannot_write,
     create_run_folder,
     environment_of,
     write_config,
     write_evaluation,
+    writing_to,
 )
 from flowrl.runs.logs import logger, say, telling_warnings
 from flowrl.runs.media import save_sounds
@@ -204,16 +204,14 @@ def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_
         return _learn(model, folder, run, total, held_out)
 
 
-@contextmanager
-def _telling(folder: Path, run: RunConfig) -> Iterator[None]:
-    """Say what to do about a run folder that takes no files: full, read-only."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FlowRLError):
-            raise
-        hint = _resume_hint(folder, run)
-        raise cannot_write(folder, error, f"{hint[0].upper()}{hint[1:]}") from error
+def _telling(folder: Path, run: RunConfig) -> AbstractContextManager[None]:
+    """Say how to go on where a run folder takes no files: full, read-only."""
+
+    def hint() -> str:
+        text = _resume_hint(folder, run)
+        return f"{text[0].upper()}{text[1:]}"
+
+    return writing_to(folder, hint)
 
 
 def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, FlowRLError
 from flowrl.evaluation.measure import EvaluationResult
 from flowrl.registry import algorithm_class, environment_spec
 from flowrl.storage.files import read_json, write_json
@@ -80,6 +80,17 @@ def cannot_write(folder: Path, error: Exception, hint: str = "Choose another pla
     """Make the error for a folder that takes no files: read-only, full, no such place."""
     reason = getattr(error, "strerror", None) or str(error)
     return ConfigError(f"Cannot write to '{folder}': {reason}. {hint}")
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path, hint: Callable[[], str]) -> Iterator[None]:
+    """Say in one line that a folder takes no files, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FlowRLError | BrokenPipeError):  # a pipe's reader that is gone is no folder's fault
+            raise
+        raise cannot_write(folder, error, hint()) from error
 
 
 def load_model(path: Path, algo: str = "", env: str = "", device: str = "auto") -> FlowAlgorithm:
