@@ -655,9 +655,11 @@ def test_times_end_at_the_largest_and_steps_to_draw_may_be_fewer(name: str, monk
     assert model.policy.evaluations_per_sample() == 4
 
 
-def test_steps_to_draw_given_pairs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="draw_steps = 2 does nothing for given pairs"):
-        make("flow_dpo", data=pairs_file(tmp_path / "pairs.safetensors"), draw_steps=2)
+@pytest.mark.parametrize(("name", "value"), [("draw_steps", 2), ("max_own_loss", 1.5), ("max_drift", 0.5)])
+def test_settings_of_own_samples_are_refused_beside_given_ones(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = {value} does nothing for given pairs"):
+        make("flow_dpo", data=pairs_file(tmp_path / "pairs.safetensors"), **{name: value})
+    assert name != "draw_steps" or name in flowrl.RWR.Config(data="samples.safetensors").idle()
 
 
 @pytest.mark.parametrize(
