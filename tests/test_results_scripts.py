@@ -204,6 +204,16 @@ def test_table_of_speech() -> None:
     assert lines[3].startswith("| tilt | 0, 1 | 512 | 4.00 ± 1.06 | 0.50 ± 0.35 | 1.000 ± 0.000 |")
 
 
+def test_distances_over_many_sets() -> None:
+    """Of sets of one point W2 is the distance of two points of the optimum."""
+    toy_sets = script("toy_sets")
+    figures = toy_sets.measure("gaussians-quadratic", [], [], sets=50, n=1, budget=0)["exact"]
+    core = flowrl.make("gaussians-quadratic")
+    x, y = core.oracle.sample(20_000).chunk(2)
+    assert figures["mean"] == pytest.approx((x - y).norm(dim=1).mean().item(), abs=3 * figures["ci"])
+    assert figures["ci"] == pytest.approx(1.96 * figures["std"] / 200**0.5)
+
+
 def test_settings_of_digits() -> None:
     digits = script("digits")
     assert [digits.setting(text) for text in ("target=plain", "tau=2.5")] == [("target", "plain"), ("tau", 2.5)]
