@@ -22,6 +22,7 @@ from flowrl.models.mlp import MLP
 from flowrl.models.source import ASSETS
 from flowrl.runs.callbacks import KeepCheckpoints
 from flowrl.storage import files
+from flowrl.training import loading
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import checkpoint_folder
 
@@ -348,6 +349,37 @@ def test_a_run_folder_means_its_newest_checkpoint(sound: Path, tmp_path: Path) -
     assert checkpoint_folder(run) == run / "checkpoints" / "0000000128"
     assert load(run).num_timesteps == 128
     assert checkpoint_folder(run / "final") == run / "final"
+
+
+def test_where_training_deletes_a_checkpoint_that_is_read_the_newest_one_is(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen, read = run_folder(sound, tmp_path), [], files.read_json
+    newest, newer = run / "checkpoints" / "0000000128", run / "checkpoints" / "0000000192"
+
+    def train_on(path: Path) -> dict:
+        if path == newest / "state.json" and seen.count(path):  # chosen, and now loaded
+            shutil.copytree(newest, newer)
+            rewrite(newer / "state.json", lambda s: s.update(num_timesteps=192))
+            shutil.rmtree(newest)
+        elif path == run / "checkpoints" / "0000000064" / "state.json":
+            shutil.rmtree(path.parent)  # while the newest is looked for
+        seen.append(path)
+        return read(path)
+
+    monkeypatch.setattr(loading, "read_json", train_on)
+    assert load(run).num_timesteps == 192
+    with pytest.raises(CheckpointError, match="damaged"):
+        loading.of_newest(run, lambda folder: files.read_tensors(folder / "config.json"))
+
+
+@pytest.mark.parametrize("odd", ["many", None, True, [1]])
+def test_a_checkpoint_that_does_not_say_how_long_it_was_trained_is_not_the_newest(
+    sound: Path, tmp_path: Path, odd: Any
+) -> None:
+    run = run_folder(sound, tmp_path)
+    rewrite(run / "checkpoints" / "0000000064" / "state.json", lambda s: s.update(num_timesteps=odd))
+    assert checkpoint_folder(run).name == "0000000128"
 
 
 def test_a_checkpoint_that_was_never_finished_is_passed_over(sound: Path, tmp_path: Path) -> None:

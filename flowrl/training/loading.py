@@ -6,13 +6,14 @@ Numbers and strings are read, and nothing else: a hostile folder cannot run code
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from flowrl.checks import is_finite
 from flowrl.distributed.sharding import is_sharded, sharded_like
 from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, did_you_mean
@@ -49,7 +50,39 @@ def checkpoint_folder(path: str | Path) -> Path:
     if not found:
         raise CheckpointError(f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/).")
     found = [file for file in found if not file.parent.is_symlink()] or found
-    return max(found, key=lambda file: (read_json(file).get("num_timesteps", 0), file.parent.name)).parent
+    return max(found, key=lambda file: (_trained_samples(file), file.parent.name)).parent
+
+
+def _trained_samples(file: Path) -> float:
+    """Read how many samples a checkpoint was trained on; -1 where training has deleted it meanwhile."""
+    try:
+        number = read_json(file).get("num_timesteps", 0)
+    except CheckpointError:
+        if file.exists():
+            raise
+        return -1
+    return number if is_finite(number) else 0
+
+
+Loaded = TypeVar("Loaded")
+MOST_NEWER = 20
+"""How many newer checkpoints are tried where each is deleted while it is read."""
+
+
+def of_newest(path: str | Path, load: Callable[[Path], Loaded]) -> Loaded:
+    """Load from the checkpoint that a path means; where a run that goes on deletes it meanwhile, from its newest then.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged or does not fit.
+    """
+    for _ in range(MOST_NEWER):
+        folder = checkpoint_folder(path)
+        try:
+            return load(folder)
+        except CheckpointError:
+            if checkpoint_folder(path) == folder:
+                raise
+    return load(checkpoint_folder(path))
 
 
 def load_checkpoint(
