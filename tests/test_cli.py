@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import flowrl
 import flowrl.run
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, RewardError
 from flowrl.pages.run_files import RunFiles
 from flowrl.registry import environment_spec
 from flowrl.run import main
@@ -487,6 +487,25 @@ def test_a_run_that_goes_on_shows_no_samples_of_before(
     assert main(["--resume", str(run), "--total-timesteps", str(4 * N)]) == 130
     assert RunFiles.read(run).before_after == b""
     assert not (run / "sounds" / "contexts.json").exists()
+
+
+def test_a_reward_that_fails_in_the_evaluation_loses_nothing(
+    run_here, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server is gone, say: what was trained is there, and evaluated by the command that is told."""
+    run = shutil.copytree(three, tmp_path / "run")
+
+    def failing(*given: object, **named: object) -> None:
+        raise RewardError("out of order")
+
+    (run / "evaluation.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(flowrl.run, "evaluate", failing)
+        done = run_here("flowrl.run", "--resume", "run", "--eval-samples", 32)
+    told = f"in {Path('run/final')}, not evaluated; go on with: python -m flowrl.run --resume run"
+    assert (done.returncode, done.stderr) == (2, f"error: out of order\nThe final weights are {told}\n")
+    assert run_here("flowrl.run", "--resume", "run", "--eval-samples", 32).returncode == 0
+    assert_same_run(run, three)
 
 
 def test_a_checkpoint_of_a_run_is_trained_on_in_python(three: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,8 +107,10 @@ def test_a_reward_that_fails_for_all_is_an_error() -> None:
     def fail(judge: Judge, samples: torch.Tensor) -> None:
         raise ValueError("out of order")
 
-    with pytest.raises(RewardError, match="out of order"):
+    with pytest.raises(RewardError, match=r"all 5 samples .*--algo\.rollout-batch-size.* out of order"):
         RewardCalls(environment(Judge(fail)), "drop")(*batch())
+    with pytest.raises(RewardError, match=r"ValueError: out of order.* the first None"):
+        environment(Judge(fail)).evaluate(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
 
 
 def test_a_good_reward_is_asked_once() -> None:
