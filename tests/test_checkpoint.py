@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flowrl
+from flowrl.distributed.ranks import Ranks
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.mlp import MLP
 from flowrl.models.source import ASSETS
@@ -25,6 +26,7 @@ from flowrl.storage import files
 from flowrl.training import loading
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import checkpoint_folder
+from flowrl.training.networks import TrainedNetwork
 
 pytestmark = pytest.mark.on_device
 
@@ -233,6 +235,45 @@ def rewrite(path: Path, change: Callable[[dict], object]) -> None:
 
 def first(tensors: dict, prefix: str) -> str:
     return next(name for name in sorted(tensors) if name.startswith(prefix) and tensors[name].dim() > 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("policy.safetensors", "behaviour"), ("optimizer.safetensors", "0.exp_avg"), ("algorithm.safetensors", "unit")],
+)
+def test_whole_numbers_are_no_weights(folder: Path, file: str, name: str) -> None:
+    """They would be cut off without a word; floats of another size are as good."""
+    if file == "algorithm.safetensors":
+        flowrl.Tilt("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=16, batch_size=16).save(folder)
+    cls = flowrl.Tilt if file == "algorithm.safetensors" else flowrl.ORWCFMW2
+    chosen = next(key for key in load_file(folder / file) if key.startswith(name))
+    rewrite(folder / file, lambda t: t.update({chosen: t[chosen].double()}))
+    cls.load(folder, device=DEVICE)
+    rewrite(folder / file, lambda t: t.update({chosen: t[chosen].long()}))
+    with pytest.raises(CheckpointError, match=r"does not fit|holds no 'unit'"):
+        cls.load(folder, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"moments.0.exp_avg": torch.zeros(1)},
+        {"moments.0.step": None},
+        {"moments.9.step": torch.zeros(())},
+        {"weight": torch.zeros(1, 4, dtype=torch.long)},
+        {"weight": None},
+        {"moments.0.step": torch.ones((), dtype=torch.long)},
+    ],
+)
+def test_a_stored_critic_of_another_kind(odd: dict[str, torch.Tensor | None]) -> None:
+    """Moments were taken whatever their shapes: a fused step read beyond small ones, or ended in a KeyError."""
+    made, other = (TrainedNetwork(nn.Linear(4, 1), 1e-3, Ranks()) for _ in range(2))
+    made.improve(made(torch.ones(2, 4)).sum())
+    other.load(made.state())
+    assert torch.equal(other.state()["moments.0.exp_avg"], made.state()["moments.0.exp_avg"])
+    stored = {name: tensor for name, tensor in {**made.state(), **odd}.items() if tensor is not None}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        other.load(stored)
 
 
 @pytest.mark.parametrize("role", ["current", "ema", "behaviour"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from flowrl.checks import is_finite
+from flowrl.checks import is_finite, of_one_kind
 from flowrl.distributed.sharding import is_sharded, sharded_like
 from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, did_you_mean
@@ -328,9 +328,11 @@ def _check_moments(entries: dict[int, dict[str, Any]], model: FlowAlgorithm, fol
     parameters = list(model.policy.parameters_of("current").values())
     for index, entry in entries.items():
         shapes = {key: tuple(value.shape) for key, value in entry.items()}
+        file = folder / "optimizer.safetensors"
         if index >= len(parameters) or shapes != state_shapes(model.config, parameters[index]):
-            file = folder / "optimizer.safetensors"
             raise CheckpointError(f"'{file}' does not fit this flow: the state of parameter {index} has {shapes}.")
+        if model.config.optimizer == "adamw" and not all(value.is_floating_point() for value in entry.values()):
+            raise CheckpointError(f"'{file}' does not fit this flow: the state of parameter {index} is of integers.")
         if model.config.optimizer == "adamw8bit":
             entry["step"] = int(entry["step"])  # bitsandbytes counts in Python
 
@@ -351,5 +353,10 @@ def _copy_into(
                 raise CheckpointError(
                     f"'{folder / 'policy.safetensors'}' does not fit this flow: '{name}' has shape "
                     f"{tuple(tensor.shape)}, not {tuple(target[name].shape)}."
+                )
+            if not of_one_kind(tensor, target[name]):
+                raise CheckpointError(
+                    f"'{folder / 'policy.safetensors'}' does not fit this flow: '{name}' is of {tensor.dtype}, not "
+                    f"{target[name].dtype}."
                 )
             target[name].copy_(sharded_like(tensor, target[name]))
