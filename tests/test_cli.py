@@ -306,6 +306,15 @@ def test_a_run_with_the_evaluation_of_an_older_state_is_not_finished(run_here, t
     assert_same_run(run, three)
 
 
+def test_a_config_without_what_it_may_be_without(run_here, three: Path, tmp_path: Path) -> None:
+    """Of a seed it takes the usual one; without an environment there is no run. Both were tracebacks."""
+    config = json.loads((three / "config.json").read_text())
+    for name, code, told in (("seed", 0, "iterations of"), ("environment", 2, "does not come from a run")):
+        (tmp_path / "one.json").write_text(json.dumps({key: value for key, value in config.items() if key != name}))
+        done = run_here("flowrl.run", "--config", "one.json", "--dry-run")
+        assert (done.returncode, told in done.stdout + done.stderr) == (code, True)
+
+
 def test_dry_run_of_a_resume_writes_nothing(run_here, three: Path, tmp_path: Path) -> None:
     run = shutil.copytree(three, tmp_path / "run")
     done = run_here("flowrl.run", "--resume", "run", "--total-timesteps", 6 * N, "--dry-run")
