@@ -101,6 +101,11 @@ def test_components_that_not_every_call_gives() -> None:
     assert list(result.components) == ["second"]
     one_sided = dataclasses.replace(result, components={**result.components, "far": 1.0})
     assert "far" not in one_sided.table()
+    assert result.reference is not None
+    numbered: Any = {1: 0.5}  # names that are no text ended a run, after its training, in a TypeError
+    before = dataclasses.replace(result.reference, components=numbered)
+    told = dataclasses.replace(result, components=numbered, reference=before).table()
+    assert "1                        0.5         0.5" in told
 
 
 def test_a_reward_that_fails_for_all_is_an_error() -> None:
