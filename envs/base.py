@@ -174,7 +174,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
         except Exception as error:
             raise RewardError(
                 f"The reward of '{self.name}' raised {type(error).__name__}: {error}. It was called with samples "
-                f"of shape {tuple(samples.shape)} and {len(asked)} contexts, the first {asked[0]!r}."
+                f"of shape {tuple(samples.shape)} and {len(asked)} contexts, the first {next(iter(asked), None)!r}."
             ) from error
         if not isinstance(output, RewardOutput):  # the numbers alone, as functions may give them
             output = RewardOutput(output)

@@ -196,6 +196,10 @@ class QuadraticReward:
         return self.tilt(mixture, tau).sample(n, generator)
 
 
+MOST_ROUNDS = 2_000
+"""Rounds of rejection after which a ring's optimum is given up."""
+
+
 @dataclass(frozen=True)
 class RingReward:
     """`r = -1/2 ((|x - c| - radius) / width)^2`: best on a circle, which no Gaussian tilt can express."""
@@ -215,16 +219,22 @@ class RingReward:
         """Draw `n` exact samples by rejection: r <= 0, so `e^{tau r}` is a probability of acceptance.
 
         Raises:
-            ConfigError: tau is negative: then it is none.
+            ConfigError: tau is negative: then it is none; or so large, or the ring so far off, that hardly a point of
+                the mixture is accepted.
         """
-        if not tau >= 0:
-            raise ConfigError(f"The optimum of a ring is known for a tau of 0 or more, not {tau:g}.")
+        if not 0 <= tau < math.inf:
+            raise ConfigError(f"The optimum of a ring is known for a finite tau of 0 or more, not {tau:g}.")
         accepted: list[torch.Tensor] = []
-        while sum(map(len, accepted)) < n:
+        for _ in range(MOST_ROUNDS):
             x = mixture.sample(8 * n, generator)
             u = torch.rand(len(x), generator=generator, device=x.device)
             accepted.append(x[u < (tau * self(x)).exp()])
-        return torch.cat(accepted)[:n]
+            if sum(map(len, accepted)) >= n:
+                return torch.cat(accepted)[:n]
+        raise ConfigError(
+            f"The optimum of this ring at tau = {tau:g} cannot be drawn: hardly any of {8 * n * MOST_ROUNDS} points of "
+            "the mixture are on it. Take a smaller tau, or a ring nearer to the mixture."
+        )
 
 
 @dataclass(frozen=True)
@@ -258,7 +268,7 @@ class GaussiansEnv(GenerationEnv):
         bound: The action space is [-bound, bound]^D.
 
     Raises:
-        ConfigError: There is no optimum for that tau.
+        ConfigError: There is no optimum for that tau, or the flow is of another dimension.
     """
 
     def __init__(
@@ -277,19 +287,17 @@ class GaussiansEnv(GenerationEnv):
 
         if flow is None:
             flow = lambda: FieldFlow(mixture.velocity, mixture.dim)  # noqa: E731
-        super().__init__(
-            source_of(flow, sample_shape=(mixture.dim,)),
-            contexts=[None],
-            low=-bound,
-            high=bound,
-            name=name,
-            render_mode=render_mode,
-        )
+        source = source_of(flow, sample_shape=(mixture.dim,))
+        if source.sample_shape != (mixture.dim,):
+            raise ConfigError(
+                f"'{name}' needs a flow of samples of shape ({mixture.dim},), not {tuple(source.sample_shape)}."
+            )
+        super().__init__(source, contexts=[None], low=-bound, high=bound, name=name, render_mode=render_mode)
         self.mixture = mixture
         self.reward_function = reward
         self.oracle = Oracle(mixture, cast(TiltableReward, reward), tau) if hasattr(reward, "sample_tilted") else None
         if self.oracle is not None:
-            self.oracle.sample(1, torch.Generator(mixture.means.device).manual_seed(0))  # now, not after the training
+            self.oracle.sample(64, torch.Generator(mixture.means.device).manual_seed(0))  # now, not after the training
 
     def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
         """Reward points (B, D)."""

@@ -150,3 +150,8 @@ def counted(name: str, value: Any, least: int = 1) -> int:
 def is_finite(value: Any) -> bool:
     """Tell whether a value is a number (and no bool) that a float can hold."""
     return fits(value, float) and isinstance(value, int | float) and math.isfinite(value)
+
+
+def of_one_kind(stored: torch.Tensor, own: torch.Tensor) -> bool:
+    """Tell whether stored numbers can stand for those of a tensor: of its type, or floats of another size."""
+    return stored.dtype == own.dtype or (stored.is_floating_point() and own.is_floating_point())

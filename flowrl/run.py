@@ -244,8 +244,9 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_
     with _telling(folder, run):
         try:
             return _finish(model, folder, run.eval_samples, held_out)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}\nThe final weights are not kept; {_resume_hint(folder, run)}") from error
+        except FlowRLError as error:
+            is_kept = "not kept" if isinstance(error, CheckpointError) else f"in {folder / 'final'}, not evaluated"
+            raise type(error)(f"{error}\nThe final weights are {is_kept}; {_resume_hint(folder, run)}") from error
 
 
 def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> None:

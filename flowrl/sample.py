@@ -29,7 +29,7 @@ from flowrl.runs.pictures import as_images, image_grid, n_shown, save_picture
 from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
 from flowrl.storage.files import write_json
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.loading import checkpoint_folder
+from flowrl.training.loading import of_newest
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.saving import algorithm_name
 from flowrl.version import __version__
@@ -88,8 +88,9 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _sample(config: SampleConfig) -> int:
-    config = replace(config, run=checkpoint_folder(config.run))  # a run that goes on has another newest one soon
-    model = load_model(config.run, config.algo, config.env, config.device)
+    named = config.algo, config.env, config.device
+    run, model = of_newest(config.run, lambda folder: (folder, load_model(folder, *named)))
+    config = replace(config, run=run)  # a run that goes on has another newest one soon
     contexts = chosen_contexts(model.env.core, config.prompt)
     print("\n".join(f"written: {path}" for path in write_samples(model, contexts, config)))
     return 0

@@ -12,7 +12,7 @@ from toys import RATE, narrow, narrow_linear
 
 import flowrl
 from flowrl.envs.gaussians import GaussianMixture, LinearReward
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, NonFiniteError
 from flowrl.evaluation.steering import Steering, steer
 from flowrl.functional.flow import interpolate
 from flowrl.functional.likelihood import log_prob
@@ -251,6 +251,13 @@ def test_evaluation_of_steering_counts_its_cost() -> None:
     assert result.reward_mean > result.reference.reward_mean + 0.5
     assert flowrl.evaluate(model, n_samples=256).evaluations_per_sample == 10
     assert model.policy.evaluations == 0
+
+
+def test_no_log_prob_of_a_flow_that_has_diverged() -> None:
+    """The solver's assertions ended a run in a traceback, without a word of how to go on."""
+    for last in (1.0, 0.5):  # where velocities are none from the start, and on the way
+        with pytest.raises(NonFiniteError, match=r"likelihood of 2 samples .*solver ends with '.*diverged"):
+            log_prob(lambda x, t, last=last: x / (t[:, None] > last), torch.ones(2, 2))  # type: ignore[misc]
 
 
 def test_log_prob_of_the_exact_field() -> None:

@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flowrl
+from flowrl.distributed.ranks import Ranks
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.mlp import MLP
 from flowrl.models.source import ASSETS
 from flowrl.runs.callbacks import KeepCheckpoints
 from flowrl.storage import files
+from flowrl.training import loading
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import checkpoint_folder
+from flowrl.training.networks import TrainedNetwork
 
 pytestmark = pytest.mark.on_device
 
@@ -234,6 +237,45 @@ def first(tensors: dict, prefix: str) -> str:
     return next(name for name in sorted(tensors) if name.startswith(prefix) and tensors[name].dim() > 0)
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("policy.safetensors", "behaviour"), ("optimizer.safetensors", "0.exp_avg"), ("algorithm.safetensors", "unit")],
+)
+def test_whole_numbers_are_no_weights(folder: Path, file: str, name: str) -> None:
+    """They would be cut off without a word; floats of another size are as good."""
+    if file == "algorithm.safetensors":
+        flowrl.Tilt("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, n_samples=16, batch_size=16).save(folder)
+    cls = flowrl.Tilt if file == "algorithm.safetensors" else flowrl.ORWCFMW2
+    chosen = next(key for key in load_file(folder / file) if key.startswith(name))
+    rewrite(folder / file, lambda t: t.update({chosen: t[chosen].double()}))
+    cls.load(folder, device=DEVICE)
+    rewrite(folder / file, lambda t: t.update({chosen: t[chosen].long()}))
+    with pytest.raises(CheckpointError, match=r"does not fit|holds no 'unit'"):
+        cls.load(folder, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"moments.0.exp_avg": torch.zeros(1)},
+        {"moments.0.step": None},
+        {"moments.9.step": torch.zeros(())},
+        {"weight": torch.zeros(1, 4, dtype=torch.long)},
+        {"weight": None},
+        {"moments.0.step": torch.ones((), dtype=torch.long)},
+    ],
+)
+def test_a_stored_critic_of_another_kind(odd: dict[str, torch.Tensor | None]) -> None:
+    """Moments were taken whatever their shapes: a fused step read beyond small ones, or ended in a KeyError."""
+    made, other = (TrainedNetwork(nn.Linear(4, 1), 1e-3, Ranks()) for _ in range(2))
+    made.improve(made(torch.ones(2, 4)).sum())
+    other.load(made.state())
+    assert torch.equal(other.state()["moments.0.exp_avg"], made.state()["moments.0.exp_avg"])
+    stored = {name: tensor for name, tensor in {**made.state(), **odd}.items() if tensor is not None}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        other.load(stored)
+
+
 @pytest.mark.parametrize("role", ["current", "ema", "behaviour"])
 def test_wrong_shape_names_file_and_weight(folder: Path, role: str) -> None:
     rewrite(folder / "policy.safetensors", lambda t: t.update({first(t, role): torch.zeros(3, 3)}))
@@ -348,6 +390,37 @@ def test_a_run_folder_means_its_newest_checkpoint(sound: Path, tmp_path: Path) -
     assert checkpoint_folder(run) == run / "checkpoints" / "0000000128"
     assert load(run).num_timesteps == 128
     assert checkpoint_folder(run / "final") == run / "final"
+
+
+def test_where_training_deletes_a_checkpoint_that_is_read_the_newest_one_is(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen, read = run_folder(sound, tmp_path), [], files.read_json
+    newest, newer = run / "checkpoints" / "0000000128", run / "checkpoints" / "0000000192"
+
+    def train_on(path: Path) -> dict:
+        if path == newest / "state.json" and seen.count(path):  # chosen, and now loaded
+            shutil.copytree(newest, newer)
+            rewrite(newer / "state.json", lambda s: s.update(num_timesteps=192))
+            shutil.rmtree(newest)
+        elif path == run / "checkpoints" / "0000000064" / "state.json":
+            shutil.rmtree(path.parent)  # while the newest is looked for
+        seen.append(path)
+        return read(path)
+
+    monkeypatch.setattr(loading, "read_json", train_on)
+    assert load(run).num_timesteps == 192
+    with pytest.raises(CheckpointError, match="damaged"):
+        loading.of_newest(run, lambda folder: files.read_tensors(folder / "config.json"))
+
+
+@pytest.mark.parametrize("odd", ["many", None, True, [1]])
+def test_a_checkpoint_that_does_not_say_how_long_it_was_trained_is_not_the_newest(
+    sound: Path, tmp_path: Path, odd: Any
+) -> None:
+    run = run_folder(sound, tmp_path)
+    rewrite(run / "checkpoints" / "0000000064" / "state.json", lambda s: s.update(num_timesteps=odd))
+    assert checkpoint_folder(run).name == "0000000128"
 
 
 def test_a_checkpoint_that_was_never_finished_is_passed_over(sound: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import flowrl
 import flowrl.run
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, RewardError
 from flowrl.pages.run_files import RunFiles
 from flowrl.registry import environment_spec
 from flowrl.run import main
@@ -306,6 +306,15 @@ def test_a_run_with_the_evaluation_of_an_older_state_is_not_finished(run_here, t
     assert_same_run(run, three)
 
 
+def test_a_config_without_what_it_may_be_without(run_here, three: Path, tmp_path: Path) -> None:
+    """Of a seed it takes the usual one; without an environment there is no run. Both were tracebacks."""
+    config = json.loads((three / "config.json").read_text())
+    for name, code, told in (("seed", 0, "iterations of"), ("environment", 2, "does not come from a run")):
+        (tmp_path / "one.json").write_text(json.dumps({key: value for key, value in config.items() if key != name}))
+        done = run_here("flowrl.run", "--config", "one.json", "--dry-run")
+        assert (done.returncode, told in done.stdout + done.stderr) == (code, True)
+
+
 def test_dry_run_of_a_resume_writes_nothing(run_here, three: Path, tmp_path: Path) -> None:
     run = shutil.copytree(three, tmp_path / "run")
     done = run_here("flowrl.run", "--resume", "run", "--total-timesteps", 6 * N, "--dry-run")
@@ -487,6 +496,25 @@ def test_a_run_that_goes_on_shows_no_samples_of_before(
     assert main(["--resume", str(run), "--total-timesteps", str(4 * N)]) == 130
     assert RunFiles.read(run).before_after == b""
     assert not (run / "sounds" / "contexts.json").exists()
+
+
+def test_a_reward_that_fails_in_the_evaluation_loses_nothing(
+    run_here, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server is gone, say: what was trained is there, and evaluated by the command that is told."""
+    run = shutil.copytree(three, tmp_path / "run")
+
+    def failing(*given: object, **named: object) -> None:
+        raise RewardError("out of order")
+
+    (run / "evaluation.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(flowrl.run, "evaluate", failing)
+        done = run_here("flowrl.run", "--resume", "run", "--eval-samples", 32)
+    told = f"in {Path('run/final')}, not evaluated; go on with: python -m flowrl.run --resume run"
+    assert (done.returncode, done.stderr) == (2, f"error: out of order\nThe final weights are {told}\n")
+    assert run_here("flowrl.run", "--resume", "run", "--eval-samples", 32).returncode == 0
+    assert_same_run(run, three)
 
 
 def test_a_checkpoint_of_a_run_is_trained_on_in_python(three: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,7 @@ def test_the_probability_of_an_even_digit(tmp_path: Path) -> None:
     reward.network.layers[-1].weight.zero_()
     logits = torch.tensor([0.0, 1.0, 2.0, 0.5, -1.0, 3.0, 0.0, 0.0, 1.0, 2.0])
     reward.network.layers[-1].bias.copy_(logits)
-    output = reward(torch.rand(2, 1, 8, 8), [None] * 2)
+    output = reward(torch.rand(2, 1, 8, 8, dtype=torch.float64), [None] * 2)
     total = sum(math.exp(x) for x in logits.tolist())
     even = sum(math.exp(x) for x in logits.tolist()[::2])
     assert output.reward.tolist() == pytest.approx([even / total] * 2)

@@ -10,6 +10,7 @@ import torch
 from conftest import DEVICE
 
 import flowrl
+from flowrl.envs import gaussians
 from flowrl.envs.gaussians import (
     REWARDS,
     GaussianMixture,
@@ -186,12 +187,21 @@ def test_a_tilt_that_cannot_be_normalised() -> None:
         q.tilt(2.1, quadratic=(-np.eye(2), (0, 0)))
 
 
-@pytest.mark.parametrize(("kind", "tau"), [("ring", -0.5), ("ring", float("nan")), ("quadratic", -20.0)])
-def test_a_tau_without_an_optimum_is_refused_when_the_environment_is_made(kind: str, tau: float) -> None:
-    """Of the ring at -0.5 samples of the reference were compared with, those of the others after the training."""
+@pytest.mark.parametrize(("kind", "tau"), [("ring", -0.5), ("ring", math.inf), ("ring", 1e30), ("quadratic", -20.0)])
+def test_a_tau_without_an_optimum_is_refused_when_the_environment_is_made(
+    kind: str, tau: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the ring at -0.5 samples of the reference were compared with; at 1e30 its own were drawn for ever."""
+    monkeypatch.setattr(gaussians, "MOST_ROUNDS", 20)
     with pytest.raises(ConfigError):
         flowrl.make(f"gaussians-{kind}", tau=tau)
     assert flowrl.make("gaussians-linear", tau=-0.5).oracle.tau == -0.5
+
+
+def test_a_flow_of_another_dimension_is_refused_when_the_environment_is_made() -> None:
+    """The first reward ended in an error of shapes."""
+    with pytest.raises(ConfigError, match=r"'gaussians-linear' needs a flow of samples of shape \(2,\), not \(50,\)"):
+        flowrl.make("gaussians-linear", flow="plans")
 
 
 @pytest.mark.parametrize("kind", REWARDS)

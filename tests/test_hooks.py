@@ -123,6 +123,22 @@ def test_an_algorithm_without_a_loss_is_named(monkeypatch: pytest.MonkeyPatch) -
         algorithm_class("unfinished")
 
 
+def test_a_loss_on_contexts_that_asks_for_no_reward_is_told_where_it_comes_from() -> None:
+    """It ended in an error of an empty list."""
+
+    class Mine(flowrl.FlowAlgorithm):
+        """A reward that the log knows nothing of."""
+
+        learns_from = "contexts"
+
+        def loss(self, batch: Batch) -> Any:
+            x_1 = self.policy.sample_latents(batch.context_ids, generator=self.generator, grad_steps=1, role="current")
+            return -x_1[:, 0].mean(), {}
+
+    with pytest.raises(ConfigError, match=r"Mine\.loss .*no reward.* self\.reward_of\(x_1, context_ids\)"):
+        learn(Mine)
+
+
 def test_losses_are_checked_in_the_first_iteration_only() -> None:
     model = learn(flowrl.ORWCFMW2)
     assert isinstance(model.checks, LaterChecks)

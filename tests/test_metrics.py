@@ -124,6 +124,16 @@ def test_the_interval_of_a_share_covers_it_also_near_one(share: float, n: int, s
     assert all(0 <= low < high <= 1 for low, high in intervals)
 
 
+def test_prompts_that_come_out_alike_are_no_certainty() -> None:
+    """Two prompts of many, five of eight samples won of both: the interval was 0.625 to 0.625, one of five so."""
+    won, prompts = torch.tensor([1.0] * 5 + [0.0] * 3).repeat(2), torch.arange(2).repeat_interleave(8)
+    error = math.sqrt(2 * 16 * 0.625 * 0.375) / 16
+    assert mean_interval(won, prompts) == pytest.approx((0.625 - 12.706205 * error, 0.625 + 12.706205 * error))
+    low, high = share_interval(won, prompts)
+    assert 0 < low < 0.1 < 0.9 < high < 1
+    assert share_interval(torch.full((16,), 0.5), prompts) == (0.5, 0.5)
+
+
 def test_the_interval_of_a_share_by_hand() -> None:
     low, high = share_interval(torch.tensor([1.0] * 300 + [0.0] * 100))
     z = 1.9659272**2 / 399  # Student's t of 399 degrees

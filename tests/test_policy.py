@@ -336,6 +336,13 @@ def unset(name: str) -> Callable[[Labelled], None]:
             r"each with 2 rows.*not a tuple of a float32 tensor of shape \(1, 2\)",
         ),
         ("null_condition", lambda self: torch.zeros(2), r"each with a row .*not a float32 tensor of shape \(2,\)"),
+        (
+            "null_condition",
+            lambda self: (torch.zeros(1, 3),),
+            r"for one context, of .*\[\(1, 2\)\], not \[\(1, 3\)\]",
+        ),
+        ("null_condition", lambda self: (torch.zeros(2, 2),), r"null_condition must give .*, not \[\(2, 2\)\]"),
+        ("null_condition", lambda self: (), r"null_condition must give .*, not \[\]"),
         ("times", lambda self, steps: torch.linspace(1, 0, steps + 1), r"times\(4\) must give .* 5 times that rise"),
         ("times", lambda self, steps: torch.linspace(0, 1, steps), r"times\(4\) must give a tensor of 5 times"),
         ("times", lambda self, steps: torch.ones(steps + 1), r"times\(4\) must give .* 5 times that rise"),

@@ -101,14 +101,21 @@ def test_components_that_not_every_call_gives() -> None:
     assert list(result.components) == ["second"]
     one_sided = dataclasses.replace(result, components={**result.components, "far": 1.0})
     assert "far" not in one_sided.table()
+    assert result.reference is not None
+    numbered: Any = {1: 0.5}  # names that are no text ended a run, after its training, in a TypeError
+    before = dataclasses.replace(result.reference, components=numbered)
+    told = dataclasses.replace(result, components=numbered, reference=before).table()
+    assert "1                        0.5         0.5" in told
 
 
 def test_a_reward_that_fails_for_all_is_an_error() -> None:
     def fail(judge: Judge, samples: torch.Tensor) -> None:
         raise ValueError("out of order")
 
-    with pytest.raises(RewardError, match="out of order"):
+    with pytest.raises(RewardError, match=r"all 5 samples .*--algo\.rollout-batch-size.* out of order"):
         RewardCalls(environment(Judge(fail)), "drop")(*batch())
+    with pytest.raises(RewardError, match=r"ValueError: out of order.* the first None"):
+        environment(Judge(fail)).evaluate(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
 
 
 def test_a_good_reward_is_asked_once() -> None:

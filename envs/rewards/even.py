@@ -100,6 +100,6 @@ class EvenReward(ModelReward):
                 f"The reward 'even' takes pictures (B, {shape[0]}, {shape[1]}, {shape[2]}) of digits, not "
                 f"{tuple(images.shape)}."
             )
-        probability = self.network(images).softmax(dim=1)
+        probability = self.network(images.float()).softmax(dim=1)
         answers = nn.functional.one_hot(probability.argmax(dim=1), CLASSES).float()
         return RewardOutput(probability[:, ::2].sum(1), {f"digit {k}": answers[:, k] for k in range(CLASSES)})

@@ -105,6 +105,7 @@ class EvaluationResult(SampleStatistics):
         rows += [(name, before.side[name], value) for name, value in self.side.items()]
         if not math.isnan(self.w2_to_optimum):
             rows += [("W2 to optimum", before.w2_to_optimum, self.w2_to_optimum)]
+        rows = [(str(name), a, b) for name, a, b in rows]  # components may be named by numbers
         width = max(16, *(len(name) + 1 for name, _, _ in rows))
         lines = [f"{'':{width}s}{'reference':>12s}{'trained':>12s}{'change':>12s}"]
         lines += [f"{name:{width}s}{a:12.4g}{b:12.4g}{b - a:+12.4g}" for name, a, b in rows]

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from flowrl.errors import NonFiniteError
 from flowrl.types import Field
 
 Divergence = Literal["auto", "exact", "hutchinson"]
@@ -44,6 +45,9 @@ def log_prob(
 
     Returns:
         (B,), summed over dimensions, in nats.
+
+    Raises:
+        NonFiniteError: The solver finds no way back: velocities are not finite, or change too much for any step.
     """
     from torchdiffeq import odeint
 
@@ -69,7 +73,15 @@ def log_prob(
     backwards = torch.tensor([1.0, 0.0], device=x_1.device)
     options = {"first_step": FIRST_STEP, "step_t": backwards[1:]}  # left alone, the last step would pass t = 0
     with torch.no_grad():
-        path, change = odeint(rates, start, backwards, rtol=rtol, atol=atol, method="dopri5", options=options)
+        try:
+            path, change = odeint(rates, start, backwards, rtol=rtol, atol=atol, method="dopri5", options=options)
+        except AssertionError as error:  # the solver's own checks
+            reason = str(error).partition(":")[0]
+            raise NonFiniteError(
+                f"The likelihood of {len(x_1)} samples cannot be computed: the solver ends with '{reason}'. The flow's "
+                "velocities are not finite, or change too much on the way: it has diverged. Go back to an earlier "
+                "checkpoint, with a lower learning rate or tau."
+            ) from error
     x_0, gained = path[-1], change[-1]  # gained is the integral from 1 to 0: minus that from 0 to 1
     normal = -0.5 * x_0.square().flatten(1).sum(1) - 0.5 * dim * math.log(2 * math.pi)
     return normal + gained

@@ -125,13 +125,19 @@ def share_interval(values: torch.Tensor, clusters: torch.Tensor | None = None) -
 
 
 def _mean_error(values: torch.Tensor, clusters: torch.Tensor | None) -> tuple[float, float, float, int]:
-    """Give the mean of values, its standard error (NaN of one), how many of it are 95 %, and the independent values."""
+    """Give the mean of values, its standard error (NaN of one), how many of it are 95 %, and the independent values.
+
+    Clusters of the same mean, as a few of few values often are, say nothing of how those of others differ: the error is
+    that of their values then.
+    """
     from scipy import special
 
+    values = values.cpu().double()
     n, deviation = len(values), values - values.mean()
     if clusters is not None:
-        drawn, index = clusters.unique(return_inverse=True)
-        n, deviation = len(drawn), deviation.new_zeros(len(drawn)).index_add_(0, index, deviation)
+        drawn, index = clusters.cpu().unique(return_inverse=True)
+        n, total = len(drawn), deviation.new_zeros(len(drawn)).index_add_(0, index, deviation)
+        deviation = total if bool(total.norm() > 1e-6 * deviation.norm()) else deviation
     mean = values.mean().item()
     if n < 2:
         return mean, math.nan, math.nan, n

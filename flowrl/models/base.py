@@ -65,7 +65,16 @@ class VelocityModel(nn.Module):
         """Give the empty context's condition (one row) for every sample of `cond`: what guidance leads away from.
 
         An override takes those parts from `cond` that guidance keeps, such as a picture beside the prompt.
+
+        Raises:
+            ConfigError: It has not one row of the shape of each part of `cond`.
         """
+        rows, given = [(1, *part.shape[1:]) for part in cond], [tuple(part.shape) for part in null]
+        if rows != given:
+            raise ConfigError(
+                f"{type(self).__name__}.null_condition must give what `encode` gives for one context, of shapes "
+                f"{rows}, not {given}."
+            )
         return tuple(row.expand(len(part), *row.shape[1:]) for row, part in zip(null, cond))
 
     def with_guidance(self, cond: Condition, scale: float) -> Condition:

@@ -127,7 +127,7 @@ class Description:
             check_description(stored, file)
         except CheckpointError as error:
             raise ConfigError(f"--config: {error}") from error
-        environment = stored["environment"]
+        environment = stored.get("environment")
         if environment is None or not isinstance(stored.get("run"), dict):
             raise ConfigError(f"--config: '{file}' does not come from a run of {PROGRAM}.")
         algo, env = stored["algorithm"], environment["name"]
@@ -137,7 +137,7 @@ class Description:
                 "file is never imported: name its module yourself (--modules NAME, --algo module:Class or --env "
                 "module:name)."
             )
-        run = replace(kept_options(stored["run"]), algo=algo, env=env, seed=stored["seed"] or 0)
+        run = replace(kept_options(stored["run"]), algo=algo, env=env, seed=stored.get("seed") or 0)
         if isinstance(stored.get("device"), str):
             run = replace(run, device=stored["device"])
         settings = pinned_settings(env, environment["settings"], stored) or {}

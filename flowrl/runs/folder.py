@@ -16,7 +16,7 @@ from flowrl.evaluation.measure import EvaluationResult
 from flowrl.registry import algorithm_class, environment_spec
 from flowrl.storage.files import read_json, write_json
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.loading import checkpoint_folder, load_checkpoint
+from flowrl.training.loading import load_checkpoint, of_newest
 from flowrl.training.saving import description
 
 
@@ -107,14 +107,16 @@ def load_model(path: Path, algo: str = "", env: str = "", device: str = "auto") 
         CheckpointError: There is none, or it is damaged or does not fit.
         UnknownNameError: No such algorithm or environment.
     """
-    folder = checkpoint_folder(path)
-    cls = algorithm_of(folder, algo)
-    return load_checkpoint(cls, folder, env=environment_spec(env).name if env else None, device=device, to_train=False)
+    named = environment_spec(env).name if env else None
+    return of_newest(
+        path,
+        lambda folder: load_checkpoint(algorithm_of(folder, algo), folder, env=named, device=device, to_train=False),
+    )
 
 
 def environment_of(path: Path) -> str:
     """Name the environment that a run or a checkpoint was trained on; empty where it was an object without a name."""
-    stored = read_json(checkpoint_folder(path) / "config.json").get("environment")
+    stored = of_newest(path, lambda folder: read_json(folder / "config.json")).get("environment")
     return str(stored.get("name", "")) if isinstance(stored, dict) else ""
 
 

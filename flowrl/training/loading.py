@@ -6,13 +6,14 @@ Numbers and strings are read, and nothing else: a hostile folder cannot run code
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from flowrl.checks import is_finite, of_one_kind
 from flowrl.distributed.sharding import is_sharded, sharded_like
 from flowrl.envs.prompts import fingerprint
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, did_you_mean
@@ -49,7 +50,39 @@ def checkpoint_folder(path: str | Path) -> Path:
     if not found:
         raise CheckpointError(f"'{folder}' holds no checkpoint (no state.json there, in checkpoints/ or in final/).")
     found = [file for file in found if not file.parent.is_symlink()] or found
-    return max(found, key=lambda file: (read_json(file).get("num_timesteps", 0), file.parent.name)).parent
+    return max(found, key=lambda file: (_trained_samples(file), file.parent.name)).parent
+
+
+def _trained_samples(file: Path) -> float:
+    """Read how many samples a checkpoint was trained on; -1 where training has deleted it meanwhile."""
+    try:
+        number = read_json(file).get("num_timesteps", 0)
+    except CheckpointError:
+        if file.exists():
+            raise
+        return -1
+    return number if is_finite(number) else 0
+
+
+Loaded = TypeVar("Loaded")
+MOST_NEWER = 20
+"""How many newer checkpoints are tried where each is deleted while it is read."""
+
+
+def of_newest(path: str | Path, load: Callable[[Path], Loaded]) -> Loaded:
+    """Load from the checkpoint that a path means; where a run that goes on deletes it meanwhile, from its newest then.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged or does not fit.
+    """
+    for _ in range(MOST_NEWER):
+        folder = checkpoint_folder(path)
+        try:
+            return load(folder)
+        except CheckpointError:
+            if checkpoint_folder(path) == folder:
+                raise
+    return load(checkpoint_folder(path))
 
 
 def load_checkpoint(
@@ -295,9 +328,11 @@ def _check_moments(entries: dict[int, dict[str, Any]], model: FlowAlgorithm, fol
     parameters = list(model.policy.parameters_of("current").values())
     for index, entry in entries.items():
         shapes = {key: tuple(value.shape) for key, value in entry.items()}
+        file = folder / "optimizer.safetensors"
         if index >= len(parameters) or shapes != state_shapes(model.config, parameters[index]):
-            file = folder / "optimizer.safetensors"
             raise CheckpointError(f"'{file}' does not fit this flow: the state of parameter {index} has {shapes}.")
+        if model.config.optimizer == "adamw" and not all(value.is_floating_point() for value in entry.values()):
+            raise CheckpointError(f"'{file}' does not fit this flow: the state of parameter {index} is of integers.")
         if model.config.optimizer == "adamw8bit":
             entry["step"] = int(entry["step"])  # bitsandbytes counts in Python
 
@@ -318,5 +353,10 @@ def _copy_into(
                 raise CheckpointError(
                     f"'{folder / 'policy.safetensors'}' does not fit this flow: '{name}' has shape "
                     f"{tuple(tensor.shape)}, not {tuple(target[name].shape)}."
+                )
+            if not of_one_kind(tensor, target[name]):
+                raise CheckpointError(
+                    f"'{folder / 'policy.safetensors'}' does not fit this flow: '{name}' is of {tensor.dtype}, not "
+                    f"{target[name].dtype}."
                 )
             target[name].copy_(sharded_like(tensor, target[name]))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowrl.checks import of_one_kind
 from flowrl.distributed.ranks import Ranks
 from flowrl.errors import CheckpointError
-from flowrl.training.optimizers import AdamW, laid_out_like, step_unless
+from flowrl.training.optimizers import AdamW, adam_shapes, laid_out_like, step_unless
 
 
 class TrainedNetwork:
@@ -69,12 +70,20 @@ class TrainedNetwork:
             if name.startswith("moments."):
                 _, index, key = name.split(".")
                 moments.setdefault(int(index), {})[key] = tensor
+        weights = {name: t for name, t in tensors.items() if not name.startswith("moments.")}
         try:
-            weights = {name: t for name, t in tensors.items() if not name.startswith("moments.")}
+            odd = [name for name, own in self.module.state_dict().items() if not of_one_kind(weights[name], own)]
             self.module.load_state_dict(weights)
-        except RuntimeError as error:
+        except (LookupError, RuntimeError) as error:
             raise CheckpointError(f"A stored network does not fit this one: {error}.") from error
         parameters = list(self.module.parameters())
+        for i, entry in moments.items():  # a fused step would read beyond one that is too small
+            shapes = {key: tuple(value.shape) for key, value in entry.items()}
+            fits = i < len(parameters) and shapes == adam_shapes(parameters[i])
+            if not (fits and all(value.is_floating_point() for value in entry.values())):
+                odd.append(f"moments.{i}")
+        if odd:
+            raise CheckpointError(f"A stored network does not fit this one: '{odd[0]}' is of another type or shape.")
         moments = {i: {k: laid_out_like(v, parameters[i]) for k, v in e.items()} for i, e in moments.items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
@@ -101,7 +110,7 @@ class ExtraState:
             CheckpointError: Something is missing or of another shape; names it.
         """
         for name, tensor in self.tensors.items():
-            if name not in stored or stored[name].shape != tensor.shape:
+            if name not in stored or stored[name].shape != tensor.shape or not of_one_kind(stored[name], tensor):
                 raise CheckpointError(f"The checkpoint holds no '{name}' of shape {tuple(tensor.shape)}.")
             tensor.copy_(stored[name])
         for name, network in self.networks.items():

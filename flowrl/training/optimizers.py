@@ -79,12 +79,17 @@ def state_shapes(config: FlowConfig, parameter: torch.Tensor) -> dict[str, tuple
     """Give names and shapes of what the optimizer keeps of a parameter, by which a stored state is checked."""
     shape = tuple(parameter.shape)
     if config.optimizer == "adamw":
-        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+        return adam_shapes(parameter)
     shapes = {"step": (), "state1": shape, "state2": shape}
     if parameter.numel() >= SMALLEST_QUANTISED:
         blocks = (math.ceil(parameter.numel() / BLOCK),)
         shapes |= {"qmap1": (256,), "qmap2": (256,), "absmax1": blocks, "absmax2": blocks}
     return shapes
+
+
+def adam_shapes(parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    """Give names and shapes of what Adam keeps of a parameter."""
+    return {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
 
 
 def laid_out_like(state: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

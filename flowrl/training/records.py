@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flowrl.errors import ConfigError
 from flowrl.functional import metrics
 from flowrl.functional.flow import interpolate
 from flowrl.functional.losses import effective_sample_size
@@ -44,10 +45,19 @@ class RolloutRecord:
             self.shown.append((samples, context_ids))
 
     def figures(self, model: FlowAlgorithm) -> dict[str, torch.Tensor]:
-        """Compute scalars by name, still on the device; those of components are of this rank."""
+        """Compute scalars by name, still on the device; those of components are of this rank.
+
+        Raises:
+            ConfigError: A method on contexts has asked for no reward.
+        """
         rollout = model.buffer.all()
         reward = rollout.reward
         if model.learns_from == "contexts":  # drawn for each update, not kept
+            if not self.rewards:
+                raise ConfigError(
+                    f"{type(model).__name__}.loss learns from contexts and has asked for no reward: it must take that "
+                    "of its samples from self.reward_of(x_1, context_ids), which keeps it for the log."
+                )
             reward = model.ranks.gather_uneven(torch.cat(self.rewards))
         figures = {"rollout/reward_mean": reward.mean(), "rollout/reward_std": reward.std(correction=0)}
         figures["rollout/reward_min"], figures["rollout/reward_max"] = reward.aminmax()

@@ -70,8 +70,10 @@ class RewardCalls:
             return (output if grad else output.detached()), everything
         parts = self._halves(samples, context_ids, everything)
         if not parts:
-            assert self.last_error is not None
-            raise self.last_error
+            raise RewardError(
+                f"The reward failed for all {len(samples)} samples that were drawn together: none is left to stand in "
+                f"for them. Draw more at once (--algo.rollout-batch-size). The last error: {self.last_error}"
+            ) from self.last_error
         outputs, kept = zip(*parts)
         named = [output.components for output in outputs]
         components = {key: torch.cat([part[key] for part in named]) for key in in_all(named)}

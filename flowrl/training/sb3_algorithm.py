@@ -81,9 +81,9 @@ class SB3Algorithm(BaseAlgorithm):
         Raises:
             CheckpointError: Damaged, incomplete, or of another algorithm or policy.
         """
-        from flowrl.training.loading import load_checkpoint
+        from flowrl.training.loading import load_checkpoint, of_newest
 
-        return load_checkpoint(cast(Any, cls), path, env=env, device=device, **kwargs)
+        return of_newest(path, lambda folder: load_checkpoint(cast(Any, cls), folder, env=env, device=device, **kwargs))
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """Refuse another environment: rewards, prompts and settings of training hang on the one it was made with.
