@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 Parts = tuple[torch.Tensor, ...]
+ALL: dict[str, Any] = {"trained_parameters": (), "max_time": 1.0, "draw_steps": 0, "lr_schedule": "constant"}
+"""Settings of flowrl that these loops know no others of: all weights, all times, as many steps in every rollout."""
 
 
 class BareLoop:

@@ -6,13 +6,13 @@ import collections
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bare_loops import BareLoop, BareLoRA
+from bare_loops import ALL, BareLoop, BareLoRA
 from gpu_lab import FLUX, PROMPTS, SD35, Figures, Lab
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -269,6 +269,8 @@ def whole_iteration(model: Any) -> Callable[[], object]:
 
 def _mini_model(lab: Lab) -> Any:
     settings = {"n_epochs": 1, "group_size": 8, "ema_decay": 0.0, "standardise": "none", "warmup_updates": 0}
+    known = {field.name for field in fields(flowrl.ORWCFMW2.Config)}  # older checkouts have fewer settings
+    settings |= {name: value for name, value in ALL.items() if name in known}
     settings |= {"lora_rank": 0, "precision": "float32", **lab.sizes.mini, **lab.settings}
     where = {"flow": "mini-sd3"}
     return flowrl.ORWCFMW2("FlowPolicy", "sd3-aesthetic", env_settings=where, seed=0, device=lab.device, **settings)

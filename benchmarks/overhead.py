@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bare_loops import BareLoop
+from bare_loops import ALL, BareLoop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowrl
@@ -32,6 +32,7 @@ from flowrl.envs.rewards.aesthetic import colourfulness
 
 MLP = {"n_samples": 512, "batch_size": 512, "n_epochs": 4, "rollout_steps": 16}
 MINI = {
+    **ALL,
     "n_samples": 64,
     "group_size": 8,
     "batch_size": 64,

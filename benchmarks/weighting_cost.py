@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bare_loops import ALL
 from overhead import in_turn
 
 import flowrl
@@ -72,7 +73,7 @@ def environment(size: str) -> tuple[flowrl.GenerationEnv, dict[str, Any]]:
     if size == "MLP":
         return flowrl.make("gaussians-linear"), {**SMALL, **SHARED}
     if size == "mini-sd3":
-        return flowrl.make("sd3-aesthetic", flow="mini-sd3"), {**LARGE, **SHARED}
+        return flowrl.make("sd3-aesthetic", flow="mini-sd3"), {**LARGE, **SHARED, **ALL}
     torch.manual_seed(0)
     return flowrl.make("brightness-unet"), {**LARGE, **SHARED}
 

@@ -232,9 +232,9 @@ def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
     model = MINI_MODEL if name in EMBEDDED else LARGE_MODEL
     if name in OWN:
         return {**model, **OWN[name]}
-    if reward != "count":
-        return model
-    return {**model, **RIGHT_OR_WRONG, **(LAYOUT if model is MINI_MODEL else {})}
+    if reward == "count":
+        return {**model, **RIGHT_OR_WRONG, **(LAYOUT if model is MINI_MODEL else {})}
+    return {**model, **(COLOURS if model is MINI_MODEL and reward in ("aesthetic", "colourfulness") else {})}
 
 
 IMAGES: Mapping[str, Any] = {
@@ -269,7 +269,7 @@ RIGHT_OR_WRONG: Mapping[str, Any] = {
     "baseline": "mean",  # wrong samples must repel
     "endpoint.w2.max_own_loss": 1.2,  # which errors reach after 25 refreshes and more (docs/signal.md)
 }
-EARLY: Mapping[str, Any] = {  # numbers are laid out early, by the text (docs/signal.md)
+EARLY: Mapping[str, Any] = {  # numbers and colours are laid out early, by the text (docs/signal.md)
     "trained_parameters": ("context", "add_k", "add_v", "add_q", "to_add_out", "norm_added"),
     "max_time": 0.3,
     "draw_steps": 8,
@@ -277,6 +277,7 @@ EARLY: Mapping[str, Any] = {  # numbers are laid out early, by the text (docs/si
     "lr_schedule": "linear",
     "ema_decay": 0.95,
 }
+COLOURS: Mapping[str, Any] = {f"endpoint.w2.{name}": value for name, value in EARLY.items()}
 TRAINED_EARLY = ("endpoint.w2", "advantages", "endpoint.preference", "endpoint-free.ratio", "mixture")
 LAYOUT: Mapping[str, Any] = {
     **{f"{kind}.{name}": value for kind in TRAINED_EARLY for name, value in EARLY.items()},
@@ -344,7 +345,7 @@ SPECS = [
         summary=summary,
     )
     for reward, total_timesteps, summary in (
-        ("aesthetic", 7_680, "pleasing images: LAION predictor; colourfulness on the embedded model"),
+        ("aesthetic", 5_120, "pleasing images: LAION predictor; colourfulness on the embedded model"),
         ("compress", 7_680, "images that compress well: minus the JPEG size in kB"),
         ("count", 5_120, "the asked number, colour and shape, checked by image analysis"),
         ("ocr", 7_680, "the asked word, read by a text recogniser (extra [ocr])"),
