@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -242,11 +242,7 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_
         return EXIT_STOPPED
     checkpoints.wait()
     with _telling(folder, run):
-        try:
-            return _finish(model, folder, run.eval_samples, held_out)
-        except FlowRLError as error:
-            is_kept = "not kept" if isinstance(error, CheckpointError) else f"in {folder / 'final'}, not evaluated"
-            raise type(error)(f"{error}\nThe final weights are {is_kept}; {_resume_hint(folder, run)}") from error
+        return _finish(model, folder, run, held_out)
 
 
 def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> None:
@@ -290,14 +286,17 @@ def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:
     return None
 
 
-def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Judges) -> int:
+def _finish(model: FlowAlgorithm, folder: Path, run: RunConfig, held_out: Judges) -> int:
     """Write the final weights, their evaluation and the report."""
-    model.save(folder / "final")
+    final = folder / "final"
+    with _adding(f"The final weights are not kept; {_resume_hint(folder, run)}"):
+        model.save(final)
+        if model.ranks.is_main and model.policy.lora is None and not model.ranks.is_sharded:
+            model.policy.networks.export(final, model.policy.sampling_role)  # `flowrl.export` writes the others
     if model.ranks.is_main:
-        if model.policy.lora is None and not model.ranks.is_sharded:  # `flowrl.export` writes those
-            model.policy.networks.export(folder / "final", model.policy.sampling_role)
         say("evaluating ...")
-    result = evaluate(model, n_samples=eval_samples, eval_rewards=held_out)
+    with _adding(f"The final weights are in {final}, not evaluated; {_resume_hint(folder, run)}"):
+        result = evaluate(model, n_samples=run.eval_samples, eval_rewards=held_out)
     model.ranks.leave()
     if not model.ranks.is_main:
         return 0
@@ -313,6 +312,15 @@ def _finish(model: FlowAlgorithm, folder: Path, eval_samples: int, held_out: Jud
     report = write_report(folder)
     say(f"\nreport: {report}")
     return 0
+
+
+@contextmanager
+def _adding(what: str) -> Iterator[None]:
+    """Say in an error of flowrl's own what it leaves behind, too."""
+    try:
+        yield
+    except FlowRLError as error:
+        raise type(error)(f"{error}\n{what}") from error
 
 
 def _resume_hint(folder: Path, run: RunConfig) -> str:
