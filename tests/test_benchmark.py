@@ -17,12 +17,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import forgetting
 from html_checker import checked
 from PIL import Image
 
 import flowrl
 from flowrl import benchmark
 from flowrl.benchmark import BenchmarkConfig, run_cells
+from flowrl.envs.rewards.catalogue import register_reward
 from flowrl.errors import CheckpointError, ConfigError, RankError, UnknownNameError
 from flowrl.models.mlp import MLP
 from flowrl.pages.benchmark_page import _thumbnail, benchmark_page
@@ -149,6 +151,8 @@ def test_choices_narrow_a_suite(suite: Path) -> None:
         ("alpha = [0.1, 3.0]", "alpha = [0.1], tau = [1.0]", "sweeps alpha, tau"),
         ("n = 3", "m = 3", "setting of steering 'm'"),
         ('algo = "ddpo"', "", "either an algo or how to steer"),
+        ("-linear]", '-linear]\neval_rewards = ["compres"]', "Did you mean 'compress'"),
+        ("-linear]", '-linear]\neval_rewards = "compress"', "'eval_rewards' of .* must be a list of texts"),
         ("seeds = [0, 1]", "", "lacks 'seeds'"),
         ("seeds = [0, 1]", "seeds = [0, 1", "damaged"),
     ],
@@ -221,8 +225,12 @@ def test_a_setting_that_came_later_counts_as_the_same_at_its_default(suite: Path
     cell = load_suite(str(suite), algos=["ddpo"], seeds=[0])[0]
     older = {key: value for key, value in cell.config.items() if key not in ("mask", "solver")}
     (tmp_path / cell.folder).mkdir(parents=True)
-    write_json(tmp_path / cell.folder / "result.json", {"cell": replace(cell, config=older).to_dict()})
+    made = replace(cell, config=older).to_dict()
+    del made["eval_rewards"]
+    write_json(tmp_path / cell.folder / "result.json", {"cell": made})
     assert finished_before(cell, tmp_path)
+    with pytest.raises(ConfigError, match=r"settings \(eval_rewards \[\], not \['count'\]\)"):
+        finished_before(replace(cell, eval_rewards=["count"]), tmp_path)
     with pytest.raises(ConfigError, match=r"settings \(mask 'none', not 'dppo'\)"):
         finished_before(replace(cell, config={**cell.config, "mask": "dppo"}), tmp_path)
 
@@ -493,6 +501,37 @@ def test_held_out_prompts_are_measured_apart(tmp_path: Path) -> None:
     table = markdown(collect([cell], tmp_path)).splitlines()
     place = [cell.strip() for cell in table[4].split("|")].index("gain, held-out prompts")
     assert table[-1].split("|")[place].strip() == "2"
+
+
+def test_rewards_that_training_does_not_see_are_columns_of_their_own(tmp_path: Path) -> None:
+    """Those that cannot be asked are found before training."""
+    rewards = ["first", "half"]
+    with forgetting():
+        register_reward(rewards[0])(lambda samples, contexts: samples[:, 0])
+        register_reward(rewards[1])(lambda samples, contexts: samples[:, 0] / 2)
+        settings = {"n_samples": 16, "n_epochs": 1, "group_size": 8}
+        cell = Cell("RWR", "gaussians-linear", "rwr", 0, 1, 64, settings, eval_rewards=rewards)
+        folder = tmp_path / cell.folder
+        folder.mkdir(parents=True)
+        (folder / "cell.json").write_text(json.dumps(cell.to_dict()))
+        run_cell(folder)
+        compared = replace(cell, row="compared", eval_samples=65, eval_rewards=["winrate(first)"])
+        other = tmp_path / compared.folder
+        other.mkdir(parents=True)
+        (other / "cell.json").write_text(json.dumps(compared.to_dict()))
+        with pytest.raises(ConfigError, match="Take 64 or 66"):
+            run_cell(other)
+        assert not (other / "curve.json").exists()
+    result = json.loads((folder / "result.json").read_text())
+    change = result["side"]["held-out first"] - result["reference"]["side"]["held-out first"]
+    assert change != 0
+    write_json(other / "result.json", {**result, "cell": replace(compared, eval_rewards=[]).to_dict()})
+    lines = markdown(collect([cell, replace(compared, eval_rewards=[])], tmp_path)).splitlines()
+    table = [[part.strip() for part in line.split("|")] for line in lines]
+    for name, expected in zip(rewards, (change, change / 2)):
+        place = table[4].index(f"change in {name}, held out")
+        assert float(table[6][place]) == pytest.approx(expected, rel=1e-2)
+        assert table[7][place] == ""
 
 
 def test_a_renderer_that_fails_loses_no_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

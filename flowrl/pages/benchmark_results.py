@@ -75,6 +75,8 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
             entry[f"reference_{key}"] = summary([r["reference"][key] for r in finished])
         if unseen := [r["held_out"] for r in finished if "held_out" in r]:
             entry["held_out"] = {"gain": _gain(unseen), "diversity": summary([r["diversity"] for r in unseen])}
+        if first.eval_rewards:
+            entry["eval_rewards"] = {name: _change(finished, f"held-out {name}") for name in first.eval_rewards}
         entry["evaluations_per_sample"] = finished[0]["evaluations_per_sample"]
         entry["cost"] = {key: float(np.mean([r["cost"][key] for r in finished])) for key in finished[0]["cost"]}
         folders = [cell.folder for cell, result in zip(members, results) if result is not None]
@@ -88,6 +90,11 @@ def _entry(members: Sequence[Cell], root: Path) -> Entry:
 def _gain(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Compute the gain over the reference at the same noise and contexts."""
     return summary([r["reward_mean"] - r["reference"]["reward_mean"] for r in results])
+
+
+def _change(results: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """Compute the change of what is measured beside the reward, as `_gain`."""
+    return summary([r["side"][name] - r["reference"]["side"][name] for r in results])
 
 
 def _read(path: Path) -> Any:

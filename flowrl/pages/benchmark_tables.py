@@ -26,6 +26,7 @@ def _table(entries: Sequence[Entry], example: Entry) -> str:
     head = ["algorithm", "reward", "gain", "IQM", "diversity", "drift", *(["W2 to optimum"] if exact else [])]
     head += ["aims at lambda"]
     head += ["gain, held-out prompts", "diversity of these"] if "held_out" in example else []
+    head += [f"change in {name}, held out" for name in example.get("eval_rewards", {})]
     head += [*example["components"], "network evaluations", "to 90 %", "then per sample"]
     head += ["samples", "updates", "minutes", "seeds"]
     before = f"Before training: reward {reference[0]:.3g}, diversity {reference[1]:.3g}."
@@ -45,7 +46,8 @@ def _row(entry: Entry, exact: bool, example: Entry) -> list[str]:
     cells.append(target(entry))
     if "held_out" in example:
         cells += [interval(entry["held_out"][key]) if "held_out" in entry else "" for key in ("gain", "diversity")]
-    parts = entry["components"]
+    changes, parts = entry.get("eval_rewards", {}), entry["components"]
+    cells += [interval(changes[name], seeds) if name in changes else "" for name in example.get("eval_rewards", {})]
     cells += [f"{parts[key]['mean']:.3g}" if key in parts else "" for key in example["components"]]
     to_90 = entry.get("evaluations_to_90_percent")
     cells.append(f"{cost['network_evaluations']:.2g}")

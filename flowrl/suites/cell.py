@@ -15,7 +15,8 @@ import torch
 
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
-from flowrl.evaluation.measure import evaluate
+from flowrl.envs.rewards.mixture import make_rewards
+from flowrl.evaluation.measure import check_eval_samples, evaluate
 from flowrl.evaluation.results import EvaluationResult
 from flowrl.evaluation.steering import Steering
 from flowrl.registry import algorithm_class, named_by_a_file, own_module
@@ -68,18 +69,19 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     stop = StopAtBudget(cell.budget)
     with named_by_a_file("The suite", REMEDY):
         core = make(cell.env, **cell.env_settings)
+        unseen = make_rewards(cell.eval_rewards, ())
+        check_eval_samples(cell.eval_samples, (core, *unseen.values()))
         model = algorithm_class(cell.algo)("FlowPolicy", core, seed=cell.seed, **cell.settings) if cell.algo else None
     if model is not None:
         model.learn(UNBOUNDED, callback=stop)
     training_seconds = time.monotonic() - stop.started
     subject: tuple[Any, Any] = (model, None) if model is not None else (_untrained(cell, core), core)
     steering = Steering(**cell.steer) if cell.steer else None
-    seed = 10_000 + cell.seed
-    result = evaluate(*subject, n_samples=cell.eval_samples, seed=seed, steering=steering)
+    how: dict[str, Any] = {"n_samples": cell.eval_samples, "seed": 10_000 + cell.seed, "eval_rewards": unseen}
+    result = evaluate(*subject, **how, steering=steering)
     numbers = result.to_dict()
     if core.held_out:
-        unseen = evaluate(*subject, n_samples=cell.eval_samples, prompts="held_out", seed=seed, steering=steering)
-        numbers["held_out"] = unseen.to_dict()
+        numbers["held_out"] = evaluate(*subject, **how, prompts="held_out", steering=steering).to_dict()
     write_json(folder / "curve.json", stop.rows)
     _save_samples(result, core, folder / "samples.png")
     cost = {

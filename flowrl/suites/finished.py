@@ -36,7 +36,7 @@ def finished_before(cell: Cell, root: Path) -> bool:
     if not (isinstance(old, dict) and isinstance(old.get("config", {}), dict)):
         raise ConfigError(f"'{path}' says of no cell that it has finished. Remove that folder to run the cell again.")
     old, new = ({**made.pop("config", {}), **made} for made in (old, new))
-    old = {**{key: value for key, value in _defaults(cell).items() if key in new}, **old}
+    old = {"eval_rewards": [], **{key: value for key, value in _defaults(cell).items() if key in new}, **old}
     odd = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     changed = [f"{key[:100]} {shown(old.get(key))}, not {shown(new.get(key))}" for key in odd[:20]]
     if changed:

@@ -9,6 +9,7 @@ target_lambda = 1.0             # what rows aim at whose algorithm states a tilt
 [envs.gaussians-linear]
 settings = { }                  # of the environment
 budget = 500_000                # instead of the suite's
+eval_rewards = ["NAME"]         # rewards that training does not see, as --eval-rewards of a run
 
 [rows."Flow-GRPO"]              # what tables and plots call it
 algo = "flow_grpo"              # or steer = { method = "best_of_n", n = 8 }: the untrained flow, steered
@@ -26,10 +27,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from flowrl.checks import is_finite, is_whole, shown
+from flowrl.envs.rewards.catalogue import reward_entry
+from flowrl.envs.rewards.mixture import parse_mixture
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.evaluation.steering import Steering
 from flowrl.registry import algorithm_class, environment_spec, named_by_a_file
@@ -75,7 +79,7 @@ SUITE_KEYS = {
     "envs": TABLE,
     "rows": TABLE,
 }
-ENV_KEYS = {"settings": TABLE, "budget": COUNT}
+ENV_KEYS = {"settings": TABLE, "budget": COUNT, "eval_rewards": TEXTS}
 ROW_KEYS = {"algo": TEXT, "steer": TABLE, "settings": TABLE, "sweep": SWEEP, "envs": TEXTS, "on": TABLE}
 
 
@@ -95,6 +99,7 @@ class Cell:
         steer: Fields of `Steering`; empty for training.
         swept: The swept setting and its value; empty without a sweep.
         config: Every setting that the algorithm will have: its defaults, the environment's, the suite's.
+        eval_rewards: Names of rewards that training does not see.
     """
 
     row: str
@@ -108,6 +113,7 @@ class Cell:
     steer: dict[str, Any] = field(default_factory=dict)
     swept: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    eval_rewards: list[str] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -223,6 +229,8 @@ def _cells(
         about = content["envs"][env]
         spec = environment_spec(env)
         recommended = spec.recommended(spec.configured(about.get("settings", {})))
+        for part in chain.from_iterable(map(parse_mixture, about.get("eval_rewards", []))):
+            reward_entry(part.name)  # which raises where there is none
         for title, row in content["rows"].items():
             if (algos and _algo_of(row) not in algos) or env not in row.get("envs", [env]):
                 continue
@@ -257,6 +265,7 @@ def _cell(
         env_settings=about.get("settings", {}),
         steer=steer,
         swept=swept,
+        eval_rewards=about.get("eval_rewards", []),
     )
 
 
