@@ -77,7 +77,7 @@ class FlowDPOConfig(GroupConfig, EndpointSamplesConfig):
 class FlowDPO(EndpointSamples, GroupRelative):
     """Direct preference optimisation on the best and the worst of each group, or on given pairs."""
 
-    kind = "endpoint.preference"
+    kind = "endpoint.preference.pairs"
     replayable = True
     Config: ClassVar[type[FlowConfig]] = FlowDPOConfig
     config: FlowDPOConfig

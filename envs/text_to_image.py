@@ -277,10 +277,35 @@ EARLY: Mapping[str, Any] = {  # numbers and colours are laid out early, by the t
     "lr_schedule": "linear",
     "ema_decay": 0.95,
 }
-COLOURS: Mapping[str, Any] = {f"endpoint.w2.{name}": value for name, value in EARLY.items()}
-TRAINED_EARLY = ("endpoint.w2", "advantages", "endpoint.preference", "endpoint-free.ratio", "mixture")
+
+
+
+def _early(*kinds: str) -> dict[str, Any]:
+    """Recommend `EARLY` to algorithms of these kinds."""
+    return {f"{kind}.{name}": value for kind in kinds for name, value in EARLY.items()}
+
+
+COLOURS: Mapping[str, Any] = {
+    **_early("endpoint.w2", "advantages", "endpoint.preference.pairs", "endpoint.preference.regression", "mixture"),
+    # by benchmarks/tuning/aesthetic.toml
+    "advantages.decay_rate": 0.0,
+    "advantages.early_times": False,
+    "advantages.noisings": 1,
+    "advantages.beta_old": 0.2,
+    "advantages.gain": 0.2,
+    "advantages.beta_ref": 0.1,
+    "advantages.contrast.beta_ref": 0.0,
+    "endpoint.preference.pairs.learning_rate": 2e-4,
+    "endpoint.preference.regression.learning_rate": 5e-4,
+    "endpoint.preference.regression.beta": 0.02,
+    "mixture.reward_units": "std",
+    "mixture.tau": 2.0,
+    "mixture.own_share": 0.5,
+    "mixture.pool": 2048,
+    "mixture.pool_group": 8,
+}
 LAYOUT: Mapping[str, Any] = {
-    **{f"{kind}.{name}": value for kind in TRAINED_EARLY for name, value in EARLY.items()},
+    **_early("endpoint.w2", "advantages", "endpoint.preference", "endpoint-free.ratio", "mixture"),
     "endpoint.w2.priority": 0.8,
     "advantages.priority": 0.8,
     "endpoint.w2.weight_normalisation": "group",

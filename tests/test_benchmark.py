@@ -77,7 +77,7 @@ def test_shipped_suites_have_meaning_and_leave_no_algorithm_out(name: str) -> No
     untuned = {"adjoint", "draft", "refl"} | tuned_on_count
     left_out = {
         "toy": set(),
-        "laptop": {"adjoint", "draft", "refl", "rvm"},
+        "laptop": {"adjoint", "rvm"},
         "alignment": {"orw_kl", "kl", "dpok"} | untuned,
         "domains": own - {"orw_w2", "tilt", "flow_grpo", "draft"},
     }.get(name, untuned)
