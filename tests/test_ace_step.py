@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import wave
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import torch
 from families import CASES, ace_step
 from families.case import PROMPTS
 from gymnasium import spaces
+from scipy.io import wavfile
 
 import flowrl
 from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.errors import ConfigError
+from flowrl.export import export
 from flowrl.models.families.ace_step import AceStepFlow
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineOptions
@@ -80,7 +84,7 @@ def loudness(sounds: torch.Tensor, prompts: Any) -> torch.Tensor:
     return sounds.square().mean((1, 2))
 
 
-def test_samples_are_written_as_sounds(folder: Path, tmp_path: Path) -> None:
+def test_samples_are_written_as_sounds(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(str(folder), pipeline=PipelineOptions(sequence_length=80, frames=16))
     with pytest.raises(ConfigError, match=r"draws sounds \(2, 512\), and the reward is of images: .* takes_sounds"):
         TextToImageEnv(source, PROMPTS, loudness)
@@ -94,3 +98,13 @@ def test_samples_are_written_as_sounds(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "drawn" / "grid.png").exists()  # of spectrograms
     with wave.open(str(files[0])) as file:
         assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (256, 2, 512)
+    export(model, tmp_path, tmp_path / "out")  # whose card's script writes a sound as well
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'pipeline_tag: "text-to-audio"' in card
+    assert "draws noise in another order" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (tmp_path / "script.py").write_text(code.replace(f'"{folder.name}"', repr(str(folder))))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("script.py")
+    rate, values = wavfile.read("sound.wav")
+    assert (rate, values.shape) == (256, (512, 2))
