@@ -179,10 +179,16 @@ def environment_spec(name: str) -> EnvSpec:
     """Look up the spec of a registered name, of `module:name` (the module registers it), or of a Gymnasium id.
 
     Raises:
-        UnknownNameError: No such name; the message names the closest.
+        UnknownNameError: No such name; the message names the closest, or says that the module has not registered it.
     """
     if ":" in name:
-        _, name = _import(name)
+        whole = name
+        module, name = _import(name)
+        if name not in ENVIRONMENTS and hasattr(module, name):
+            raise UnknownNameError(
+                f"'{whole}' is there, and is no registered environment: put @flowrl.register_env('{name}', ...) above "
+                "it (docs/environments.md)."
+            )
     if name.startswith("flowrl/"):
         name, _, version = name.removeprefix("flowrl/").rpartition("-v")
         name = name if version.isdecimal() else f"{name}-v{version}"

@@ -143,6 +143,15 @@ def test_the_hint_to_resume_names_own_code_again(place: Path) -> None:
     assert hint.endswith(f"--resume {place / 'run'} --algo mine:Algo --modules own other")
 
 
+def test_the_hint_to_resume_names_the_modules_of_rewards(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-4" / "state.json").write_text('{"num_timesteps": 4}')
+    settings = {"reward": "clip:0.5+winrate(my_rewards:dark):1"}
+    (tmp_path / "config.json").write_text(json.dumps({"environment": {"name": "sd3-count", "settings": settings}}))
+    run = RunConfig(algo="orw_w2", env="sd3-count", modules=("own",), eval_rewards=("a.judges:b", "compress"))
+    assert _resume_hint(tmp_path, run).endswith(f"--resume {tmp_path} --modules own a.judges my_rewards")
+
+
 def test_hints_can_be_pasted_into_a_shell(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my runs"
     folder.symlink_to(place / "run")

@@ -62,6 +62,14 @@ def parse_mixture(text: str) -> list[PartSpec]:
     return parts
 
 
+def modules_of(text: str) -> list[str]:
+    """Name the modules of one's own that the rewards of an `--env.reward` come from; none of what is no such text."""
+    try:
+        return [part.name.rpartition(":")[0] for part in parse_mixture(text) if ":" in part.name]
+    except ConfigError:
+        return []
+
+
 def _parse_part(part: str, text: str) -> PartSpec:
     fields = part.split(":")
     place = next((i for i, word in enumerate(fields) if NUMBER.fullmatch(word)), len(fields))
