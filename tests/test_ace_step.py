@@ -16,6 +16,8 @@ from gymnasium import spaces
 from scipy.io import wavfile
 
 import flowrl
+from flowrl.envs.rewards.groups import WinRateReward
+from flowrl.envs.rewards.mixture import MixtureReward, Part
 from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.errors import ConfigError
 from flowrl.export import export
@@ -91,6 +93,12 @@ def test_samples_are_written_as_sounds(folder: Path, tmp_path: Path, monkeypatch
     loudness.takes_sounds = True  # type: ignore[attr-defined]
     env = TextToImageEnv(source, PROMPTS, loudness)
     assert (env.action_space.low.min(), env.action_space.high.max()) == (-1, 1)
+    for mixed in (MixtureReward([Part("loud", loudness)]), WinRateReward(loudness, "loud")):
+        assert TextToImageEnv(source, PROMPTS, mixed).reward_function is mixed
+    with pytest.raises(ConfigError, match="the reward is of images"):
+        TextToImageEnv(
+            source, PROMPTS, MixtureReward([Part("loud", loudness), Part("red", lambda x, prompts: x[:, 0])])
+        )
     model = flowrl.ORWCFMW2("FlowPolicy", env, n_samples=4, group_size=2, batch_size=2, lora_rank=2, device="cpu")
     write_samples(model, PROMPTS[:2], SampleConfig(run=tmp_path, n=2, out=tmp_path / "drawn"))
     files = sorted((tmp_path / "drawn").rglob("*.wav"))
