@@ -246,7 +246,16 @@ class PipelineFlow(PromptedFlow):
                     stacklevel=2,
                 )
             return cond
-        return (*cond[:-1], torch.full_like(cond[-1], scale)) if self.distilled_guidance else cond
+        if self.distilled_guidance:
+            return (*cond[:-1], torch.full_like(cond[-1], scale))
+        if scale < self.UNGUIDED and not self.told_of_guidance:
+            self.told_of_guidance = True
+            warnings.warn(
+                f"guidance_scale={scale:g} leads away from the prompts, which do nothing at 0: without guidance it is "
+                "1, also where diffusers' own call takes 0 for none.",
+                stacklevel=2,
+            )
+        return cond
 
     def guidance_of(self, n: int) -> torch.Tensor:
         """Give the guidance scales (n,) that a guidance-distilled network is given at first."""

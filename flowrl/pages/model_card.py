@@ -218,12 +218,15 @@ def _without(pipeline: Any) -> str:
 def _otherwise(model: FlowAlgorithm) -> str:
     """Say how the run sampled where the pipeline's own call does not: it then draws other pictures."""
     policy, scheduler = model.policy, _pipeline(model).scheduler
-    told = [str(policy.model.OWN_CALL)] if policy.model.OWN_CALL else []
+    flow: Any = policy.model
+    told = [flow.OWN_CALL] if flow.OWN_CALL else []
     if type(scheduler).__name__ != EULER or scheduler.config.get("stochastic_sampling"):
         told.append(f"The run took other steps than the pipeline's {type(scheduler).__name__}: pictures are others.")
     if policy.solver != "euler":
         told.append(f"The run sampled with {policy.solver}: Euler's steps, the pipeline's own, come near it when many.")
-    if policy.guidance != "cfg" and policy.guidance_scale != 1 and not policy.model.distilled_guidance:
+    if policy.guidance_scale < flow.UNGUIDED and not flow.distilled_guidance:
+        told.append("The run's guidance scale is below 1, which pipelines' calls take for none: pictures are others.")
+    if policy.guidance != "cfg" and policy.guidance_scale != 1 and not flow.distilled_guidance:
         told.append("The run guided by CFG-Zero*: the pipeline's own guidance is another, and so are its pictures.")
     return "".join(f" {text}" for text in told)
 
