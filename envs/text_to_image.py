@@ -14,7 +14,7 @@ import torch
 from flowrl.envs.function_env import FunctionEnv
 from flowrl.envs.prompts import PromptSet, prompts_from
 from flowrl.envs.rewards.catalogue import RewardFunction, parse_options
-from flowrl.envs.rewards.frames import MEAN_OVER_FRAMES, over_frames
+from flowrl.envs.rewards.frames import MEAN_OVER_FRAMES, is_of_frames, over_frames
 from flowrl.envs.rewards.mixture import make_mixture, parse_mixture
 from flowrl.envs.sizes import sides
 from flowrl.errors import ConfigError
@@ -145,7 +145,7 @@ class TextToImageEnv(FunctionEnv):
         self.reward_function = reward
         self.groupwise = getattr(reward, "groupwise", False)
         self.reward_name = reward_name or getattr(reward, "description", getattr(reward, "__name__", "custom"))
-        if self.flow.frame_rate and not getattr(reward, "takes_videos", False):
+        if self.flow.frame_rate and is_of_frames(reward):
             self.reward_name += f" ({MEAN_OVER_FRAMES})"
 
     def asked(self, function: Callable[..., Any], samples: torch.Tensor, contexts: Contexts) -> RewardOutput:

@@ -179,10 +179,16 @@ def environment_spec(name: str) -> EnvSpec:
     """Look up the spec of a registered name, of `module:name` (the module registers it), or of a Gymnasium id.
 
     Raises:
-        UnknownNameError: No such name; the message names the closest.
+        UnknownNameError: No such name; the message names the closest, or says that the module has not registered it.
     """
     if ":" in name:
-        _, name = _import(name)
+        whole = name
+        module, name = _import(name)
+        if name not in ENVIRONMENTS and hasattr(module, name):
+            raise UnknownNameError(
+                f"'{whole}' is there, and is no registered environment: put @flowrl.register_env('{name}', ...) above "
+                "it (docs/environments.md)."
+            )
     if name.startswith("flowrl/"):
         name, _, version = name.removeprefix("flowrl/").rpartition("-v")
         name = name if version.isdecimal() else f"{name}-v{version}"
@@ -229,6 +235,8 @@ def import_module(name: str) -> Any:
             f"{file} names the module '{name[:100]}', which is not imported here. Code named by a file is never "
             f"imported: {remedy}."
         )
+    if "" not in sys.path and not getattr(sys.flags, "safe_path", False):
+        sys.path.append("")  # the current folder, which `python -m` has on it and an installed program has not
     return importlib.import_module(name)
 
 

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import get_device
 
 from flowrl.distributed.ranks import is_lost, join
 from flowrl.envs.rewards.catalogue import RewardFunction
-from flowrl.envs.rewards.mixture import make_rewards
+from flowrl.envs.rewards.mixture import make_rewards, modules_of
 from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
 from flowrl.evaluation.measure import check_eval_samples, evaluate
 from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
@@ -332,7 +332,12 @@ def _resume_hint(folder: Path, run: RunConfig) -> str:
     own = [
         word for option in ("algo", "env") if ":" in (name := getattr(run, option)) for word in (f"--{option}", name)
     ]
-    own += ["--modules", *run.modules] if run.modules else []
+    rewards = list(run.eval_rewards)
+    with suppress(CheckpointError):  # a run folder that has gone
+        settings = (read_json(folder / "config.json").get("environment") or {}).get("settings", {})
+        rewards.append(str(settings.get("reward", "")))
+    modules = dict.fromkeys([*run.modules, *(module for text in rewards for module in modules_of(text))])
+    own += ["--modules", *modules] if modules else []
     return f"go on with: {PROGRAM} {shlex.join(['--resume', str(folder), *own])}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import wave
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,14 @@ import torch
 from families import CASES, ace_step
 from families.case import PROMPTS
 from gymnasium import spaces
+from scipy.io import wavfile
 
 import flowrl
+from flowrl.envs.rewards.groups import WinRateReward
+from flowrl.envs.rewards.mixture import MixtureReward, Part
 from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.errors import ConfigError
+from flowrl.export import export
 from flowrl.models.families.ace_step import AceStepFlow
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineOptions
@@ -80,13 +86,19 @@ def loudness(sounds: torch.Tensor, prompts: Any) -> torch.Tensor:
     return sounds.square().mean((1, 2))
 
 
-def test_samples_are_written_as_sounds(folder: Path, tmp_path: Path) -> None:
+def test_samples_are_written_as_sounds(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(str(folder), pipeline=PipelineOptions(sequence_length=80, frames=16))
     with pytest.raises(ConfigError, match=r"draws sounds \(2, 512\), and the reward is of images: .* takes_sounds"):
         TextToImageEnv(source, PROMPTS, loudness)
     loudness.takes_sounds = True  # type: ignore[attr-defined]
     env = TextToImageEnv(source, PROMPTS, loudness)
     assert (env.action_space.low.min(), env.action_space.high.max()) == (-1, 1)
+    for mixed in (MixtureReward([Part("loud", loudness)]), WinRateReward(loudness, "loud")):
+        assert TextToImageEnv(source, PROMPTS, mixed).reward_function is mixed
+    with pytest.raises(ConfigError, match="the reward is of images"):
+        TextToImageEnv(
+            source, PROMPTS, MixtureReward([Part("loud", loudness), Part("red", lambda x, prompts: x[:, 0])])
+        )
     model = flowrl.ORWCFMW2("FlowPolicy", env, n_samples=4, group_size=2, batch_size=2, lora_rank=2, device="cpu")
     write_samples(model, PROMPTS[:2], SampleConfig(run=tmp_path, n=2, out=tmp_path / "drawn"))
     files = sorted((tmp_path / "drawn").rglob("*.wav"))
@@ -94,3 +106,13 @@ def test_samples_are_written_as_sounds(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "drawn" / "grid.png").exists()  # of spectrograms
     with wave.open(str(files[0])) as file:
         assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (256, 2, 512)
+    export(model, tmp_path, tmp_path / "out")  # whose card's script writes a sound as well
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'pipeline_tag: "text-to-audio"' in card
+    assert "draws noise in another order" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (tmp_path / "script.py").write_text(code.replace(f'"{folder.name}"', repr(str(folder))))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("script.py")
+    rate, values = wavfile.read("sound.wav")
+    assert (rate, values.shape) == (256, (512, 2))

@@ -525,6 +525,7 @@ def test_the_real_client_without_network(
         ({"solver": "heun"}, "sampled with heun"),
         ({"guidance": "cfg_zero"}, ""),
         ({"guidance": "cfg_zero", "guidance_scale": 2.0}, "guided by CFG-Zero*"),
+        ({"guidance_scale": 0.5}, "below 1, which pipelines' calls take for none"),
     ],
 )
 def test_the_card_says_where_the_pipelines_own_call_draws_otherwise(

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from diffusers import ClassifierFreeGuidance
 from families import CASES
 from families.case import PROMPTS, Case
 from gymnasium import spaces
+from PIL import Image
 
 import flowrl
 from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.errors import ConfigError
+from flowrl.export import export
 from flowrl.models.families import DECLARED
 from flowrl.models.families.registry import lacks_version
 from flowrl.models.loading import source_of
 from flowrl.models.long_prompts import silenced
+from flowrl.models.pictures import PicturesFlow, read_picture
 from flowrl.models.pipeline import PipelineFlow
 from flowrl.models.source import FlowSource
+from flowrl.pages.model_card import GUIDERS
+from flowrl.sample import draw
 from flowrl.training.policy import FlowPolicy
 
 
@@ -245,14 +254,50 @@ def test_networks_compute_in_bfloat16_without_autocast(case: Case, folder: Path)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_the_pipelines_call_takes_what_the_model_card_says(case: Case, untouched: PipelineFlow, scale: float) -> None:
+def test_the_pipelines_call_takes_what_the_model_card_says(
+    case: Case, folder: Path, untouched: PipelineFlow, scale: float
+) -> None:
+    """And draws what flowrl does of the same seed, unless the card says why not."""
     if case.own_noise:
         pytest.skip(f"its call draws noise {case.own_noise}")
-    settings = untouched.call_settings(scale)
+    settings, pipeline = untouched.call_settings(scale), untouched.pipeline
+    guiders = [part for part in GUIDERS if part in pipeline.components]
+    if isinstance(untouched, PicturesFlow):
+        picture = read_picture(case.contexts[0], *untouched.sample_shape[-2:]).permute(1, 2, 0)
+        settings["image"] = Image.fromarray((255 * picture).byte().numpy())
+    for part in guiders:
+        setattr(pipeline, part, ClassifierFreeGuidance(1.0 if untouched.distilled_guidance else scale))
     with torch.no_grad(), silenced():
-        drawn = untouched.pipeline(prompt=PROMPTS[0], num_inference_steps=2, output_type="pt", **settings)
-    samples = torch.as_tensor(next(iter(drawn.values())))
+        by = torch.Generator().manual_seed(0)
+        drawn = pipeline(prompt=PROMPTS[0], num_inference_steps=2, output_type="pt", generator=by, **settings)
+    samples = torch.as_tensor(getattr(drawn, untouched.DRAWN))
     assert samples.shape == (1, *untouched.sample_shape)
+    if not untouched.OWN_CALL:
+        (ours,) = draw(policy_of(case, loaded(case, folder), scale), case.contexts[:1], [0], steps=2)
+        assert (samples - ours).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize(("name", "scale"), [("prx", 1.0), ("hunyuan-image", 3.5)])
+def test_the_cards_script_draws_what_flowrl_draws(
+    name: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of classes whose adapters are loaded, or whose guidance is set, in a way of their own."""
+    monkeypatch.chdir(tmp_path)
+    case = CASES[name]
+    env = TextToImageEnv(source(case, case.build(tmp_path / "base") or tmp_path / "base"), case.contexts, brightness)
+    settings = {"n_samples": 2, "batch_size": 2, "rollout_steps": 2, "lora_rank": 2, "guidance_scale": scale}
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", **settings)
+    with torch.no_grad():
+        for parameter in model.policy.parameters_of("current").values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours, reference = (next(draw(model.policy, case.contexts[:1], [0], role=r)) for r in ("current", "reference"))
+    export(model, tmp_path, tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "script.py").write_text(code)
+    runpy.run_path("script.py")
+    theirs = torch.from_numpy(np.array(Image.open("image.png"))).permute(2, 0, 1) / 255
+    assert (theirs - ours[0]).abs().max() <= 1 / 255
+    assert (theirs - reference[0]).abs().max() > 5 / 255
 
 
 def test_memory_is_predicted(case: Case, folder: Path) -> None:

@@ -183,7 +183,7 @@ def test_rewards_named_by_a_checkpoint_are_not_imported(tmp_path: Path, hostile_
     flowrl.ORWCFMW2("FlowPolicy", "sd3-compress", env_settings=env, **settings).save(tmp_path / "saved")
     sys.modules.pop(hostile_module)
     flowrl.envs.rewards.catalogue.REWARDS.pop("hostile")
-    with pytest.raises(ConfigError, match=r"names the module 'hostile_module'.*name it \(--env module:name\)"):
+    with pytest.raises(ConfigError, match=r"names the module 'hostile_module'.*name it \(--modules NAME\)"):
         FlowAlgorithm.load(tmp_path / "saved", device="cpu")
     assert hostile_module not in sys.modules
     model = FlowAlgorithm.load(tmp_path / "saved", env="hostile_module:sd3-compress", device="cpu")  # named by the user

@@ -15,8 +15,9 @@ import pytest
 from conftest import forgetting
 
 import flowrl
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.export import main as export
+from flowrl.registry import own_module
 from flowrl.run import _resume_hint, main
 from flowrl.runs.commandline import RunConfig
 from flowrl.runs.folder import imported_algorithm
@@ -143,6 +144,15 @@ def test_the_hint_to_resume_names_own_code_again(place: Path) -> None:
     assert hint.endswith(f"--resume {place / 'run'} --algo mine:Algo --modules own other")
 
 
+def test_the_hint_to_resume_names_the_modules_of_rewards(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-4" / "state.json").write_text('{"num_timesteps": 4}')
+    settings = {"reward": "clip:0.5+winrate(my_rewards:dark):1"}
+    (tmp_path / "config.json").write_text(json.dumps({"environment": {"name": "sd3-count", "settings": settings}}))
+    run = RunConfig(algo="orw_w2", env="sd3-count", modules=("own",), eval_rewards=("a.judges:b", "compress"))
+    assert _resume_hint(tmp_path, run).endswith(f"--resume {tmp_path} --modules own a.judges my_rewards")
+
+
 def test_hints_can_be_pasted_into_a_shell(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my runs"
     folder.symlink_to(place / "run")
@@ -156,6 +166,17 @@ def test_a_module_that_is_not_there(run_here, program: str) -> None:
     done = run_here(f"flowrl.{program}", "--modules", "no_such_module")
     assert done.returncode == EXIT_ERROR
     assert done.stderr.startswith("error: Cannot import 'no_such_module'")
+
+
+def test_installed_programs_find_modules_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`flowrl-run` has not got it on Python's path, as `python -m flowrl.run` has."""
+    (tmp_path / "beside.py").write_text("VALUE = 3\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with forgetting("beside"), pytest.raises(UnknownNameError, match="Cannot import 'beside'"):
+        own_module("beside")
+    monkeypatch.chdir(tmp_path)
+    with forgetting("beside"):
+        assert own_module("beside").VALUE == 3
 
 
 def test_a_module_that_fails(run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from flowrl.envs.rewards.aesthetic import AestheticHead, AestheticReward, Colour
 from flowrl.envs.rewards.catalogue import REWARDS, make_reward, parse_options, register_reward
 from flowrl.envs.rewards.compress import CompressReward, IncompressReward, jpeg_kilobytes
 from flowrl.errors import ConfigError, ModelLoadError, UnknownNameError
+from flowrl.registry import environment_spec
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 HEAD = SHARED / "laion_aesthetic_head.safetensors"
@@ -178,6 +179,21 @@ def test_wrong_names_and_values() -> None:
         make_reward("compress", {"quality": "high"})
     with pytest.raises(UnknownNameError, match="no_such_module"):
         make_reward("no_such_module:reward")
+
+
+def test_modules_that_register_nothing_or_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "plain_rewards.py").write_text("def darkest(images, prompts): ...\n\n\nclass Compress: ...\n")
+    (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
+    with forgetting("plain_rewards"):
+        with pytest.raises(UnknownNameError, match=r"no registered reward: put @flowrl.register_reward\('darkest'"):
+            make_reward("plain_rewards:darkest")
+        with pytest.raises(UnknownNameError, match="Did you mean 'compress'"):
+            make_reward("plain_rewards:Compress")
+        with pytest.raises(UnknownNameError, match=r"no registered environment: put @flowrl.register_env\('darkest'"):
+            environment_spec("plain_rewards:darkest")
+    with pytest.raises(UnknownNameError, match="Importing 'broken_rewards' of 'broken_rewards:a' failed: ZeroDivision"):
+        make_reward("broken_rewards:a")
 
 
 def test_a_name_is_taken_once() -> None:

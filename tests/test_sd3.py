@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def test_euler_gives_the_pipelines_latents(
     assert expected.dtype == torch.float32
     assert (ours - expected).abs().max() <= 1e-4
     assert (expected - x_0).abs().max() > 0.5
+
+
+def test_a_scale_that_leads_away_from_the_prompts_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' own call takes 0 for none; here prompts do nothing at 0."""
+    flow, cond = source_of("mini-sd3").load(), (torch.zeros(1, 2),)
+    with pytest.warns(
+        UserWarning, match=r"guidance_scale=0 leads away from the prompts.*: without guidance it is 1"
+    ) as told:
+        assert [flow.with_guidance(cond, scale) for scale in (1.0, 4.5, 0.0, 0.0)] == [cond] * 4
+    assert len(told) == 1
+    monkeypatch.setattr(SD3Flow, "UNGUIDED", 0.0)  # as of Z-Image, whose scale counts from 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source_of("mini-sd3").load().with_guidance(cond, 0.0)
 
 
 @torch.no_grad()

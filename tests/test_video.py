@@ -23,7 +23,9 @@ import flowrl.export
 import flowrl.run
 import flowrl.sample
 from flowrl.envs.registration import CustomEnv, make
-from flowrl.envs.rewards.frames import over_frames
+from flowrl.envs.rewards.frames import is_of_frames, over_frames
+from flowrl.envs.rewards.groups import WinRateReward
+from flowrl.envs.rewards.mixture import MixtureReward, Part
 from flowrl.envs.text_to_image import TextToImageConfig
 from flowrl.errors import ConfigError
 from flowrl.evaluation.side_effects import held_out, looks
@@ -203,6 +205,36 @@ def test_a_reward_of_images_is_averaged_over_the_frames(whole: bool) -> None:
     assert torch.allclose(output.components["twice"], 2 * output.reward)
     assert output.reward.requires_grad
     assert seen == ([(2, 3, 3, 4, 4)] if whole else [(2, 3, 4, 4)] * 3)
+
+
+def smoothness(videos: torch.Tensor, prompts: Any) -> torch.Tensor:
+    assert videos.ndim == 5
+    return -(videos[:, 1:] - videos[:, :-1]).abs().flatten(1).mean(1)
+
+
+smoothness.takes_videos = True  # type: ignore[attr-defined]
+
+
+def test_mixtures_and_win_rates_have_one_value_of_a_video() -> None:
+    """Parts of images are means over the frames first, then normalised or compared; others are given the whole."""
+    videos, prompts = torch.rand(6, 3, 3, 4, 4), ["a", "a", "a", "b", "b", "b"]
+    smooth, bright = smoothness(videos, prompts), videos.flatten(1).mean(1)
+
+    def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        assert images.ndim == 4
+        return images.flatten(1).mean(1)
+
+    mixture = MixtureReward([Part("bright", brightness, 2.0, "running"), Part("smooth", smoothness, 0.5, "group")])
+    output = over_frames(mixture.observe)(videos, prompts)
+    by_group = smooth.view(2, 3)
+    scores = (by_group - by_group.mean(1, keepdim=True)) / by_group.std(1, correction=0, keepdim=True)
+    expected = 2 * (bright - bright.mean()) / bright.std(correction=0) + 0.5 * scores.flatten()
+    assert torch.allclose(output.reward, expected, atol=1e-5)
+    assert torch.allclose(output.components["bright"], bright)
+    assert mixture.running["bright"].state[0] == 6
+    shares = over_frames(WinRateReward(brightness, "bright"))(videos, prompts).reward
+    assert torch.equal(shares.view(2, 3), (bright.view(2, 3, 1) > bright.view(2, 1, 3)).sum(2) / 2)
+    assert [is_of_frames(reward) for reward in (mixture, WinRateReward(smoothness, "smooth"), brightness)] == [1, 0, 1]
 
 
 def test_held_out_rewards_and_looks_take_videos() -> None:

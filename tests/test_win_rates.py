@@ -104,12 +104,17 @@ def test_those_that_compare_samples_compare_with_the_reference() -> None:
     assert "held-out mixed" in result.side
 
 
-def test_pairs_of_videos_are_compared_by_frame() -> None:
+def test_pairs_of_videos() -> None:
+    """By the videos' own values; a judge of pairs of pictures compares frame by frame."""
     videos, others = torch.rand(2, 5, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    compare = comparisons({"a": (True, WinRateReward(red, "red"))})["a"]
-    assert compare is not None
-    frames = wins(videos[:, :, 0].mean((2, 3)), others[:, :, 0].mean((2, 3)))
-    torch.testing.assert_close(compare(videos, others, ["a"] * 5), frames.mean(1))
+    judges = (WinRateReward(red, "red"), PairwiseReward(red_for_the_first, "pairs"))
+    by_value, by_frame = (comparisons({"a": (True, judge)})["a"] for judge in judges)
+    assert by_value is not None
+    assert by_frame is not None
+    one, other = (given[:, :, 0].mean((2, 3)) for given in (videos, others))
+    torch.testing.assert_close(by_value(videos, others, ["a"] * 5), wins(one.mean(1), other.mean(1)))
+    first = [(0.5 + sign * (one - other)).clamp(0, 0.8) + 0.2 for sign in (1, -1)]
+    torch.testing.assert_close(by_frame(videos, others, ["a"] * 5), ((first[0] + 1 - first[1]) / 2).mean(1))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from flowrl.envs.rewards.ranges import UNIT, guarded
-from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
-from flowrl.registry import import_module
+from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.registry import own_module
 from flowrl.types import RewardOutput
 
 RewardFunction = Callable[[torch.Tensor, Sequence[Any]], Any]
@@ -77,19 +77,17 @@ def reward_entry(name: str) -> RewardEntry:
     """Look up the entry of a registered name, or of `module:name` (the module registers it).
 
     Raises:
-        UnknownNameError: No such name; names the closest.
+        UnknownNameError: No such name; names the closest, or says that the module has not registered it.
     """
-    if ":" in name:
-        module, _, name = name.partition(":")
-        try:
-            import_module(module)
-        except (ImportError, ValueError) as error:
-            if isinstance(error, FlowRLError):
-                raise
-            raise UnknownNameError(f"Cannot import '{module}' of the reward '{module}:{name}': {error}") from error
-    if name not in REWARDS:
-        raise UnknownNameError.of("reward", name, REWARDS)
-    return REWARDS[name]
+    module, colon, own = name.rpartition(":")
+    has = colon and hasattr(own_module(module, name), own)
+    if has and own not in REWARDS and own.lower() not in REWARDS:
+        raise UnknownNameError(
+            f"'{name}' is there, and is no registered reward: put @flowrl.register_reward('{own}') above it."
+        )
+    if own not in REWARDS:
+        raise UnknownNameError.of("reward", own, REWARDS)
+    return REWARDS[own]
 
 
 def make_reward(name: str, options: Mapping[str, str] | None = None) -> RewardFunction:

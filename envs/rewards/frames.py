@@ -17,9 +17,9 @@ def over_frames(reward: Callable[[torch.Tensor, Contexts], Any]) -> Callable[...
     """Make a reward of images take videos too: samples (B, T, 3, H, W) are given to it a frame (B, 3, H, W) at a time.
 
     Rewards and components are means over the frames; groups of samples of a prompt stay together. A reward that says
-    `takes_videos = True` is given whole videos.
+    `takes_videos = True`, or a method of one, is given whole videos.
     """
-    if getattr(reward, "takes_videos", False):
+    if getattr(getattr(reward, "__self__", reward), "takes_videos", False):
         return reward
 
     def of_samples(samples: torch.Tensor, contexts: Contexts) -> Any:
@@ -33,6 +33,11 @@ def over_frames(reward: Callable[[torch.Tensor, Contexts], Any]) -> Callable[...
         return RewardOutput(_mean([o.reward for o in outputs]), components, outputs[0].info)
 
     return of_samples
+
+
+def is_of_frames(reward: Any) -> bool:
+    """Tell whether a reward, or what it is made of, is given a frame of a video at a time."""
+    return bool(getattr(reward, "of_frames", not getattr(reward, "takes_videos", False)))
 
 
 def pairs_over_frames(judge: Any) -> Callable[[torch.Tensor, torch.Tensor, Contexts], torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from flowrl.envs.base import check_reward
 from flowrl.envs.prompts import picture_of
 from flowrl.envs.rewards.catalogue import RewardFunction
+from flowrl.envs.rewards.frames import is_of_frames, over_frames
 from flowrl.errors import ConfigError, RewardError
 from flowrl.functional.metrics import wins
 from flowrl.types import Contexts, RewardOutput
@@ -39,17 +40,19 @@ class WinRateReward:
     """Share of the other samples of the same context in the call that a sample beats; ties count half.
 
     In [0, 1], of mean 1/2 in every group. Components: the reward's own value under its name, and its own components.
+    Videos are compared by their own values, which are means over the frames where the reward is of images.
 
     Args:
         reward: Reward to compare by.
         name: Its name.
     """
 
-    groupwise = True
+    groupwise = takes_videos = True
 
     def __init__(self, reward: RewardFunction, name: str) -> None:
         self.reward, self.name = reward, name
         self.on_host = getattr(reward, "on_host", False)
+        self.of_frames, self.takes_sounds = is_of_frames(reward), getattr(reward, "takes_sounds", False)
         self.description = f"share of the samples of the same prompt that are beaten in {name}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
@@ -87,6 +90,7 @@ class PairwiseReward:
 
     def __init__(self, preference: Callable[..., Any], name: str) -> None:
         self.preference, self.name = preference, name
+        self.takes_videos, self.takes_sounds = (getattr(preference, f"takes_{k}", False) for k in ("videos", "sounds"))
         self.description = f"mean probability to be preferred within the samples of the same prompt, by {name}"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
@@ -132,10 +136,17 @@ def raw_values(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute checked values (B,) of a reward and its components, named `name` and `name.component`.
 
+    Of videos they are means over the frames, unless the reward takes whole ones.
+
     Raises:
         RewardError: Not one finite number per sample.
     """
-    output = reward(images.clone(), prompts)  # it may change them, and others come after it
+
+    def of_a_copy(given: torch.Tensor, contexts: Contexts) -> Any:
+        return reward(given.clone(), contexts)  # it may change them, and others come after it
+
+    takes_whole = getattr(reward, "takes_videos", False)
+    output = (of_a_copy if takes_whole else over_frames(of_a_copy))(images, prompts)
     output = output if isinstance(output, RewardOutput) else RewardOutput(output)
     value = check_reward(output.reward, images, prompts, name)
     return value, {name: value, **{f"{name}.{key}": part for key, part in output.components.items()}}

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from flowrl.envs.rewards.catalogue import RewardFunction, check_options, make_reward, parse_options
+from flowrl.envs.rewards.frames import is_of_frames
 from flowrl.envs.rewards.groups import PairwiseReward, WinRateReward, groups_of, raw_values
 from flowrl.errors import ConfigError
 from flowrl.types import RewardOutput
@@ -60,6 +61,14 @@ def parse_mixture(text: str) -> list[PartSpec]:
         if labels.count(label) > 1:
             raise ConfigError(f"The mixture '{text}' has the reward '{label}' more than once.")
     return parts
+
+
+def modules_of(text: str) -> list[str]:
+    """Name the modules of one's own that the rewards of an `--env.reward` come from; none of what is no such text."""
+    try:
+        return [part.name.rpartition(":")[0] for part in parse_mixture(text) if ":" in part.name]
+    except ConfigError:
+        return []
 
 
 def _parse_part(part: str, text: str) -> PartSpec:
@@ -163,6 +172,7 @@ class MixtureReward:
     - "group": standard score within the samples of the same context in the call.
 
     For gradients by the samples, means and standard deviations are numbers: a reward pulls as it would by itself.
+    A video has one value of each part, the mean over its frames where a part is of images, and that is normalised.
 
     Components: the raw value of each part under its name, and its own components as `part.component`.
 
@@ -172,6 +182,8 @@ class MixtureReward:
     Raises:
         ConfigError: A reward whose `scale` is not a positive number.
     """
+
+    takes_videos = True
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
@@ -190,6 +202,16 @@ class MixtureReward:
     def on_host(self) -> bool:
         """Whether all parts compute on the host."""
         return all(getattr(part.reward, "on_host", False) for part in self.parts)
+
+    @property
+    def takes_sounds(self) -> bool:
+        """Whether all parts are of sounds."""
+        return all(getattr(part.reward, "takes_sounds", False) for part in self.parts)
+
+    @property
+    def of_frames(self) -> bool:
+        """Whether a part is given a frame of a video at a time."""
+        return any(is_of_frames(part.reward) for part in self.parts)
 
     @property
     def weights(self) -> dict[str, float]:

@@ -78,26 +78,30 @@ class OCRReward:
         """
         texts = [asked_text(prompt) for prompt in prompts]
         targets = [self._encoded(text) for text in texts]
-        frames = max(len(target) for target in targets) * 2 + 1  # blanks between letters, and around them
-        scores, exact = [], []
-        for first, pictures in zip(range(0, len(texts), CHUNK), images.detach().float().cpu().split(CHUNK)):
-            here = [i for i in range(first, first + len(pictures)) for _ in range(self.strips)]
-            probability = self._read(pictures, frames).flatten(0, 1)  # (B * strips, T, letters)
-            scores.append(log_likelihood(probability, [targets[i] for i in here]))
-            exact += [spelled == texts[i] for i, spelled in zip(here, self._spelled(probability))]
-        return RewardOutput(
-            torch.cat(scores).view(-1, self.strips).amax(1),
-            {"exact": torch.tensor(exact, dtype=torch.float32).view(-1, self.strips).amax(1)},
-        )
+        pictures, found = images.detach().float().cpu(), torch.zeros(len(texts), 2)
+        sizes = [self._size(images.shape[2], images.shape[3], len(target)) for target in targets]
+        for size in sorted(set(sizes)):  # a score does not depend on the other texts
+            rows = [i for i, other in enumerate(sizes) if other == size]
+            for some in (rows[k : k + CHUNK] for k in range(0, len(rows), CHUNK)):
+                here = [i for i in some for _ in range(self.strips)]
+                probability = self._read(pictures[some], size).flatten(0, 1)  # (B * strips, T, letters)
+                score = log_likelihood(probability, [targets[i] for i in here])
+                exact = [spelled == texts[i] for i, spelled in zip(here, self._spelled(probability))]
+                found[some] = torch.stack([score, torch.tensor(exact).float()], 1).view(-1, self.strips, 2).amax(1)
+        return RewardOutput(found[:, 0], {"exact": found[:, 1]})
 
-    def _read(self, images: torch.Tensor, frames: int) -> torch.Tensor:
-        n, _, height, width = images.shape
+    def _size(self, height: int, width: int, letters: int) -> tuple[int, int]:
+        """Compute the size of a strip as it is read, with a frame for each letter and for blanks between and around."""
+        strip = max(1, round(self.share * height))
+        return HEIGHT, max(STRIDE * (2 * letters + 1), round(width * HEIGHT / strip))
+
+    def _read(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        n, _, height, _ = images.shape
         strip = max(1, round(self.share * height))
         tops = [round(i * (height - strip) / max(1, self.strips - 1)) for i in range(self.strips)]
         if self.strips == 1:
             tops = [(height - strip) // 2]
         cut = torch.stack([images[:, :, top : top + strip] for top in tops], dim=1).flatten(0, 1)
-        size = (HEIGHT, max(STRIDE * frames, round(width * HEIGHT / strip)))
         lines = functional.interpolate(cut, size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
         blue_first = (2 * lines.flip(1) - 1).numpy()
         (probability,) = self.session.run(None, {self.session.get_inputs()[0].name: blue_first})

@@ -20,6 +20,7 @@ class AudioFlow(PipelineFlow):
 
     FRAMES: ClassVar[int]
     """Frames of latents in the pipeline's own call."""
+    DRAWN = "audios"
     lora_targets = ATTENTION
 
     @classmethod

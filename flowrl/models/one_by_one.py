@@ -16,6 +16,8 @@ class OneByOneFlow(PipelineFlow):
     network what pads all to the longest.
     """
 
+    OWN_CALL = "Its own call draws noise in another order, so that a seed gives another sample."
+
     def predict(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Call the network, once a sample."""
         predicted = []

@@ -87,6 +87,12 @@ class PipelineFlow(PromptedFlow):
     """Why the pipeline's own guidance cannot be had, and any scale but 1 is refused; empty where it can."""
     FRAME_RATE: ClassVar[float] = 0
     """Frames per second at which the pipeline's videos are meant to be seen; 0 of images."""
+    DRAWN: ClassVar[str] = "images"
+    """Name of what the pipeline's own call gives."""
+    UNGUIDED: ClassVar[float] = 1.0
+    """The guidance scale of the pipeline's own call that leaves guidance out."""
+    OWN_CALL: ClassVar[str] = ""
+    """How the pipeline's own call draws another sample of the same seed, for model cards; empty where it does not."""
     casts_inputs = True
     told_of_guidance = False
 
@@ -240,7 +246,16 @@ class PipelineFlow(PromptedFlow):
                     stacklevel=2,
                 )
             return cond
-        return (*cond[:-1], torch.full_like(cond[-1], scale)) if self.distilled_guidance else cond
+        if self.distilled_guidance:
+            return (*cond[:-1], torch.full_like(cond[-1], scale))
+        if scale < self.UNGUIDED and not self.told_of_guidance:
+            self.told_of_guidance = True
+            warnings.warn(
+                f"guidance_scale={scale:g} leads away from the prompts, which do nothing at 0: without guidance it is "
+                "1, also where diffusers' own call takes 0 for none.",
+                stacklevel=2,
+            )
+        return cond
 
     def guidance_of(self, n: int) -> torch.Tensor:
         """Give the guidance scales (n,) that a guidance-distilled network is given at first."""
@@ -269,8 +284,10 @@ class PipelineFlow(PromptedFlow):
         takes = inspect.signature(type(self.pipeline).__call__).parameters
         *frames, _, height, width = self.sample_shape
         is_free = not self.distilled_guidance
+        own = self.UNGUIDED if scale == 1 else scale
         given = {
-            "guidance_scale": self.embedded_guidance if is_free and "true_cfg_scale" in takes else scale,
+            "guidance_scale": self.embedded_guidance if is_free and "true_cfg_scale" in takes else own,
+            "distilled_guidance_scale": None if is_free else scale,
             "true_cfg_scale": scale if is_free else None,
             "negative_prompt": "" if is_free and scale != 1 else None,
             "height": height,
@@ -325,14 +342,14 @@ class PipelineFlow(PromptedFlow):
                 network.save_pretrained(folder / name, safe_serialization=True)
             return
         whole = with_start(lora_state, self.init_lora) if self.init_lora else lora_state
-        if _saves_adapters(self.pipeline):
+        if saves_adapters(self.pipeline):
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=whole)
         else:
             named = {f"{self.NETWORK}.{name}": value.contiguous() for name, value in whole.items()}
             save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
 
-def _saves_adapters(pipeline: Any) -> bool:
+def saves_adapters(pipeline: Any) -> bool:
     """Tell whether a pipeline writes adapters of a transformer: some have inherited a writer for a UNet."""
     write = getattr(pipeline, "save_lora_weights", None)
     return write is not None and "transformer_lora_layers" in inspect.signature(write).parameters

@@ -22,6 +22,7 @@ class VideoFlow(PipelineFlow):
     """Frames of a video in the pipeline's own call."""
     SIDES: ClassVar[tuple[int, int]]
     """Height and width in pixels in the pipeline's own call."""
+    DRAWN = "frames"
     lora_targets = ATTENTION
 
     @classmethod

@@ -14,6 +14,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.prompts import picture_of
 from flowrl.models.loading import FlowSource
 from flowrl.models.pictures import PicturesFlow
+from flowrl.models.pipeline import saves_adapters
 from flowrl.pages.text import markdown_table, number, span
 from flowrl.runs.logs import read_metrics
 from flowrl.runs.pictures import STEPS, curves
@@ -27,6 +28,8 @@ Kind = Literal["lora", "transformer", "pipeline"]
 """What an export holds: LoRA weights, the fine-tuned network alone, or a whole pipeline."""
 NOT_EVALUATED = "This state of the run has not been evaluated.\n"
 EULER = "FlowMatchEulerDiscreteScheduler"
+GUIDERS = "guider", "ocr_guider"
+"""Parts by which some pipelines guide, in the place of arguments of their call."""
 PROMPTS = 20
 """Prompts that the card lists."""
 LIMITATIONS = (
@@ -81,8 +84,9 @@ def write_card(
 
 def _front_matter(model: FlowAlgorithm, kind: Kind) -> str:
     """Write the YAML for the hub, without a licence: it is the base model's. Values are JSON, which is YAML."""
-    tags = ["flowrl", "text-to-image", "flow-matching", "reward-fine-tuning"]
-    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    task = "image-to-image" if isinstance(model.policy.model, PicturesFlow) else f"text-to-{_drawn(model, 'audio')}"
+    tags = ["flowrl", task, "flow-matching", "reward-fine-tuning"]
+    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     if base := hub_name(model.env.core.flow):
         data["base_model"] = base
     data["tags"] = [*tags, "lora"] if kind == "lora" else tags
@@ -118,6 +122,12 @@ def _pipeline(model: FlowAlgorithm) -> Any:
     return model.policy.model.pipeline
 
 
+def _drawn(model: FlowAlgorithm, sound: str = "sound") -> str:
+    """Name what a run draws."""
+    flow = model.env.core.flow
+    return "video" if flow.frame_rate else sound if flow.sample_rate else "image"
+
+
 def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any]) -> str:
     """Write a script that loads the folder and draws a picture as the run does."""
     pipeline = _pipeline(model)
@@ -135,16 +145,11 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
         given = ", ".join(f"{part}={part}" for part in parts)
         lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}, {given}{rest})")
     else:
-        if model.env.core.flow.is_embedded:
-            imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
-        lines.append(f"pipe = {cls}.from_pretrained({_base_code(model)}{rest})")
-        if hasattr(pipeline, "load_lora_weights"):
-            lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
-        else:
-            lines.append(f"pipe.{next(iter(parts))}.load_lora_adapter({json.dumps(name)}, use_safetensors=True)")
-        for part in list(parts)[1:]:
-            given = f'weight_name="{part}_lora.safetensors", load_into_{part}=True'
-            lines.append(f"pipe.load_lora_weights({json.dumps(name)}, {given})")
+        lines += _adapters(model, name, rest, imports)
+    if guiders := [part for part in GUIDERS if part in pipeline.components]:
+        imports[1] += ", ClassifierFreeGuidance"
+        scale = 1.0 if model.policy.model.distilled_guidance else model.policy.guidance_scale
+        lines += [f"pipe.{part} = ClassifierFreeGuidance(guidance_scale={scale})" for part in guiders]
     options = [f"    {key}={value!r}," for key, value in sampling.items()]
     options.append("    generator=torch.Generator().manual_seed(0),")
     prompt = json.dumps(model.env.core.contexts[0], ensure_ascii=False)
@@ -153,15 +158,54 @@ def _use(model: FlowAlgorithm, kind: Kind, name: str, sampling: Mapping[str, Any
         imports += ["from diffusers.utils import load_image", "from PIL import Image"]
         picture = json.dumps(Path(picture_of(model.env.core.contexts[0]) or "").name, ensure_ascii=False)
         options.insert(0, f"    image=load_image({picture}).resize(({width}, {height}), Image.Resampling.LANCZOS),")
-    rate = model.env.core.flow.frame_rate
-    kept, save = ("images", 'image.save("image.png")')
-    if rate:
+    drawn, flow = _drawn(model), model.env.core.flow
+    save = f'{drawn}.save("image.png")'
+    if drawn == "video":
         imports.append("from diffusers.utils import export_to_video")
-        kept, save = "frames", f'export_to_video(video, "video.mp4", fps={rate:g})'
-    call = [f"{'video' if rate else 'image'} = pipe(", f"    prompt={prompt},", *options, f").{kept}[0]", save]
+        save = f'export_to_video(video, "video.mp4", fps={flow.frame_rate:g})'
+    elif drawn == "sound":
+        imports.append("from scipy.io import wavfile")
+        save = f'wavfile.write("sound.wav", {flow.sample_rate}, sound.float().cpu().numpy().T)'
+    kept = model.policy.model.DRAWN
+    call = [f"{drawn} = pipe(", f"    prompt={prompt},", *options, f").{kept}[0]", save]
     code = "\n".join([*imports, "", *lines, *call])
     advice = 'On a GPU take `torch.bfloat16` in the place of `torch.float32`, and call `pipe.to("cuda")`.'
     return f"```python\n{code}\n```\n\n{advice}{_otherwise(model)}\n"
+
+
+def _adapters(model: FlowAlgorithm, name: str, rest: str, imports: list[str]) -> list[str]:
+    """Write how the base model is loaded with adapters; adds to the script's imports."""
+    pipeline, flow = _pipeline(model), model.policy.model
+    parts = list(flow.networks_of(flow.network))  # type: ignore[operator]
+    if model.env.core.flow.is_embedded:
+        imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
+    lines = [f"pipe = {type(pipeline).__name__}.from_pretrained({_base_code(model)}{rest})"]
+    if saves_adapters(pipeline):
+        lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
+    elif hasattr(getattr(pipeline, parts[0]), "load_lora_adapter"):
+        lines.append(f"pipe.{parts[0]}.load_lora_adapter({json.dumps(name)}, use_safetensors=True)")
+    else:
+        imports.append("from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict")
+        imports.append("from safetensors.torch import load_file")
+        lines += _by_peft(name, parts[0])
+    for part in parts[1:]:
+        given = f'weight_name="{part}_lora.safetensors", load_into_{part}=True'
+        lines.append(f"pipe.load_lora_weights({json.dumps(name)}, {given})")
+    return lines
+
+
+def _by_peft(name: str, part: str) -> list[str]:
+    """Write how peft alone puts adapters into a network that has no loader of them."""
+    file = json.dumps(f"{name}/pytorch_lora_weights.safetensors")
+    return [
+        f"weights = load_file({file})  # in a folder, not on the hub",
+        f'weights = {{key.removeprefix("{part}."): value for key, value in weights.items()}}',
+        'targets = sorted({key.rpartition(".lora_")[0] for key in weights})',
+        'rank = next(len(value) for key, value in weights.items() if ".lora_A." in key)',
+        "config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)",
+        f"inject_adapter_in_model(config, pipe.{part})",
+        f"set_peft_model_state_dict(pipe.{part}, weights)",
+    ]
 
 
 def _without(pipeline: Any) -> str:
@@ -174,12 +218,15 @@ def _without(pipeline: Any) -> str:
 def _otherwise(model: FlowAlgorithm) -> str:
     """Say how the run sampled where the pipeline's own call does not: it then draws other pictures."""
     policy, scheduler = model.policy, _pipeline(model).scheduler
-    told = []
+    flow: Any = policy.model
+    told = [flow.OWN_CALL] if flow.OWN_CALL else []
     if type(scheduler).__name__ != EULER or scheduler.config.get("stochastic_sampling"):
         told.append(f"The run took other steps than the pipeline's {type(scheduler).__name__}: pictures are others.")
     if policy.solver != "euler":
         told.append(f"The run sampled with {policy.solver}: Euler's steps, the pipeline's own, come near it when many.")
-    if policy.guidance != "cfg" and policy.guidance_scale != 1 and not policy.model.distilled_guidance:
+    if policy.guidance_scale < flow.UNGUIDED and not flow.distilled_guidance:
+        told.append("The run's guidance scale is below 1, which pipelines' calls take for none: pictures are others.")
+    if policy.guidance != "cfg" and policy.guidance_scale != 1 and not flow.distilled_guidance:
         told.append("The run guided by CFG-Zero*: the pipeline's own guidance is another, and so are its pictures.")
     return "".join(f" {text}" for text in told)
 
@@ -245,8 +292,8 @@ def _results(result: Mapping[str, Any]) -> str:
     return (
         f"{markdown_table(['', 'base model', 'fine-tuned'], rows)}\n\n"
         f"{number(result.get('n_samples'))} samples of each, from the same noise and prompts; intervals are of "
-        "95 %. Diversity is the mean distance of two images of the same prompt; a win rate is the share of pairs, of "
-        "the same prompt and noise, in which the fine-tuned model's image is the better one (ties count half).\n"
+        "95 %. Diversity is the mean distance of two samples of the same prompt; a win rate is the share of pairs, of "
+        "the same prompt and noise, in which the fine-tuned model's sample is the better one (ties count half).\n"
     )
 
 

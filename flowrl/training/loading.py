@@ -133,7 +133,7 @@ def load_checkpoint(
             f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}."
         ) from error
     try:
-        with named_by_a_file(f"'{folder / 'config.json'}'", "import it yourself, or name it (--env module:name)"):
+        with named_by_a_file(f"'{folder / 'config.json'}'", "import it yourself, or name it (--modules NAME)"):
             model = cls(
                 policy,
                 env,

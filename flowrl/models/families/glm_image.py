@@ -30,6 +30,7 @@ class GlmImageFlow(CogView4Flow):
     SEQUENCE_LENGTH = 2048
     LATENTS = 128
     MULTIPLE = 1
+    OWN_CALL = "Its own call draws the image's tokens anew, so that a seed gives another picture."
 
     @classmethod
     def patch(cls, transformer: Mapping[str, Any]) -> int:

@@ -29,6 +29,7 @@ class HiDreamFlow(PatchedFlow):
     LATENTS = 128
     ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     SEQUENCE_LENGTH = 128
+    OWN_CALL = "Its own call brings every size to the area that its transformer was made for."
     PREDICTS_VELOCITY = True
     lora_targets = LORA_TARGETS
 

@@ -16,6 +16,8 @@ class Kandinsky5ImageFlow(Kandinsky5Flow, PatchedFlow):
 
     PIPELINE = "Kandinsky5T2IPipeline"
     LATENTS = 128
+    DRAWN = "image"
+    OWN_CALL = f"{Kandinsky5Flow.OWN_CALL} It has the nearest of seven sizes."
 
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
         """Give the transformer's arguments: latents of one frame."""

@@ -29,6 +29,7 @@ class Krea2Flow(OneFrameFlow):
 
     PIPELINE = "Krea2Pipeline"
     TRANSFORMER = "Krea2Transformer2DModel"
+    UNGUIDED = 0.0
     lora_targets = LORA_TARGETS
 
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:

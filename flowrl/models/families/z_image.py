@@ -32,6 +32,7 @@ class ZImageFlow(TokensFlow):
     TRANSFORMER = "ZImageTransformer2DModel"
     TIME_REVERSED = True
     PREDICTS_VELOCITY = True
+    UNGUIDED = 0.0
     lora_targets = LORA_TARGETS
 
     @classmethod
