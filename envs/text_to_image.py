@@ -279,7 +279,6 @@ EARLY: Mapping[str, Any] = {  # numbers and colours are laid out early, by the t
 }
 
 
-
 def _early(*kinds: str) -> dict[str, Any]:
     """Recommend `EARLY` to algorithms of these kinds."""
     return {f"{kind}.{name}": value for kind in kinds for name, value in EARLY.items()}
