@@ -57,6 +57,12 @@ def untouched(case: Case, folder: Path) -> PipelineFlow:
     return loaded(case, folder)
 
 
+@pytest.fixture(scope="module")
+def sampled(case: Case, folder: Path) -> PipelineFlow:
+    """The same, for policies that draw from it."""
+    return loaded(case, folder)
+
+
 def source(case: Case, folder: Path, size: Any = None) -> FlowSource:
     return source_of(str(folder), pipeline=replace(case.options, **{case.sized_by: size or case.sizes[0]}))
 
@@ -106,10 +112,10 @@ def test_odd_sizes_name_the_nearest(case: Case, folder: Path) -> None:
 
 @pytest.mark.parametrize(("size", "steps"), [(0, 2), (1, 3)])
 def test_our_sampler_gives_the_pipelines_latents(
-    case: Case, folder: Path, untouched: PipelineFlow, size: int, steps: int
+    case: Case, folder: Path, untouched: PipelineFlow, sampled: PipelineFlow, size: int, steps: int
 ) -> None:
     """With and without guidance, in float32, at two resolutions."""
-    flow = loaded(case, folder, case.sizes[size])
+    flow = loaded(case, folder, case.sizes[size]) if size else sampled
     theirs = loaded(case, folder, case.sizes[size]) if size else untouched
     policy = policy_of(case, flow, 1.0)
     x_0, ids = policy.noise(3), torch.arange(3)
@@ -128,16 +134,15 @@ def test_our_sampler_gives_the_pipelines_latents(
     assert case.scale == 1 or (plain - ours).abs().max() > 1e-3  # and so does guidance
 
 
-def test_decoding_gives_the_pipelines_samples(case: Case, folder: Path, untouched: PipelineFlow) -> None:
+def test_decoding_gives_the_pipelines_samples(case: Case, untouched: PipelineFlow, sampled: PipelineFlow) -> None:
     if case.images is None:
         pytest.skip("another case of this class decodes")
-    flow = loaded(case, folder)
-    policy = policy_of(case, flow, 1.0)
+    policy = policy_of(case, sampled, 1.0)
     x_0 = policy.noise(3)
     with torch.no_grad():
         expected = case.images(untouched, x_0, 1.0, 3)
-    ours = flow.decode(policy.sample_latents(torch.arange(3), x_0=x_0, steps=3, solver="euler"))
-    assert ours.shape == expected.shape == (3, *flow.sample_shape)
+    ours = sampled.decode(policy.sample_latents(torch.arange(3), x_0=x_0, steps=3, solver="euler"))
+    assert ours.shape == expected.shape == (3, *sampled.sample_shape)
     assert (ours - expected).abs().max() <= 1e-4
     assert expected.std() > 0.01
 
@@ -255,7 +260,7 @@ def test_networks_compute_in_bfloat16_without_autocast(case: Case, folder: Path)
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_pipelines_call_takes_what_the_model_card_says(
-    case: Case, folder: Path, untouched: PipelineFlow, scale: float
+    case: Case, untouched: PipelineFlow, sampled: PipelineFlow, scale: float
 ) -> None:
     """And draws what flowrl does of the same seed, unless the card says why not."""
     if case.own_noise:
@@ -273,7 +278,7 @@ def test_the_pipelines_call_takes_what_the_model_card_says(
     samples = torch.as_tensor(getattr(drawn, untouched.DRAWN))
     assert samples.shape == (1, *untouched.sample_shape)
     if not untouched.OWN_CALL:
-        (ours,) = draw(policy_of(case, loaded(case, folder), scale), case.contexts[:1], [0], steps=2)
+        (ours,) = draw(policy_of(case, sampled, scale), case.contexts[:1], [0], steps=2)
         assert (samples - ours).abs().max() <= 1e-3
 
 
