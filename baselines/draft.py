@@ -38,6 +38,7 @@ class DRaFTConfig(RewardGradientConfig):
 class DRaFT(RewardGradientAlgorithm):
     """Direct reward fine-tuning."""
 
+    kind = "gradient.sampled"
     Config: ClassVar[type[FlowConfig]] = DRaFTConfig
     config: DRaFTConfig
 

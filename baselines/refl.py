@@ -38,6 +38,7 @@ class ReFLConfig(RewardGradientConfig):
 class ReFL(RewardGradientAlgorithm):
     """Reward feedback learning."""
 
+    kind = "gradient.estimated"
     Config: ClassVar[type[FlowConfig]] = ReFLConfig
     config: ReFLConfig
 

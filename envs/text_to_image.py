@@ -294,6 +294,8 @@ COLOURS: Mapping[str, Any] = {
     "advantages.gain": 0.2,
     "advantages.beta_ref": 0.1,
     "advantages.contrast.beta_ref": 0.0,
+    "gradient.sampled.alpha": 0.1,  # without, pictures are made for the reward alone
+    "gradient.estimated.alpha": 2.0,
     "endpoint.preference.pairs.learning_rate": 2e-4,
     "endpoint.preference.regression.learning_rate": 5e-4,
     "endpoint.preference.regression.beta": 0.02,
