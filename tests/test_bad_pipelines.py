@@ -40,6 +40,15 @@ def test_a_missing_part_is_named(build: Callable[[Path], Any], parts: list[str],
         shutil.move(tmp_path / "away", folder / part)
 
 
+def test_weights_in_few_bits_are_not_taken_for_damaged_ones(tmp_path: Path) -> None:
+    small_pipelines.sd3(tmp_path)
+    config = tmp_path / "transformer" / "config.json"
+    quantised = {"quantization_config": {"quant_method": "of nobody"}}  # whose library is missing, or needs a GPU
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
+    with pytest.raises(ModelLoadError, match=r"cannot be loaded: .* 8 bits or fewer \(transformer\), .*bfloat16"):
+        source_of(str(tmp_path)).load()
+
+
 @pytest.mark.parametrize("kind", NO_FLOWS)
 def test_a_class_that_is_no_flow_says_why(kind: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))

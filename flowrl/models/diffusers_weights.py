@@ -74,6 +74,11 @@ def load_pipeline(
     except Exception as error:
         if (failed := first_failure(error)) is not None:
             raise ModelLoadError(failed) from error
+        if is_folder and (quantised := [part for part in parts if _is_quantised(folder / part)]):
+            raise ModelLoadError(
+                f"The pipeline folder '{name}' cannot be loaded: {error} It has weights in 8 bits or fewer "
+                f"({', '.join(quantised)}), which were not tried: dequantize() them and save it in bfloat16."
+            ) from error
         if is_folder:
             raise ModelLoadError(f"The pipeline folder '{name}' is damaged or incomplete: {error}") from error
         raise ModelLoadError(hub_message(location, error)) from error
@@ -111,6 +116,12 @@ def _network(
             + (UNFUSED if attached else "Its files are damaged, or of another version.")
         )
     return network
+
+
+def _is_quantised(folder: Path) -> bool:
+    """Tell whether a part of a pipeline says that its weights are quantised."""
+    file = folder / "config.json"
+    return file.is_file() and "quantization_config" in read_json(file, "pipeline")
 
 
 def _variants(folder: Path, name: str, parts: Sequence[str]) -> dict[str, str]:
