@@ -235,8 +235,6 @@ def import_module(name: str) -> Any:
             f"{file} names the module '{name[:100]}', which is not imported here. Code named by a file is never "
             f"imported: {remedy}."
         )
-    if "" not in sys.path and not getattr(sys.flags, "safe_path", False):
-        sys.path.append("")  # the current folder, which `python -m` has on it and an installed program has not
     return importlib.import_module(name)
 
 

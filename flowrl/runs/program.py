@@ -102,6 +102,8 @@ def _has_no_reader(stream: TextIO) -> bool:
 def _run(body: Callable[[list[str]], int], args: list[str]) -> int:
     try:
         with telling_warnings(None, lambda text: print(text, file=sys.stderr, flush=True)):
+            if "" not in sys.path and not getattr(sys.flags, "safe_path", False):
+                sys.path.append("")  # the current folder, which `python -m` has on it and an installed program has not
             import_own_modules(args)
             return body(args)
     except FlowRLError as error:
