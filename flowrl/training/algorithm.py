@@ -105,7 +105,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         )
         self.iteration = self.n_dropped = 0  # iterations so far, and samples that the reward failed for
         self.extra_state, self.record = ExtraState(), RolloutRecord()
-        self.rollout_figures, self.last_logged, self.warned = {}, {}, set()
+        self.rollout_figures, self.last_logged, self.warned, self.misfit = {}, {}, set(), False
         self.checks = HookChecks(type(self).__name__)  # until the first iteration is over
         if _init_setup_model:
             self._setup_model()

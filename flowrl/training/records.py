@@ -24,7 +24,7 @@ REWARD = "reward/"
 """Before the names of the reward's components, which are anyone's, in logs: they replace no figure of flowrl's."""
 
 MISFIT = 1.3
-"""How many times the reference's loss a flow's loss of its own samples may be, before a caution."""
+"""How many times the reference's loss a flow's loss of its own samples may be, before a caution; once is chance."""
 
 
 class RolloutRecord:
@@ -105,9 +105,10 @@ def cautions(model: FlowAlgorithm) -> dict[str, str]:
     model.checks.cautions(given)
     found = dict(given)
     own, reference = (logged.get(f"train/{name}", 0.0) for name in ("own_loss", "reference_loss"))
-    if own > MISFIT * reference:
+    misfit, model.misfit = model.misfit, own > MISFIT * reference
+    if misfit and model.misfit:
         found["misfit"] = (
-            "The flow fits its own samples worse than the reference does: their loss is "
+            "The flow fits its own samples worse than the reference does: for the second time their loss is "
             f"{own / reference:.2f} times as large (train/own_loss, train/reference_loss). Errors have grown from "
             "refresh to refresh, and rewards fall when they go on. Go back to an earlier checkpoint, with fewer "
             "iterations, a lower learning rate, or a stronger penalty on leaving the reference."

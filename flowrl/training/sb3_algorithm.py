@@ -39,6 +39,7 @@ class SB3Algorithm(BaseAlgorithm):
     rollout_figures: dict[str, torch.Tensor]
     last_logged: dict[str, Any]
     warned: set[str]
+    misfit: bool
     policy: Any
     generator: torch.Generator
     ranks: Ranks
