@@ -20,6 +20,7 @@ from flowrl.errors import CheckpointError, ConfigError, FlowRLError, did_you_mea
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by_a_file
 from flowrl.storage import revisions
 from flowrl.storage.files import read_json, read_tensors, standing
+from flowrl.training.formulas import tell_changes
 from flowrl.training.optimizers import laid_out_like, state_shapes
 from flowrl.training.random_states import set_random_states
 from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name, policy_name
@@ -120,6 +121,7 @@ def load_checkpoint(
             )
     env_settings = pinned_settings(env, env_settings, config)
     _compare_settings(cls, config, folder)
+    tell_changes(config, folder, to_train)
     policy = kwargs.pop("policy", "FlowPolicy")
     if (stored_policy := config.get("policy")) not in (None, policy_name(policy)):
         raise CheckpointError(
