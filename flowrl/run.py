@@ -37,6 +37,7 @@ from flowrl.runs.folder import (
     alone_in,
     create_run_folder,
     environment_of,
+    tell_edits,
     write_config,
     write_evaluation,
     writing_to,
@@ -142,6 +143,12 @@ def _resume(args: list[str], folder: Path) -> int:
             f"random states. The same again from the start, with another seed: --config {folder} --seed 1."
         )
     checkpoint = checkpoint_folder(folder)
+    if others := sorted(name for name in _options(args) if name.startswith(("--algo.", "--env."))):
+        raise ConfigError(
+            f"{', '.join(others)}: a run goes on with the settings that it began with, so that its curves are of one "
+            f"training. With others, in Python: cls.load('{folder}', learning_rate=1e-4).learn(N). "
+            f"The same from the start with others: --config {folder} {others[0]} ..."
+        )
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
         raise CheckpointError(
@@ -163,6 +170,7 @@ def _resume(args: list[str], folder: Path) -> int:
     _set_deterministic(run)
     model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
     tell = say if model.ranks.is_main else lambda text: None
+    tell_edits(folder, model)
     tell(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
     if run.dry_run:
         tell("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))

@@ -333,6 +333,15 @@ def test_settings_that_are_new_since(folder: Path) -> None:
         assert flowrl.ORWCFMW2.load(folder).config.max_dropped == 0.1
 
 
+def test_settings_to_train_on_with_are_taken(folder: Path) -> None:
+    model = flowrl.ORWCFMW2.load(folder, device=DEVICE, weight_decay=0.25, learning_rate=0.125)
+    model.learn(N, reset_num_timesteps=False)
+    group = model.policy.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["lr"]) == (0.25, 0.125)
+    with pytest.raises(ConfigError, match=r"seed of '.*' are its own. Give single settings"):
+        flowrl.ORWCFMW2.load(folder, device=DEVICE, seed=1)
+
+
 FORMULAS = [
     ("crd", {}, "sums over dimensions"),
     ("flow_grpo", {"target_lambda": 1.0}, "target_lambda goes by the slope"),
