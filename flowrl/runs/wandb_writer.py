@@ -40,7 +40,7 @@ class WandbWriter(KVWriter):
             ) from error
         team, _, name = project.rpartition("/")
         known = folder / ID_FILE
-        before = known.read_text().strip() if known.exists() else ""
+        before = known.read_text("utf-8").strip() if known.exists() else ""
         try:
             self._run = self._wandb.init(
                 project=name,
@@ -56,7 +56,7 @@ class WandbWriter(KVWriter):
                 f"Weights & Biases does not start: {error} Log in with `wandb login`, set WANDB_MODE=offline to keep "
                 "the log in the run folder, or leave out --wandb."
             ) from error
-        known.write_text(f"{self._run.id}\n")
+        known.write_text(f"{self._run.id}\n", encoding="utf-8")
 
     def write(self, key_values: Mapping[str, Any], key_excluded: Mapping[str, Any], step: int = 0) -> None:
         """Write a row.
