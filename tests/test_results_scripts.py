@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import importlib
 import importlib.util
 import json
 import math
@@ -235,3 +237,15 @@ def test_the_gpu_benchmark_on_small_networks(tmp_path: Path) -> None:
     assert figures["rows"]["mlp"]["flowrl / bare"] > 0
     assert figures["rows"]["ceiling"]["flops"] > 0
     assert figures["device"] == "CPU"
+
+
+SCRIPTS = [path for folder in ("benchmarks", "pretrain", "docs/tools") for path in (REPOSITORY / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_what_scripts_import_of_flowrl_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flowrl":
+            module = importlib.import_module(str(node.module))
+            missing = [a.name for a in node.names if not hasattr(module, a.name)]
+            assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), missing
