@@ -47,7 +47,7 @@ from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.plan import dry_run, head_of
 from flowrl.runs.program import EXIT_STOPPED, guarded
-from flowrl.runs.wandb_writer import WandbWriter
+from flowrl.runs.wandb_writer import WandbWriter, imported
 from flowrl.storage.files import clear_away, read_json
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.construction import check_device, check_gradient
@@ -95,6 +95,8 @@ def _main(args: list[str]) -> int:
             env = make_env(spec, env_config)
         held_out = _held_out(run, args, None if before is None else "--config")
     check_eval_samples(run.eval_samples, (env, *held_out.values()))
+    if run.wandb:
+        imported()  # or nothing is made
     if run.dry_run:
         check_device(run.device)
         check_gradient(algo, env, get_device(run.device))
