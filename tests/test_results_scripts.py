@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import small_pipelines
 import torch
 from conftest import REPOSITORY
 
@@ -249,3 +250,10 @@ def test_what_scripts_import_of_flowrl_is_there(path: Path) -> None:
             module = importlib.import_module(str(node.module))
             missing = [a.name for a in node.names if not hasattr(module, a.name)]
             assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), missing
+
+
+def test_random_conditions_of_gpu_rows_are_of_the_shapes_and_types_that_texts_have(tmp_path: Path) -> None:
+    env = flowrl.make("sd3-compress", flow=str(small_pipelines.sd3(tmp_path / "sd3")), prompts=("a star",))
+    load = script("gpu_lab")._loader(env.flow.load, torch.device("cpu"))
+    drawn, own = (flow.encode(["a star", "a ring"]) for flow in (load(), env.flow.load()))
+    assert [(part.shape, part.dtype) for part in drawn] == [(part.shape, part.dtype) for part in own]
