@@ -88,6 +88,8 @@ def main() -> None:
         figures["baseline"] = baseline(args, compared)
         figures["new / old"] = {name: against(name, figures) for name in compared}
         write(args.out, figures)
+    if failed := [name for name in rows if "error" in figures["rows"][name]]:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def measured(name: str, row: Any, lab: Any) -> Figures:

@@ -209,8 +209,8 @@ def _loader(build: Callable[..., Any], device: torch.device) -> Callable[..., An
 
         def encode(contexts: Any) -> tuple[torch.Tensor, ...]:
             return tuple(
-                torch.randn(len(contexts), *shape, device=model.device).to(frozen_dtype if shape else torch.float32)
-                for shape in model.condition_shapes()
+                torch.randn(len(contexts), *part.shape, device=model.device).to(part.dtype or frozen_dtype)
+                for part in model.condition_parts()
             )
 
         model.encode = encode

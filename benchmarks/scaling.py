@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import flowrl
 from flowrl.distributed.ranks import Ranks
-from flowrl.training.memory_plan import _without_storage
+from flowrl.training.without_storage import without_storage
 
 RATE = 400e12
 """FLOP/s of a GPU in bfloat16: 40 % of an H100's 989e12."""
@@ -53,7 +53,7 @@ def work(name: str, resolution: int, lora_rank: int) -> tuple[float, int, int]:
         )
         env = copy.copy(env)
         env.flow = replace(env.flow, load=env.flow.imitation)
-        with _without_storage():
+        with without_storage():
             model = flowrl.ORWCFMW2("FlowPolicy", env, config=config, device="cpu", ranks=Ranks())
             policy = model.policy
             x, t = torch.zeros(1, *policy.model.latent_shape), torch.zeros(1)

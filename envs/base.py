@@ -359,7 +359,8 @@ def check_reward(reward: Any, samples: torch.Tensor, contexts: Contexts, name: s
         i = int((~finite).nonzero()[0])
         raise RewardError(
             f"The reward '{name}' is {values[i].item()} for sample {i} of {len(samples)} (context {contexts[i]!r}; "
-            f"sample values {samples[i].min().item():.3g} to {samples[i].max().item():.3g}). Rewards must be finite."
+            f"sample values {samples[i].min().item():.3g} to {samples[i].max().item():.3g}). Rewards must be "
+            "finite in float32."
         )
     return values
 

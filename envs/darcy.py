@@ -17,6 +17,7 @@ from flowrl.envs.base import GenerationEnv
 from flowrl.envs.darcy_data import KINDS, random_log_k
 from flowrl.errors import ConfigError
 from flowrl.functional.darcy import energy, residual, solve
+from flowrl.functional.exact import in_float64
 from flowrl.functional.metrics import quantile_distance, spectrum_distance, wasserstein2
 from flowrl.models.loading import FlowSource, source_of
 from flowrl.registry import EnvSpec
@@ -60,7 +61,7 @@ class DarcyEnv(GenerationEnv):
 
         `pressure error`: of p against the solver's; `wall error`: of p on the walls, where the solver's is 0.
         """
-        log_k, p = samples.double().unbind(1)
+        log_k, p = in_float64(samples).unbind(1)
         solved = solve(log_k)
         size = solved.square().mean((1, 2)).sqrt()
         walls = torch.cat([p[:, 0], p[:, -1], p[:, 1:-1, 0], p[:, 1:-1, -1]], dim=1)

@@ -17,6 +17,7 @@ import torch
 
 from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
+from flowrl.functional.exact import in_float64
 from flowrl.models.loading import source_of
 from flowrl.registry import EnvSpec
 from flowrl.types import Contexts, RewardOutput
@@ -55,7 +56,7 @@ class PendulumTask:
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Roll out action sequences: returns (B,) and angles (B, steps + 1), unwrapped."""
-        u = actions.double().clamp(-self.bound, self.bound)
+        u = in_float64(actions).clamp(-self.bound, self.bound)
         angle, speed = (u.new_full((len(u),), value) for value in self.start)
         total, angles = torch.zeros_like(angle), [angle]
         for i in range(u.shape[1]):
@@ -86,7 +87,7 @@ class MountainCarTask:
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Roll out action sequences: returns (B,) and positions (B, steps + 1); at the flag the car stays."""
-        raw = actions.double()
+        raw = in_float64(actions)
         force = raw.clamp(-self.bound, self.bound)
         place, speed = (raw.new_full((len(raw),), value) for value in self.start)
         total, places = torch.zeros_like(place), [place]
@@ -121,7 +122,8 @@ class GymnasiumTask:
 
     def rollout(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Roll out action sequences: returns (B,) and positions (B, steps + 1)."""
-        played = [self._play(sequence) for sequence in actions.double().cpu().numpy()]
+        actions = in_float64(actions)
+        played = [self._play(sequence) for sequence in actions.cpu().numpy()]
         totals, places = (np.array(column) for column in zip(*played))
         return torch.from_numpy(totals).to(actions.device), torch.from_numpy(places).to(actions.device)
 

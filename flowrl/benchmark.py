@@ -130,9 +130,9 @@ def _finished(process: BaseProcess, folder: Path) -> bool:
     """Tell whether a cell that ended has its result, which comes last; write `error.txt` otherwise."""
     if (folder / "result.json").exists():
         return True
-    log = (folder / "log.txt").read_text(errors="replace") if (folder / "log.txt").exists() else ""
+    log = (folder / "log.txt").read_text("utf-8", errors="replace") if (folder / "log.txt").exists() else ""
     killed = " (killed; where nobody did that, the system has, for want of memory)" if process.exitcode == -9 else ""
-    (folder / "error.txt").write_text(f"{log}\nexit code {process.exitcode}{killed}\n")
+    (folder / "error.txt").write_text(f"{log}\nexit code {process.exitcode}{killed}\n", encoding="utf-8")
     return False
 
 
@@ -168,7 +168,7 @@ def write_results(cells: Sequence[Cell], root: Path) -> list[Path]:
     paths = [root / name for name in ("results.json", "table.md", "curves.png", "frontier.png", "frontier.html")]
     write_json(paths[0], to_six_digits(finite_or_none(entries)))
     with written_whole(paths[1]) as new:
-        new.write_text(markdown(entries))
+        new.write_text(markdown(entries), encoding="utf-8")
     save_drawing(learning_curves(entries), paths[2], dpi=80)
     save_drawing(frontier(entries), paths[3], dpi=110)
     page = benchmark_page(entries, root)

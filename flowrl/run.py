@@ -37,6 +37,7 @@ from flowrl.runs.folder import (
     alone_in,
     create_run_folder,
     environment_of,
+    tell_edits,
     write_config,
     write_evaluation,
     writing_to,
@@ -46,7 +47,7 @@ from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.plan import dry_run, head_of
 from flowrl.runs.program import EXIT_STOPPED, guarded
-from flowrl.runs.wandb_writer import WandbWriter
+from flowrl.runs.wandb_writer import WandbWriter, imported
 from flowrl.storage.files import clear_away, read_json
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.construction import check_device, check_gradient
@@ -94,6 +95,8 @@ def _main(args: list[str]) -> int:
             env = make_env(spec, env_config)
         held_out = _held_out(run, args, None if before is None else "--config")
     check_eval_samples(run.eval_samples, (env, *held_out.values()))
+    if run.wandb:
+        imported()  # or nothing is made
     if run.dry_run:
         check_device(run.device)
         check_gradient(algo, env, get_device(run.device))
@@ -142,6 +145,12 @@ def _resume(args: list[str], folder: Path) -> int:
             f"random states. The same again from the start, with another seed: --config {folder} --seed 1."
         )
     checkpoint = checkpoint_folder(folder)
+    if others := sorted(name for name in _options(args) if name.startswith(("--algo.", "--env."))):
+        raise ConfigError(
+            f"{', '.join(others)}: a run goes on with the settings that it began with, so that its curves are of one "
+            f"training. With others, in Python: cls.load('{folder}', learning_rate=1e-4).learn(N). "
+            f"The same from the start with others: --config {folder} {others[0]} ..."
+        )
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
         raise CheckpointError(
@@ -163,6 +172,7 @@ def _resume(args: list[str], folder: Path) -> int:
     _set_deterministic(run)
     model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
     tell = say if model.ranks.is_main else lambda text: None
+    tell_edits(folder, model)
     tell(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
     if run.dry_run:
         tell("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="drawn in the end, to say how well they solve")
     parser.add_argument("--out", type=Path, default=ASSET)
     args = parser.parse_args()
+    args.until = min(args.until, args.steps)
     if args.size != 32 and args.out == ASSET:
         parser.error("--size needs --out FOLDER: the shipped flow stays as it is.")
     started = time.process_time()

@@ -37,6 +37,7 @@ NEEDED_BY_THE_HOST = {
 waits: list[str] = []
 """What the host waited for: operations, each with the line of flowrl that led to it."""
 _forbidden = False
+_has_float64 = True
 
 
 class Far(torch.Tensor):
@@ -46,6 +47,8 @@ class Far(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Far:
+        if held.dtype == torch.float64 and not _has_float64:
+            raise TypeError("Cannot convert a tensor of this device to float64")
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
         made = torch.Tensor._make_wrapper_subclass(cls, held.shape, **layout, device="far:0")
         made.held = held
@@ -109,6 +112,17 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         _forbidden = False
+
+
+@contextlib.contextmanager
+def no_float64() -> Iterator[None]:
+    """Make float64 there an error, as it is on MPS."""
+    global _has_float64
+    _has_float64 = False
+    try:
+        yield
+    finally:
+        _has_float64 = True
 
 
 def install() -> None:

@@ -341,3 +341,19 @@ def test_models_storage_and_environments_import_in_no_circle() -> None:
     graph = {name: imports(name, ast.walk(tree_of(name))) & mine for name in mine}
     circles = {name: circle for name in sorted(mine) if (circle := circle_through(name, graph))}
     assert not circles
+
+
+UNIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_read_on_any_system(name: str) -> None:
+    """Text files name their encoding, which is another one on other systems; what Unix alone has is imported inside."""
+    tree = ast.parse(MODULES[name].read_text("utf-8"))
+    for node in tree.body:
+        assert not UNIX_ONLY & {alias.name for alias in getattr(node, "names", ()) if isinstance(node, ast.Import)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            given = {keyword.arg for keyword in node.keywords}
+            n_before = {"read_text": 1, "write_text": 2}.get(node.func.attr, 0)
+            assert not n_before or len(node.args) >= n_before or "encoding" in given, ast.unparse(node)

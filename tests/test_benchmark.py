@@ -223,7 +223,7 @@ def test_a_cell_finished_with_another_default_is_not_taken_for_this_one(suite: P
 
 def test_a_setting_that_came_later_counts_as_the_same_at_its_default(suite: Path, tmp_path: Path) -> None:
     cell = load_suite(str(suite), algos=["ddpo"], seeds=[0])[0]
-    older = {key: value for key, value in cell.config.items() if key not in ("mask", "solver")}
+    older = {key: value for key, value in cell.config.items() if key not in ("mask", "solver")} | {"compile": False}
     (tmp_path / cell.folder).mkdir(parents=True)
     made = replace(cell, config=older).to_dict()
     del made["eval_rewards"]
@@ -233,6 +233,8 @@ def test_a_setting_that_came_later_counts_as_the_same_at_its_default(suite: Path
         finished_before(replace(cell, eval_rewards=["count"]), tmp_path)
     with pytest.raises(ConfigError, match=r"settings \(mask 'none', not 'dppo'\)"):
         finished_before(replace(cell, config={**cell.config, "mask": "dppo"}), tmp_path)
+    with pytest.raises(ConfigError, match=r"settings \(compile 'off', not 'blocks'\)"):
+        finished_before(replace(cell, config={**cell.config, "compile": "blocks"}), tmp_path)
 
 
 def test_tables_keep_the_cells_of_others(suite: Path, tmp_path: Path) -> None:

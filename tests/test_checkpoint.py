@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from flowrl.distributed.ranks import Ranks
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.mlp import MLP
 from flowrl.models.source import ASSETS
+from flowrl.registry import ALGORITHMS
 from flowrl.runs.callbacks import KeepCheckpoints
 from flowrl.storage import files
 from flowrl.training import loading
 from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.loading import checkpoint_folder
+from flowrl.training.loading import checkpoint_folder, load_checkpoint
 from flowrl.training.networks import TrainedNetwork
 
 pytestmark = pytest.mark.on_device
@@ -329,6 +331,37 @@ def test_settings_that_are_new_since(folder: Path) -> None:
     rewrite(folder / "config.json", lambda config: config["settings"].pop("max_dropped"))
     with pytest.warns(UserWarning, match="before ORWCFMW2 had max_dropped: the defaults"):
         assert flowrl.ORWCFMW2.load(folder).config.max_dropped == 0.1
+
+
+def test_settings_to_train_on_with_are_taken(folder: Path) -> None:
+    model = flowrl.ORWCFMW2.load(folder, device=DEVICE, weight_decay=0.25, learning_rate=0.125)
+    model.learn(N, reset_num_timesteps=False)
+    group = model.policy.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["lr"]) == (0.25, 0.125)
+    with pytest.raises(ConfigError, match=r"seed of '.*' are its own. Give single settings"):
+        flowrl.ORWCFMW2.load(folder, device=DEVICE, seed=1)
+
+
+FORMULAS = [
+    ("crd", {}, "sums over dimensions"),
+    ("flow_grpo", {"target_lambda": 1.0}, "target_lambda goes by the slope"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "text"), FORMULAS)
+def test_formulas_that_have_changed_since(name: str, settings: dict, text: str, tmp_path: Path) -> None:
+    cls = ALGORITHMS[name]
+    settings = {"n_samples": 16, "batch_size": 16, "rollout_steps": 2, "target_lambda": 0.0, **settings}
+    folder = tmp_path / "a"
+    cls("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings).save(folder)
+    cls.load(folder)  # without a warning
+    rewrite(folder / "config.json", lambda config: config.pop("formulas"))
+    with pytest.warns(UserWarning, match=f"before a change of {name}: .*{text}.* start anew"):
+        cls.load(folder)
+    load_checkpoint(cls, folder, to_train=False)  # to sample and evaluate nothing has changed
+    rewrite(folder / "config.json", lambda config: config["settings"].update(target_lambda=0.0))
+    with pytest.warns(UserWarning, match=text) if name == "crd" else nullcontext():
+        cls.load(folder)
 
 
 def test_settings_that_mean_nothing_here_are_found_in_the_file(folder: Path) -> None:

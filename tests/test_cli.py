@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -321,6 +322,26 @@ def test_dry_run_of_a_resume_writes_nothing(run_here, three: Path, tmp_path: Pat
     assert done.returncode == 0
     assert len(rows(run)) == 3
     assert "nothing was written" in done.stdout
+
+
+def test_settings_beside_resume_are_told_where_to_give_them(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--resume", str(three), "--algo.alpha", "0.5"]) == 2
+    assert f"--config {three} --algo.alpha" in (error := capsys.readouterr().err)
+    assert "goes on with the settings that it began with" in error
+
+
+def test_an_edited_config_of_a_run_is_told_that_the_checkpoint_counts(
+    three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(three, tmp_path / "run")
+    more = ["--resume", str(run), "--total-timesteps", str(6 * N), "--dry-run"]
+    assert main(more) == 0
+    assert "other settings" not in capsys.readouterr().err
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["learning_rate"] = 0.5
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(more) == 0
+    assert re.search(r"other settings than the checkpoint \(learning_rate 0\.5, not \S+\)", capsys.readouterr().err)
 
 
 def test_two_runs_never_write_into_the_same_folder(run_here, three: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import small_pipelines
 import torch
 from conftest import DEVICE, REPOSITORY
-from far_device import Far, no_waiting, waits
+from far_device import Far, no_float64, no_waiting, waits
 
 import flowrl
+from flowrl.functional import exact
 from flowrl.registry import ALGORITHMS
 
 pytestmark = pytest.mark.on_device
@@ -109,6 +110,33 @@ def test_settings_and_environments_train_there(name: str, settings: dict[str, An
 
 
 @there_only
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("orw_w2", {}),
+        ("orw_w2", {"coupling": "ot", "target": "plain"}),
+        ("nft", {"coupling": "c2ot"}),
+        ("kl", {}),
+        ("orw_w2", {"env": "plan-pendulum", "group_size": 4}),
+        ("orw_w2", {"env": "plan-mountaincar", "group_size": 4}),
+        ("orw_w2", {"env": "darcy"}),
+    ],
+    ids=str,
+)
+def test_a_device_without_float64_trains_and_evaluates(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "WITHOUT_FLOAT64", {"far"})
+    with no_float64():
+        there = make(name, **settings)
+        there.learn(32)
+        assert flowrl.evaluate(there, n_samples=8).diversity > 0
+    here = make(name, "cpu", **settings)
+    here.learn(32)
+    torch.testing.assert_close(there.buffer.reward.cpu(), here.buffer.reward)
+
+
+@there_only
 def test_an_iteration_waits_a_few_times() -> None:
     """For prompts and two constants of this reward, then to know what is finite, whether there is a signal, to log."""
     model = make("orw_w2")
@@ -142,4 +170,4 @@ def test_all_of_this_on_the_far_device(program_environment: dict[str, str]) -> N
         timeout=900,
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
-    assert f"{len(NAMES) + 14} passed" in ended.stdout
+    assert f"{len(NAMES) + 21} passed" in ended.stdout

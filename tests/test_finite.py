@@ -11,7 +11,8 @@ import torch
 from conftest import DEVICE
 
 import flowrl
-from flowrl.errors import NonFiniteError
+from flowrl.errors import ConfigError, NonFiniteError
+from flowrl.registry import ALGORITHMS
 from flowrl.training.optimizers import step_unless
 
 pytestmark = pytest.mark.on_device
@@ -114,3 +115,14 @@ def test_weights_on_a_few_samples_are_warned_of_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, n_samples=256).learn(256)
+
+
+@pytest.mark.parametrize("name", ["awm", "ddpo", "flow_grpo"])
+def test_rewards_whose_squares_overflow_are_told_as_such(name: str) -> None:
+    @flowrl.register_env("huge-reward", flow="gaussians")
+    def huge(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
+        return 1e30 * samples[:, 0]
+
+    made = ALGORITHMS[name]("FlowPolicy", "huge-reward", seed=0, n_samples=16, batch_size=16, rollout_steps=2)
+    with pytest.raises(ConfigError, match=r"rewards from -\d\S*e\+30 to \d.*beyond float32: scale the reward down"):
+        made.learn(16)

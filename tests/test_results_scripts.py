@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import importlib
 import importlib.util
 import json
 import math
@@ -14,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import small_pipelines
 import torch
 from conftest import REPOSITORY
 
@@ -235,3 +238,22 @@ def test_the_gpu_benchmark_on_small_networks(tmp_path: Path) -> None:
     assert figures["rows"]["mlp"]["flowrl / bare"] > 0
     assert figures["rows"]["ceiling"]["flops"] > 0
     assert figures["device"] == "CPU"
+
+
+SCRIPTS = [path for folder in ("benchmarks", "pretrain", "docs/tools") for path in (REPOSITORY / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_what_scripts_import_of_flowrl_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flowrl":
+            module = importlib.import_module(str(node.module))
+            missing = [a.name for a in node.names if not hasattr(module, a.name)]
+            assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), missing
+
+
+def test_random_conditions_of_gpu_rows_are_of_the_shapes_and_types_that_texts_have(tmp_path: Path) -> None:
+    env = flowrl.make("sd3-compress", flow=str(small_pipelines.sd3(tmp_path / "sd3")), prompts=("a star",))
+    load = script("gpu_lab")._loader(env.flow.load, torch.device("cpu"))
+    drawn, own = (flow.encode(["a star", "a ring"]) for flow in (load(), env.flow.load()))
+    assert [(part.shape, part.dtype) for part in drawn] == [(part.shape, part.dtype) for part in own]

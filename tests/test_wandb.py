@@ -133,3 +133,12 @@ def test_the_package_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     (log,) = folder.glob("*.wandb")
     assert b"rollout/reward_mean" in log.read_bytes()
     assert len(list((folder / "files" / "media" / "images").glob("samples_*.png"))) == 2
+
+
+def test_a_run_without_the_package_makes_nothing(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main([*TINY, "--wandb", "p"]) == 2
+    assert "Weights & Biases is not installed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

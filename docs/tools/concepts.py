@@ -107,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder of the pictures")
     out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
     reference = model()
     for name, figure in (
         ("paths", paths(reference)),

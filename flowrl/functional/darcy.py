@@ -12,6 +12,8 @@ import math
 import numpy as np
 import torch
 
+from flowrl.functional.exact import in_float64
+
 SOURCE = 1.0
 """Source f, in units of (permeability x pressure) / length^2, the same everywhere."""
 LARGEST_LOG = 10.0
@@ -40,7 +42,7 @@ def residual(log_k: torch.Tensor, p: torch.Tensor, source: torch.Tensor | float 
         p: Pressure (..., n, n); values on the walls are taken as they are.
         source: f, a number or (..., n - 2, n - 2).
     """
-    log_k, p = log_k.double(), p.double()
+    log_k, p = in_float64(log_k), in_float64(p)
     down, right = conductances(log_k)
     flow_down = down * (p[..., 1:, :] - p[..., :-1, :])  # K dp, (..., n - 1, n)
     flow_right = right * (p[..., :, 1:] - p[..., :, :-1])
@@ -64,7 +66,7 @@ def solve(log_k: torch.Tensor, source: torch.Tensor | float = SOURCE) -> torch.T
 
     n = log_k.shape[-1]
     m, h2 = n - 2, (n - 1) ** 2
-    down, right = (c.numpy() for c in conductances(log_k.detach().double().cpu()))
+    down, right = (c.numpy() for c in conductances(log_k.detach().cpu().double()))
     f = torch.as_tensor(source, dtype=torch.float64).cpu().expand(len(log_k), m, m).numpy()
     number = np.arange(m * m).reshape(m, m)
     pairs = [(number[:-1], number[1:]), (number[:, :-1], number[:, 1:])]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from flowrl.errors import NonFiniteError
+from flowrl.functional.exact import has_float64
 from flowrl.types import Field
 
 Divergence = Literal["auto", "exact", "hutchinson"]
@@ -72,6 +73,8 @@ def log_prob(
     start = (x_1.detach().float().clone(), torch.zeros(len(x_1), device=x_1.device))
     backwards = torch.tensor([1.0, 0.0], device=x_1.device)
     options = {"first_step": FIRST_STEP, "step_t": backwards[1:]}  # left alone, the last step would pass t = 0
+    if not has_float64(x_1.device):
+        options["dtype"] = torch.float32  # of times
     with torch.no_grad():
         try:
             path, change = odeint(rates, start, backwards, rtol=rtol, atol=atol, method="dopri5", options=options)

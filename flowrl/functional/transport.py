@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from flowrl.functional.exact import in_float64
+
 Coupling = Literal["independent", "ot", "c2ot", "rectified"]
 
 
@@ -22,7 +24,7 @@ def ot_permutation(x_0: torch.Tensor, x_1: torch.Tensor, context_ids: torch.Tens
         x_1: Samples (B, ...).
         context_ids: (B,) int64.
     """
-    same = (context_ids[:, None] == context_ids[None, :]).double()
+    same = in_float64(context_ids[:, None] == context_ids[None, :])
     cost = torch.cdist(_standardised(x_1, same), _standardised(x_0, same)).square()
     return _assigned(cost, context_ids).to(x_0.device)
 
@@ -43,9 +45,10 @@ def conditional_permutation(
         weight: Of their distance.
         apart: (B,) int64; noise moves among samples of equal numbers only.
     """
-    x_0, x_1, c = (x.flatten(1).double() for x in (x_0, x_1, embedding))
+    device = x_0.device
+    x_0, x_1, c = (in_float64(x.flatten(1)) for x in (x_0, x_1, embedding))
     cost = torch.cdist(x_1 - x_1.mean(0) + x_0.mean(0), x_0).square() / x_0.shape[1]  # a shift does not change the best
-    return _assigned(cost + weight * torch.cdist(c, c).square(), apart).to(x_0.device)
+    return _assigned(cost + weight * torch.cdist(c, c).square(), apart).to(device)
 
 
 def _assigned(cost: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
@@ -70,7 +73,7 @@ def _standardised(x: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
     Of squared distances between two clouds neither changes the best assignment; between clouds that lie alike it is
     found in a tenth of the time. `same` (B, B) is 1 where two points have the same context, else 0.
     """
-    x, n = x.flatten(1).double(), same.sum(1, keepdim=True)
+    x, n = in_float64(x.flatten(1)), same.sum(1, keepdim=True)
     x = x - same @ x / n
     scale = (same @ x.square().mean(1, keepdim=True) / n).sqrt()
     return x / scale.clamp_min(torch.finfo(x.dtype).tiny)

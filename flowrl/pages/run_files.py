@@ -65,7 +65,7 @@ class RunFiles:
             read_metrics(folder / "metrics.csv"),
             evaluated,
             picture.read_bytes() if picture.exists() else b"",
-            warnings.read_text().splitlines() if warnings.exists() else [],
+            warnings.read_text("utf-8").splitlines() if warnings.exists() else [],
             _sounds(folder / f"sounds{tag}"),
         )
 

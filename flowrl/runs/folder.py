@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,21 @@ def write_config(folder: Path, model: FlowAlgorithm, extra: dict[str, Any]) -> N
         names = ("target_lambda", model.tilt_setting[0])
         content["settings"] |= {name: before[name] for name in names if name in before}
     write_json(path, {**content, **extra, "device": str(model.device)})
+
+
+def tell_edits(folder: Path, model: FlowAlgorithm) -> None:
+    """Warn of settings in a run folder's `config.json` that are not those of its checkpoint, which count."""
+    asked, own = read_json(folder / "config.json").get("settings"), description(model)["settings"]
+    own = json.loads(json.dumps(own))  # as a file holds them: tuples are lists
+    aimed, given = ("target_lambda", *(model.tilt_setting or ())[:1]), asked if isinstance(asked, dict) else {}
+    odd = [key for key in own if key in given and key not in aimed and given[key] != own[key]]
+    if odd:
+        said = ", ".join(f"{key} {given[key]!r}, not {own[key]!r}" for key in odd[:5])
+        warnings.warn(
+            f"'{folder / 'config.json'}' has other settings than the checkpoint ({said}). Those of the checkpoint "
+            f"count. To train its flow on with others, in Python: cls.load('{folder}', {odd[0]}=...).learn(N).",
+            stacklevel=2,
+        )
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, tag: str = "") -> Path:

@@ -19,6 +19,20 @@ ID_FILE = "wandb-id.txt"
 ID = re.compile(r"[a-z0-9]{1,64}")
 
 
+def imported() -> Any:
+    """Import the package.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            'Weights & Biases is not installed: pip install "flowrl-torch[wandb]", or leave out --wandb.'
+        ) from error
+
+
 class WandbWriter(KVWriter):
     """Writer of rows and pictures to a run of Weights & Biases, which has the run folder's name.
 
@@ -32,15 +46,10 @@ class WandbWriter(KVWriter):
     """
 
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
-        try:
-            self._wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise ConfigError(
-                'Weights & Biases is not installed: pip install "flowrl-torch[wandb]", or leave out --wandb.'
-            ) from error
+        self._wandb = imported()
         team, _, name = project.rpartition("/")
         known = folder / ID_FILE
-        before = known.read_text().strip() if known.exists() else ""
+        before = known.read_text("utf-8").strip() if known.exists() else ""
         try:
             self._run = self._wandb.init(
                 project=name,
@@ -56,7 +65,7 @@ class WandbWriter(KVWriter):
                 f"Weights & Biases does not start: {error} Log in with `wandb login`, set WANDB_MODE=offline to keep "
                 "the log in the run folder, or leave out --wandb."
             ) from error
-        known.write_text(f"{self._run.id}\n")
+        known.write_text(f"{self._run.id}\n", encoding="utf-8")
 
     def write(self, key_values: Mapping[str, Any], key_excluded: Mapping[str, Any], step: int = 0) -> None:
         """Write a row.

@@ -45,7 +45,7 @@ def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs what may be written alone
     try:
         os.fsync(handle)
     finally:
@@ -91,7 +91,7 @@ LARGEST_JSON = 2**24
 def write_json(path: Path, content: Any) -> None:
     """Write JSON with an indent; see `written_whole`."""
     with written_whole(path) as new:
-        new.write_text(json.dumps(content, indent=1) + "\n")
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

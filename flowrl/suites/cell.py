@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 import traceback
@@ -63,7 +62,7 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     """
     for module in modules:
         own_module(module)
-    cell = Cell(**json.loads((folder / "cell.json").read_text()))
+    cell = Cell(**json.loads((folder / "cell.json").read_text("utf-8")))
     if finished_before(cell, folder.parents[cell.folder.count("/")]):
         return
     stop = StopAtBudget(cell.budget)
@@ -90,10 +89,18 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
         "gradient_steps": 0 if model is None else model._n_updates,
         "training_seconds": round(training_seconds, 1),
         "buffer_bytes": 0 if model is None else model.buffer.nbytes,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": _peak_memory(),
     }
     write_json(folder / "result.json", finite_or_none({"cell": cell.to_dict(), "cost": cost, **numbers}))
+
+
+def _peak_memory() -> int:
+    """Give the most bytes that this process has had in memory; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _save_samples(result: EvaluationResult, env: GenerationEnv, path: Path) -> None:
@@ -122,7 +129,7 @@ def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:
     torch.set_num_threads(1)
     try:
         with alone_in(folder, wait=True):
-            with (folder / "log.txt").open("w") as log:
+            with (folder / "log.txt").open("w", encoding="utf-8") as log:
                 for stream in (1, 2):
                     os.dup2(log.fileno(), stream)
             run_cell(folder, modules)

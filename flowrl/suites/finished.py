@@ -37,6 +37,8 @@ def finished_before(cell: Cell, root: Path) -> bool:
         raise ConfigError(f"'{path}' says of no cell that it has finished. Remove that folder to run the cell again.")
     old, new = ({**made.pop("config", {}), **made} for made in (old, new))
     old = {"eval_rewards": [], **{key: value for key, value in _defaults(cell).items() if key in new}, **old}
+    if isinstance(old.get("compile"), bool):  # as of version 0.1.0
+        old["compile"] = "blocks" if old["compile"] else "off"
     odd = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     changed = [f"{key[:100]} {shown(old.get(key))}, not {shown(new.get(key))}" for key in odd[:20]]
     if changed:

@@ -215,7 +215,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         method = "advantage" if self.compares and not self.has_weights else "weigh"
         with self.checks.untouched(method, rollout):
             coefficient = getattr(self, method)(rollout)
-        self.checks.coefficient(method, coefficient, self.buffer.size)
+        self.checks.coefficient(method, coefficient, rollout.reward)
         coefficient = without_strays(rollout, held(self, rollout, coefficient.detach()))
         self.signal.look(self, rollout, coefficient)
         self.buffer.coefficient[: self.buffer.size].copy_(coefficient)

@@ -134,11 +134,13 @@ class HookChecks:
                     f"work on a copy, rollout.{name}.clone(), or without x -= ... and x.sub_(...)."
                 )
 
-    def coefficient(self, method: str, values: Any, n: int) -> None:
-        """Check weights or advantages."""
-        self._check_shape(method, values, n)
+    def coefficient(self, method: str, values: Any, reward: torch.Tensor) -> None:
+        """Check weights or advantages of these rewards (B,)."""
+        self._check_shape(method, values, len(reward))
         if not bool(values.isfinite().all()):
-            self._fail(method, "numbers that are not finite", "finite numbers")
+            wide = ". Their squares are beyond float32: scale the reward down" if reward.abs().max() > 1e18 else ""
+            of = f"of rewards from {reward.min():.3g} to {reward.max():.3g}"
+            self._fail(method, f"numbers that are not finite, {of}", f"finite numbers{wide}")
         if method == "weigh" and bool((values < 0).any()):
             warnings.warn(
                 f"{self.name}.weigh gave weights down to {values.min():.3g}: the effective sample share of negative "
@@ -181,9 +183,9 @@ class LaterChecks(HookChecks):
         if not isinstance(ids, torch.Tensor) or ids.shape != (n,):
             super().contexts(ids, n, n_contexts)
 
-    def coefficient(self, method: str, values: Any, n: int) -> None:
+    def coefficient(self, method: str, values: Any, reward: torch.Tensor) -> None:
         """Check the number of weights or advantages; any that are not finite are told with the gradients they make."""
-        self._check_shape(method, values, n)
+        self._check_shape(method, values, len(reward))
 
     def order(self, order: Any, n: int) -> None:
         """Check nothing."""

@@ -20,6 +20,7 @@ from flowrl.errors import CheckpointError, ConfigError, FlowRLError, did_you_mea
 from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by_a_file
 from flowrl.storage import revisions
 from flowrl.storage.files import read_json, read_tensors, standing
+from flowrl.training.formulas import tell_changes
 from flowrl.training.optimizers import laid_out_like, state_shapes
 from flowrl.training.random_states import set_random_states
 from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name, policy_name
@@ -97,9 +98,10 @@ def load_checkpoint(
     """Load an algorithm from a checkpoint folder, or a run folder's newest checkpoint; see `FlowAlgorithm.load`.
 
     `to_train`: with random states and the attention backend, which only training needs. `kwargs`: of the constructor,
-    such as `policy` and `policy_kwargs` of one's own.
+    such as `policy` and `policy_kwargs` of one's own, and settings in place of the checkpoint's.
     """
     folder = checkpoint_folder(path)
+    _check_given(kwargs, folder)
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT:
         raise CheckpointError(f"'{folder}' has checkpoint format {config.get('format')}; this flowrl reads {FORMAT}.")
@@ -120,6 +122,7 @@ def load_checkpoint(
             )
     env_settings = pinned_settings(env, env_settings, config)
     _compare_settings(cls, config, folder)
+    tell_changes(config, folder, to_train)
     policy = kwargs.pop("policy", "FlowPolicy")
     if (stored_policy := config.get("policy")) not in (None, policy_name(policy)):
         raise CheckpointError(
@@ -153,6 +156,14 @@ def load_checkpoint(
     _compare_start(model, config, folder, env_settings is not None)
     load_state(model, folder, to_train)
     return model
+
+
+def _check_given(given: Mapping[str, Any], folder: Path) -> None:
+    if own := {"config", "seed", "env_settings"} & given.keys():
+        raise ConfigError(
+            f"{', '.join(sorted(own))} of '{folder}' are its own. Give single settings by their names "
+            "(learning_rate=1e-4), and another environment as env=."
+        )
 
 
 def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path, of_file: bool) -> None:
@@ -290,7 +301,8 @@ def load_state(model: FlowAlgorithm, folder: Path, to_train: bool = True) -> Non
         parameters = list(model.policy.parameters_of("current").values())
         entries = {i: {k: _like(v, parameters[i]) for k, v in e.items()} for i, e in entries.items()}
         groups = model.policy.optimizer.state_dict()["param_groups"]
-        merged = [{**stored, "params": g["params"]} for stored, g in zip(state["param_groups"], groups)]
+        kept = ("params", "weight_decay")  # what the settings say now; the rate is set before each step
+        merged = [{**old, **{k: g[k] for k in kept}} for old, g in zip(state["param_groups"], groups)]
         model.policy.optimizer.load_state_dict({"state": entries, "param_groups": merged})
         for name in COUNTERS:
             setattr(model, name, type(getattr(model, name))(state[name]))

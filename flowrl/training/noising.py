@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flowrl.config import FlowConfig
+from flowrl.functional.exact import has_float64, in_float64
 from flowrl.functional.flow import sample_time
 from flowrl.functional.losses import squared_error
 from flowrl.functional.transport import Coupling, conditional_permutation, ot_permutation
@@ -184,7 +185,9 @@ class Coupled(Noising):
         if coupling == "ot":
             order = ot_permutation(x_0, x_1, 2 * ids + (sign < 0))
         else:
-            order = conditional_permutation(x_0, x_1, self.embedding()[ids], self.config.context_weight, (sign < 0) * 1)
+            c = self.embedding()
+            c = c[ids.to(c.device)]
+            order = conditional_permutation(x_0, x_1, c, self.config.context_weight, (sign < 0) * 1)
         own = ranks.shard
         drawn = Batch(own(x_1), own(ids), own(reward[index]), own(size.mean() * sign), own(group[index]))
         return drawn, own(x_0[order])
@@ -193,7 +196,8 @@ class Coupled(Noising):
         """Give the embeddings (C, E) of all contexts, whose squared distances are one in the mean."""
         if self._embedding is None:
             n = len(self.env.core.contexts)
-            self._embedding = embedding_of(self.policy.condition(torch.arange(n)), n).to(self.device)
+            embedding = embedding_of(self.policy.condition(torch.arange(n)), n)
+            self._embedding = embedding.to(self.device if has_float64(self.device) else "cpu")
         return self._embedding
 
 
@@ -207,7 +211,8 @@ def embedding_of(condition: Condition, n: int) -> torch.Tensor:
     for part in condition:
         if not part.is_floating_point():
             part = torch.nn.functional.one_hot(part.reshape(n, -1).unique(dim=0, return_inverse=True)[1])
-        parts.append((part.flatten(1, -2).double().mean(1) if part.dim() > 2 else part.reshape(n, -1)).double())
+        part = in_float64(part.flatten(1, -2) if part.dim() > 2 else part.reshape(n, -1))
+        parts.append(part.mean(1) if part.dim() > 2 else part)
     c = torch.cat([parts[0].to(parts[-1].device), *parts[1:]], dim=1)
     spread = c.var(0, correction=1).sum() if n > 1 else c.new_zeros(())
     return c / (2 * spread).sqrt().clamp_min(torch.finfo(c.dtype).tiny)

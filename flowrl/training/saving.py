@@ -28,6 +28,7 @@ from flowrl.errors import CheckpointError
 from flowrl.registry import ALGORITHMS
 from flowrl.storage import revisions
 from flowrl.storage.files import host_copies, replace_folder, save_tensors, write_json
+from flowrl.training.formulas import CHANGES
 from flowrl.training.random_states import random_states
 from flowrl.version import __version__
 
@@ -152,7 +153,8 @@ def description(model: FlowAlgorithm) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "flowrl": __version__,
-        "algorithm": algorithm_name(cls),
+        "algorithm": (algorithm := algorithm_name(cls)),
+        **({"formulas": len(CHANGES[algorithm])} if algorithm in CHANGES else {}),
         "settings": asdict(model.config),
         **({"policy": name} if (name := policy_name(type(model.policy))) else {}),
         "environment": None if origin is None else {"name": origin[0], "settings": _plain(origin[1])},

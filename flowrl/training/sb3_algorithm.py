@@ -77,10 +77,12 @@ class SB3Algorithm(BaseAlgorithm):
             path: What `save` wrote.
             env: Needed when the algorithm was made with an environment object instead of a name.
             device: As in the constructor.
-            **kwargs: `verbose`, `tensorboard_log`; `policy` and `policy_kwargs` where it had a policy of one's own.
+            **kwargs: `verbose`, `tensorboard_log`; `policy` and `policy_kwargs` where it had a policy of one's own;
+                settings to train on with in place of its own, such as `learning_rate=1e-4`.
 
         Raises:
             CheckpointError: Damaged, incomplete, or of another algorithm or policy.
+            ConfigError: Settings that cannot be used, or that are the checkpoint's own.
         """
         from flowrl.training.loading import load_checkpoint, of_newest
 
