@@ -9,14 +9,31 @@ from typing import Any
 import torch
 
 Parts = tuple[torch.Tensor, ...]
-ALL: dict[str, Any] = {"trained_parameters": (), "max_time": 1.0, "draw_steps": 0, "lr_schedule": "constant"}
-"""Settings of flowrl that these loops know no others of: all weights, all times, as many steps in every rollout."""
+ALL: dict[str, Any] = {
+    "trained_parameters": (),
+    "max_time": 1.0,
+    "draw_steps": 0,
+    "lr_schedule": "constant",
+    "target": "residual",
+    "baseline": "clipped",
+    "ema_decay": 0.0,
+    "priority": 0.0,
+    "max_own_loss": 0.0,
+    "max_drift": 0.0,
+}
+"""Settings of flowrl that these loops know no others of, whatever environments recommend: all weights, all times, as
+many steps in every rollout."""
 
 
 class BareLoop:
     """Whole iterations with the residual target and full fine-tuning, on the device of the network."""
 
     def __init__(self, model: Any, call: Callable, reward: Callable, decode: Callable) -> None:
+        for name, value in ALL.items():
+            if (given := getattr(model.config, name)) != value:
+                raise ValueError(
+                    f"flowrl's {name} is {given!r}, and this loop's {value!r}: the two cannot be compared."
+                )
         self.config, self.call, self.reward, self.decode = model.config, call, reward, decode
         self.network = copy.deepcopy(model.policy.model.network).train()
         self.v_ref = copy.deepcopy(self.network).requires_grad_(False).eval()

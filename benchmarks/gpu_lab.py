@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,8 @@ class Lab:
             "warmup_updates": 0,
             "alpha": 1.0,
         }
-        settings = {**own, **settings, **self.settings}
+        known = {field.name for field in fields(flowrl.ORWCFMW2.Config)}  # fewer in a baseline that is older
+        settings = {**{name: value for name, value in own.items() if name in known}, **settings, **self.settings}
         config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
         return flowrl.ORWCFMW2("FlowPolicy", env, config=config, seed=0, device=self.device)
 
@@ -208,10 +209,11 @@ def _loader(build: Callable[..., Any], device: torch.device) -> Callable[..., An
         model.move_frozen(device)
 
         def encode(contexts: Any) -> tuple[torch.Tensor, ...]:
-            return tuple(
-                torch.randn(len(contexts), *part.shape, device=model.device).to(part.dtype or frozen_dtype)
-                for part in model.condition_parts()
-            )
+            if hasattr(model, "condition_parts"):
+                parts = [(part.shape, part.dtype or frozen_dtype) for part in model.condition_parts()]
+            else:  # of a baseline that is older
+                parts = [(shape, frozen_dtype if shape else torch.float32) for shape in model.condition_shapes()]
+            return tuple(torch.randn(len(contexts), *shape, device=model.device).to(dtype) for shape, dtype in parts)
 
         model.encode = encode
         return model

@@ -267,17 +267,21 @@ def whole_iteration(model: Any) -> Callable[[], object]:
     return lambda: model.learn(model.config.n_samples, reset_num_timesteps=False, log_interval=1)
 
 
+def _all() -> Figures:
+    """Give the settings of bare loops; an older checkout of flowrl knows fewer, and does without."""
+    known = {field.name for field in fields(flowrl.ORWCFMW2.Config)}
+    return {name: value for name, value in ALL.items() if name in known}
+
+
 def _mini_model(lab: Lab) -> Any:
-    settings = {"n_epochs": 1, "group_size": 8, "ema_decay": 0.0, "standardise": "none", "warmup_updates": 0}
-    known = {field.name for field in fields(flowrl.ORWCFMW2.Config)}  # older checkouts have fewer settings
-    settings |= {name: value for name, value in ALL.items() if name in known}
+    settings = {**_all(), "n_epochs": 1, "group_size": 8, "standardise": "none", "warmup_updates": 0}
     settings |= {"lora_rank": 0, "precision": "float32", **lab.sizes.mini, **lab.settings}
     where = {"flow": "mini-sd3"}
     return flowrl.ORWCFMW2("FlowPolicy", "sd3-aesthetic", env_settings=where, seed=0, device=lab.device, **settings)
 
 
 def _mlp_model(lab: Lab) -> Any:
-    settings = {**lab.sizes.mlp, **lab.settings}
+    settings = {**_all(), **lab.sizes.mlp, **lab.settings}
     return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device=lab.device, **settings)
 
 

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flowrl
 from flowrl.envs.rewards.aesthetic import colourfulness
 
-MLP = {"n_samples": 512, "batch_size": 512, "n_epochs": 4, "rollout_steps": 16}
+MLP = {**ALL, "n_samples": 512, "batch_size": 512, "n_epochs": 4, "rollout_steps": 16}
 MINI = {
     **ALL,
     "n_samples": 64,
@@ -38,7 +38,6 @@ MINI = {
     "batch_size": 64,
     "n_epochs": 2,
     "rollout_steps": 8,
-    "ema_decay": 0.0,
 }
 
 

@@ -229,14 +229,18 @@ def test_cost_by_arithmetic() -> None:
 
 def test_the_gpu_benchmark_on_small_networks(tmp_path: Path) -> None:
     """The table on the standard output, all figures in the JSON."""
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), "--tiny", "--rows", "mlp", "ceiling"]
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), "--tiny", "--eager-only"]
+    rows = "mlp", "ceiling", "sd35-rollout", "sd35-update", "sd35-iteration"
     out = tmp_path / "gpu.json"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, env=environment, check=True)
+    command += ["--out", str(out), "--rows", *rows]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     figures = json.loads(out.read_text())
-    assert {line.split()[0] for line in done.stdout.splitlines()} == {"mlp", "ceiling"}
+    assert {line.split()[0] for line in done.stdout.splitlines()} == set(rows)
+    assert not [row for row in figures["rows"].values() if "error" in row or "failed" in row]
     assert figures["rows"]["mlp"]["flowrl / bare"] > 0
     assert figures["rows"]["ceiling"]["flops"] > 0
+    assert figures["rows"]["sd35-update"]["variants"]["bare, eager"]["per_second"] > 0
     assert figures["device"] == "CPU"
 
 
@@ -250,6 +254,16 @@ def test_what_scripts_import_of_flowrl_is_there(path: Path) -> None:
             module = importlib.import_module(str(node.module))
             missing = [a.name for a in node.names if not hasattr(module, a.name)]
             assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), missing
+
+
+def test_bare_loops_are_compared_with_settings_that_they_know_only() -> None:
+    overhead = script("overhead")
+    makers = lambda net, x, t, c: net(x, t), lambda x: x[:, 0], lambda x: x
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, **overhead.MLP)
+    overhead.BareLoop(model, *makers)
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, **overhead.MLP | {"baseline": "local"})
+    with pytest.raises(ValueError, match="flowrl's baseline is 'local', and this loop's 'clipped'"):
+        overhead.BareLoop(model, *makers)
 
 
 def test_random_conditions_of_gpu_rows_are_of_the_shapes_and_types_that_texts_have(tmp_path: Path) -> None:
