@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 PLAIN, WHOLE = "plain flow matching, bare loop", "whole iteration with rollout"
 SMALL, LARGE = {"n_samples": 512, "batch_size": 128}, {"n_samples": 32, "batch_size": 32}
-SHARED: dict[str, Any] = {"group_size": 1, "n_epochs": 1, "rollout_steps": 16, "ema_decay": 0.0, "standardise": "none"}
+SHARED: dict[str, Any] = {**ALL, "group_size": 1, "n_epochs": 1, "rollout_steps": 16, "standardise": "none"}
 SD3_PARAMETERS = 2.24e9
 """Of the transformer of Stable Diffusion 3.5 medium, counted from its configuration in benchmarks/architectures.py."""
 
@@ -73,7 +73,7 @@ def environment(size: str) -> tuple[flowrl.GenerationEnv, dict[str, Any]]:
     if size == "MLP":
         return flowrl.make("gaussians-linear"), {**SMALL, **SHARED}
     if size == "mini-sd3":
-        return flowrl.make("sd3-aesthetic", flow="mini-sd3"), {**LARGE, **SHARED, **ALL}
+        return flowrl.make("sd3-aesthetic", flow="mini-sd3"), {**LARGE, **SHARED}
     torch.manual_seed(0)
     return flowrl.make("brightness-unet"), {**LARGE, **SHARED}
 
@@ -119,9 +119,8 @@ def calls(size: str, only: str = "") -> dict[str, Callable[[], object]]:
         if name == PLAIN:
             made[name] = PlainLoop(env, settings).steps
             continue
-        model = flowrl.ORWCFMW2(
-            "FlowPolicy", env, seed=0, device="cpu", **settings, **VARIANTS.get(name, {"alpha": 0.3})
-        )
+        settings |= VARIANTS.get(name, {"alpha": 0.3})
+        model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device="cpu", **settings)
         n = model.config.n_samples
         model.learn(n)  # fills the buffer
         whole = lambda model=model, n=n: model.learn(n, reset_num_timesteps=False)  # noqa: E731
