@@ -415,6 +415,14 @@ def test_constant_rewards_are_said_when_they_stay() -> None:
     assert sum("all samples had the same reward" in text for text in texts) == 1
 
 
+def test_choosing_among_equal_rewards_is_said_too() -> None:
+    model = small(flowrl.RAFT, env=environment(constant), group_size=4)
+    texts = warned_of(lambda: model.learn(4 * 32))
+    assert not texts
+    texts = warned_of(lambda: model.learn(32, reset_num_timesteps=False))
+    assert ["all samples had the same reward" in text for text in texts] == [True]
+
+
 ANY_ZERO = (
     "the gradients of all {} gradient steps were zero, and the flow is as it was. Look at the rewards "
     "(rollout/reward_std in the metrics) and at how they are compared (group_size, standardisation, clipping)."

@@ -35,14 +35,15 @@ class Signal:
         if not model.compares or len(coefficient) < 2:
             return
         # one transfer to the host an iteration; what explains a silence is measured in a silence
-        low, high = torch.stack(coefficient.aminmax()).tolist()
-        largest = max(-low, high)
-        self.silent = self.silent + 1 if high - low <= 1e-6 * largest else 0
+        n, reward = len(coefficient), rollout.reward
+        low, high, worst, best = torch.stack((*coefficient.to(reward).aminmax(), *reward.aminmax())).tolist()
+        largest, of_rewards = max(-low, high), best - worst
+        alike = of_rewards == 0 and not model.extra_state.tensors  # even where some are chosen, as by RAFT
+        self.silent = self.silent + 1 if alike or high - low <= 1e-6 * largest else 0
         if not self.silent:
             return
-        n, reward = len(coefficient), rollout.reward
         of_context = (reward - group_mean(reward, rollout.context_ids, len(model.env.core.contexts))).abs()
-        of_rewards, within = torch.stack((reward.max() - reward.min(), of_context.max())).tolist()
+        within = float(of_context.max())
         equal = f"the {word} of all {n} samples are {'zero' if largest == 0 else 'equal'}"
         settings = {getattr(model.config, name, None) for name in ("weight_normalisation", "standardise")} - {None}
         by_group = not settings or "group" in settings
