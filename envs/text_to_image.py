@@ -234,7 +234,8 @@ def recommended_for(flow: str, reward: str = "") -> Mapping[str, Any]:
         return {**model, **OWN[name]}
     if reward == "count":
         return {**model, **RIGHT_OR_WRONG, **(LAYOUT if model is MINI_MODEL else {})}
-    return {**model, **(COLOURS if model is MINI_MODEL and reward in ("aesthetic", "colourfulness") else {})}
+    own = {"aesthetic": COLOURS, "colourfulness": COLOURS, "compress": BYTES}.get(reward, {})
+    return {**model, **(own if model is MINI_MODEL else {})}
 
 
 IMAGES: Mapping[str, Any] = {
@@ -284,8 +285,8 @@ def _early(*kinds: str) -> dict[str, Any]:
     return {f"{kind}.{name}": value for kind in kinds for name, value in EARLY.items()}
 
 
-COLOURS: Mapping[str, Any] = {
-    **_early("endpoint.w2", "advantages", "endpoint.preference.pairs", "endpoint.preference.regression", "mixture"),
+APPEARANCE: Mapping[str, Any] = {  # of rewards that grow with more of something, as colours or bytes do
+    **_early("advantages", "endpoint.preference.pairs", "endpoint.preference.regression", "mixture"),
     # by benchmarks/tuning/aesthetic.toml
     "advantages.decay_rate": 0.0,
     "advantages.early_times": False,
@@ -294,8 +295,6 @@ COLOURS: Mapping[str, Any] = {
     "advantages.gain": 0.2,
     "advantages.beta_ref": 0.1,
     "advantages.contrast.beta_ref": 0.0,
-    "gradient.sampled.alpha": 0.1,  # without, pictures are made for the reward alone
-    "gradient.estimated.alpha": 2.0,
     "endpoint.preference.pairs.learning_rate": 2e-4,
     "endpoint.preference.regression.learning_rate": 5e-4,
     "endpoint.preference.regression.beta": 0.02,
@@ -305,6 +304,13 @@ COLOURS: Mapping[str, Any] = {
     "mixture.pool": 2048,
     "mixture.pool_group": 8,
 }
+COLOURS: Mapping[str, Any] = {
+    **_early("endpoint.w2"),
+    **APPEARANCE,
+    "gradient.sampled.alpha": 0.1,  # without, pictures are made for the reward alone
+    "gradient.estimated.alpha": 2.0,
+}
+BYTES: Mapping[str, Any] = {**APPEARANCE, "mixture.tau": 1.0}  # by benchmarks/tuning/compress.toml
 LAYOUT: Mapping[str, Any] = {
     **_early("endpoint.w2", "advantages", "endpoint.preference", "endpoint-free.ratio", "mixture"),
     "endpoint.w2.priority": 0.8,
