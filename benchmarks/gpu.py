@@ -83,13 +83,20 @@ def main() -> None:
     for name in rows:
         figures["rows"][name] = measured(name, ROWS[name], lab)
         write(args.out, figures)
+    failed = failures(figures, rows)
     if args.baseline:
         compared = [name for name in rows if name in COMPARED]
         figures["baseline"] = baseline(args, compared)
         figures["new / old"] = {name: against(name, figures) for name in compared}
+        failed += [f"old: {name}" for name in failures(figures["baseline"], compared)]
         write(args.out, figures)
-    if failed := [name for name in rows if "error" in figures["rows"][name]]:
+    if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def failures(figures: Figures, rows: list[str]) -> list[str]:
+    """Name the rows that are missing, or that failed as a whole or in a variant."""
+    return [name for name in rows if {"error", "failed"} & figures["rows"].get(name, {"error": ""}).keys()]
 
 
 def measured(name: str, row: Any, lab: Any) -> Figures:

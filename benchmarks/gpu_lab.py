@@ -194,10 +194,15 @@ class Lab:
             "warmup_updates": 0,
             "alpha": 1.0,
         }
-        known = {field.name for field in fields(flowrl.ORWCFMW2.Config)}  # fewer in a baseline that is older
-        settings = {**{name: value for name, value in own.items() if name in known}, **settings, **self.settings}
+        settings = {**known(own), **settings, **self.settings}
         config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
         return flowrl.ORWCFMW2("FlowPolicy", env, config=config, seed=0, device=self.device)
+
+
+def known(settings: Figures) -> Figures:
+    """Leave out settings that this flowrl does not have: a baseline that is older has fewer."""
+    names = {field.name for field in fields(flowrl.ORWCFMW2.Config)}
+    return {name: value for name, value in settings.items() if name in names}
 
 
 def _loader(build: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

@@ -6,14 +6,14 @@ import collections
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bare_loops import ALL, BareLoop, BareLoRA
-from gpu_lab import FLUX, PROMPTS, SD35, Figures, Lab
+from gpu_lab import FLUX, PROMPTS, SD35, Figures, Lab, known
 from torch.utils.flop_counter import FlopCounterMode
 
 import flowrl
@@ -267,21 +267,15 @@ def whole_iteration(model: Any) -> Callable[[], object]:
     return lambda: model.learn(model.config.n_samples, reset_num_timesteps=False, log_interval=1)
 
 
-def _all() -> Figures:
-    """Give the settings of bare loops; an older checkout of flowrl knows fewer, and does without."""
-    known = {field.name for field in fields(flowrl.ORWCFMW2.Config)}
-    return {name: value for name, value in ALL.items() if name in known}
-
-
 def _mini_model(lab: Lab) -> Any:
-    settings = {**_all(), "n_epochs": 1, "group_size": 8, "standardise": "none", "warmup_updates": 0}
+    settings = {**known(ALL), "n_epochs": 1, "group_size": 8, "standardise": "none", "warmup_updates": 0}
     settings |= {"lora_rank": 0, "precision": "float32", **lab.sizes.mini, **lab.settings}
     where = {"flow": "mini-sd3"}
     return flowrl.ORWCFMW2("FlowPolicy", "sd3-aesthetic", env_settings=where, seed=0, device=lab.device, **settings)
 
 
 def _mlp_model(lab: Lab) -> Any:
-    settings = {**_all(), **lab.sizes.mlp, **lab.settings}
+    settings = {**known(ALL), **lab.sizes.mlp, **lab.settings}
     return flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, device=lab.device, **settings)
 
 

@@ -285,7 +285,7 @@ def _early(*kinds: str) -> dict[str, Any]:
     return {f"{kind}.{name}": value for kind in kinds for name, value in EARLY.items()}
 
 
-APPEARANCE: Mapping[str, Any] = {  # of rewards that grow with more of something, as colours or bytes do
+APPEARANCE: Mapping[str, Any] = {  # of how pictures look, not of what is on them
     **_early("advantages", "endpoint.preference.pairs", "endpoint.preference.regression", "mixture"),
     # by benchmarks/tuning/aesthetic.toml
     "advantages.decay_rate": 0.0,

@@ -172,7 +172,8 @@ def _resume(args: list[str], folder: Path) -> int:
     _set_deterministic(run)
     model = load_checkpoint(cls, checkpoint, env=None if spec is None else spec.name, device=run.device)
     tell = say if model.ranks.is_main else lambda text: None
-    tell_edits(folder, model)
+    if model.ranks.is_main:
+        tell_edits(folder, model)
     tell(f"going on at {model.num_timesteps} of {total} samples, from {checkpoint}")
     if run.dry_run:
         tell("\n".join([*model.env.core.describe(), f"files: {folder}", "dry run: nothing was written"]))
