@@ -93,7 +93,10 @@ class Generator(torch.Generator):
         return self.place
 
 
-class Backend(backend_registration._DummyBackendModule):
+Dummy: type = getattr(backend_registration, "_DummyBackendModule", object)
+
+
+class Backend(Dummy):
     """`torch.far`."""
 
     def synchronize(self, device: Any = None) -> None:
@@ -123,6 +126,11 @@ def no_float64() -> Iterator[None]:
         yield
     finally:
         _has_float64 = True
+
+
+def possible() -> bool:
+    """Tell whether this version of torch can have such devices."""
+    return Dummy is not object
 
 
 def install() -> None:

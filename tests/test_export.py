@@ -98,7 +98,7 @@ def test_the_cards_snippet_draws_what_flowrl_draws(
     assert abs((255 * ours[0]).round().permute(1, 2, 0).numpy() - theirs).max() <= 1
     for role in ("current", "reference"):  # the snippet's weights are the moving average
         (other,) = draw(policy, policy.contexts[:1], [0], role=role)
-        assert abs((255 * other[0]).round().permute(1, 2, 0).numpy() - theirs).max() > 5
+        assert abs((255 * other[0]).round().permute(1, 2, 0).numpy() - theirs).max() > 2
 
 
 def test_files_of_lora(shared: dict[str, Path], tiny_runs: dict[str, Path]) -> None:
@@ -391,7 +391,9 @@ def test_public_and_an_owner_left_out(api: FakeApi, folder: Path) -> None:
 def test_export_and_upload_in_one(api: FakeApi, tiny_runs: dict[str, Path], tmp_path: Path) -> None:
     assert main([str(tiny_runs["lora"]), str(tmp_path / "out"), "--push-to-hub", "me/a-lora"]) == 0
     assert api.uploaded == sorted([*CARD, "pytorch_lora_weights.safetensors"])
-    assert 'pipe.load_lora_weights("me/a-lora")' in card(tmp_path / "out")
+    assert 'pipe.load_lora_weights("me/a-lora", weight_name="pytorch_lora_weights.safetensors")' in card(
+        tmp_path / "out"
+    )
 
 
 def test_only_what_was_exported_is_uploaded(api: FakeApi, folder: Path, tiny_runs: dict[str, Path]) -> None:

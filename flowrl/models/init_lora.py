@@ -16,6 +16,8 @@ from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel
 from flowrl.types import has_values
 
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the file of adapters."""
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 METADATA = "lora_adapter_metadata"
 """Where diffusers writes the adapter's settings in the header of a file."""
@@ -127,7 +129,7 @@ def _file(place: Path) -> Path:
     found = sorted(place.glob("*.safetensors")) if place.is_dir() else []
     if len(found) == 1:
         return found[0]
-    known = [file for file in found if file.name in (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")]
+    known = [file for file in found if file.name in (PEFT_WEIGHTS, LORA_WEIGHTS)]
     if len(known) == 1:
         return known[0]
     there = f"it holds {len(found)} .safetensors files" if place.is_dir() else "there is no such folder or file"

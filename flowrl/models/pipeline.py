@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flowrl.errors import ConfigError
-from flowrl.models.init_lora import with_start
+from flowrl.models.init_lora import LORA_WEIGHTS, with_start
 from flowrl.models.latent_scale import to_autoencoder
 from flowrl.models.packing import latent_sides
 from flowrl.models.pipeline_options import DEFAULTS, PipelineOptions, Shapes
@@ -346,7 +346,7 @@ class PipelineFlow(PromptedFlow):
             type(self.pipeline).save_lora_weights(folder, transformer_lora_layers=whole)
         else:
             named = {f"{self.NETWORK}.{name}": value.contiguous() for name, value in whole.items()}
-            save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+            save_file(named, folder / LORA_WEIGHTS, metadata={"format": "pt"})
 
 
 def saves_adapters(pipeline: Any) -> bool:

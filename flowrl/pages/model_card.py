@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.prompts import picture_of
+from flowrl.models.init_lora import LORA_WEIGHTS
 from flowrl.models.loading import FlowSource
 from flowrl.models.pictures import PicturesFlow
 from flowrl.models.pipeline import saves_adapters
@@ -180,10 +181,11 @@ def _adapters(model: FlowAlgorithm, name: str, rest: str, imports: list[str]) ->
     if model.env.core.flow.is_embedded:
         imports.append("from flowrl.models.loading import ASSETS  # pip install flowrl-torch")
     lines = [f"pipe = {type(pipeline).__name__}.from_pretrained({_base_code(model)}{rest})"]
+    file = f'{json.dumps(name)}, weight_name="{LORA_WEIGHTS}"'  # older versions of diffusers look for none when offline
     if saves_adapters(pipeline):
-        lines.append(f"pipe.load_lora_weights({json.dumps(name)})")
+        lines.append(f"pipe.load_lora_weights({file})")
     elif hasattr(getattr(pipeline, parts[0]), "load_lora_adapter"):
-        lines.append(f"pipe.{parts[0]}.load_lora_adapter({json.dumps(name)}, use_safetensors=True)")
+        lines.append(f"pipe.{parts[0]}.load_lora_adapter({file}, use_safetensors=True)")
     else:
         imports.append("from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict")
         imports.append("from safetensors.torch import load_file")
@@ -196,7 +198,7 @@ def _adapters(model: FlowAlgorithm, name: str, rest: str, imports: list[str]) ->
 
 def _by_peft(name: str, part: str) -> list[str]:
     """Write how peft alone puts adapters into a network that has no loader of them."""
-    file = json.dumps(f"{name}/pytorch_lora_weights.safetensors")
+    file = json.dumps(f"{name}/{LORA_WEIGHTS}")
     return [
         f"weights = load_file({file})  # in a folder, not on the hub",
         f'weights = {{key.removeprefix("{part}."): value for key, value in weights.items()}}',

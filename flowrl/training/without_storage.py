@@ -88,7 +88,7 @@ class WithoutStorage(FakeTensorMode):
             for item in arg if isinstance(arg, list | tuple) else (arg,):
                 if not isinstance(item, torch.Tensor):
                     key.append((type(item), item))
-                elif type(item) is not FakeTensor or item.constant is not None or item._fake_device != CPU:
+                elif type(item) is not FakeTensor or item.constant is not None or item.fake_device != CPU:
                     return NotImplemented
                 else:
                     key.append(_layout(item))
