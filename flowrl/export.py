@@ -25,6 +25,7 @@ import tyro
 from safetensors import SafetensorError
 
 from flowrl.errors import ConfigError, FlowRLError
+from flowrl.models.tokenizer_files import split_tokenizers
 from flowrl.pages.model_card import Kind, hub_name, write_card
 from flowrl.runs.folder import load_model
 from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
@@ -161,6 +162,7 @@ def _write_weights(model: FlowAlgorithm, folder: Path) -> Kind:
     pipeline = flow.with_encoders(policy.networks.model_of(policy.sampling_role).network)
     with _in_float32([part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]):
         pipeline.save_pretrained(folder, safe_serialization=True)
+    split_tokenizers(folder)
     flow.release_encoders()
     return "pipeline"
 

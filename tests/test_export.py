@@ -135,6 +135,8 @@ def test_a_whole_pipeline(shared: dict[str, Path], policies: dict[str, FlowPolic
     assert loaded.max_sequence_length == 1
     network = policy.networks.model_of("ema").network.state_dict()
     assert all(torch.equal(value, network[key]) for key, value in loaded.network.state_dict().items())
+    for name in ("vocab.json", "merges.txt"):  # which transformers 4 reads
+        assert (shared["full"] / "tokenizer" / name).read_text() == (MINI / "tokenizer" / name).read_text()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from flowrl.envs.shapes import WORDS
+from flowrl.models.tokenizer_files import split_tokenizers
 
 CONTEXT_LENGTH = 8  # tokens of a prompt, with start and end
 TEXT_WIDTH = 96  # of each of the two text encoders
@@ -149,14 +150,6 @@ def edit_config(folder: Path, **changes: str | None) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def split_tokenizer(folder: Path) -> None:
-    """Writes the vocabulary and the merges of a CLIP tokenizer as files of their own, which transformers 4 reads."""
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
-    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
-    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
-
-
 def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path, card: Path = CARD) -> None:
     """Writes ``pipe`` in float16, together with its model card; the folder is replaced as a whole."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
@@ -170,8 +163,7 @@ def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path, card: Path = CAR
     for path in new.rglob("*.json"):  # folders of this machine, and a name that only transformers 5 has
         text = re.sub(r'\n *"_name_or_path": "[^"]*",?', "", path.read_text())
         path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
-    for tokenizer in ("tokenizer", "tokenizer_2"):
-        split_tokenizer(new / tokenizer)
+    split_tokenizers(new)
     (new / "sampling.json").write_text(json.dumps(SAMPLING, indent=2) + "\n")
     shutil.copy(card, new / "README.md")
     if folder.exists():
