@@ -35,6 +35,7 @@ from flowrl.runs.commandline import (
 from flowrl.runs.folder import (
     algorithm_of,
     alone_in,
+    as_word,
     create_run_folder,
     environment_of,
     tell_edits,
@@ -142,14 +143,14 @@ def _resume(args: list[str], folder: Path) -> int:
     if idle := {"--seed", "--name", "--out"} & _options(args):
         raise ConfigError(
             f"{', '.join(sorted(idle))} does nothing beside --resume: a run goes on in its own folder, with its own "
-            f"random states. The same again from the start, with another seed: --config {folder} --seed 1."
+            f"random states. The same again from the start, with another seed: --config {as_word(folder)} --seed 1."
         )
     checkpoint = checkpoint_folder(folder)
     if others := sorted(name for name in _options(args) if name.startswith(("--algo.", "--env."))):
         raise ConfigError(
             f"{', '.join(others)}: a run goes on with the settings that it began with, so that its curves are of one "
             f"training. With others, in Python: cls.load('{folder}', learning_rate=1e-4).learn(N). "
-            f"The same from the start with others: --config {folder} {others[0]} ..."
+            f"The same from the start with others: --config {as_word(folder)} {others[0]} ..."
         )
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
@@ -349,7 +350,7 @@ def _resume_hint(folder: Path, run: RunConfig) -> str:
         rewards.append(str(settings.get("reward", "")))
     modules = dict.fromkeys([*run.modules, *(module for text in rewards for module in modules_of(text))])
     own += ["--modules", *modules] if modules else []
-    return f"go on with: {PROGRAM} {shlex.join(['--resume', str(folder), *own])}"
+    return f"go on with: {PROGRAM} --resume {as_word(folder)} {shlex.join(own)}".rstrip()
 
 
 if __name__ == "__main__":

@@ -161,6 +161,14 @@ def test_hints_can_be_pasted_into_a_shell(place: Path, tmp_path: Path, capsys: p
     assert shlex.split(capsys.readouterr().err)[-2:] == [str(folder), "FOLDER."]
 
 
+def test_a_run_whose_name_begins_with_a_hyphen_is_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (step := Path("-n/checkpoints/step-4")).mkdir(parents=True)
+    (step / "state.json").write_text('{"num_timesteps": 4}')
+    Path("-n/config.json").write_text("{}")
+    assert _resume_hint(Path("-n"), RunConfig(algo="orw_w2")).endswith("flowrl.run --resume ./-n")
+
+
 @pytest.mark.parametrize("program", ["run", "evaluate", "sample", "export", "report", "serve", "benchmark"])
 def test_a_module_that_is_not_there(run_here, program: str) -> None:
     done = run_here(f"flowrl.{program}", "--modules", "no_such_module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
             f"Another process is training in '{folder}'. Wait for it, stop it, or train elsewhere with --name."
         ) from error
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder, error, "Make it writable, or go on in a copy of it.") from error
     try:
         yield
     finally:
@@ -76,6 +77,11 @@ def new_folder(out: Path, name: str) -> Path:
                 folder = out / f"{name}-{n}"
     except OSError as error:
         raise cannot_write(folder, error) from error
+
+
+def as_word(folder: Path) -> str:
+    """Write a folder as a command takes it: quoted, and not as an option where its name begins with a hyphen."""
+    return shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
 
 
 def cannot_write(folder: Path, error: Exception, hint: str = "Choose another place with --out.") -> ConfigError:
