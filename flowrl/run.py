@@ -38,6 +38,7 @@ from flowrl.runs.folder import (
     as_word,
     create_run_folder,
     environment_of,
+    nearest,
     tell_edits,
     write_config,
     write_evaluation,
@@ -207,6 +208,7 @@ Judges = Mapping[str, RewardFunction]
 
 def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:
     """Train and evaluate in a run folder that no other process writes into."""
+    folder = folder.absolute()  # a reward may leave the current folder for another
     with alone_in(folder) if model.ranks.is_main else nullcontext():
         with _telling(folder, run):
             if model.ranks.is_main:
@@ -223,7 +225,7 @@ def _telling(folder: Path, run: RunConfig) -> AbstractContextManager[None]:
         text = _resume_hint(folder, run)
         return f"{text[0].upper()}{text[1:]}"
 
-    return writing_to(folder, hint)
+    return writing_to(nearest(folder), hint)
 
 
 def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:
@@ -244,7 +246,7 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_
             explained = _explained(error, model)
             if explained is None:
                 raise
-            what = f"What was computed is in {folder}; {_resume_hint(folder, run)}"
+            what = f"What was computed is in {nearest(folder)}; {_resume_hint(folder, run)}"
             raise type(explained)(f"{explained}\n{what}") from error
     if model.ranks.any(stop.received is not None):
         kept = "" if checkpoints.write() else "this state is not kept; "
@@ -263,7 +265,7 @@ def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> No
         model.set_logger(Logger(None, []))
         return
     others = [WandbWriter(run.wandb, folder, read_json(folder / "config.json"))] if run.wandb else []
-    say(head_of(model, folder, total))
+    say(head_of(model, nearest(folder), total))
     model.set_logger(logger(folder, model.num_timesteps, *others))
     for outdated in ("evaluation.json", "report.html", "before_after.png", "sounds/contexts.json"):
         (folder / outdated).unlink(missing_ok=True)
@@ -307,7 +309,7 @@ def _finish(model: FlowAlgorithm, folder: Path, run: RunConfig, held_out: Judges
             model.policy.networks.export(final, model.policy.sampling_role)  # `flowrl.export` writes the others
     if model.ranks.is_main:
         say("evaluating ...")
-    with _adding(f"The final weights are in {final}, not evaluated; {_resume_hint(folder, run)}"):
+    with _adding(f"The final weights are in {nearest(final)}, not evaluated; {_resume_hint(folder, run)}"):
         result = evaluate(model, n_samples=run.eval_samples, eval_rewards=held_out)
     model.ranks.leave()
     if not model.ranks.is_main:
@@ -322,7 +324,7 @@ def _finish(model: FlowAlgorithm, folder: Path, run: RunConfig, held_out: Judges
     from flowrl.pages.run_page import write_report
 
     report = write_report(folder)
-    say(f"\nreport: {report}")
+    say(f"\nreport: {nearest(report)}")
     return 0
 
 
