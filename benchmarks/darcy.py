@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept_results
 
 import flowrl
 from flowrl.envs.base import GenerationEnv, draw_contexts
@@ -219,11 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", nargs="*", type=setting, default=[], help="settings of all that is trained, KEY=VALUE")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
+    path, results = args.out / "results.json", kept_results(parser, args)
     args.set = dict(args.set)
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "results.json"
-    results: list[Result] = json.loads(path.read_text()) if path.exists() else []
     done = {(result["method"], result["seed"]) for result in results}
     for seed in args.seeds:
         for method in args.methods:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from ablation import setting
+from kept import kept_results
 from PIL import Image
 
 import flowrl
@@ -105,9 +106,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of the algorithm")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "results.json"
-    rows = json.loads(file.read_text()) if file.exists() else []
+    file, rows = args.out / "results.json", kept_results(parser, args)
     strips: dict[float, torch.Tensor] = {}
     for seed in args.seeds:
         for alpha in args.alphas:

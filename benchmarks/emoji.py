@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept_results
 from PIL import Image
 from torch import nn
 
@@ -127,9 +128,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "results.json"
-    rows = json.loads(file.read_text()) if file.exists() else []
+    file, rows = args.out / "results.json", kept_results(parser, args)
     real = real_emoji().pictures
     features = Features(real)
     for seed in args.seeds:

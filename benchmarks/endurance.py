@@ -66,6 +66,8 @@ def main() -> None:
         [entry for entry in training if low * iterations <= entry[0] < high * iterations]
         for low, high in ((0.1, 0.2), (0.9, 1.0))
     )
+    if not (early and late):
+        sys.exit(f"of {iterations} iterations none of the second or of the last tenth was seen: take more --iterations")
     for name, column, unit in (("resident size", 1, "KiB"), ("open files", 2, "")):
         before, after = (statistics.median(entry[column] for entry in part) for part in (early, late))
         most = max(entry[column] for entry in training)

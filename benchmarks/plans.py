@@ -10,7 +10,6 @@ on. Writes results.json, table.md and TASK.png (plans before and after); what re
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept_results
 
 import flowrl
 from flowrl.envs.plans import TASKS, smooth_plans
@@ -161,9 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "results.json"
-    results: list[Result] = json.loads(path.read_text()) if path.exists() else []
+    path, results = args.out / "results.json", kept_results(parser, args)
     done = {(result["task"], result["method"], result["seed"]) for result in results}
     wanted = [(kind, method, seed) for seed in args.seeds for kind in args.tasks for method in args.methods]
     for kind, method, seed in wanted:

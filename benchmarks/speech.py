@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from darcy import setting, spread
+from kept import kept_results
 
 import flowrl
 from flowrl.functional.metrics import diversity, mean_interval
@@ -177,9 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", nargs="*", type=setting, default=[], help="settings of all that is trained, KEY=VALUE")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
+    kept_results(parser, args)
     args.set = dict(args.set)
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
     for seed in args.seeds:
         for method in args.methods:

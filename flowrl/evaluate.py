@@ -28,7 +28,7 @@ from flowrl.evaluation.steering import Steering
 from flowrl.functional.solver_steps import Solver
 from flowrl.pages.run_page import write_report
 from flowrl.registry import environment_spec
-from flowrl.runs.folder import environment_of, load_model, write_evaluation, writing_to
+from flowrl.runs.folder import environment_of, load_model, nearest, write_evaluation, writing_to
 from flowrl.runs.media import save_sounds
 from flowrl.runs.pictures import save_before_after
 from flowrl.runs.program import AlgorithmOfRun, Device, OwnModules, run_program
@@ -100,6 +100,7 @@ def main(args: list[str] | None = None) -> int:
 def _evaluate(config: EvaluateConfig) -> int:
     config = config if config.run is None else replace(config, run=followed(config.run))
     model, env = _subject(config)
+    folder = None if config.run is None else config.run.absolute()  # a reward may leave the current folder for another
     is_trained = isinstance(model, FlowAlgorithm)
     core = model.env.core if isinstance(model, FlowAlgorithm) else env
     assert core is not None
@@ -122,14 +123,14 @@ def _evaluate(config: EvaluateConfig) -> int:
         guidance_scale=config.guidance_scale,
     )
     print(result.table())
-    if config.run is None or steering is not None:
+    if folder is None or steering is not None:
         print(f"network evaluations per sample: {result.evaluations_per_sample:g}")
-    elif config.env and environment_spec(config.env).name != (own := environment_of(config.run)) != "":
+    elif config.env and environment_spec(config.env).name != (own := environment_of(folder)) != "":
         print(f"\nnot written: the run is of '{own}', and its report stays of that")
     else:
-        with writing_to(config.run, lambda: "The figures are those above."):
-            written = _write(config.run, core, result)
-        print(f"\nwritten: {', '.join(map(str, written))}")
+        with writing_to(nearest(folder), lambda: "The figures are those above."):
+            written = _write(folder, core, result)
+        print(f"\nwritten: {', '.join(str(nearest(path)) for path in written)}")
     return 0
 
 

@@ -10,7 +10,6 @@ What a folder holds, listed in its `export.json`:
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from flowrl.errors import ConfigError, FlowRLError
 from flowrl.models.tokenizer_files import split_tokenizers
 from flowrl.pages.model_card import Kind, hub_name, write_card
-from flowrl.runs.folder import load_model
+from flowrl.runs.folder import as_word, load_model
 from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
 from flowrl.storage import hub
 from flowrl.storage.files import replace_folder, write_json
@@ -80,7 +79,7 @@ def _folder(config: ExportConfig) -> Path:
             raise ConfigError(f"'{config.source}' was exported already: upload it with --push-to-hub OWNER/NAME.")
         return config.source
     if config.folder is None:
-        raise ConfigError(f"Say where to write: {PROGRAM} {shlex.quote(str(config.source))} FOLDER.")
+        raise ConfigError(f"Say where to write: {PROGRAM} {as_word(config.source)} FOLDER.")
     _must_be_new(config.folder)
     model = load_model(config.source, config.algo, config.env, config.device)
     files = export(model, config.source, config.folder, name=config.push_to_hub)

@@ -35,8 +35,10 @@ from flowrl.runs.commandline import (
 from flowrl.runs.folder import (
     algorithm_of,
     alone_in,
+    as_word,
     create_run_folder,
     environment_of,
+    nearest,
     tell_edits,
     write_config,
     write_evaluation,
@@ -142,14 +144,14 @@ def _resume(args: list[str], folder: Path) -> int:
     if idle := {"--seed", "--name", "--out"} & _options(args):
         raise ConfigError(
             f"{', '.join(sorted(idle))} does nothing beside --resume: a run goes on in its own folder, with its own "
-            f"random states. The same again from the start, with another seed: --config {folder} --seed 1."
+            f"random states. The same again from the start, with another seed: --config {as_word(folder)} --seed 1."
         )
     checkpoint = checkpoint_folder(folder)
     if others := sorted(name for name in _options(args) if name.startswith(("--algo.", "--env."))):
         raise ConfigError(
             f"{', '.join(others)}: a run goes on with the settings that it began with, so that its curves are of one "
             f"training. With others, in Python: cls.load('{folder}', learning_rate=1e-4).learn(N). "
-            f"The same from the start with others: --config {folder} {others[0]} ..."
+            f"The same from the start with others: --config {as_word(folder)} {others[0]} ..."
         )
     stored = read_json(folder / "config.json").get("run")
     if not isinstance(stored, dict):
@@ -206,6 +208,7 @@ Judges = Mapping[str, RewardFunction]
 
 def _train(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:
     """Train and evaluate in a run folder that no other process writes into."""
+    folder = folder.absolute()  # a reward may leave the current folder for another
     with alone_in(folder) if model.ranks.is_main else nullcontext():
         with _telling(folder, run):
             if model.ranks.is_main:
@@ -222,7 +225,7 @@ def _telling(folder: Path, run: RunConfig) -> AbstractContextManager[None]:
         text = _resume_hint(folder, run)
         return f"{text[0].upper()}{text[1:]}"
 
-    return writing_to(folder, hint)
+    return writing_to(nearest(folder), hint)
 
 
 def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_out: Judges) -> int:
@@ -243,7 +246,7 @@ def _learn(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int, held_
             explained = _explained(error, model)
             if explained is None:
                 raise
-            what = f"What was computed is in {folder}; {_resume_hint(folder, run)}"
+            what = f"What was computed is in {nearest(folder)}; {_resume_hint(folder, run)}"
             raise type(explained)(f"{explained}\n{what}") from error
     if model.ranks.any(stop.received is not None):
         kept = "" if checkpoints.write() else "this state is not kept; "
@@ -262,7 +265,7 @@ def _begin(model: FlowAlgorithm, folder: Path, run: RunConfig, total: int) -> No
         model.set_logger(Logger(None, []))
         return
     others = [WandbWriter(run.wandb, folder, read_json(folder / "config.json"))] if run.wandb else []
-    say(head_of(model, folder, total))
+    say(head_of(model, nearest(folder), total))
     model.set_logger(logger(folder, model.num_timesteps, *others))
     for outdated in ("evaluation.json", "report.html", "before_after.png", "sounds/contexts.json"):
         (folder / outdated).unlink(missing_ok=True)
@@ -306,7 +309,7 @@ def _finish(model: FlowAlgorithm, folder: Path, run: RunConfig, held_out: Judges
             model.policy.networks.export(final, model.policy.sampling_role)  # `flowrl.export` writes the others
     if model.ranks.is_main:
         say("evaluating ...")
-    with _adding(f"The final weights are in {final}, not evaluated; {_resume_hint(folder, run)}"):
+    with _adding(f"The final weights are in {nearest(final)}, not evaluated; {_resume_hint(folder, run)}"):
         result = evaluate(model, n_samples=run.eval_samples, eval_rewards=held_out)
     model.ranks.leave()
     if not model.ranks.is_main:
@@ -321,7 +324,7 @@ def _finish(model: FlowAlgorithm, folder: Path, run: RunConfig, held_out: Judges
     from flowrl.pages.run_page import write_report
 
     report = write_report(folder)
-    say(f"\nreport: {report}")
+    say(f"\nreport: {nearest(report)}")
     return 0
 
 
@@ -349,7 +352,7 @@ def _resume_hint(folder: Path, run: RunConfig) -> str:
         rewards.append(str(settings.get("reward", "")))
     modules = dict.fromkeys([*run.modules, *(module for text in rewards for module in modules_of(text))])
     own += ["--modules", *modules] if modules else []
-    return f"go on with: {PROGRAM} {shlex.join(['--resume', str(folder), *own])}"
+    return f"go on with: {PROGRAM} --resume {as_word(folder)} {shlex.join(own)}".rstrip()
 
 
 if __name__ == "__main__":

@@ -143,6 +143,18 @@ def test_same_seed_same_weights_and_another_seed_others():
     assert not torch.equal(weights(a), weights(c))
 
 
+def test_without_a_seed_torchs_own_decides_and_nothing_is_seeded_anew():
+    def drawn():
+        torch.manual_seed(7)
+        model = ALGORITHMS["orw_w2"]("FlowPolicy", "gaussians-linear", device=DEVICE, **SMALL)
+        model.learn(64)
+        return weights(model), torch.randn(1)
+
+    (first, after), (again, after_again) = drawn(), drawn()
+    assert torch.equal(first, again)
+    assert torch.equal(after, after_again)
+
+
 def test_looking_does_not_change_training():
     """Evaluation and predictions between iterations leave the training's random state alone."""
 
@@ -511,6 +523,32 @@ def test_samples_and_steps_are_whole_numbers(n, steps):
 def test_an_evaluation_has_samples():
     with pytest.raises(ConfigError, match="n_samples must be a whole number, 1 or more, not 0"):
         flowrl.evaluate(small(), n_samples=0)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_learning_where_gradients_are_off_is_refused_by_name(off):
+    with off():
+        model = small()
+        with pytest.raises(ConfigError, match=r"switched off here: call it outside torch.no_grad\(\)"):
+            model.learn(64)
+        made = ALGORITHMS["draft"]("FlowPolicy", "gaussians-linear", device=DEVICE, **SMALL)  # looks for a gradient
+    if off is torch.no_grad:
+        made.learn(64)
+    else:
+        with pytest.raises(ConfigError, match=r"made under torch.inference_mode\(\) cannot learn"):
+            made.learn(64)
+
+
+def test_another_default_type_is_refused_by_name():
+    torch.set_default_dtype(torch.float64)
+    try:
+        for make in (small, lambda: flowrl.FlowPolicy.of("gaussians-linear")):
+            with pytest.raises(
+                ConfigError, match=r"type is torch.float64: call torch.set_default_dtype\(torch.float32"
+            ):
+                make()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_orw_has_no_penalty():

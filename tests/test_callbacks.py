@@ -200,6 +200,18 @@ def test_what_killed_processes_left_is_cleared_away(tmp_path: Path) -> None:
     clear_away(tmp_path / "nothing")
 
 
+def test_a_link_in_the_place_of_a_folder_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    for name in ("far", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text(name)
+    (tmp_path / "final").symlink_to("far")
+    (tmp_path / ".final-old-17").symlink_to("far")
+    replace_folder(tmp_path / "new", tmp_path / "final")
+    clear_away(tmp_path)
+    assert names(tmp_path) == {"far", "final"}
+    assert [(tmp_path / name / "state.json").read_text() for name in ("far", "final")] == ["far", "new"]
+
+
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = model().learn(N)
     trained.save(tmp_path / "saved")

@@ -15,8 +15,10 @@ import pytest
 from conftest import Run
 
 import flowrl
+from flowrl.errors import ConfigError
 from flowrl.runs import callbacks
 from flowrl.runs.callbacks import KeepCheckpoints, PictureCallback
+from flowrl.runs.folder import alone_in
 from flowrl.runs.logs import logger
 from flowrl.storage import files
 
@@ -150,6 +152,8 @@ def test_a_run_in_a_read_only_folder_ends_before_it_trains(
     assert "Read-only file system" in done.stderr
     assert "Traceback" not in done.stderr
     assert "rollout/" not in done.stdout
+    with pytest.raises(ConfigError, match="Make it writable, or go on in a copy of it"), alone_in(roomy):
+        pass  # as a run that goes on does: it cannot be told to another place
 
 
 def test_what_is_there_stays_whole_on_a_full_disk(roomy: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:

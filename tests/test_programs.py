@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import forgetting
 
 import flowrl
 from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.evaluate import main as evaluate_program
 from flowrl.export import main as export
 from flowrl.registry import own_module
 from flowrl.run import _resume_hint, main
@@ -159,6 +161,33 @@ def test_hints_can_be_pasted_into_a_shell(place: Path, tmp_path: Path, capsys: p
     assert shlex.split(_resume_hint(folder, RunConfig(algo="orw_w2", env="gaussians-linear")))[-1] == str(folder)
     assert export([str(folder)]) == 2
     assert shlex.split(capsys.readouterr().err)[-2:] == [str(folder), "FOLDER."]
+
+
+def test_a_reward_that_leaves_the_current_folder_scatters_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+
+    def wandering(samples: torch.Tensor, contexts: list[None]) -> torch.Tensor:
+        os.chdir(elsewhere)
+        return samples[:, 0]
+
+    with forgetting():
+        flowrl.register_env("wandering", flow="gaussians")(wandering)
+        assert main(["--algo", "orw", "--env", "wandering", *SMALL, "--out", "runs", "--name", "a"]) == 0
+        os.chdir(tmp_path)
+        assert evaluate_program(["runs/a", "--n-samples", "8"]) == 0
+    assert not list(elsewhere.iterdir())
+    assert {"config.json", "metrics.csv", "final", "report.html", "samples"} <= set(os.listdir("../runs/a"))
+
+
+def test_a_run_whose_name_begins_with_a_hyphen_is_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (step := Path("-n/checkpoints/step-4")).mkdir(parents=True)
+    (step / "state.json").write_text('{"num_timesteps": 4}')
+    Path("-n/config.json").write_text("{}")
+    assert _resume_hint(Path("-n"), RunConfig(algo="orw_w2")).endswith("flowrl.run --resume ./-n")
 
 
 @pytest.mark.parametrize("program", ["run", "evaluate", "sample", "export", "report", "serve", "benchmark"])

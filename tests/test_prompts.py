@@ -483,7 +483,9 @@ def test_evaluation_weighs_and_takes_lists_and_files(shapes: Path) -> None:
     result = flowrl.evaluate(algorithm, n_samples=8, prompts=given, samples_per_context=1, steps=1)
     assert sorted(result.sample_contexts) == ["one circle on red"] * 2 + ["two stars"] * 6
     assert (result.prompts, result.n_prompts) == ("given", 2)
-    assert flowrl.evaluate(algorithm, n_samples=4, prompts=shapes, steps=1).n_prompts == 5
+    result = flowrl.evaluate(algorithm, n_samples=4, prompts=shapes, steps=1)
+    assert result.n_prompts == 5
+    assert result.table().splitlines()[-2].endswith("shapes.jsonl (1 of 5)")  # eight samples of a prompt, or all
 
 
 def test_statistics_per_context_do_not_hinder_evaluation(shapes: Path) -> None:
@@ -597,18 +599,18 @@ def test_a_run_on_a_file_and_its_evaluation_on_held_out_prompts(run_here: Run, s
     arguments = [*CHOICE, "--env.prompt-file", "shapes.jsonl", *TINY, "--total-timesteps", 16, "--name", "r"]
     done = run_here("flowrl.run", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "prompts: train (3)" in done.stdout
+    assert "prompts: train (1 of 3)" in done.stdout
     folder = tmp_path / "runs" / "r"
     settings = json.loads((folder / "config.json").read_text())["environment"]["settings"]
     assert settings == {"flow": "mini-sd3", "prompt_file": str(shapes)}
     before = (folder / "evaluation.json").read_text()
     done = run_here("flowrl.evaluate", "runs/r", "--prompts", "held_out", "--n-samples", 4)
     assert done.returncode == 0, done.stderr
-    assert "prompts: held_out (2)" in done.stdout
+    assert "prompts: held_out (1 of 2)" in done.stdout
     assert "report-held_out.html" in done.stdout
     result = json.loads((folder / "evaluation-held_out.json").read_text())
     assert (result["prompts"], result["n_prompts"]) == ("held_out", 2)
-    assert "prompts: held_out (2)" in (folder / "report-held_out.html").read_text()
+    assert "prompts: held_out (1 of 2)" in (folder / "report-held_out.html").read_text()
     assert (folder / "evaluation.json").read_text() == before
 
 

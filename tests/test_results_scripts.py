@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import csv
 import importlib
@@ -271,3 +272,22 @@ def test_random_conditions_of_gpu_rows_are_of_the_shapes_and_types_that_texts_ha
     load = script("gpu_lab")._loader(env.flow.load, torch.device("cpu"))
     drawn, own = (flow.encode(["a star", "a ring"]) for flow in (load(), env.flow.load()))
     assert [(part.shape, part.dtype) for part in drawn] == [(part.shape, part.dtype) for part in own]
+
+
+def test_results_made_with_other_options_are_no_part_of_a_table(tmp_path: Path) -> None:
+    """What a script has made is not made again: with other settings it would pass for theirs."""
+    parser = argparse.ArgumentParser()
+    for option in ("--seeds", "--budget"):
+        parser.add_argument(option, type=int, default=1)
+    parser.add_argument("--out", type=Path, default=tmp_path / "results")
+    kept = script("kept").kept_results
+
+    def asked(*options: str) -> list[dict[str, Any]]:
+        return kept(parser, parser.parse_args(options))
+
+    assert asked("--budget", "2") == []
+    assert asked() == []  # nothing is there yet
+    (tmp_path / "results" / "results.json").write_text('[{"seed": 1}]')
+    assert asked("--seeds", "2") == [{"seed": 1}]
+    with pytest.raises(SystemExit, match=r"with other options \(--budget 1, not 2\): take another --out"):
+        asked("--budget", "2")

@@ -119,13 +119,18 @@ class EvaluationResult(SampleStatistics):
         drift = "" if math.isnan(self.drift) else f"drift E|v - v_ref|^2: {self.drift:.4g}"  # none of steered samples
         lines += ["    ".join(filter(None, (drift, share)))] if drift or share else []
         if self.n_prompts:
-            lines.append(f"prompts: {self.prompts} ({self.n_prompts})")
+            lines.append(asked(self.prompts, self.n_prompts, len(self.per_prompt)))
         if self.sampling:
             lines.append(f"sampled with {listed(self.sampling)}, otherwise as in training")
         if not math.isnan(self.w2_floor):
             lines.append(f"W2 floor (exact samples against each other): {self.w2_floor:.4g}")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
+
+
+def asked(source: str, n: int, n_drawn: int) -> str:
+    """Say which prompts an evaluation drew: "prompts: train (30)", or "(16 of 30)"."""
+    return f"prompts: {source} ({f'{n_drawn} of {n}' if 0 < n_drawn < n else n})"
 
 
 def listed(sampling: Mapping[str, Any]) -> str:

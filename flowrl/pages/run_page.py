@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowrl.evaluation.results import listed
+from flowrl.evaluation.results import asked, listed
 from flowrl.pages.html import folded, heading, page, paragraph, preformatted, table, warning_list
 from flowrl.pages.run_files import RunFiles, telling_damage
 from flowrl.pages.text import change, count, duration, number, setting, span
@@ -102,7 +102,8 @@ def _notes(evaluation: Mapping[str, Any]) -> list[str]:
         won = [f"{name} {number(rate)} ({span(intervals.get(name))})" for name, rate in evaluation["win_rates"].items()]
         notes.append(f"Win rate over the reference, ties counting half: {', '.join(won)}.")
     if evaluation.get("n_prompts"):
-        notes.append(f"prompts: {evaluation.get('prompts')} ({evaluation['n_prompts']})")
+        n_drawn = len(evaluation.get("per_prompt") or [])
+        notes.append(asked(str(evaluation.get("prompts")), evaluation["n_prompts"], n_drawn))
     if evaluation.get("sampling"):
         notes.append(f"Sampled with {listed(evaluation['sampling'])}, otherwise as in training.")
     if evaluation.get("w2_floor") is not None:

@@ -54,7 +54,7 @@ class PictureCallback(IterationCallback):
 
     def __init__(self, folder: Path, every: int | None = None, n: int = 36) -> None:
         super().__init__()
-        self.folder, self.every, self.n = folder, every, n
+        self.folder, self.every, self.n = folder.absolute(), every, n
         self._spent = self._cost = 0.0  # seconds: all pictures, the latest one
         self._drawn = 0  # iteration of the latest one
 
@@ -178,7 +178,7 @@ class KeepCheckpoints(IterationCallback):
         background: bool = True,
     ) -> None:
         super().__init__()
-        self.folder, self.every, self.minutes = folder, every, minutes
+        self.folder, self.every, self.minutes = folder.absolute(), every, minutes
         self.keep, self.keep_best, self.background = keep, keep_best, background
         self.written = -1  # samples that the newest checkpoint written here was trained on
         self._last = time.monotonic()

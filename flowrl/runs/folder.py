@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,10 +49,10 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise ConfigError(
-            f"Another process is training in '{folder}'. Wait for it, stop it, or train elsewhere with --name."
+            f"Another process is training in '{nearest(folder)}'. Wait for it, stop it, or train elsewhere with --name."
         ) from error
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(nearest(folder), error, "Make it writable, or go on in a copy of it.") from error
     try:
         yield
     finally:
@@ -76,6 +77,19 @@ def new_folder(out: Path, name: str) -> Path:
                 folder = out / f"{name}-{n}"
     except OSError as error:
         raise cannot_write(folder, error) from error
+
+
+def nearest(path: Path) -> Path:
+    """Give a path as seen from the current folder, where it lies in that."""
+    with contextlib.suppress(OSError, ValueError):  # the current folder has gone; or the path lies elsewhere
+        return path.relative_to(Path.cwd())
+    return path
+
+
+def as_word(folder: Path) -> str:
+    """Write a folder as a command takes it: quoted, and not as an option where its name begins with a hyphen."""
+    word = str(nearest(folder))
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 def cannot_write(folder: Path, error: Exception, hint: str = "Choose another place with --out.") -> ConfigError:

@@ -34,7 +34,15 @@ def replace_folder(new: Path, target: Path) -> None:
     new.chmod(0o755)
     new.rename(target)
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, or the link that leads to one and not what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 ASIDE = "-old-"
@@ -71,7 +79,7 @@ def clear_away(folder: Path) -> None:
             if aside and not (folder / name).exists():
                 path.rename(folder / name)
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
 
 def host_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -127,6 +127,7 @@ def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:
     One that another call is running, or that a killed one left behind, is waited for.
     """
     torch.set_num_threads(1)
+    folder = folder.absolute()  # a reward may leave the current folder for another
     try:
         with alone_in(folder, wait=True):
             with (folder / "log.txt").open("w", encoding="utf-8") as log:

@@ -91,7 +91,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.config, core = self.fit.config, self.fit.env
         construction.keep_freed_memory()
         if self.ranks.world_size > 1 and seed is None:
-            seed = int(self.ranks.broadcast(str(torch.seed() % 2**31)))
+            seed = int(self.ranks.broadcast(str(construction.fresh_seed())))
         super().__init__(
             policy,
             GenerationVecEnv(core, self.config.rollout_batch_size or self.config.n_samples),
@@ -122,7 +122,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         self.reward_calls = RewardCalls.of(core, config)
         core.gather_with(lambda rows: self.ranks.all_gather(rows, len(rows) * self.ranks.world_size))
         self.bad_updates, self.generator = BadUpdates(), SharedGenerator(self.device, self.ranks)
-        self.generator.manual_seed(torch.seed() if self.seed is None else self.seed)
+        self.generator.manual_seed(construction.fresh_seed() if self.seed is None else self.seed)
         with self.ranks.main_first():
             self.policy = cast(type[FlowPolicy], self.policy_class).of(
                 core,

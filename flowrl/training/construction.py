@@ -26,6 +26,7 @@ from flowrl.types import Condition, has_values
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
     from flowrl.training.method import Method
+    from flowrl.training.policy import FlowPolicy
 
 
 def as_generation_env(env: Any, settings: Mapping[str, Any] | None = None) -> GenerationEnv:
@@ -197,11 +198,12 @@ def check_gradient(algo: FlowAlgorithm | type[FlowAlgorithm], env: GenerationEnv
     """
     if not algo.needs_gradient:
         return
-    samples = torch.full((2, *env.flow.sample_shape), 0.5, device=device, requires_grad=True)
-    if not has_values(samples):  # a prediction of memory asks no reward
-        return
     try:
-        reward = env.evaluate(samples, torch.zeros(2, dtype=torch.long, device=device)).reward
+        with torch.inference_mode(False), torch.enable_grad():  # whatever it is made under
+            samples = torch.full((2, *env.flow.sample_shape), 0.5, device=device, requires_grad=True)
+            if not has_values(samples):  # a prediction of memory asks no reward
+                return
+            reward = env.evaluate(samples, torch.zeros(2, dtype=torch.long, device=device)).reward
     except RewardError as error:
         if "requires grad" in str(error):  # as torch says of a tensor that is to become an array
             raise ConfigError(without_gradient(algo.name, env)) from error
@@ -280,12 +282,39 @@ def checked_seed(seed: Any, device: torch.device | str) -> int | None:
     return seed
 
 
+def fresh_seed() -> int:
+    """Draw a seed where none is given, as torch's own generator has it: `torch.manual_seed` before decides it."""
+    seed = torch.randint(2**31, (), device="cpu")
+    return int(seed) if has_values(seed) else 0
+
+
+def check_trainable(policy: FlowPolicy) -> None:
+    """Check that gradients are not switched off.
+
+    Raises:
+        ConfigError: They are; says by what.
+    """
+    if not torch.is_grad_enabled():
+        raise ConfigError(
+            "learn takes gradients, which are switched off here: call it outside torch.no_grad() and "
+            "torch.inference_mode(), and not after torch.set_grad_enabled(False)."
+        )
+    if any(parameter.is_inference() for parameter in policy.parameters_of("current").values()):
+        raise ConfigError("An algorithm that is made under torch.inference_mode() cannot learn: make it outside.")
+
+
 def check_device(device: torch.device | str) -> None:
-    """Raise a clear error for a device that is not there.
+    """Raise a clear error for a device that is not there, and for another default type of torch's.
 
     Raises:
         DeviceError: Unknown or absent.
+        ConfigError: Tensors would not be float32.
     """
+    if torch.get_default_dtype() != torch.float32:
+        raise ConfigError(
+            f"flowrl computes in float32, or as its setting precision says; torch's default type is "
+            f"{torch.get_default_dtype()}: call torch.set_default_dtype(torch.float32) before."
+        )
     if str(device) == "auto":
         return
     try:

@@ -28,6 +28,7 @@ from flowrl.training.construction import (
     as_generation_env,
     check_device,
     check_noise,
+    fresh_seed,
     sampling_config,
     weight_dtypes,
 )
@@ -82,7 +83,7 @@ class FlowPolicy(SB3Policy):
         self._condition = self.encode(self.contexts)
         freeze_others(model.network, config.trained_parameters)
         model.network.to(device)  # now: text encoders can be as large as the network
-        self.generator = torch.Generator(device).manual_seed(torch.seed() if seed is None else seed)
+        self.generator = torch.Generator(device).manual_seed(fresh_seed() if seed is None else seed)
         precision, has_copies = getattr(torch, config.precision), config.working_copies != "off"
         set_attention_backend(model.network, config.attention_backend, device, precision)
         self.networks = RoleNetworks(model, copies, self.lora, precision, has_copies)

@@ -23,7 +23,7 @@ from flowrl.checks import counted
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.errors import ConfigError, UnknownNameError
-from flowrl.training.construction import as_generation_env
+from flowrl.training.construction import as_generation_env, check_trainable
 from flowrl.training.diagnosis import BadUpdates
 from flowrl.training.optimizers import laid_out_like
 from flowrl.training.records import log_iteration
@@ -144,6 +144,7 @@ class SB3Algorithm(BaseAlgorithm):
         tb_log_name: str = "",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        check_trainable(self.policy)
         self.signal.began = self._n_updates, self.bad_updates.zeros
         shown, name = progress_bar and self.ranks.is_main, tb_log_name or self.name
         total = counted("total_timesteps", total_timesteps, 0)
