@@ -92,7 +92,7 @@ class Tilt(Noising):
     def contexts(self) -> torch.Tensor:
         """Draw contexts, and reference samples of those that the pool holds none of."""
         context_ids = super().contexts()
-        self.pool.hold(context_ids)
+        self.pool.hold(self, context_ids)
         if bool(self.unit.isnan()):
             self.unit.copy_(self.pool.spread() + 1e-4 if self.config.reward_units == "std" else torch.ones(()))
         return context_ids
@@ -113,7 +113,7 @@ class Tilt(Noising):
         Its gradient is that of `w (v - base) - (w - b) (u - base)`; the base is the velocity that drew the sample.
         """
         pi, ids, n = self.config.own_share, batch.context_ids, len(batch.x_1)
-        x_1, reward = self.pool.draw(ids)
+        x_1, reward = self.pool.draw(ids, self.generator)
         own, reference = self.pair(Batch.of(batch.x_1, ids)), self.pair(Batch.of(x_1, ids))
         base = torch.cat([self.velocity(own, "behaviour"), self.velocity(reference, "reference")])
         pair = joined(own, reference)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
+import weakref
 
 import gymnasium
 import pytest
@@ -51,6 +53,21 @@ class Recorder(KVWriter):
 
     def close(self):
         pass
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_what_is_deleted_is_let_go(algo: str) -> None:
+    """At once, not when the collector of circles comes by: it holds the memory of a device."""
+    gc.disable()
+    try:
+        model = small(algo, **{"tilt": {"pool": 64}, "kl": {"tolerance": 100.0}}.get(algo, {}))
+        model.learn(64)
+        flowrl.evaluate(model, n_samples=8)
+        gone = [weakref.ref(part) for part in (model, model.policy, model.policy.model.network, model.buffer)]
+        del model
+        assert [part() for part in gone] == [None] * 4
+    finally:
+        gc.enable()
 
 
 WEIGHTED = {"kl", "orw", "orw_kl", "orw_w2", "raft", "rwr", "tilt"}

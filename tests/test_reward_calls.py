@@ -236,7 +236,7 @@ def test_reference_samples_left_out_of_the_pool_count() -> None:
     settings: dict[str, Any] = {"n_samples": 64, "batch_size": 32, "pool": 128, "pool_group": 16}
     env = environment(Judge(broken_beyond))
     model = flowrl.Tilt("FlowPolicy", env, seed=0, on_reward_error="drop", max_dropped=0.9, **settings)
-    model.pool.hold(torch.arange(len(env.contexts)))
+    model.pool.hold(model, torch.arange(len(env.contexts)))
     assert model.pool.x_1[..., 0].max() <= 2
     assert 0 < model.n_dropped < 128
     few = flowrl.Tilt("FlowPolicy", env, seed=0, on_reward_error="drop", max_dropped=0.01, **settings)

@@ -185,26 +185,26 @@ def test_the_pool_is_rewarded_once_and_the_oldest_contexts_leave_it(monkeypatch:
     assert (len(pool.context), pool.size) == (8, 4)
     reward = type(model).reward
     monkeypatch.setattr(model, "reward", lambda s, ids: asked.extend(ids.tolist()) or reward(model, s, ids))
-    pool.hold(torch.tensor([5, 6, 5, 7], device=DEVICE))
+    pool.hold(model, torch.tensor([5, 6, 5, 7], device=DEVICE))
     assert asked == [5] * 4 + [6] * 4 + [7] * 4
-    pool.hold(torch.tensor([7, 5], device=DEVICE))
+    pool.hold(model, torch.tensor([7, 5], device=DEVICE))
     assert len(asked) == 12
     kept = pool.x_1[pool.slot[7]].clone()
-    pool.hold(torch.arange(20, 25, device=DEVICE))  # now it is full
-    pool.hold(torch.tensor([30, 7, 31], device=DEVICE))  # 5 and 6 leave, 7 stays
+    pool.hold(model, torch.arange(20, 25, device=DEVICE))  # now it is full
+    pool.hold(model, torch.tensor([30, 7, 31], device=DEVICE))  # 5 and 6 leave, 7 stays
     assert pool.slot[[5, 6]].tolist() == [-1, -1]
     assert torch.equal(pool.x_1[pool.slot[7]], kept)
     held = pool.slot[[7, 20, 24, 30, 31]]
     assert held.min() >= 0
     assert pool.context[held].tolist() == [7, 20, 24, 30, 31]
-    pool.hold(torch.arange(40, 44, device=DEVICE))
+    pool.hold(model, torch.arange(40, 44, device=DEVICE))
     assert sorted(pool.slot[pool.slot >= 0].tolist()) == list(range(8))
 
 
 def test_the_spread_of_rewards_is_that_within_contexts() -> None:
     model = small(reward_units="std", tau=2.0)
     pool = model.pool
-    pool.hold(torch.tensor([3, 4], device=DEVICE))
+    pool.hold(model, torch.tensor([3, 4], device=DEVICE))
     pool.reward[pool.slot[3]] = torch.tensor([0.0, 0.0, 2.0, 2.0], device=DEVICE)
     pool.reward[pool.slot[4]] = torch.tensor([9.0, 9.0, 9.0, 9.0], device=DEVICE)
     torch.testing.assert_close(pool.spread(), torch.tensor(math.sqrt(0.5)))
@@ -241,7 +241,7 @@ def test_a_minibatch_is_the_mixture() -> None:
     rho = (1.5 / model.unit * rollout.reward).exp() / (1.5 / model.unit * pool.reward[0]).exp().mean()
     torch.testing.assert_close(rollout.weight, rho / (1 + 0.2 * (rho - 1)), rtol=1e-4, atol=1e-5)
     state = model.generator.get_state()
-    x_1, reward = pool.draw(rollout.context_ids)
+    x_1, reward = pool.draw(rollout.context_ids, model.generator)
     pairs = [model.pair(Batch.of(x, rollout.context_ids)) for x in (rollout.x_1, x_1)]
     weights = [rollout.weight, model.weights_of(reward, rollout.context_ids)]
     expected = torch.zeros((), device=DEVICE)

@@ -32,7 +32,7 @@ from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, without_strays
 from flowrl.training.rollout import filling
-from flowrl.training.sb3_algorithm import SB3Algorithm
+from flowrl.training.sb3_algorithm import SB3Algorithm, shown
 from flowrl.training.signal import check_learnt
 from flowrl.training.target import aim, held
 from flowrl.types import Batch
@@ -163,7 +163,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         self._update_current_progress_remaining(self.num_timesteps, max(total_timesteps, 1))
-        called.on_training_start(locals(), globals())
+        called.on_training_start(shown(locals()), globals())
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
             if not self.collect(called):
@@ -179,7 +179,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self.unlogged = logged, time.perf_counter() - started
             if log_interval and (self.iteration % log_interval == 0 or self.num_timesteps >= total_timesteps):
                 self.dump_logs()
-            called.update_locals(locals())
+            called.update_locals(shown(locals()))
             if self.ranks.any(not _iteration_ended(called)):
                 break
         called.on_training_end()
@@ -197,7 +197,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         chunks = drawn_contexts.split(self.env.num_envs)
         for (contexts, samples), drawn in zip(filling(self, [self.ranks.shard(chunk) for chunk in chunks]), chunks):
             self.num_timesteps += len(drawn) * self.draws
-            known = {**locals(), "contexts": contexts, "samples": samples}
+            known = {**shown(locals()), "contexts": contexts, "samples": samples}
             callback.update_locals({**known, "dones": [True] * len(drawn)})  # every sample is an episode
             if self.ranks.any(not callback.on_step()):
                 return False
@@ -237,14 +237,14 @@ class FlowAlgorithm(Method, SB3Algorithm):
         if config.offload and self.learns_from != "contexts":
             policy.model.offload()
         is_last = config.accumulation - 1  # of the minibatches of a step; the ranks agree on its gradient there
-        replays = self.replay.are_replayed
+        replays = self.replay.are_replayed(self)
         found: dict[str, list[torch.Tensor]] = {}  # a loss may give a figure of some minibatches only
         norms: list[torch.Tensor] = []
         n_pending = n_entries = 0
         with policy.in_update():
             for batch in chain.from_iterable(self.minibatches() for _ in range(config.n_epochs)):
                 with nullcontext() if n_pending == is_last else self.ranks.no_sync(policy.networks.trained):
-                    figures = self.replay.gradient(batch, n_pending) if replays else self.gradient(batch)
+                    figures = self.replay.gradient(self, batch, n_pending) if replays else self.gradient(batch)
                 n_pending, n_entries = n_pending + 1, n_entries + len(batch.x_1)
                 if n_pending == config.accumulation:
                     norms.append(gradient_step(self, n_entries))

@@ -371,7 +371,7 @@ def prepare_training(model: FlowAlgorithm) -> None:
     networks.train_through(trained, ranks.is_sharded)
     policy.graphs.generators = [policy.generator, model.generator]
     policy.graphs.is_on &= ranks.world_size == 1
-    model.replay = Minibatches(model)
+    model.replay = Minibatches(policy)
 
 
 def keep_freed_memory() -> None:

@@ -34,7 +34,7 @@ class ReferencePool:
     """
 
     def __init__(self, model: Noising, capacity: int, least: int) -> None:
-        self.model, n = model, len(model.env.core.contexts)
+        n = len(model.env.core.contexts)
         if model.env.core.groupwise or model.env.core.extra_state():
             raise ConfigError(
                 f"{model.name} keeps reference samples with their rewards and compares others with them, so a reward "
@@ -62,7 +62,7 @@ class ReferencePool:
         self.context = model.keep("pool_context", torch.full((slots,), -1))  # in each slot
         self.filled = model.keep("pool_filled", torch.zeros(1, dtype=torch.long))  # slots so far, with those refilled
 
-    def hold(self, context_ids: torch.Tensor) -> None:
+    def hold(self, model: Noising, context_ids: torch.Tensor) -> None:
         """Draw and reward samples of those contexts (B,) that it holds none of.
 
         Raises:
@@ -78,20 +78,19 @@ class ReferencePool:
             while int(self.context[place % len(self.context)]) in stay:
                 place += 1
             slot = place % len(self.context)
-            dropped += self._fill(slot, context)
+            dropped += self._fill(model, slot, context)
             place += 1
         self.filled.fill_(place)
-        model, drawn = self.model, len(missing) * self.size
-        model.n_dropped += model.reward_calls.check_dropped(dropped, drawn, model.ranks)
+        model.n_dropped += model.reward_calls.check_dropped(dropped, len(missing) * self.size, model.ranks)
 
-    def _fill(self, slot: int, context: int) -> int:
+    def _fill(self, model: Noising, slot: int, context: int) -> int:
         """Draw the samples of a context into a slot; how many the reward failed for, on this rank."""
-        model, old = self.model, int(self.context[slot])
+        old = int(self.context[slot])
         if old >= 0:
             self.slot[old] = -1
         done = dropped = 0
         for ids in torch.full((self.size,), context, device=model.device).split(model.env.num_envs):
-            x_1, reward, failed = self._rewarded(model.ranks.shard(ids))
+            x_1, reward, failed = _rewarded(model, model.ranks.shard(ids))
             chunk = slice(done, done + len(ids))
             self.x_1[slot, chunk].copy_(model.ranks.all_gather(x_1, len(ids)))
             self.reward[slot, chunk].copy_(model.ranks.all_gather(reward, len(ids)))
@@ -99,22 +98,9 @@ class ReferencePool:
         self.slot[context], self.context[slot] = slot, context
         return dropped
 
-    def _rewarded(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Draw samples of the reference (B, *latent_shape) and their rewards (B,).
-
-        Others stand in for those that the reward failed for, which are counted.
-        """
-        model = self.model
-
-        def draw(ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return model.drawn_from(model.policy.noise(len(ids), model.generator), ids, "reference"), {}
-
-        done = roll_out(context_ids, draw, model.policy.decode, model.reward)
-        return done.x_1, done.output.reward, done.dropped
-
-    def draw(self, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, context_ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw one of the samples of each context (B,): latents (B, *latent_shape), float32, and rewards (B,)."""
-        generator, device = self.model.generator, self.model.device
+        device = self.slot.device
         row = drawn(
             lambda n: torch.randint(self.size, (n,), generator=generator, device=device), len(context_ids), generator
         )
@@ -126,3 +112,16 @@ class ReferencePool:
         held = (self.context >= 0)[:, None]
         centred = (self.reward - self.reward.mean(1, keepdim=True)) * held
         return (centred.square().sum() / (held.sum() * self.size).clamp_min(1)).sqrt()
+
+
+def _rewarded(model: Noising, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Draw samples of the reference (B, *latent_shape) and their rewards (B,).
+
+    Others stand in for those that the reward failed for, which are counted.
+    """
+
+    def draw(ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return model.drawn_from(model.policy.noise(len(ids), model.generator), ids, "reference"), {}
+
+    done = roll_out(context_ids, draw, model.policy.decode, model.reward)
+    return done.x_1, done.output.reward, done.dropped

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
 
 
+def shown(known: dict[str, Any]) -> dict[str, Any]:
+    """Give the variables of `learn` that callbacks see: all but themselves, or they and the model are never let go."""
+    return {name: value for name, value in known.items() if not isinstance(value, BaseCallback)}
+
+
 class SB3Algorithm(BaseAlgorithm):
     """An algorithm of stable-baselines3 that saves and loads checkpoint folders."""
 

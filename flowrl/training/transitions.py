@@ -104,7 +104,8 @@ class TransitionAlgorithm(FlowAlgorithm):
         first = torch.full((len(x_1),), window.start, device=x_1.device)
         return x_1, {"states": states, "log_prob": log_prob, "first_step": first}
 
-    def read(self, rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
+    @staticmethod
+    def read(rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
         """Read the state before and after each step, and its log-probability."""
         return {
             "x_1": rows["x_1"][sample],
