@@ -153,6 +153,15 @@ def test_imitated_prompts_are_where_the_encoders_are(folder: Path) -> None:
     assert {part.device.type for part in flow.imitate_prompts(PROMPTS)} == {"meta"}
 
 
+def test_of_many_prompts_the_first_and_the_last_are_imitated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = source_of(str(folder), pipeline=OPTIONS).imitation(torch.float32, torch.float32)
+    imitate, asked = flow.imitate_prompts, []
+    monkeypatch.setattr(flow, "imitate_prompts", lambda prompts: asked.append(len(prompts)) or imitate(prompts))
+    parts = flow.encode([f"prompt {i}" for i in range(200)])
+    assert asked == [64, 8]
+    assert {len(part) for part in parts} == {200}
+
+
 def test_tiled_decoding_is_asked_for(folder: Path) -> None:
     assert not load(folder).pipeline.vae.use_tiling
     assert load(folder, PipelineOptions(resolution=16, vae_tiling=True)).pipeline.vae.use_tiling

@@ -91,7 +91,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
             if _is_there(index.get(part)) and (options.t5 or part != adapter.WITHOUT_T5):
                 setattr(pipeline, part, _unloaded(fetch, index, part, frozen_dtype))
         model = adapter(pipeline, shapes, options, length, load_encoders=lambda: None)
-        model.encode_prompts = model.imitate_prompts  # type: ignore[method-assign]
+        model.encode_chunks = model.imitate_chunks  # type: ignore[method-assign]
         model.encode_null = lambda: model.imitate_prompts([""])  # type: ignore[method-assign]
         model.times = time_grid  # type: ignore[method-assign]
         return model

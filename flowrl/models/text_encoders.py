@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 from zlib import crc32
@@ -70,8 +70,11 @@ class PromptedFlow(VelocityModel):
         for encoder in self._encoders().values():
             length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
             encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
-        frozen = self.pipeline.vae.dtype
-        return tuple(part.imitated(len(prompts), frozen, self.device) for part in self.condition_parts())
+        return self._imitated_parts(len(prompts))
+
+    def _imitated_parts(self, n: int) -> Condition:
+        """Make as many embeddings, of the shapes and types that `encode_prompts` gives."""
+        return tuple(part.imitated(n, self.pipeline.vae.dtype, self.device) for part in self.condition_parts())
 
     @torch.no_grad()
     def encode(self, contexts: Contexts) -> Condition:
@@ -81,12 +84,22 @@ class PromptedFlow(VelocityModel):
                 raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
         self._place_encoders()
         warn_of_cut(contexts, self.tokenizers(), "the flow's text encoders")
+        chunks = [list(contexts[i : i + PROMPTS_AT_ONCE]) for i in range(0, len(contexts), PROMPTS_AT_ONCE)]
         with silenced():  # each library warns of each prompt again
-            chunks = [
-                self.encode_prompts(list(contexts[i : i + PROMPTS_AT_ONCE]))
-                for i in range(0, len(contexts), PROMPTS_AT_ONCE)
-            ]
-        return in_one_type(tuple(torch.cat(parts) for parts in zip(*chunks)))
+            encoded = self.encode_chunks(chunks)
+        return in_one_type(tuple(torch.cat(parts) for parts in zip(*encoded)))
+
+    def encode_chunks(self, chunks: Sequence[list[str]]) -> list[Condition]:
+        """Encode chunks of prompts, one after the other."""
+        return [self.encode_prompts(chunk) for chunk in chunks]
+
+    def imitate_chunks(self, chunks: Sequence[list[str]]) -> list[Condition]:
+        """Imitate that: chunks between the first and the last take what the first does, and are not computed."""
+        ends = (0, len(chunks) - 1)
+        return [
+            self.imitate_prompts(chunk) if i in ends else self._imitated_parts(len(chunk))
+            for i, chunk in enumerate(chunks)
+        ]
 
     def tokenizers(self) -> list[tuple[str, Any, int]]:
         """Name of each kind of text encoder, its tokenizer, and how many tokens of a prompt it is given."""

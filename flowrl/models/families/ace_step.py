@@ -66,7 +66,7 @@ class AceStepFlow(OneByOneFlow, AudioFlow):
         """Make meaningless embeddings: those of the text encoder alone cost anything to speak of."""
         tokens = torch.zeros(len(prompts), self.max_sequence_length, dtype=torch.int64, device=self.device)
         self.pipeline.text_encoder(tokens)
-        return tuple(p.imitated(len(prompts), self.pipeline.vae.dtype, self.device) for p in self.condition_parts())
+        return self._imitated_parts(len(prompts))
 
     def condition_parts(self) -> list[Part]:
         """Give the shapes of embeddings, number of tokens, and what stands beside the latents."""
