@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # or tests of names that nobody has wait for
 # with what all tests have imported, a look at every object takes 0.1 s and finds little
 gc.set_threshold(20_000, 10, 10)
 
-COMPLETE = tuple(int(n) for n in version("diffusers").split(".")[:2]) >= (0, 41)
-"""Whether the installed diffusers has all declared pipelines."""
-NEWER = [
-    f"test_{name}.py" for name in ("ace_step", "bad_pipelines", "glm_image", "kandinsky5", "picture_prompts", "video")
-]
-"""Files about pipelines of newer versions of diffusers."""
-collect_ignore = [] if COMPLETE else NEWER
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -48,8 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     only = "" if DEVICE == "cpu" else "; only tests marked on_device run, the others are of the CPU (CONTRIBUTING.md)"
-    left_out = "" if COMPLETE else f"; without {', '.join(NEWER)}, for which this diffusers is too old"
-    return f"FLOWRL_TEST_DEVICE: {DEVICE}{only}{left_out}"
+    return f"FLOWRL_TEST_DEVICE: {DEVICE}{only}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import small_pipelines
 import torch
-from conftest import COMPLETE
 from diffusers.models import attention_dispatch as dispatch
 
 import flowrl
@@ -87,9 +86,8 @@ def test_names_that_cannot_be_used_list_those_that_can(folder: Path) -> None:
     ) as caught:
         algorithm(folder, attention_backend="fast")
     assert all(name in str(caught.value) for name in usable)
-    if COMPLETE:  # older ones have none that fetch code
-        with pytest.raises(ConfigError, match="'flash_hub' cannot be used: it would fetch code from the hub and run"):
-            algorithm(folder, attention_backend="flash_hub")
+    with pytest.raises(ConfigError, match="'flash_hub' cannot be used: it would fetch code from the hub and run it"):
+        algorithm(folder, attention_backend="flash_hub")
     with pytest.raises(ConfigError, match=r"'_native_npu' cannot be used: .*torch_npu"):
         algorithm(folder, attention_backend="_native_npu")
 

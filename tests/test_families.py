@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import COMPLETE, REPOSITORY
+from conftest import REPOSITORY
 from diffusers import ClassifierFreeGuidance
 from families import CASES
 from families.case import PROMPTS, Case
@@ -80,7 +80,6 @@ def loaded(case: Case, folder: Path, size: Any = None) -> PipelineFlow:
     return flow
 
 
-@pytest.mark.skipif(not COMPLETE, reason="this diffusers lacks some of them")
 def test_every_declared_class_has_a_case(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert {type_of(case, tmp_path_factory.mktemp("declared")) for case in CASES.values()} == set(DECLARED)
 

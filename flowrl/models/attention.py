@@ -51,7 +51,7 @@ def set_attention_backend(network: nn.Module, name: str, device: torch.device, d
     with silenced():  # it warns that the feature is experimental
         for part in networks:
             part.set_attention_backend(name)
-    Registry._active_backend = active
+    Registry.set_active_backend(active)
 
 
 def usable_backends() -> list[str]:
@@ -68,7 +68,7 @@ def _why_not(name: str) -> str:
     known = {kind.value: kind for kind in dispatch.AttentionBackendName}
     if name not in known:
         return "diffusers knows none of this name"
-    if known[name] in getattr(dispatch, "_HUB_KERNELS_REGISTRY", {}) or "hub" in name.split("_"):
+    if known[name] in dispatch._HUB_KERNELS_REGISTRY:
         return "it would fetch code from the hub and run it"
     try:
         dispatch._check_attention_backend_requirements(known[name])

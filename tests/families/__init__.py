@@ -4,23 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
-from types import ModuleType
-
-from conftest import COMPLETE
 
 from families.case import Case
 
-
-def _modules() -> list[ModuleType]:
-    """Import those whose classes the installed diffusers has: all, unless it is an older one."""
-    found = []
-    for place in iter_modules(__path__):
-        try:
-            found.append(import_module(f"families.{place.name}"))
-        except ImportError:
-            if COMPLETE:
-                raise
-    return found
-
-
-CASES: dict[str, Case] = {case.name: case for module in _modules() for case in getattr(module, "CASES", ())}
+MODULES = [import_module(f"families.{found.name}") for found in iter_modules(__path__)]
+CASES: dict[str, Case] = {case.name: case for module in MODULES for case in getattr(module, "CASES", ())}
