@@ -71,7 +71,7 @@ def time_grids(draw: Any) -> torch.Tensor:
 
 def read_steps(rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
     """What a step has of its path, as methods on steps read it."""
-    return TransitionAlgorithm.read(None, rows, sample, part)  # type: ignore[arg-type]
+    return TransitionAlgorithm.read(rows, sample, part)
 
 
 def add_paths(buffer: RolloutBuffer, part: torch.Tensor, first_step: int, steps: int | None = None) -> None:

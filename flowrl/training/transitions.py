@@ -104,7 +104,7 @@ class TransitionAlgorithm(FlowAlgorithm):
         first = torch.full((len(x_1),), window.start, device=x_1.device)
         return x_1, {"states": states, "log_prob": log_prob, "first_step": first}
 
-    @staticmethod
+    @staticmethod  # or the buffer, which is given it, would hold the model
     def read(rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
         """Read the state before and after each step, and its log-probability."""
         return {
