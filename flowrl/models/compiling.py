@@ -65,4 +65,5 @@ def _prepare() -> None:
     import torch._dynamo
 
     settings = torch._dynamo.config
-    settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # of torch 2.6
+    setattr(settings, limit, max(getattr(settings, limit), VARIANTS))
