@@ -98,7 +98,7 @@ def test_the_cards_snippet_draws_what_flowrl_draws(
     assert abs((255 * ours[0]).round().permute(1, 2, 0).numpy() - theirs).max() <= 1
     for role in ("current", "reference"):  # the snippet's weights are the moving average
         (other,) = draw(policy, policy.contexts[:1], [0], role=role)
-        assert abs((255 * other[0]).round().permute(1, 2, 0).numpy() - theirs).max() > 2
+        assert abs((255 * other[0]).round().permute(1, 2, 0).numpy() - theirs).max() > 5
 
 
 def test_files_of_lora(shared: dict[str, Path], tiny_runs: dict[str, Path]) -> None:

@@ -177,7 +177,7 @@ def test_training_and_export(case: Case, folder: Path, algorithm: str, tmp_path:
     if case.load_adapter is not None:
         case.load_adapter(theirs, tmp_path / "checkpoint")
     elif case.has_lora:
-        theirs.pipeline.load_lora_weights(tmp_path / "checkpoint", weight_name="pytorch_lora_weights.safetensors")
+        theirs.pipeline.load_lora_weights(tmp_path / "checkpoint")
     else:
         theirs.network.load_lora_adapter(tmp_path / "checkpoint", use_safetensors=True)  # type: ignore[operator]
     with torch.no_grad():

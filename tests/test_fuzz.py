@@ -14,10 +14,10 @@ import pytest
 @pytest.mark.parametrize(("name", "what"), [("fuzz_checkpoints", "folders"), ("fuzz_files", "files")])
 def test_damaged_files(program_environment: dict[str, str], name: str, what: str) -> None:
     script = Path(__file__).with_name(f"{name}.py")
-    command = [sys.executable, str(script), "--n", "30"]
+    command = [sys.executable, str(script), "--n", "50"]
     done = subprocess.run(command, env=program_environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert f"30 {what}" in done.stdout
+    assert f"50 {what}" in done.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is not None, reason="atheris is installed")

@@ -53,7 +53,7 @@ def their_pipeline(kind: str, final: Path) -> StableDiffusion3Pipeline:
         transformer = SD3Transformer2DModel.from_pretrained(final, subfolder="transformer")
         return StableDiffusion3Pipeline.from_pretrained(MINI, transformer=transformer)
     pipeline = StableDiffusion3Pipeline.from_pretrained(MINI)
-    pipeline.load_lora_weights(final, weight_name="pytorch_lora_weights.safetensors")
+    pipeline.load_lora_weights(final)
     return pipeline
 
 

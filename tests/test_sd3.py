@@ -222,7 +222,7 @@ def test_exported_lora_gives_diffusers_the_same_velocity(tmp_path: Path, alpha: 
         ours, reference = policy.velocity(x, t, cond), policy.velocity(x, t, cond, "reference")
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(MINI, torch_dtype=torch.float32)
-    pipeline.load_lora_weights(tmp_path / "checkpoint", weight_name="pytorch_lora_weights.safetensors")
+    pipeline.load_lora_weights(tmp_path / "checkpoint")
     shapes = Shapes(policy.model.latent_shape, policy.model.sample_shape)
     with torch.no_grad():
         theirs = SD3Flow(pipeline, shapes)(x, t, cond)

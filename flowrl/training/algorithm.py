@@ -32,7 +32,7 @@ from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, without_strays
 from flowrl.training.rollout import filling
-from flowrl.training.sb3_algorithm import SB3Algorithm, shown
+from flowrl.training.sb3_algorithm import SB3Algorithm, for_callbacks
 from flowrl.training.signal import check_learnt
 from flowrl.training.target import aim, held
 from flowrl.types import Batch
@@ -163,7 +163,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         self._update_current_progress_remaining(self.num_timesteps, max(total_timesteps, 1))
-        called.on_training_start(shown(locals()), globals())
+        called.on_training_start(for_callbacks(locals()), globals())
         while self.num_timesteps < total_timesteps:
             started = time.perf_counter()
             if not self.collect(called):
@@ -179,7 +179,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             self.unlogged = logged, time.perf_counter() - started
             if log_interval and (self.iteration % log_interval == 0 or self.num_timesteps >= total_timesteps):
                 self.dump_logs()
-            called.update_locals(shown(locals()))
+            called.update_locals(for_callbacks(locals()))
             if self.ranks.any(not _iteration_ended(called)):
                 break
         called.on_training_end()
@@ -197,7 +197,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         chunks = drawn_contexts.split(self.env.num_envs)
         for (contexts, samples), drawn in zip(filling(self, [self.ranks.shard(chunk) for chunk in chunks]), chunks):
             self.num_timesteps += len(drawn) * self.draws
-            known = {**shown(locals()), "contexts": contexts, "samples": samples}
+            known = {**for_callbacks(locals()), "contexts": contexts, "samples": samples}
             callback.update_locals({**known, "dones": [True] * len(drawn)})  # every sample is an episode
             if self.ranks.any(not callback.on_step()):
                 return False

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
 
 
-def shown(known: dict[str, Any]) -> dict[str, Any]:
+def for_callbacks(known: dict[str, Any]) -> dict[str, Any]:
     """Give the variables of `learn` that callbacks see: all but themselves, or they and the model are never let go."""
     return {name: value for name, value in known.items() if not isinstance(value, BaseCallback)}
 

@@ -77,7 +77,7 @@ def videos(*given: Any) -> torch.Tensor:
 
 
 def load_both(flow: PipelineFlow, folder: Path) -> None:
-    flow.pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    flow.pipeline.load_lora_weights(folder)
     flow.pipeline.load_lora_weights(folder, weight_name="transformer_2_lora.safetensors", load_into_transformer_2=True)
 
 
