@@ -5,8 +5,8 @@
 Five comparisons:
 - a whole ORW-CFM-W2 iteration (rollout, reward, weights, updates, metrics, log) against a bare PyTorch loop that
   does the same arithmetic and nothing else, on the 2-D MLP and on mini-sd3;
-- images per second of a rollout on mini-sd3, eager and with compiled blocks, against diffusers' own pipeline call; by
-  seconds of the process, which other work on the machine changes little;
+- a rollout on mini-sd3, latents of 32 prompts and images of 256, eager and with compiled blocks, against diffusers' own
+  pipeline call; by seconds of the process, which other work on the machine changes little;
 - operations of torch of an update and of a rollout, those of a bare loop beside: a GPU that waits for Python waits for
   these. They are counted, not timed;
 - drawing and rewarding samples with rewards in a thread, which takes a second core, against one after the other;
@@ -20,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,12 @@ def compare(name: str, model: flowrl.ORWCFMW2, bare: BareLoop, repeats: int) -> 
     return {**median, "ratio": ratio, **operations(model, bare)}
 
 
-def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, float]]:
-    """Images per second of our sampler, eager and with compiled blocks, and of diffusers' call, latents only."""
-    results = {}
+def rollout(repeats: int, n: int, decoded: bool, steps: int = 16) -> dict[str, dict[str, float]]:
+    """Images per second of our sampler, eager and with compiled blocks, and of diffusers' call of as many prompts.
+
+    `decoded`: images; latents otherwise.
+    """
+    results, what = {}, "images" if decoded else "latents"
     for scale in (1.0, 3.0):
         settings = {"seed": 0, "rollout_steps": steps, "guidance_scale": scale}
         eager, compiled = (
@@ -141,13 +145,16 @@ def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, f
                 prompts,
                 num_inference_steps=steps,
                 guidance_scale=scale,
-                output_type="latent",
+                output_type="pt" if decoded else "latent",
                 max_sequence_length=length,
             )
 
+        def ours(model: flowrl.ORWCFMW2, index: torch.Tensor = index) -> torch.Tensor:
+            return (model.policy.sample if decoded else model.policy.sample_latents)(index)
+
         works = {
-            "flowrl": lambda m=eager, i=index: m.policy.sample_latents(i),
-            "flowrl, blocks compiled": lambda m=compiled, i=index: m.policy.sample_latents(i),
+            "flowrl": partial(ours, eager),
+            "flowrl, blocks compiled": partial(ours, compiled),
             "diffusers": theirs,
         }
         median = in_turn(works, repeats, time.process_time)
@@ -155,7 +162,7 @@ def rollout(repeats: int, steps: int = 16, n: int = 32) -> dict[str, dict[str, f
         ratios = {f"{key} / diffusers": speed[key] / speed["diffusers"] for key in list(works)[:2]}
         said = ", ".join(f"{key} {value:.1f}" for key, value in speed.items())
         said += "".join(f", {key} {value:.3f}" for key, value in ratios.items())
-        print(f"rollout, mini-sd3, {steps} steps, guidance {scale:g}, images/s: {said}", flush=True)
+        print(f"rollout, mini-sd3, {n} {what}, {steps} steps, guidance {scale:g}, a second: {said}", flush=True)
         results[f"guidance {scale:g}"] = {**speed, **ratios}
     return results
 
@@ -199,7 +206,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "mlp": mlp(8 * args.repeats),
         "mini_sd3": mini(args.repeats),
-        "rollout": rollout(args.repeats),
+        "rollout": rollout(args.repeats, n=32, decoded=False),
+        "rollout_of_a_run": rollout(max(args.repeats // 3, 1), n=256, decoded=True),
         "rewards_in_a_thread": rewards_in_a_thread(args.repeats),
         "buffer_bytes": buffer_bytes(),
     }

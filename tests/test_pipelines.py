@@ -89,6 +89,31 @@ def test_decoding_gives_the_pipelines_images(folder: Path) -> None:
     assert (ours - expected).abs().max() <= 1e-5
 
 
+def test_decoding_in_pieces_gives_the_same_images_in_the_usual_layout(folder: Path) -> None:
+    flow = load(folder)
+    latents = torch.randn(5, *flow.latent_shape)
+    whole = flow.decode(latents)
+    flow.decode_batch = 2
+    assert whole.is_contiguous()
+    torch.testing.assert_close(flow.decode(latents), whole, rtol=0, atol=1e-5)
+
+
+def test_on_the_cpu_passes_without_gradients_go_piece_by_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(folder, 3.0)
+    network, sizes = policy.model.network, []
+    network.register_forward_hook(lambda *args: sizes.append(len(args[-1][0])))
+    assert policy.model.rows_at_once() == 1024 // policy.model.sequence_length * torch.get_num_threads()
+    x_0, ids, n = policy.noise(3), torch.arange(3), 3 if policy.model.distilled_guidance else 6
+    whole = policy.sample_latents(ids, x_0=x_0, steps=2)
+    assert sizes == [n, n]
+    monkeypatch.setattr(type(policy.model), "rows_at_once", lambda self: n - 1)
+    pieces = policy.sample_latents(ids, x_0=x_0, steps=2)
+    assert sizes[2:] == [n - 1, 1, n - 1, 1]
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+    policy.sample_latents(ids, x_0=x_0, steps=1, grad_steps=1)
+    assert sizes[6:] == [n]  # the pass that is trained is one
+
+
 def test_the_schedule_depends_on_the_resolution_where_the_pipelines_does(folder: Path) -> None:
     small, large = load(folder).times(4), load(folder, PipelineOptions(resolution=24)).times(4)
     dynamic = load(folder).pipeline.scheduler.config.use_dynamic_shifting

@@ -85,6 +85,10 @@ class VelocityModel(nn.Module):
         """Guide velocities (B, ...) by those of the empty context: classifier-free guidance (Ho and Salimans 2022)."""
         return linear(v, v_null, scale)
 
+    def rows_at_once(self) -> int:
+        """Give how many rows a pass without gradients takes at once on the CPU, where more are slower; 0 for all."""
+        return 0
+
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, *latent_shape) to samples (B, *sample_shape)."""
         return x_1

@@ -42,6 +42,12 @@ ATTENTION = [
 ]
 """Projections of the attention of image and text, which LoRA adapts."""
 
+TOKENS_AT_ONCE = 1024
+"""Tokens of one thread of the CPU in a pass without gradients: activations of more leave its caches."""
+
+DECODED_AT_ONCE = 8
+"""Images of one thread of the CPU that are decoded at once, for the same reason."""
+
 
 class PipelineFlow(PromptedFlow):
     """A flow pipeline, of which one network is fine-tuned; subclasses declare families (docs/how-to/pipeline.md).
@@ -266,13 +272,20 @@ class PipelineFlow(PromptedFlow):
     def sequence_length(self) -> int:
         """Number of tokens of one image in the transformer; a schedule may be shifted by it."""
 
+    def rows_at_once(self) -> int:
+        """Give as many rows as have `TOKENS_AT_ONCE` tokens for each thread."""
+        return max(1, TOKENS_AT_ONCE // self.sequence_length) * torch.get_num_threads()
+
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents to images (B, 3, H, W), float32 in [0, 1]."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
-        latents = self.to_autoencoder(x_1).to(vae.dtype)
+        latents, at_once = self.to_autoencoder(x_1).to(vae.dtype), self.decode_batch
+        if latents.device.type == "cpu" and latents.ndim == 4:
+            latents = latents.contiguous(memory_format=torch.channels_last)
+            at_once = min(at_once, DECODED_AT_ONCE * torch.get_num_threads())
         decode: Callable[..., Any] = vae.decode
-        images = [decode(chunk, return_dict=False)[0] for chunk in latents.split(self.decode_batch)]
+        images = [decode(chunk, return_dict=False)[0].contiguous() for chunk in latents.split(at_once)]
         return (torch.cat(images).reshape(len(x_1), *self.sample_shape).float() / 2 + 0.5).clamp(0, 1)
 
     def to_autoencoder(self, x_1: torch.Tensor) -> torch.Tensor:

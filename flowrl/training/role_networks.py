@@ -101,7 +101,8 @@ class RoleNetworks(nn.Module):
             switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
             before = version_of(x_t)
-            v = model(x_t, t, cond)
+            rows = 0 if with_grad or x_t.device.type != "cpu" else model.rows_at_once()
+            v = model(x_t, t, cond) if not 0 < rows < len(x_t) else _in_pieces(model, rows, x_t, t, cond)
             if not isinstance(v, torch.Tensor) or v.shape != x_t.shape or version_of(x_t) != before:
                 raise ConfigError(_odd_flow(v, x_t))
             return v.float()
@@ -270,6 +271,12 @@ class RoleNetworks(nn.Module):
             return {name: parameters[name] for name in trained}
         marker = f".{role}."
         return {name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name}
+
+
+def _in_pieces(model: VelocityModel, rows: int, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+    """Compute velocities (B, *latent_shape), `rows` of them at once."""
+    pieces = zip(x_t.split(rows), t.split(rows), *(part.split(rows) for part in cond))
+    return torch.cat([model(x, times, tuple(rest)) for x, times, *rest in pieces])
 
 
 def _odd_flow(v: Any, x_t: torch.Tensor) -> str:
