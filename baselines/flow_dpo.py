@@ -86,7 +86,7 @@ class FlowDPO(EndpointSamples, GroupRelative):
         super()._setup_model()
         self.n_entries = self.config.n_samples // self.config.candidates()  # pairs of a pass, with what fills it up
         self.data = read_samples(Path(self.config.data), self, ("winner", "loser")) if self.config.data else None
-        self.learns_from = "samples" if self.data is None else "data"
+        self.learns_from = "data" if self.config.data else "samples"
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Give nothing: the tilt of DPO is that of preferences drawn at random by Bradley and Terry's model.

@@ -62,7 +62,7 @@ class RWR(ORWCFMW2):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.data = read_samples(Path(self.config.data), self, ("x_1",)) if self.config.data else None
-        self.learns_from = "samples" if self.data is None else "data"
+        self.learns_from = "data" if self.config.data else "samples"
 
     @classmethod
     def copies_for(cls, config: Any) -> set[Role]:

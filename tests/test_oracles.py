@@ -342,6 +342,19 @@ def test_constant_reward_does_not_move_the_residual_target(pipeline, lora_rank):
     assert movement(pipeline, "residual", lora_rank=lora_rank) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Nothing was learnt")
+@pytest.mark.parametrize(("algo", "precision"), [("orw_w2", "float32"), ("dpok", "float32"), ("dpok", "bfloat16")])
+def test_constant_reward_moves_no_weight_of_a_pipeline(pipeline, monkeypatch, algo, precision):
+    """Roles are compared by passes of one size and type: the rest of a rounding is a full step of Adam's."""
+    flowrl.register_env("constant", flow=str(pipeline), prompts=small_pipelines.PROMPTS[:2])(constant_reward)
+    settings = {"n_samples": 8, "batch_size": 8, "n_epochs": 1, "rollout_steps": 3, "precision": precision}
+    model = flowrl.algorithm_class(algo)("FlowPolicy", "constant", seed=0, device=DEVICE, **settings)
+    monkeypatch.setattr(type(model.policy.model), "rows_at_once", lambda self: 3)
+    before = {name: weight.detach().clone() for name, weight in model.policy.parameters_of("current").items()}
+    model.learn(8)
+    assert all(torch.equal(before[name], weight) for name, weight in model.policy.parameters_of("current").items())
+
+
 def test_constant_reward_moves_the_plain_target(pipeline):
     assert movement(pipeline, "plain") > 1e-2
 

@@ -20,6 +20,7 @@ from flowrl.functional.endpoint import advantage_slope, advantages
 from flowrl.functional.flow import x0_hat
 from flowrl.functional.losses import squared_error
 from flowrl.training.algorithm import FlowAlgorithm
+from flowrl.training.loading import load_checkpoint
 from flowrl.training.memory_plan import predict_memory
 from flowrl.types import Batch, Pair, RewardOutput
 
@@ -218,6 +219,21 @@ def test_given_pairs_are_those_that_training_began_with(tmp_path: Path, monkeypa
     save_file(pairs, tmp_path / "pairs.safetensors")
     with pytest.raises(CheckpointError, match=r"was trained on other samples than .*pairs\.safetensors' holds now"):
         flowrl.FlowDPO.load(tmp_path / "saved", device=DEVICE)
+
+
+@pytest.mark.parametrize("name", ["flow_dpo", "rwr"])
+def test_who_does_not_train_needs_no_given_samples(tmp_path: Path, name: str) -> None:
+    """A run is evaluated, sampled and exported where the file that it learnt from is not; the rest is still checked."""
+    rows = {row: torch.ones(8, 2) for row in ("x_1", "winner", "loser")}
+    save_file({**rows, "contexts": torch.zeros(8, dtype=torch.long)}, tmp_path / "given.safetensors")
+    model = make(name, data=str(tmp_path / "given.safetensors"))
+    model.save(tmp_path / "saved")
+    (tmp_path / "given.safetensors").unlink()
+    shown = load_checkpoint(FlowAlgorithm, tmp_path / "saved", device=DEVICE, to_train=False)
+    assert flowrl.evaluate(shown, n_samples=8).n_samples == 8
+    assert shown.learns_from == "data"
+    with pytest.raises(ConfigError, match="Cannot read samples"):
+        type(model).load(tmp_path / "saved", device=DEVICE)
 
 
 def test_given_pairs_keep_their_contexts(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class VelocityModel(nn.Module):
         return linear(v, v_null, scale)
 
     def rows_at_once(self) -> int:
-        """Give how many rows a pass without gradients takes at once on the CPU, where more are slower; 0 for all."""
+        """Give how many rows a pass that draws or measures takes at once on the CPU, where more are slower; 0: all."""
         return 0
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ ATTENTION = [
 """Projections of the attention of image and text, which LoRA adapts."""
 
 TOKENS_AT_ONCE = 1024
-"""Tokens of one thread of the CPU in a pass without gradients: activations of more leave its caches."""
+"""Tokens of one thread of the CPU in a pass that draws or measures: activations of more leave its caches."""
 
 DECODED_AT_ONCE = 8
 """Images of one thread of the CPU that are decoded at once, for the same reason."""

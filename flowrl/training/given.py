@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +17,33 @@ if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
 
 
-def read_samples(path: Path, model: FlowAlgorithm, names: tuple[str, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
+_are_read = ContextVar("_are_read", default=True)
+
+
+@contextmanager
+def only_to_train(to_train: bool) -> Iterator[None]:
+    """Leave files of samples unread where algorithms are made that are not to train: they may be gone."""
+    token = _are_read.set(to_train)
+    try:
+        yield
+    finally:
+        _are_read.reset(token)
+
+
+def read_samples(
+    path: Path, model: FlowAlgorithm, names: tuple[str, ...]
+) -> tuple[list[torch.Tensor], torch.Tensor] | None:
     """Read tensors (N, *latent_shape) by their names, in the flow's own (latent) space, and `contexts` (N,).
 
-    Their hash becomes the model's `given_hash`.
+    Their hash becomes the model's `given_hash`. None where they are left unread.
 
     Raises:
         ConfigError: The file is missing or damaged, or its tensors do not fit the flow and the environment.
     """
     from safetensors.torch import load_file
 
+    if not _are_read.get():
+        return None
     try:
         tensors = load_file(path, device=str(model.device))
         samples, contexts = [tensors[name].float() for name in names], tensors["contexts"].long()

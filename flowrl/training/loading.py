@@ -21,6 +21,7 @@ from flowrl.registry import ALGORITHMS, ENVIRONMENTS, environment_spec, named_by
 from flowrl.storage import revisions
 from flowrl.storage.files import read_json, read_tensors, standing
 from flowrl.training.formulas import tell_changes
+from flowrl.training.given import only_to_train
 from flowrl.training.optimizers import laid_out_like, state_shapes
 from flowrl.training.random_states import set_random_states
 from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name, policy_name
@@ -97,8 +98,8 @@ def load_checkpoint(
 ) -> FlowAlgorithm:
     """Load an algorithm from a checkpoint folder, or a run folder's newest checkpoint; see `FlowAlgorithm.load`.
 
-    `to_train`: with random states and the attention backend, which only training needs. `kwargs`: of the constructor,
-    such as `policy` and `policy_kwargs` of one's own, and settings in place of the checkpoint's.
+    `to_train`: with random states, the attention backend and given samples, which only training needs. `kwargs`: of the
+    constructor, such as `policy` and `policy_kwargs` of one's own, and settings in place of the checkpoint's.
     """
     folder = checkpoint_folder(path)
     _check_given(kwargs, folder)
@@ -136,7 +137,10 @@ def load_checkpoint(
             f"The settings in '{folder / 'config.json'}' do not fit {cls.__name__}: {error}."
         ) from error
     try:
-        with named_by_a_file(f"'{folder / 'config.json'}'", "import it yourself, or name it (--modules NAME)"):
+        with (
+            named_by_a_file(f"'{folder / 'config.json'}'", "import it yourself, or name it (--modules NAME)"),
+            only_to_train(to_train),
+        ):
             model = cls(
                 policy,
                 env,
@@ -153,7 +157,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"What '{folder / 'config.json'}' describes cannot be made: {type(error).__name__} {error}."
         ) from error
-    _compare_start(model, config, folder, env_settings is not None)
+    _compare_start(model, config, folder, env_settings is not None, to_train)
     load_state(model, folder, to_train)
     return model
 
@@ -166,7 +170,9 @@ def _check_given(given: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path, of_file: bool) -> None:
+def _compare_start(
+    model: FlowAlgorithm, config: Mapping[str, Any], folder: Path, of_file: bool, to_train: bool
+) -> None:
     """Check that what is read again, and not in the checkpoint, is as it was.
 
     `of_file`: the environment is that of the checkpoint's settings.
@@ -184,7 +190,7 @@ def _compare_start(model: FlowAlgorithm, config: Mapping[str, Any], folder: Path
             f"'{folder}' was trained from other LoRA weights than '{model.config.init_lora}' holds now: bring them "
             "back as they were."
         )
-    if config.get("given") not in (None, model.given_hash):
+    if to_train and config.get("given") not in (None, model.given_hash):
         raise CheckpointError(
             f"'{folder}' was trained on other samples than '{getattr(model.config, 'data', '')}' holds now: bring them "
             "back as they were."

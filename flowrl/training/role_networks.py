@@ -42,6 +42,7 @@ class RoleNetworks(nn.Module):
         spent: Network evaluations so far, in a list of one.
         compiled: What of the networks is compiled.
         asked: Roles that passes without gradients went through; whoever wants to know empties it first.
+        updates: Whether an update goes on: its passes are whole, as pieces are rounded otherwise than what is trained.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class RoleNetworks(nn.Module):
             switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
             before = version_of(x_t)
-            rows = 0 if with_grad or x_t.device.type != "cpu" else model.rows_at_once()
-            v = model(x_t, t, cond) if not 0 < rows < len(x_t) else _in_pieces(model, rows, x_t, t, cond)
+            in_pieces = not (with_grad or exact or self.updates or x_t.device.type != "cpu")
+            v = _in_pieces(model, x_t, t, cond) if in_pieces else model(x_t, t, cond)
             if not isinstance(v, torch.Tensor) or v.shape != x_t.shape or version_of(x_t) != before:
                 raise ConfigError(_odd_flow(v, x_t))
             return v.float()
@@ -161,6 +162,7 @@ class RoleNetworks(nn.Module):
 
     def set_training_mode(self, mode: bool) -> None:
         """Put the current network into training or evaluation mode; copies stay in evaluation mode."""
+        self.updates = mode
         modules = list(self.trained.modules())
         if any(type(module).train is not nn.Module.train for module in modules):
             self.trained.train(mode)
@@ -273,8 +275,11 @@ class RoleNetworks(nn.Module):
         return {name.replace(marker, "."): p for name, p in self.model.network.named_parameters() if marker in name}
 
 
-def _in_pieces(model: VelocityModel, rows: int, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-    """Compute velocities (B, *latent_shape), `rows` of them at once."""
+def _in_pieces(model: VelocityModel, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+    """Compute velocities (B, *latent_shape), as many at once as the flow says."""
+    rows = model.rows_at_once()
+    if not 0 < rows < len(x_t):
+        return model(x_t, t, cond)
     pieces = zip(x_t.split(rows), t.split(rows), *(part.split(rows) for part in cond))
     return torch.cat([model(x, times, tuple(rest)) for x, times, *rest in pieces])
 

@@ -123,7 +123,7 @@ class TransitionAlgorithm(FlowAlgorithm):
         """Compute the law of recorded steps under a role's network now, with the sampler's own times and guidance."""
         policy, times = self.policy, self.policy.times()
         t, t_next = times[steps.k], times[steps.k + 1]
-        field = policy.field(policy.condition(context_ids), len(context_ids), role, exact=role != "reference")
+        field = policy.field(policy.condition(context_ids), len(context_ids), role, exact=True)
         v = field(steps.x_k, t)
         return self.sde.step(v, steps.x_k, t, t_next)
 
