@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
@@ -27,7 +26,7 @@ from flowrl.runs.folder import cannot_write, load_model, new_folder
 from flowrl.runs.media import NO_WRITER, save_sound, save_video, sounds_of, writes_mp4
 from flowrl.runs.pictures import as_images, image_grid, n_shown, save_picture
 from flowrl.runs.program import AlgorithmOfRun, Device, EnvironmentOfRun, OwnModules, run_program
-from flowrl.storage.files import write_json
+from flowrl.storage.files import save_tensors, write_json
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.loading import of_newest
 from flowrl.training.policy import FlowPolicy
@@ -228,7 +227,7 @@ def _write_points(
     where there is a sound; likewise.
     """
     samples = torch.cat(list(batches))
-    save_file({"samples": samples.contiguous(), "seeds": torch.tensor(seeds)}, folder / "samples.safetensors")
+    save_tensors(folder / "samples.safetensors", {"samples": samples.contiguous(), "seeds": torch.tensor(seeds)})
     if env.sound_rate:
         for i, sound in enumerate(sounds_of(env, samples, contexts)):
             save_sound(sound, folder / f"{i:04d}-{slug(contexts[i])}-seed{seeds[i]}", env.sound_rate)

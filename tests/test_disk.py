@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run
 
 import flowrl
@@ -222,3 +224,19 @@ def test_a_file_takes_the_place_of_another_once_it_is_whole(tmp_path: Path) -> N
         assert path.read_text() == text
     assert link.is_symlink()
     assert sorted(tmp_path.iterdir()) == [path, link]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
+def test_the_umask_says_who_reads_a_checkpoint(tmp_path: Path, mask: int) -> None:
+    """Weights as all else: safetensors writes files that only their owner reads."""
+    before = os.umask(mask)
+    try:
+        model().save(tmp_path / "saved")
+        files.save_tensors(tmp_path / "samples.safetensors", {"samples": torch.ones(2)})
+    finally:
+        os.umask(before)
+    written = [tmp_path / "samples.safetensors", *(tmp_path / "saved").iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~mask}
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.safetensors", "saved"]

@@ -114,6 +114,16 @@ def test_on_the_cpu_passes_without_gradients_go_piece_by_piece(folder: Path, mon
     assert sizes[6:] == [n]  # the pass that is trained is one
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(None, 0), (16.0, 64), (5000, 1)])
+def test_a_declaration_need_not_count_its_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: float | None, rows: int
+) -> None:
+    """Where its schedule does not depend on them: samples are then drawn all at once."""
+    flow = load(folder)
+    monkeypatch.setattr(type(flow), "sequence_length", property(lambda self: tokens))
+    assert flow.rows_at_once() == rows * torch.get_num_threads()
+
+
 def test_the_schedule_depends_on_the_resolution_where_the_pipelines_does(folder: Path) -> None:
     small, large = load(folder).times(4), load(folder, PipelineOptions(resolution=24)).times(4)
     dynamic = load(folder).pipeline.scheduler.config.use_dynamic_shifting

@@ -273,8 +273,9 @@ class PipelineFlow(PromptedFlow):
         """Number of tokens of one image in the transformer; a schedule may be shifted by it."""
 
     def rows_at_once(self) -> int:
-        """Give as many rows as have `TOKENS_AT_ONCE` tokens for each thread."""
-        return max(1, TOKENS_AT_ONCE // self.sequence_length) * torch.get_num_threads()
+        """Give as many rows as have `TOKENS_AT_ONCE` tokens for each thread; all where a family does not count them."""
+        tokens = int(self.sequence_length or 0)
+        return max(1, TOKENS_AT_ONCE // tokens) * torch.get_num_threads() if tokens else 0
 
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents to images (B, 3, H, W), float32 in [0, 1]."""

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,10 +29,11 @@ def replace_folder(new: Path, target: Path) -> None:
     """
     for path in (*new.rglob("*"), new):
         _sync(path)
+    for path in (*new.rglob("*.safetensors"), new):
+        _as_usual(path)
     old = target.with_name(f".{target.name}{ASIDE}{os.getpid()}")
     if target.exists():
         target.rename(old)
-    new.chmod(0o755)
     new.rename(target)
     _sync(target.parent)
     _remove(old)
@@ -43,6 +45,15 @@ def _remove(folder: Path) -> None:
         folder.unlink()
     else:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_usual(path: Path) -> None:
+    """Give a file or folder the permissions of any other: safetensors and tempfile make them for their owner alone."""
+    other = path.with_name(f".usual-{path.name}")  # the umask cannot be read without setting it, for all threads
+    other.mkdir(exist_ok=True)
+    mode = stat.S_IMODE(other.stat().st_mode)
+    other.rmdir()
+    path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 ASIDE = "-old-"
@@ -90,6 +101,7 @@ def host_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors: on the host, contiguous, none sharing memory with another (`host_copies`)."""
     save_file(dict(tensors), path)
+    _as_usual(path)
 
 
 LARGEST_JSON = 2**24
