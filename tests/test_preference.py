@@ -222,6 +222,22 @@ def test_given_pairs_are_those_that_training_began_with(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["flow_dpo", "rwr"])
+def test_memory_is_predicted_with_given_samples(tmp_path: Path, name: str) -> None:
+    """They lie on the device, and count."""
+
+    def predicted(n: int) -> int:
+        rows = {row: torch.ones(n, 2) for row in ("x_1", "winner", "loser")}
+        save_file({**rows, "contexts": torch.zeros(n, dtype=torch.long)}, tmp_path / "given.safetensors")
+        cls, config = flowrl.algorithm_class(name), {**SIZE, "data": str(tmp_path / "given.safetensors")}
+        plan = predict_memory(cls, cls.Config(**config), flowrl.make("gaussians-linear"))
+        assert not plan.missing
+        return plan.phases["training"]
+
+    each = 4 * 2 * (2 if name == "flow_dpo" else 1) + 8
+    assert predicted(1_000_000) - predicted(1_000) == pytest.approx(999_000 * each, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["flow_dpo", "rwr"])
 def test_who_does_not_train_needs_no_given_samples(tmp_path: Path, name: str) -> None:
     """A run is evaluated, sampled and exported where the file that it learnt from is not; the rest is still checked."""
     rows = {row: torch.ones(8, 2) for row in ("x_1", "winner", "loser")}

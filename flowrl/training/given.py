@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from flowrl.errors import ConfigError
+from flowrl.types import has_values
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -40,10 +42,18 @@ def read_samples(
     Raises:
         ConfigError: The file is missing or damaged, or its tensors do not fit the flow and the environment.
     """
-    from safetensors.torch import load_file
-
     if not _are_read.get():
         return None
+    with unset_fake_temporarily():  # in a prediction of memory, too
+        samples, contexts = _checked(path, model, names)
+    if has_values(torch.empty(0)):
+        return samples, contexts
+    return [rows.clone() for rows in samples], contexts.clone()  # without storage, and counted
+
+
+def _checked(path: Path, model: FlowAlgorithm, names: tuple[str, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    from safetensors.torch import load_file
+
     try:
         tensors = load_file(path, device=str(model.device))
         samples, contexts = [tensors[name].float() for name in names], tensors["contexts"].long()
@@ -60,9 +70,12 @@ def read_samples(
                 f"The samples in '{path}' do not fit: {name} must be (N, {', '.join(map(str, shape))}) and contexts "
                 f"(N,), not {tuple(x_1.shape)} and {tuple(contexts.shape)}."
             )
+        if tensors[name].is_complex():
+            raise ConfigError(f"The samples in '{path}' do not fit: {name} holds complex numbers.")
         if not bool(x_1.isfinite().all()):
             raise ConfigError(f"The samples in '{path}' do not fit: {name} holds numbers that are not finite.")
-    if tensors["contexts"].is_floating_point() or not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
+    kind = tensors["contexts"].dtype
+    if kind.is_floating_point or kind.is_complex or not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
         raise ConfigError(f"The contexts in '{path}' must be indices from 0 to {n_contexts - 1}, whole numbers.")
     digest = hashlib.sha256()
     for rows in (*samples, contexts):
