@@ -70,7 +70,8 @@ class TextToImageConfig:
     """Guidance scale that a guidance-distilled network is always given, so that `guidance_scale` is of classifier-free
     guidance; without it, the network is given `guidance_scale`."""
     decode_batch: int = 64
-    """Images, or frames of videos, that the autoencoder decodes at once; at least one sample."""
+    """Images, or frames of videos, that the autoencoder decodes at once; at least one sample. On a CPU images are at
+    most 8 a thread."""
     vae_tiling: bool = False
     """Decode large images in tiles, for little memory."""
     t5: bool = True

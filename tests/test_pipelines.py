@@ -89,16 +89,26 @@ def test_decoding_gives_the_pipelines_images(folder: Path) -> None:
     assert (ours - expected).abs().max() <= 1e-5
 
 
-def test_decoding_in_pieces_gives_the_same_images_in_the_usual_layout(folder: Path) -> None:
-    flow = load(folder)
+def test_decoding_in_pieces_gives_the_same_images_in_the_usual_layout(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, sizes = load(folder), []
     latents = torch.randn(5, *flow.latent_shape)
-    whole = flow.decode(latents)
-    flow.decode_batch = 2
-    assert whole.is_contiguous()
-    torch.testing.assert_close(flow.decode(latents), whole, rtol=0, atol=1e-5)
+    expected = flow.pipeline.vae.decode(flow.to_autoencoder(latents)).sample / 2 + 0.5
+    decode = flow.pipeline.vae.decode
+    monkeypatch.setattr(flow.pipeline.vae, "decode", lambda z, **kwargs: sizes.append(len(z)) or decode(z, **kwargs))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("flowrl.models.pipeline.DECODED_AT_ONCE", 3)
+    for most, pieces in ((64, [3, 2]), (2, [2, 2, 1])):
+        flow.decode_batch = most
+        images = flow.decode(latents)
+        assert images.is_contiguous()
+        torch.testing.assert_close(images, expected.clamp(0, 1), rtol=0, atol=1e-5)
+        assert sizes == pieces
+        sizes.clear()
 
 
-def test_on_the_cpu_passes_without_gradients_go_piece_by_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_passes_that_draw_go_piece_by_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(folder, 3.0)
     network, sizes = policy.model.network, []
     network.register_forward_hook(lambda *args: sizes.append(len(args[-1][0])))

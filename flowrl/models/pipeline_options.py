@@ -12,7 +12,7 @@ class PipelineOptions:
     Attributes:
         resolution: Height and width of the samples in pixels, one number for both; the pipeline's own when None.
         frames: Frames of a video, or of the latents of a sound; the pipeline's own number when None.
-        decode_batch: Samples that the autoencoder decodes at once.
+        decode_batch: Samples that the autoencoder decodes at once, at most: pictures on a CPU are 8 a thread.
         vae_tiling: Decode large images in tiles, for little memory.
         t5: Load the T5 text encoder where the pipeline can do without it (Stable Diffusion 3).
         sequence_length: Tokens of a prompt; as in the pipeline's own call when None.

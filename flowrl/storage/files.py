@@ -29,8 +29,7 @@ def replace_folder(new: Path, target: Path) -> None:
     """
     for path in (*new.rglob("*"), new):
         _sync(path)
-    for path in (*new.rglob("*.safetensors"), new):
-        _as_usual(path)
+    _as_usual(new, *new.rglob("*.safetensors"))
     old = target.with_name(f".{target.name}{ASIDE}{os.getpid()}")
     if target.exists():
         target.rename(old)
@@ -47,13 +46,19 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _as_usual(path: Path) -> None:
-    """Give a file or folder the permissions of any other: safetensors and tempfile make them for their owner alone."""
-    other = path.with_name(f".usual-{path.name}")  # the umask cannot be read without setting it, for all threads
+def _as_usual(*paths: Path) -> None:
+    """Give files and folders the permissions of any others: safetensors and tempfile make them for their owner alone.
+
+    Those of others are seen on a folder beside the first.
+    """
+    other = paths[0].with_name(
+        f".usual-{paths[0].name}"
+    )  # the umask cannot be read without setting it, for all threads
     other.mkdir(exist_ok=True)
     mode = stat.S_IMODE(other.stat().st_mode)
     other.rmdir()
-    path.chmod(mode if path.is_dir() else mode & 0o666)
+    for path in paths:
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 ASIDE = "-old-"

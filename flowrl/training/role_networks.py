@@ -102,8 +102,8 @@ class RoleNetworks(nn.Module):
             switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
             before = version_of(x_t)
-            in_pieces = not (with_grad or exact or self.updates or x_t.device.type != "cpu")
-            v = _in_pieces(model, x_t, t, cond) if in_pieces else model(x_t, t, cond)
+            may_split = x_t.device.type == "cpu" and not (with_grad or exact or self.updates)
+            v = _in_pieces(model, x_t, t, cond) if may_split else model(x_t, t, cond)
             if not isinstance(v, torch.Tensor) or v.shape != x_t.shape or version_of(x_t) != before:
                 raise ConfigError(_odd_flow(v, x_t))
             return v.float()
