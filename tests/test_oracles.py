@@ -349,10 +349,16 @@ def test_constant_reward_moves_no_weight_of_a_pipeline(pipeline, monkeypatch, al
     flowrl.register_env("constant", flow=str(pipeline), prompts=small_pipelines.PROMPTS[:2])(constant_reward)
     settings = {"n_samples": 8, "batch_size": 8, "n_epochs": 1, "rollout_steps": 3, "precision": precision}
     model = flowrl.algorithm_class(algo)("FlowPolicy", "constant", seed=0, device=DEVICE, **settings)
-    monkeypatch.setattr(type(model.policy.model), "rows_at_once", lambda self: 3)
+    flow, sizes = type(model.policy.model), []
+    forward = flow.forward
+    monkeypatch.setattr(flow, "rows_at_once", lambda self: 3)
+    monkeypatch.setattr(flow, "forward", lambda self, x, *rest: sizes.append(len(x)) or forward(self, x, *rest))
     before = {name: weight.detach().clone() for name, weight in model.policy.parameters_of("current").items()}
     model.learn(8)
     assert all(torch.equal(before[name], weight) for name, weight in model.policy.parameters_of("current").items())
+    sizes.clear()
+    model.update()
+    assert set(sizes) == {8 if algo == "orw_w2" else 16}  # with guidance, whose halves are one pass
 
 
 def test_constant_reward_moves_the_plain_target(pipeline):
