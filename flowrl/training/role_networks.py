@@ -42,7 +42,6 @@ class RoleNetworks(nn.Module):
         spent: Network evaluations so far, in a list of one.
         compiled: What of the networks is compiled.
         asked: Roles that passes without gradients went through; whoever wants to know empties it first.
-        updates: Whether an update goes on: its passes are whole, as pieces are rounded otherwise than what is trained.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class RoleNetworks(nn.Module):
             switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
         ):
             before = version_of(x_t)
-            may_split = x_t.device.type == "cpu" and not (with_grad or exact or self.updates)
+            may_split = x_t.device.type == "cpu" and not (with_grad or exact)  # pieces are rounded otherwise
             v = _in_pieces(model, x_t, t, cond) if may_split else model(x_t, t, cond)
             if not isinstance(v, torch.Tensor) or v.shape != x_t.shape or version_of(x_t) != before:
                 raise ConfigError(_odd_flow(v, x_t))
@@ -162,7 +161,6 @@ class RoleNetworks(nn.Module):
 
     def set_training_mode(self, mode: bool) -> None:
         """Put the current network into training or evaluation mode; copies stay in evaluation mode."""
-        self.updates = mode
         modules = list(self.trained.modules())
         if any(type(module).train is not nn.Module.train for module in modules):
             self.trained.train(mode)
