@@ -2,9 +2,11 @@
 
     python benchmarks/overhead.py --out figures.json
 
-Five comparisons:
+Six comparisons:
 - a whole ORW-CFM-W2 iteration (rollout, reward, weights, updates, metrics, log) against a bare PyTorch loop that
   does the same arithmetic and nothing else, on the 2-D MLP and on mini-sd3;
+- the gradient steps of an iteration alone, on the 2-D MLP with minibatches of 64 and of 512, against that loop's, by
+  seconds of the process;
 - a rollout on mini-sd3, latents of 32 prompts and images of 256, eager and with compiled blocks, against diffusers' own
   pipeline call; by seconds of the process, which other work on the machine changes little;
 - operations of torch of an update and of a rollout, those of a bare loop beside: a GPU that waits for Python waits for
@@ -99,6 +101,25 @@ def mlp(repeats: int) -> dict[str, float]:
     model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, **MLP)
     bare = BareLoop(model, lambda net, x, t, c: net(x, t), lambda x: x[:, 0], lambda x: x)
     return compare("iteration, MLP, batch 512", model, bare, repeats)
+
+
+def updates(repeats: int, batch_size: int) -> dict[str, float]:
+    """Network evaluations per second of gradient steps, over those of the bare loop: median of pairs of calls."""
+    settings = {**MLP, "n_samples": 8 * batch_size, "batch_size": batch_size}
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", seed=0, **settings)
+    bare = BareLoop(model, lambda net, x, t, c: net(x, t), lambda x: x[:, 0], lambda x: x)
+    model.learn(8 * batch_size)
+    x, reward = bare.draw().clone(), torch.randn(8 * batch_size)
+    ratios = []
+    for _ in range(repeats + 1):
+        started = time.process_time()
+        model.update()
+        between = time.process_time()
+        bare.train(x, reward)
+        ratios.append((time.process_time() - between) / (between - started))
+    ratio = statistics.median(ratios[1:])
+    print(f"gradient steps, MLP, minibatches of {batch_size}: evaluations a second {ratio:.3f} of the bare loop's")
+    return {"ratio": ratio, **operations(model, bare)}
 
 
 def mini(repeats: int) -> dict[str, float]:
@@ -205,6 +226,7 @@ def main() -> None:
     figures = {
         "threads": torch.get_num_threads(),
         "mlp": mlp(8 * args.repeats),
+        "updates": {str(size): updates(8 * args.repeats, size) for size in (64, 512)},
         "mini_sd3": mini(args.repeats),
         "rollout": rollout(args.repeats, n=32, decoded=False),
         "rollout_of_a_run": rollout(max(args.repeats // 3, 1), n=256, decoded=True),

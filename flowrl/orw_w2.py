@@ -18,12 +18,15 @@ from flowrl.functional.losses import (
     Normalisation,
     Standardisation,
     kl_time_weight,
+    means,
     residual_baseline,
     residual_weighted_loss,
     reward_weighted_loss,
     reward_weights,
     squared_error,
+    squared_errors,
     standardise,
+    weighed,
 )
 from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
@@ -130,29 +133,27 @@ class ORWCFMW2(Prioritised):
         batch, x_0 = self.couple(batch)
         pair = self.pair(batch, x_0)
         v, w, penalty, importance = self.velocity(pair), batch.weight, self.penalty(pair.t), self.importance(batch)
-        v_ref = self.velocity(pair, "reference") if self.config.alpha > 0 else None
-        base = v.detach()
+        v_ref = [self.velocity(pair, "reference")] if self.config.alpha > 0 else []
         if self.config.target == "residual":
-            base = v_old = self.velocity(pair, self.behaviour_role)
+            base = self.velocity(pair, self.behaviour_role)
             if self.config.baseline == "local":
                 state = pair.x_t, pair.t, batch.context_ids
                 baseline = self.critic.regress(w, importance * counts(batch), *state)[0].clamp_min(0)
             else:
                 baseline = residual_baseline(w, self._mean_weight(), penalty, self.config.baseline)
-            baseline = baseline * counts(batch)  # no weight is to carry nothing: not even a push away
-            loss = residual_weighted_loss(v, pair.u, w, baseline, v_old, v_ref, penalty)
+            baseline = weighed(baseline, counts(batch))  # no weight is to carry nothing: not even a push away
+            errors = squared_errors(v, pair.u, base, *v_ref)
+            loss = residual_weighted_loss(errors, w, baseline, penalty)
         else:
-            loss = reward_weighted_loss(v, pair.u, w, v_ref, penalty)
+            base, errors = v, squared_errors(v, pair.u, *v_ref)
+            loss = reward_weighted_loss(errors, w, penalty)
 
-        loss = importance * loss * self.time_weight(pair.t, squared_error(pair.u, base), importance)
-        v = v.detach()
-        own = importance * squared_error(v, pair.u)
-        figures = {"fit": (w * own).mean()}
-        if v_ref is not None:
-            figures["drift"] = (importance * squared_error(v, v_ref)).mean()
-            figures["own_loss"] = own.mean()
-            figures["reference_loss"] = (importance * squared_error(v_ref, pair.u)).mean()
-        return loss.mean(), figures
+        loss = weighed(loss, importance * self.time_weight(pair, base, importance))
+        seen = errors.detach()
+        figures = {"fit": w * seen[0]}
+        if v_ref:
+            figures |= {"drift": seen[-1], "own_loss": seen[0], "reference_loss": squared_error(v_ref[0], pair.u)}
+        return loss.mean(), means(figures, importance)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 import torch
 
 from flowrl.config import FlowConfig
-from flowrl.functional.losses import residual_weighted_loss, squared_error
+from flowrl.functional.losses import residual_weighted_loss, squared_errors, weighed
 from flowrl.functional.tilting import mixture_weight, tilt_level, tilt_ratio
 from flowrl.models.critic import StateCritic
 from flowrl.registry import register_algorithm
@@ -121,10 +121,11 @@ class Tilt(Noising):
         counted = torch.cat([torch.ones_like(reward) * counts(batch), torch.ones_like(reward)])
         b = counted * self.expected_weight(pair, ids.repeat(2), w, counted)  # no weight carries nothing: no push away
         v = torch.cat([self.velocity(own), self.velocity(reference)])  # each as its base: where nothing pulls, v = base
-        error = residual_weighted_loss(v, pair.u, w, b, base, None, torch.zeros_like(w))
-        error = error * self.time_weight(pair.t, squared_error(pair.u, base))
+        errors = squared_errors(v, pair.u, base)
+        error = residual_weighted_loss(errors, w, b, torch.zeros_like(w))
+        error = weighed(error, self.time_weight(pair, base))
         loss = pi * error[:n].mean() + (1 - pi) * error[n:].mean()
-        return loss, {"reference_drift": squared_error(v, base)[n:].mean(), "reference_weight": w[n:].mean()}
+        return loss, {"reference_drift": errors[1, n:].mean(), "reference_weight": w[n:].mean()}
 
     def expected_weight(
         self, pair: Pair, context_ids: torch.Tensor, w: torch.Tensor, counted: torch.Tensor

@@ -80,11 +80,11 @@ MUTATIONS = (
     Mutation(
         "w2-penalty-sign",
         LOSSES,
-        "loss = weight * squared_error(v, u)\n    return loss if v_ref is None else loss + penalty",
-        "loss = weight * squared_error(v, u)\n    return loss if v_ref is None else loss - penalty",
+        "_weighted_sum(errors, weight, penalty)",
+        "_weighted_sum(errors, weight, -penalty)",
         OF_LOSSES,
     ),
-    Mutation("residual-fit", LOSSES, "(weight - baseline) * squared_error", "weight * squared_error", OF_LOSSES),
+    Mutation("residual-fit", LOSSES, "(errors, weight - baseline, ", "(errors, weight, ", OF_LOSSES),
     Mutation(
         "residual-baseline", LOSSES, "torch.minimum(weight + penalty", "torch.maximum(weight + penalty", OF_LOSSES
     ),
@@ -128,8 +128,8 @@ MUTATIONS = (
     Mutation(
         "residual-anchor",
         ORW,
-        "base = v_old = self.velocity(pair, self.behaviour_role)",
-        'base = v_old = self.velocity(pair, "reference")',
+        "base = self.velocity(pair, self.behaviour_role)",
+        'base = self.velocity(pair, "reference")',
         (THREE_NETWORKS,),
     ),
     Mutation(
@@ -414,20 +414,20 @@ MUTATIONS = (
         ("test_transitions.py::test_guarded_ratio_has_a_logarithm_of_mean_zero",),
     ),
     # endpoint methods
-    Mutation("kernel-sign", ENDPOINT, "total = -_times(self.gain", "total = _times(self.gain", (ROW,)),
-    Mutation("kernel-gain", ENDPOINT, "-_times(self.gain * advantage, u", "-_times(advantage, u", (ROW,)),
+    Mutation("kernel-sign", ENDPOINT, "total = _times(weighed", "total = -_times(weighed", (ROW,)),
+    Mutation("kernel-gain", ENDPOINT, "weighed(advantage, self.gain), vel", "advantage, vel", (ROW,)),
     Mutation(
         "kernel-base",
         ENDPOINT,
-        "u - velocities[self.base].detach()",
-        'u - velocities["current"].detach()',
+        "velocities[self.base].detach() - u",
+        'velocities["current"].detach() - u',
         (ROW,),
     ),
     Mutation(
         "kernel-time-weight",
         ENDPOINT,
-        "else _times(time_weight, total)",
-        "else _times(time_weight.square(), total)",
+        "return _times(time_weight, total)",
+        "return _times(time_weight**2, total)",
         ("test_endpoint.py::test_the_loss_has_the_gradient_and_is_not_negative",),
     ),
     Mutation(
@@ -544,8 +544,8 @@ MUTATIONS = (
     Mutation(
         "endpoint-strays",
         ENDPOINTS,
-        "advantage = advantage * counts(batch)",
-        "advantage = advantage * 1",
+        "advantage = weighed(advantage, counts(batch))",
+        "advantage = weighed(advantage, 1.0)",
         ("test_endpoint.py::test_samples_that_stand_in_for_others_carry_nothing",),
     ),
     Mutation(
@@ -975,10 +975,24 @@ MUTATIONS = (
         ("test_held_refresh.py::test_beyond_the_limit_the_samples_come_from_the_policy_as_it_was",),
     ),
     Mutation(
+        "errors-shared",
+        LOSSES,
+        "(v - torch.stack(fields)).square()",
+        "(v - torch.stack(fields[::-1])).square()",
+        ("test_losses.py::test_residual_loss_by_hand",),
+    ),
+    Mutation(
+        "figures-names",
+        LOSSES,
+        "dict(zip(rows, every.mean(1)",
+        "dict(zip(rows, every.flip(0).mean(1)",
+        ("test_priority.py::test_time_weights_and_figures_are_of_all_samples_alike",),
+    ),
+    Mutation(
         "priority-time-weight",
         NOISING,
-        "importance * noise.detach()",
-        "noise.detach()",
+        "importance * noise)",
+        "noise)",
         ("test_priority.py::test_time_weights_and_figures_are_of_all_samples_alike",),
     ),
     Mutation(
@@ -1011,9 +1025,9 @@ MUTATIONS = (
     ),
     Mutation(
         "own-loss",
-        "flowrl/orw_w2.py",
-        'figures["own_loss"] = own.mean()',
-        'figures["own_loss"] = (importance * squared_error(v_ref, pair.u)).mean()',
+        ORW,
+        '"own_loss": seen[0]',
+        '"own_loss": squared_error(v_ref, pair.u)',
         ("test_algorithm.py::test_a_flow_that_no_longer_fits_its_own_samples_is_told_of",),
     ),
     Mutation(

@@ -22,7 +22,7 @@ from flowrl.functional.transport import conditional_permutation, ot_permutation
 from flowrl.models.base import VelocityModel
 from flowrl.models.loading import source_of
 from flowrl.training.noising import embedding_of
-from flowrl.types import Batch, Condition, Contexts, RewardOutput
+from flowrl.types import Batch, Condition, Contexts, Pair, RewardOutput
 
 pytestmark = [pytest.mark.on_device, pytest.mark.filterwarnings("ignore:coupling 'rectified'")]
 
@@ -294,9 +294,9 @@ def test_times_are_weighed_and_end_at_the_largest(name: str, settings: dict[str,
     model.learn(32)
     seen: dict[str, torch.Tensor] = {}
 
-    def weight(t: torch.Tensor, noise: torch.Tensor, importance: torch.Tensor | float) -> torch.Tensor:
-        seen.update(t=t, noise=noise)
-        return 1 + t
+    def weight(pair: Pair, base: torch.Tensor, importance: torch.Tensor | float) -> torch.Tensor:
+        seen.update(t=pair.t, noise=squared_error(pair.u, base))
+        return 1 + pair.t
 
     assert model.noise_at[1].sum() == 32
     model.time_weight = weight

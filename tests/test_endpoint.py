@@ -18,7 +18,7 @@ from flowrl.envs.gaussians import GaussianMixture, GaussiansEnv, LinearReward
 from flowrl.errors import ConfigError, NonFiniteError
 from flowrl.functional import endpoint
 from flowrl.functional.flow import interpolate
-from flowrl.functional.losses import clipped_objective, residual_weighted_loss, reward_weighted_loss
+from flowrl.functional.losses import clipped_objective, residual_weighted_loss, reward_weighted_loss, squared_errors
 from flowrl.training import graphs
 from flowrl.types import Batch, Pair
 
@@ -189,10 +189,10 @@ def test_orw_w2_is_a_row(target: str) -> None:
     alpha = torch.full_like(w, 0.7)
     velocities = {"current": v, "behaviour": v_old, "reference": v_ref}
     if target == "plain":
-        loss = reward_weighted_loss(v, u, w, v_ref, alpha)
+        loss = reward_weighted_loss(squared_errors(v, u, v_ref), w, alpha)
         row, coefficient = endpoint.ROWS["orw_w2 plain"](alpha), w
     else:
-        loss = residual_weighted_loss(v, u, w, b, v_old, v_ref, alpha)
+        loss = residual_weighted_loss(squared_errors(v, u, v_old, v_ref), w, b, alpha)
         row, coefficient = endpoint.ROWS["orw_w2 residual"](w, alpha), w - b
     own = endpoint.endpoint_loss(v, row.gradient(u, coefficient, velocities))
     expected, gradient = (torch.autograd.grad(value.sum(), v)[0] for value in (loss, own))

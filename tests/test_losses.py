@@ -106,23 +106,29 @@ U, V_OLD, V_REF = torch.tensor([[0.0, 0.0]]), torch.tensor([[-1.0, 2.0]]), torch
 
 def test_plain_loss_by_hand() -> None:
     w, alpha = torch.tensor([3.0]), torch.tensor([0.5])
-    assert losses.reward_weighted_loss(V, U, w, V_REF, alpha).item() == pytest.approx(3 * 2.5 + 0.5 * 8)
-    assert losses.reward_weighted_loss(V, U, w, None, alpha).item() == pytest.approx(3 * 2.5)
+    errors = losses.squared_errors(V, U, V_REF)
+    assert losses.reward_weighted_loss(errors, w, alpha).item() == pytest.approx(3 * 2.5 + 0.5 * 8)
+    assert losses.reward_weighted_loss(errors[:1], w, alpha).item() == pytest.approx(3 * 2.5)
 
 
 def test_residual_loss_by_hand() -> None:
     w, b, alpha = torch.tensor([3.0]), torch.tensor(1.25), torch.tensor([0.5])
     expected = (3 - 1.25) * 2.5 + 1.25 * 2 + 0.5 * 8
-    assert losses.residual_weighted_loss(V, U, w, b, V_OLD, V_REF, alpha).item() == pytest.approx(expected)
-    without = losses.residual_weighted_loss(V, U, w, b, V_OLD, None, alpha).item()
+    errors = losses.squared_errors(V, U, V_OLD, V_REF)
+    assert losses.residual_weighted_loss(errors, w, b, alpha).item() == pytest.approx(expected)
+    without = losses.residual_weighted_loss(errors[:2], w, b, alpha).item()
     assert without == pytest.approx(expected - 0.5 * 8)
 
 
 def test_plain_minimiser_is_the_weighted_mean_of_targets() -> None:
     """C1: over many (w, u) at one point, v* = (E[w u] + alpha v_ref) / (E[w] + alpha)."""
-    u, w, v_ref, alpha = torch.randn(500, 1), torch.rand(500), torch.tensor(0.7), 0.3
+    u, w, v_ref, alpha = torch.randn(500, 1), torch.rand(500), torch.tensor(0.7), torch.tensor(0.3)
     expected = ((w * u[:, 0]).mean() + alpha * v_ref) / (w.mean() + alpha)
-    assert _gradient_at(expected, lambda v: losses.reward_weighted_loss(v, u, w, v_ref.expand(500, 1), alpha)) < 1e-6
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        return losses.reward_weighted_loss(losses.squared_errors(v, u, v_ref.expand(500, 1)), w, alpha)
+
+    assert _gradient_at(expected, loss) < 1e-6
 
 
 def test_residual_baseline_by_hand() -> None:
@@ -138,13 +144,14 @@ def test_residual_minimiser() -> None:
         torch.rand(500),
         torch.tensor(0.7),
         torch.tensor(-0.4),
-        0.3,
+        torch.tensor(0.3),
     )
     b = w.mean()
     expected = ((w * u[:, 0]).mean() + b * (v_old - u.mean()) + alpha * v_ref) / (b + alpha)
 
     def loss(v: torch.Tensor) -> torch.Tensor:
-        return losses.residual_weighted_loss(v, u, w, b, v_old.expand(500, 1), v_ref.expand(500, 1), alpha)
+        errors = losses.squared_errors(v, u, v_old.expand(500, 1), v_ref.expand(500, 1))
+        return losses.residual_weighted_loss(errors, w, b, alpha)
 
     assert _gradient_at(expected, loss) < 1e-6
 
@@ -158,10 +165,10 @@ def _gradient_at(value: torch.Tensor, loss) -> float:
 def test_constant_reward_moves_the_plain_target_only() -> None:
     v_old, u, one = torch.randn(64, 2), torch.randn(64, 2), torch.ones(64)
     v = v_old.clone().requires_grad_()
-    losses.residual_weighted_loss(v, u, one, one.mean(), v_old, v_old, one).sum().backward()
+    losses.residual_weighted_loss(losses.squared_errors(v, u, v_old, v_old), one, one.mean(), one).sum().backward()
     assert v.grad.abs().max() == 0
     v.grad = None
-    losses.reward_weighted_loss(v, u, one, v_old, one).sum().backward()
+    losses.reward_weighted_loss(losses.squared_errors(v, u, v_old), one, one).sum().backward()
     assert v.grad.abs().max() > 0.1
 
 

@@ -14,7 +14,13 @@ import flowrl
 from flowrl.envs.gaussians import GaussianMixture, LinearReward, eight_gaussians
 from flowrl.errors import NonFiniteError
 from flowrl.functional.flow import interpolate
-from flowrl.functional.losses import kl_time_weight, residual_baseline, residual_weighted_loss, reward_weighted_loss
+from flowrl.functional.losses import (
+    kl_time_weight,
+    residual_baseline,
+    residual_weighted_loss,
+    reward_weighted_loss,
+    squared_errors,
+)
 from flowrl.functional.metrics import wasserstein2
 from flowrl.types import Batch
 
@@ -113,9 +119,9 @@ def minimiser_on_a_grid(target: str, alpha: float) -> tuple[torch.Tensor, ...]:
     penalty = torch.full((n,), alpha)
     at = v[bins][:, None]
     if target == "plain":
-        loss = reward_weighted_loss(at, u, weight, v_ref, penalty).sum()
+        loss = reward_weighted_loss(squared_errors(at, u, v_ref), weight, penalty).sum()
     else:
-        loss = residual_weighted_loss(at, u, weight, weight.mean(), v_old, v_ref, penalty).sum()
+        loss = residual_weighted_loss(squared_errors(at, u, v_old, v_ref), weight, weight.mean(), penalty).sum()
     (gradient,) = torch.autograd.grad(loss, v, create_graph=True)
     (curvature,) = torch.autograd.grad(gradient.sum(), v)  # bins do not interact: one Newton step is exact
     minimiser = (v - gradient / curvature).detach()
@@ -154,7 +160,7 @@ def test_errors_of_the_field_grow_with_the_mean_baseline_only(alpha):
         b = residual_baseline(w, w.mean(), penalty, kind)
         for v_old in (zero, zero + 1):
             v = torch.zeros(12, requires_grad=True)
-            loss = residual_weighted_loss(v[bins][:, None], u, w, b, v_old, zero, penalty).sum()
+            loss = residual_weighted_loss(squared_errors(v[bins][:, None], u, v_old, zero), w, b, penalty).sum()
             (gradient,) = torch.autograd.grad(loss, v, create_graph=True)
             (curvature,) = torch.autograd.grad(gradient.sum(), v)
             minimisers.append((v - gradient / curvature).detach())
@@ -375,8 +381,8 @@ def test_expected_gradient_of_a_constant_reward(target):
     v = (0.3 * x_t).requires_grad_()
     one, zero = torch.ones(64), torch.zeros(64)
     if target == "plain":
-        loss = reward_weighted_loss(v, u, one, None, zero)
+        loss = reward_weighted_loss(squared_errors(v, u), one, zero)
     else:
-        loss = residual_weighted_loss(v, u, one, one.mean(), v.detach(), None, zero)
+        loss = residual_weighted_loss(squared_errors(v, u, v.detach()), one, one.mean(), zero)
     (gradient,) = torch.autograd.grad(loss.sum(), v)
     assert (gradient.abs().max().item() == 0) == (target == "residual")

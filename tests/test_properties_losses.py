@@ -182,14 +182,16 @@ def test_losses_at_their_borders(n, shape, seed, penalty, mean) -> None:
     v, u, v_old, v_ref = (normal(seed + i, n, *shape) for i in range(4))
     w = 4 * torch.rand(n, generator=seeded(seed))
     alpha, zero = torch.full((n,), penalty), torch.zeros(n)
-    plain = losses.reward_weighted_loss(v, u, w, v_ref, alpha)
-    torch.testing.assert_close(losses.residual_weighted_loss(v, u, w, zero, v_old, v_ref, alpha), plain)
-    at_old = losses.residual_weighted_loss(v, u, w, w, v_old, None, alpha)
+    plain = losses.reward_weighted_loss(losses.squared_errors(v, u, v_ref), w, alpha)
+    errors = losses.squared_errors(v, u, v_old, v_ref)
+    torch.testing.assert_close(errors, torch.stack([losses.squared_error(v, field) for field in (u, v_old, v_ref)]))
+    torch.testing.assert_close(losses.residual_weighted_loss(errors, w, zero, alpha), plain)
+    at_old = losses.residual_weighted_loss(errors[:2], w, w, alpha)
     torch.testing.assert_close(at_old, w * losses.squared_error(v, v_old))
     # v_old that fits exactly takes no part: the baseline cancels
-    same = losses.residual_weighted_loss(v, u, w, torch.tensor(mean), u, v_ref, alpha)
+    same = losses.residual_weighted_loss(losses.squared_errors(v, u, u, v_ref), w, torch.tensor(mean), alpha)
     torch.testing.assert_close(same, plain, atol=1e-4, rtol=1e-4)
-    assert losses.reward_weighted_loss(u, u, w, u, alpha).abs().max() == 0
+    assert losses.reward_weighted_loss(losses.squared_errors(u, u, u), w, alpha).abs().max() == 0
     clipped = losses.residual_baseline(w, torch.tensor(mean), alpha, "clipped")
     assert (clipped <= mean).all()
     assert (clipped <= w + alpha).all()

@@ -12,11 +12,11 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.errors import ConfigError
-from flowrl.functional.losses import residual_weighted_loss
+from flowrl.functional.losses import residual_weighted_loss, squared_errors
 from flowrl.functional.metrics import wasserstein2
 from flowrl.functional.tilting import mixture_weight, tilt_level, tilt_ratio
 from flowrl.training.reference_pool import ReferencePool
-from flowrl.types import Batch
+from flowrl.types import Batch, Pair
 
 pytestmark = pytest.mark.on_device
 
@@ -114,7 +114,7 @@ def test_the_mean_gradient_vanishes_at_the_tilt(case: str, t: float) -> None:
             law, u = conditional(p, t, x)
             rows = [a.expand_as(u).reshape(-1, 1) for a in (v[:, None], u, base[:, None])]
             weight, b = w.expand_as(u).reshape(-1), b_of(law).expand_as(u).reshape(-1)
-            loss = residual_weighted_loss(rows[0], rows[1], weight, b, rows[2], None, torch.zeros_like(b))
+            loss = residual_weighted_loss(squared_errors(*rows), weight, b, torch.zeros_like(b))
             total = total + share * (law.reshape(-1) * loss).sum()
         law, _ = conditional(tilt, t, x)
         return torch.autograd.grad(total, v)[0] / law.sum(1)
@@ -269,9 +269,11 @@ def test_times_of_much_noise_weigh_less() -> None:
         "FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, pool=64, time_weighting="variance", max_time=0.8
     )
     t = torch.tensor([0.01, 0.41, 0.79, 0.79], device=DEVICE)
-    weight = model.time_weight(t, torch.tensor([1.0, 2.0, 3.0, 5.0], device=DEVICE))
+    u = torch.tensor([1.0, 2.0, 3.0, 5.0], device=DEVICE).sqrt()[:, None].expand(-1, 2)
+    pair, base = Pair(u, t, u, u, ()), torch.zeros_like(u)
+    weight = model.time_weight(pair, base)
     torch.testing.assert_close(weight, torch.tensor([1, 1 / 2, 1 / 4, 1 / 4], device=DEVICE) * 3 / (1 + 1 / 2 + 1 / 4))
-    again = model.time_weight(t[:1], torch.tensor([3.0], device=DEVICE))  # a running mean: 2 at the first time now
+    again = model.time_weight(Pair(u, t[:1], u, u[2:3], ()), base[:1])  # a running mean: 2 at the first time now
     torch.testing.assert_close(again, torch.tensor([1 / 2], device=DEVICE) * 3 / (1 / 2 + 1 / 2 + 1 / 4))
 
 

@@ -18,7 +18,7 @@ import torch
 
 from flowrl.functional.advantages import group_advantage
 from flowrl.functional.flow import TimeSampling, drawn, expand, time_quantile
-from flowrl.functional.losses import group_mean
+from flowrl.functional.losses import group_mean, weighed
 from flowrl.types import Role
 
 Spread = Literal["group", "global", "none"]
@@ -44,7 +44,7 @@ class Row(NamedTuple):
         u: torch.Tensor,
         advantage: torch.Tensor,
         velocities: Mapping[Role, torch.Tensor],
-        time_weight: torch.Tensor | None = None,
+        time_weight: Gain = 1.0,
     ) -> torch.Tensor:
         """Compute the gradient in v (B, ...), detached.
 
@@ -52,13 +52,13 @@ class Row(NamedTuple):
             u: Velocity `x_1 - x_0` of the pair.
             advantage: A (B,), of both signs.
             velocities: By role: "current" (v itself), the base and the anchors.
-            time_weight: (B,); None is one.
+            time_weight: (B,), or the same for all.
         """
         v = velocities["current"].detach()
-        total = -_times(self.gain * advantage, u - velocities[self.base].detach())
+        total = _times(weighed(advantage, self.gain), velocities[self.base].detach() - u)
         for role, gain in self.anchors.items():
             total = total + _times(gain, v - velocities[role].detach())
-        return total if time_weight is None else _times(time_weight, total)
+        return _times(time_weight, total)
 
     def minimiser(
         self, advantage: torch.Tensor, target: torch.Tensor, velocities: Mapping[Role, torch.Tensor]
@@ -87,7 +87,7 @@ class Row(NamedTuple):
 
 
 def _times(coefficient: Gain, velocity: torch.Tensor) -> torch.Tensor:
-    return (expand(coefficient, velocity) if isinstance(coefficient, torch.Tensor) else coefficient) * velocity
+    return weighed(velocity, expand(coefficient, velocity) if isinstance(coefficient, torch.Tensor) else coefficient)
 
 
 ROWS: Mapping[str, Callable[..., Row]] = {

@@ -6,6 +6,7 @@ means over dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -20,6 +21,22 @@ Standardisation = Literal["none", "batch", "group"]
 def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Compute the squared distance per sample, mean over dimensions: (B, ...) -> (B,)."""
     return (a - b).square().flatten(1).mean(1)
+
+
+def squared_errors(v: torch.Tensor, *fields: torch.Tensor) -> torch.Tensor:
+    """Compute the squared distances of v (B, ...) to each of K fields per sample, means over dimensions: (K, B)."""
+    return (v - torch.stack(fields)).square().flatten(2).mean(2)
+
+
+def weighed(values: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+    """Multiply values by weights, where those are not just the number 1: that costs nothing."""
+    return values if isinstance(weight, float) and weight == 1 else weight * values
+
+
+def means(rows: Mapping[str, torch.Tensor], importance: torch.Tensor | float = 1.0) -> dict[str, torch.Tensor]:
+    """Average figures of samples, name -> (B,), with importance weights (B,): name -> scalar, without gradients."""
+    every = weighed(torch.stack(tuple(rows.values())).detach(), importance)
+    return dict(zip(rows, every.mean(1).unbind()))
 
 
 def group_mean(values: torch.Tensor, groups: torch.Tensor, n_groups: int) -> torch.Tensor:
@@ -90,25 +107,17 @@ def effective_sample_size(weight: torch.Tensor) -> torch.Tensor:
     return weight.sum().square() / weight.square().sum()
 
 
-def reward_weighted_loss(
-    v: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, v_ref: torch.Tensor | None, penalty: torch.Tensor
-) -> torch.Tensor:
+def reward_weighted_loss(errors: torch.Tensor, weight: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
     """Compute the loss of the plain target (arXiv 2502.06061, eq. 12), `w |v - u|^2 + penalty |v - v_ref|^2`: (B,).
 
-    `penalty` (B,) is alpha times the time weighting of the regulariser. `v_ref` None leaves it out.
+    `errors`: `squared_errors` of v to u and v_ref (2, B); to u alone (1, B) there is no penalty. `penalty` (B,) is
+    alpha times the time weighting of the regulariser.
     """
-    loss = weight * squared_error(v, u)
-    return loss if v_ref is None else loss + penalty * squared_error(v, v_ref)
+    return _weighted_sum(errors, weight, penalty)
 
 
 def residual_weighted_loss(
-    v: torch.Tensor,
-    u: torch.Tensor,
-    weight: torch.Tensor,
-    baseline: torch.Tensor,
-    v_old: torch.Tensor,
-    v_ref: torch.Tensor | None,
-    penalty: torch.Tensor,
+    errors: torch.Tensor, weight: torch.Tensor, baseline: torch.Tensor, penalty: torch.Tensor
 ) -> torch.Tensor:
     """Compute the residual target's loss, `(w - b) |v - u|^2 + b |v - v_old|^2 + penalty |v - v_ref|^2`: (B,).
 
@@ -116,16 +125,18 @@ def residual_weighted_loss(
     zero, where the plain target refits the sampler's own errors.
 
     Args:
-        v: Velocity in training (B, ...).
-        u: Velocity `x_1 - x_0` of the pair.
+        errors: `squared_errors` of v to u, v_old (which drew the samples) and v_ref (3, B); (2, B) without penalty.
         weight: w (B,), not negative.
         baseline: b, a scalar (the mean weight) or (B,): see `residual_baseline`.
-        v_old: Velocity that drew the samples.
-        v_ref: Velocity of the reference; None without penalty.
         penalty: Its coefficient (B,).
     """
-    loss = (weight - baseline) * squared_error(v, u) + baseline * squared_error(v, v_old)
-    return loss if v_ref is None else loss + penalty * squared_error(v, v_ref)
+    return _weighted_sum(errors, weight - baseline, baseline, penalty)
+
+
+def _weighted_sum(errors: torch.Tensor, *coefficients: torch.Tensor) -> torch.Tensor:
+    """Add up errors (K, B), each times its coefficient: the first K of them, (B,) or scalars."""
+    rows = [c if c.dim() else c.expand(errors.shape[1]) for c in coefficients[: len(errors)]]
+    return (torch.stack(rows) * errors).sum(0)
 
 
 def residual_baseline(weight: torch.Tensor, mean: torch.Tensor, penalty: torch.Tensor, kind: Baseline) -> torch.Tensor:

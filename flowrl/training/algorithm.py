@@ -29,7 +29,7 @@ from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
 from flowrl.training.optimizers import gradient_step, scheduled_rate, share_of_step
 from flowrl.training.policy import FlowPolicy
-from flowrl.training.records import RolloutRecord
+from flowrl.training.records import MinibatchFigures, RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, without_strays
 from flowrl.training.rollout import filling
 from flowrl.training.sb3_algorithm import SB3Algorithm, for_callbacks
@@ -238,8 +238,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
             policy.model.offload()
         is_last = config.accumulation - 1  # of the minibatches of a step; the ranks agree on its gradient there
         replays = self.replay.are_replayed(self)
-        found: dict[str, list[torch.Tensor]] = {}  # a loss may give a figure of some minibatches only
-        norms: list[torch.Tensor] = []
+        found, norms = MinibatchFigures(), list[torch.Tensor]()
         n_pending = n_entries = 0
         with policy.in_update():
             for batch in chain.from_iterable(self.minibatches() for _ in range(config.n_epochs)):
@@ -249,13 +248,11 @@ class FlowAlgorithm(Method, SB3Algorithm):
                 if n_pending == config.accumulation:
                     norms.append(gradient_step(self, n_entries))
                     n_pending = n_entries = 0
-                for key, value in figures.items():
-                    found.setdefault(key, []).append(value.clone())  # it may change in place
+                found.add(figures)
             if n_pending:
                 self.ranks.average_gradients(policy.parameters_of("current").values())
                 norms.append(gradient_step(self, n_entries))
-        means = {key: torch.stack(values).float().mean() for key, values in found.items()}
-        return means | {"grad_norm": torch.stack(norms).mean()}
+        return found.means() | {"grad_norm": torch.stack(norms).mean()}
 
     def gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Add the gradient of a minibatch's loss to those of before; the loss and its figures."""

@@ -146,9 +146,10 @@ class RolloutBuffer:
             sample = entries
             if self.read is not None:
                 sample, extra["part"] = entries // self.parts, entries % self.parts
-            extra |= {name: numbers[sample] for name, numbers in self.numbers.items()}
-            vectors = (self.context_ids[sample], self.reward[sample], self.coefficient[sample], self.group[sample])
-            yield Batch(extra.pop("x_1").float(), *vectors, extra)
+            extra |= {name: numbers.index_select(0, sample) for name, numbers in self.numbers.items()}
+            stored = (self.context_ids, self.reward, self.coefficient, self.group)
+            context_ids, reward, coefficient, group = (vector.index_select(0, sample) for vector in stored)
+            yield Batch(extra.pop("x_1").float(), context_ids, reward, coefficient, group, extra)
 
     def _vectors(self) -> list[torch.Tensor]:
         return [self.context_ids, self.reward, *self.numbers.values()]
@@ -179,7 +180,7 @@ class RolloutBuffer:
     def _read_local(self, entries: torch.Tensor) -> Rows:
         """Read entries of this rank's storage."""
         if self.read is None:
-            return {name: rows[entries] for name, rows in self.rows.items()}
+            return {name: rows.index_select(0, entries) for name, rows in self.rows.items()}
         return self.read(self.rows, entries // self.parts, entries % self.parts)
 
     def _exchanged(self, owners: torch.Tensor, entries: torch.Tensor) -> Rows:

@@ -20,7 +20,7 @@ from flowrl.functional.endpoint import (
     lagging_decay,
     stratified_times,
 )
-from flowrl.functional.losses import squared_error
+from flowrl.functional.losses import means, squared_error, squared_errors, weighed
 from flowrl.models.critic import StateCritic
 from flowrl.training.groups import GroupConfig, GroupRelative
 from flowrl.training.noising import some_rows
@@ -172,19 +172,20 @@ class EndpointAlgorithm(Prioritised, GroupRelative):
             if role not in known:
                 known[role] = self.velocity(pair, self.behaviour_role if role == "behaviour" else role)
         v, importance = known["current"], self.importance(batch)
-        figures = {
-            name: (importance * squared_error(v, known[role])).mean() for role, name in FIGURES.items() if role in known
-        }
+        fields = {name: known[role] for role, name in FIGURES.items() if role in known}
         if "reference" in known:
-            for name, field in (("own_loss", v), ("reference_loss", known["reference"])):
-                figures[name] = (importance * squared_error(field.detach(), pair.u)).mean()
+            fields["own_loss"] = pair.u
+        rows = dict(zip(fields, squared_errors(v.detach(), *fields.values()))) if fields else {}
+        if "reference" in known:
+            rows["reference_loss"] = squared_error(known["reference"], pair.u)
+        figures = means(rows, importance) if rows else {}
         if self.critic is not None:
             state = pair.x_t, pair.t, batch.context_ids
             value, figures["critic_error"] = self.critic.regress(advantage, importance * counts(batch), *state)
             advantage = advantage - value
-        advantage = advantage * counts(batch)  # no advantage is to carry nothing
-        weight = self.time_weight(pair.t, squared_error(pair.u, known[row.base].detach()), importance)
-        loss = importance * endpoint_loss(v, row.gradient(pair.u, advantage, known, weight))
+        advantage = weighed(advantage, counts(batch))  # no advantage is to carry nothing
+        weight = self.time_weight(pair, known[row.base], importance)
+        loss = weighed(endpoint_loss(v, row.gradient(pair.u, advantage, known, weight)), importance)
         return loss.mean(), figures
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:

@@ -133,7 +133,7 @@ class Method(ABC):
 
     def read(self, rows: Rows, sample: torch.Tensor, part: torch.Tensor) -> Rows:
         """Read what a minibatch gets of parts (B,) of samples (B,), "x_1" among it; for configs with `parts`."""
-        return {name: stored[sample] for name, stored in rows.items()}
+        return {name: stored.index_select(0, sample) for name, stored in rows.items()}
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ from flowrl.functional.transport import Coupling, conditional_permutation, ot_pe
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.endpoint_samples import EndpointSamples, EndpointSamplesConfig
 from flowrl.training.optimizers import share_of_step
-from flowrl.types import Batch, Condition, Rows
+from flowrl.types import Batch, Condition, Pair, Rows
 
 TIME_BINS = 16
 LATE_OF = 8  # rows of a minibatch, of which the last two are for late times
@@ -85,17 +85,20 @@ class Noising(EndpointSamples):
         figures = {"loss": loss, "late_drift": strayed, **figures}
         return {key: figure.detach() for key, figure in figures.items()}
 
-    def time_weight(self, t: torch.Tensor, noise: torch.Tensor, importance: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Compute weights (B,) of times t (B,), in the mean over times one.
+    def time_weight(
+        self, pair: Pair, base: torch.Tensor, importance: torch.Tensor | float = 1.0
+    ) -> torch.Tensor | float:
+        """Compute weights (B,) of the times of pairs, in the mean over times one; just 1.0 where none are asked for.
 
         With "variance" they are the inverse of the noise E|u - base|^2 at t, as seen so far: of all samples alike,
         where those that passes take more often count less (`importance`, (B,)).
         """
         if self.config.time_weighting == "none":
-            return torch.ones_like(t)
+            return 1.0
+        t, noise = pair.t, squared_error(pair.u, base.detach())
         bins = (t / self.config.max_time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
         seen = torch.zeros_like(self.noise_at)
-        seen[0].index_add_(0, bins, importance * noise.detach())
+        seen[0].index_add_(0, bins, importance * noise)
         seen[1].index_add_(0, bins, importance * torch.ones_like(noise))
         self.noise_at += self.ranks.all_reduce_(seen)
         weight = self.noise_at[1] / self.noise_at[0].clamp_min(1e-12)

@@ -141,7 +141,7 @@ def gradient_step(model: FlowAlgorithm, n_entries: int) -> torch.Tensor:
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         norm = unsharded(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-        bad = (~norm.isfinite()).float()
+        bad = (0 * norm).nan_to_num(1.0)  # 0 times what is not finite is not a number
         step_unless(bad, policy.optimizer, model.ranks.is_sharded)
         return norm, bad
 
@@ -153,7 +153,8 @@ def gradient_step(model: FlowAlgorithm, n_entries: int) -> torch.Tensor:
         norm, bad = step()
     model.bad_updates.note(bad, norm)
     policy.networks.weights_changed("current")
-    policy.optimizer.zero_grad(set_to_none=True)
+    for parameter in parameters:
+        parameter.grad = None
     model._n_updates += 1
     if config.ema_decay > 0:  # the average of few steps forgets its start sooner
         policy.networks.update_copy("ema", min(config.ema_decay, (1 + model._n_updates) / (10 + model._n_updates)))

@@ -1,9 +1,10 @@
-"""The record of an iteration for the log: its samples while they are drawn, and the figures in the end."""
+"""Records of an iteration for the log: its samples while they are drawn, its minibatches, the figures in the end."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,27 @@ REWARD = "reward/"
 
 MISFIT = 1.3
 """How many times the reference's loss a flow's loss of its own samples may be, before a caution; once is chance."""
+
+
+class MinibatchFigures:
+    """Figures of an iteration's minibatches: scalars by name, which a loss may give for some of them only."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, ...], list[torch.Tensor]] = {}
+
+    def add(self, figures: Mapping[str, torch.Tensor]) -> None:
+        """Take in those of a minibatch: a copy, as they may change in place, made by one operation for all."""
+        device = figures["loss"].device
+        values = torch.stack([value.to(device) for value in figures.values()])
+        self._found.setdefault(tuple(figures), []).append(values)
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """Average each over the minibatches that gave it: scalars, float32, still on the device."""
+        columns: dict[str, list[torch.Tensor]] = {}
+        for names, rows in self._found.items():
+            for name, column in zip(names, torch.stack(rows).float().unbind(1)):
+                columns.setdefault(name, []).append(column)
+        return {name: torch.cat(parts).mean() for name, parts in columns.items()}
 
 
 class RolloutRecord:

@@ -19,6 +19,9 @@ from flowrl.models.lora import LoRA, activate_in_copy, add_adapters, switched
 from flowrl.training.working_copies import CastCopy, MergedCopy, WorkingCopy, sharing_copy
 from flowrl.types import Compile, Condition, Role, version_of
 
+AS_IT_IS = nullcontext()
+"""Context that changes nothing; one for all, as a network of the toys takes no longer than making some."""
+
 
 class RoleNetworks(nn.Module):
     """One flow, and a velocity network for each of its roles.
@@ -88,7 +91,7 @@ class RoleNetworks(nn.Module):
         if role not in self.available:
             raise ConfigError(f"This policy keeps no '{role}' network; it has {', '.join(self.available)}.")
         with_grad = torch.is_grad_enabled() and (role == "current" or x_t.requires_grad)
-        self.spent[0] += len(x_t) * (3 if with_grad else 1)
+        self.spent[0] += x_t.shape[0] * (3 if with_grad else 1)
         trains = with_grad and role == "current"
         by_weights = not (trains or exact or self.is_sharded)
         merges = by_weights and self.with_working_copies
@@ -96,9 +99,9 @@ class RoleNetworks(nn.Module):
         in_own_type = self.precision == torch.float32 or (model.casts_inputs and (merges or self.lora is not None))
         switches = self.lora is not None and role != "current" and self.is_sharded
         with (
-            torch.set_grad_enabled(with_grad),
-            nullcontext() if in_own_type else torch.autocast(x_t.device.type, self.precision),
-            switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else nullcontext(),
+            torch.set_grad_enabled(False) if torch.is_grad_enabled() and not with_grad else AS_IT_IS,
+            AS_IT_IS if in_own_type else torch.autocast(x_t.device.type, self.precision),
+            switched(self._adapted.values(), role, lambda: self.weights_changed(role)) if switches else AS_IT_IS,
         ):
             before = version_of(x_t)
             may_split = x_t.device.type == "cpu" and not (with_grad or exact)  # pieces are rounded otherwise

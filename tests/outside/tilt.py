@@ -6,7 +6,7 @@ import torch
 
 import flowrl
 from flowrl.functional.flow import drawn, expand
-from flowrl.functional.losses import residual_weighted_loss
+from flowrl.functional.losses import residual_weighted_loss, squared_errors
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Tilt(flowrl.FlowAlgorithm):
         pair, w = self.pair(batch), batch.weight
         v_ref, v_old = self.velocity(pair, "reference"), self.velocity(pair, "behaviour")
         base = torch.where(expand(batch.extra["from_pool"], v_ref), v_ref, v_old)
+        errors = squared_errors(self.velocity(pair), pair.u, base)
         value = self.critic(pair.x_t, pair.t, batch.context_ids)
         self.critic.improve((value - w).square().mean())
-        b = value.detach().clamp_min(0)
-        loss = residual_weighted_loss(self.velocity(pair), pair.u, w, b, base, None, torch.zeros_like(w))
+        loss = residual_weighted_loss(errors, w, value.detach().clamp_min(0), torch.zeros_like(w))
         return loss.mean(), {"weight": w.mean()}
