@@ -345,6 +345,7 @@ def test_settings_to_train_on_with_are_taken(folder: Path) -> None:
 FORMULAS = [
     ("crd", {}, "sums over dimensions"),
     ("flow_grpo", {"target_lambda": 1.0}, "target_lambda goes by the slope"),
+    ("ram", {"target_lambda": 1.0, "centred": False, "spread": "none"}, "target_lambda goes by the slope"),
 ]
 
 
@@ -359,7 +360,8 @@ def test_formulas_that_have_changed_since(name: str, settings: dict, text: str, 
     with pytest.warns(UserWarning, match=f"before a change of {name}: .*{text}.* start anew"):
         cls.load(folder)
     load_checkpoint(cls, folder, to_train=False)  # to sample and evaluate nothing has changed
-    rewrite(folder / "config.json", lambda config: config["settings"].update(target_lambda=0.0))
+    usual = {"centred": True} if name == "ram" else {"target_lambda": 0.0}
+    rewrite(folder / "config.json", lambda config: config["settings"].update(usual))
     with pytest.warns(UserWarning, match=text) if name == "crd" else nullcontext():
         cls.load(folder)
 
