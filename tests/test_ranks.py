@@ -308,7 +308,9 @@ def test_an_error_of_one_process_ends_the_job_and_is_told(tmp_path: Path, run_pa
     assert "no such judge" in errors[1]
 
 
-def test_a_whole_run_of_two_processes(tmp_path: Path, run_pair: Callable[..., Pair]) -> None:
+def test_a_whole_run_of_two_processes(
+    tmp_path: Path, run_pair: Callable[..., Pair], environment: dict[str, str]
+) -> None:
     small = ["--total-timesteps", 128, "--algo.n-samples", 64, "--algo.batch-size", 32, "--eval-samples", 65]
     pair = run_pair("--algo", "raft", "--env", "gaussians-linear", *small, "--name", "b")  # on the device that is found
     errors = pair.wait(100)
@@ -324,3 +326,8 @@ def test_a_whole_run_of_two_processes(tmp_path: Path, run_pair: Callable[..., Pa
     errors = pair.wait(100)
     assert pair.codes == [0, 0], errors
     assert "and 1 more, which share every batch" in (tmp_path / "output").read_text()
+
+    command = [*LAUNCH, free_port(), "-m", "flowrl.evaluate", "runs/b", "--n-samples", "33"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [done.stdout.count(text) for text in ("algorithm: raft", "(33 samples)", "written: ")] == [1, 1, 1]
