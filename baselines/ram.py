@@ -75,9 +75,13 @@ class RAM(EndpointAlgorithm):
         return self.follow(self.config.row(), batch, pair, batch.advantage, {"current": self.velocity(pair)})
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
-        """Give lambda of the tilt that it aims at: `strength dA/dr`.
+        """Give lambda of the tilt that it aims at: `strength dA/dr`; of rewards that are not centred, all of dA/dr.
 
+        None where these are divided by the spread of their own group, which is small where the group happens to agree.
         It gets there for linear rewards on a Gaussian; for `r = -k x^2 / 2` on N(0, s^2) its step is that of the tilt
         times `(S / s^2) (t^2 s^2 + (1 - t)^2) / (t^2 S + (1 - t)^2)`, S the tilt's variance: too little early on.
         """
-        return super().tilt_of(reward_std)
+        stated, config = super().tilt_of(reward_std), self.config
+        if stated is None or config.centred:
+            return stated
+        return None if config.spread == "group" else stated / (1 - 1 / config.group_size)

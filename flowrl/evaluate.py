@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from flowrl.config import FlowConfig
+from flowrl.distributed.ranks import join
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.registration import make
 from flowrl.envs.rewards.mixture import make_rewards
@@ -104,12 +105,13 @@ def _evaluate(config: EvaluateConfig) -> int:
     is_trained = isinstance(model, FlowAlgorithm)
     core = model.env.core if isinstance(model, FlowAlgorithm) else env
     assert core is not None
-    name = algorithm_name(type(model)) if is_trained else "none"
-    print(f"algorithm: {name}", f"environment: {core.name}", *core.describe(), sep="\n")
+    name, ranks = algorithm_name(type(model)) if is_trained else "none", join(config.device)
+    tell = print if ranks.is_main else lambda *lines, **_: None  # the main process alone prints and writes
+    tell(f"algorithm: {name}", f"environment: {core.name}", *core.describe(), sep="\n")
     steering = None
     if config.steer != "none":
         steering = Steering(config.steer, config.steer_n, config.steer_temperature, step_size=config.steer_step_size)
-        print(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
+        tell(f"steering: {config.steer} with n = {config.steer_n}; its samples stand under 'trained'")
     result = evaluate(
         model,
         env,
@@ -122,6 +124,9 @@ def _evaluate(config: EvaluateConfig) -> int:
         solver=config.solver,
         guidance_scale=config.guidance_scale,
     )
+    ranks.leave()
+    if not ranks.is_main:
+        return 0
     print(result.table())
     if folder is None or steering is not None:
         print(f"network evaluations per sample: {result.evaluations_per_sample:g}")

@@ -251,6 +251,12 @@ def test_tables_keep_the_cells_of_others(suite: Path, tmp_path: Path) -> None:
     kept, left_out = with_others(short, tmp_path, str(suite), budget=9)
     assert {c.algo for c in kept} == {"orw_w2", ""}  # steering has no budget
     assert "(budget 2000, not 9)" in left_out
+    suite.write_text(SUITE.replace('[rows."DDPO"]', '[rows."of another name"]'))
+    kept, left_out = with_others(chosen, tmp_path, str(suite))
+    assert {c.algo for c in kept} == {"orw_w2", ""}
+    assert (
+        "ddpo/seed-0' is of a row, an environment or a value that the suite no longer has (1 more like it)" in left_out
+    )
     suite.write_text(SUITE.replace('algo = "ddpo"', 'algo = "my_algos:Own"'))
     kept, left_out = with_others(chosen, tmp_path, str(suite))
     assert kept == chosen

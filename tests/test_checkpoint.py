@@ -342,9 +342,32 @@ def test_settings_to_train_on_with_are_taken(folder: Path) -> None:
         flowrl.ORWCFMW2.load(folder, device=DEVICE, seed=1)
 
 
+@pytest.mark.parametrize("name", ["tilt", "ddpo"])
+def test_what_is_kept_of_rewards_begins_anew_in_another_environment(name: str, tmp_path: Path) -> None:
+    own = {"n_samples": 32, "batch_size": 32, "rollout_steps": 3, "n_epochs": 1}
+    own |= {"pool": 32} if name == "tilt" else {}
+    model = ALGORITHMS[name]("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **own)
+    model.learn(32)
+    model.save(tmp_path)
+    kept = model.extra_state.state()
+    for given in (None, "gaussians-linear", flowrl.make("gaussians-linear")):
+        again = type(model).load(tmp_path, env=given, device=DEVICE)
+        assert all(torch.equal(tensor, kept[key]) for key, tensor in again.extra_state.state().items())
+    other = type(model).load(tmp_path, env="gaussians-quadratic", device=DEVICE)
+    other.learn(32, reset_num_timesteps=False)
+    reward = other.buffer.all().reward
+    if name == "ddpo":
+        torch.testing.assert_close(other.mean, reward.mean()[None])
+        return
+    samples = other.policy.decode(other.pool.x_1[0].float())
+    ids = torch.zeros(len(samples), dtype=torch.long, device=DEVICE)
+    torch.testing.assert_close(other.pool.reward[0], other.env.core.evaluate(samples, ids).reward)
+
+
 FORMULAS = [
     ("crd", {}, "sums over dimensions"),
     ("flow_grpo", {"target_lambda": 1.0}, "target_lambda goes by the slope"),
+    ("ram", {"target_lambda": 1.0, "centred": False, "spread": "none"}, "target_lambda goes by the slope"),
 ]
 
 
@@ -359,7 +382,8 @@ def test_formulas_that_have_changed_since(name: str, settings: dict, text: str, 
     with pytest.warns(UserWarning, match=f"before a change of {name}: .*{text}.* start anew"):
         cls.load(folder)
     load_checkpoint(cls, folder, to_train=False)  # to sample and evaluate nothing has changed
-    rewrite(folder / "config.json", lambda config: config["settings"].update(target_lambda=0.0))
+    usual = {"centred": True} if name == "ram" else {"target_lambda": 0.0}
+    rewrite(folder / "config.json", lambda config: config["settings"].update(usual))
     with pytest.warns(UserWarning, match=text) if name == "crd" else nullcontext():
         cls.load(folder)
 

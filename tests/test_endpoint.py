@@ -318,6 +318,7 @@ def test_methods_without_an_optimum_state_none() -> None:
     for name, settings in none:
         assert make(name, **settings).tilt_of(std) is None, (name, settings)
     assert make("ram", spread="none", strength=2.0).tilt_of(std).item() == pytest.approx(2 * 7 / 8)
+    assert make("ram", centred=False).tilt_of(std) is None
 
 
 @pytest.mark.parametrize("spread", ["group", "global", "none"])
@@ -491,6 +492,16 @@ def test_the_slope_of_advantages(spread: str) -> None:
     found = ((reward - reward.mean()) * a).mean() / reward.var()
     within = reward.view(-1, 8).var(1, correction=0).mean().sqrt()
     assert found.item() == pytest.approx(endpoint.advantage_slope(within, spread, 8).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("spread", ["global", "none"])
+def test_the_slope_of_advantages_that_are_not_centred(spread: str) -> None:
+    reward = 3 * torch.randn(80_000, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE) + 2
+    a = endpoint.advantages(reward, torch.arange(80_000, device=DEVICE) // 8, spread, 50.0, centred=False)
+    found = ((reward - reward.mean()) * a).mean() / reward.var()
+    within = reward.view(-1, 8).var(1, correction=0).mean().sqrt()
+    stated = make("ram", spread=spread, strength=2.0, centred=False).tilt_of(within)
+    assert stated.item() == pytest.approx(2 * found.item(), rel=0.01)
 
 
 @pytest.mark.parametrize(("kind", "mean"), [("uniform", 1 / 2), ("early", 1 / 3), ("logit_normal", 1 / 2)])

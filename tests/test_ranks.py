@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +160,14 @@ def test_a_numbered_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         join("cuda:1")
 
 
+def test_processes_that_are_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("flowrl.distributed.ranks._joined", [])
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(num_processes=1, process_index=0))
+    with pytest.raises(ConfigError, match=r"does not join the 2 processes .* 'mps' here: take --device cpu"):
+        join("mps")
+
+
 ENDLESS = ["-m", "flowrl.run", "--algo", "orw_w2", "--env", "gaussians-linear", "--device", "cpu", "--name", "a"]
 
 
@@ -299,9 +308,11 @@ def test_an_error_of_one_process_ends_the_job_and_is_told(tmp_path: Path, run_pa
     assert "no such judge" in errors[1]
 
 
-def test_a_whole_run_of_two_processes(tmp_path: Path, run_pair: Callable[..., Pair]) -> None:
+def test_a_whole_run_of_two_processes(
+    tmp_path: Path, run_pair: Callable[..., Pair], environment: dict[str, str]
+) -> None:
     small = ["--total-timesteps", 128, "--algo.n-samples", 64, "--algo.batch-size", 32, "--eval-samples", 65]
-    pair = run_pair("--algo", "raft", "--env", "gaussians-linear", "--device", "cpu", *small, "--name", "b")
+    pair = run_pair("--algo", "raft", "--env", "gaussians-linear", *small, "--name", "b")  # on the device that is found
     errors = pair.wait(100)
     assert pair.codes == [0, 0], errors
     output = (tmp_path / "output").read_text()
@@ -310,3 +321,13 @@ def test_a_whole_run_of_two_processes(tmp_path: Path, run_pair: Callable[..., Pa
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
     for file in ("report.html", "evaluation.json", "metrics.csv", "final/policy.safetensors"):
         assert (tmp_path / "runs" / "b" / file).exists(), file
+
+    pair = run_pair("--resume", "runs/b", "--total-timesteps", 192)
+    errors = pair.wait(100)
+    assert pair.codes == [0, 0], errors
+    assert "and 1 more, which share every batch" in (tmp_path / "output").read_text()
+
+    command = [*LAUNCH, free_port(), "-m", "flowrl.evaluate", "runs/b", "--n-samples", "33"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [done.stdout.count(text) for text in ("algorithm: raft", "(33 samples)", "written: ")] == [1, 1, 1]

@@ -127,6 +127,17 @@ def test_steps_weighted_by_their_noise_aim_at_no_tilt(settings: dict[str, Any]) 
         made("flow_grpo", target_lambda=1.7, **settings).learn(32)
 
 
+@pytest.mark.parametrize("name", ["nft", "rwr"])
+def test_samples_with_their_own_noise_come_to_no_tilt(name: str) -> None:
+    with pytest.warns(UserWarning, match="the flow is straightened"):
+        model = made(name, coupling="rectified")
+    model.learn(32)
+    assert model.config.target_lambda == 0  # which was the environment's
+    assert "rollout/target_lambda" not in model.last_logged
+    with pytest.warns(UserWarning, match="straightened"), pytest.raises(ConfigError, match=f"{name} states no tilt"):
+        made(name, coupling="rectified", target_lambda=1.7).learn(32)
+
+
 def test_an_algorithm_without_a_stated_tilt_says_so() -> None:
     with pytest.raises(ConfigError, match="orw_w2 states no tilt that it aims at with these settings"):
         made("orw_w2", target_lambda=1.0).learn(32)

@@ -205,7 +205,7 @@ def join(device: torch.device | str = "auto") -> Ranks:
         device: "cpu", or "auto" or a type of device for the one that accelerate gives this rank.
 
     Raises:
-        ConfigError: A numbered device was asked for.
+        ConfigError: A numbered device was asked for, or one on which accelerate joins no processes.
     """
     if not is_launched():
         return Ranks()
@@ -217,7 +217,13 @@ def join(device: torch.device | str = "auto") -> Ranks:
         from accelerate.utils import DistributedDataParallelKwargs
 
         settings = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=[settings])
+        on_cpu = kind == "cpu" or (kind == "auto" and not torch.accelerator.is_available())  # it joins none unasked
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[settings])
+        if accelerator.num_processes == 1:  # each would train all of it by itself
+            raise ConfigError(
+                f"accelerate does not join the {os.environ['WORLD_SIZE']} processes that were started on a device "
+                f"'{kind}' here: take --device cpu, or start one process."
+            )
         _joined.append(Ranks(accelerator))  # precision is the policy's own
     return _joined[0]
 

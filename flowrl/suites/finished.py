@@ -80,6 +80,8 @@ def with_others(chosen: Sequence[Cell], root: Path, suite: str, budget: int | No
                 cells.append(cell)
         except FlowRLError as error:
             left_out.append(str(error))
+    gone = sorted(folder for folder in others - {root / c.folder for c in whole} if (folder / "result.json").exists())
+    left_out += [f"'{folder}' is of a row, an environment or a value that the suite no longer has" for folder in gone]
     more = f" ({len(left_out) - 1} more like it)" if len(left_out) > 1 else ""
     return cells, f"{left_out[0]}{more}" if left_out else ""
 

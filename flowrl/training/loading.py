@@ -5,6 +5,7 @@ Numbers and strings are read, and nothing else: a hostile folder cannot run code
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -24,7 +25,7 @@ from flowrl.training.formulas import tell_changes
 from flowrl.training.given import only_to_train
 from flowrl.training.optimizers import laid_out_like, state_shapes
 from flowrl.training.random_states import set_random_states
-from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name, policy_name
+from flowrl.training.saving import COUNTERS, FORMAT, algorithm_name, description, policy_name
 
 if TYPE_CHECKING:
     from flowrl.training.algorithm import FlowAlgorithm
@@ -158,8 +159,14 @@ def load_checkpoint(
             f"What '{folder / 'config.json'}' describes cannot be made: {type(error).__name__} {error}."
         ) from error
     _compare_start(model, config, folder, env_settings is not None, to_train)
-    load_state(model, folder, to_train)
+    load_state(model, folder, to_train, env_settings is not None or _is_of(model, config))
     return model
+
+
+def _is_of(model: FlowAlgorithm, config: Mapping[str, Any]) -> bool:
+    """Tell whether an environment that was given is a checkpoint's own, by its name, settings and prompts."""
+    own = json.loads(json.dumps(description(model)))  # as a file holds it: tuples are lists
+    return all(own[key] == config.get(key, own[key]) for key in ("environment", "prompts"))
 
 
 def _check_given(given: Mapping[str, Any], folder: Path) -> None:
@@ -282,8 +289,10 @@ def _class_of(cls: type[FlowAlgorithm], config: Mapping[str, Any], folder: Path)
     return cls
 
 
-def load_state(model: FlowAlgorithm, folder: Path, to_train: bool = True) -> None:
+def load_state(model: FlowAlgorithm, folder: Path, to_train: bool = True, is_of_env: bool = True) -> None:
     """Put a checkpoint's weights, optimizer, counters and (to train on) random states into a model of its settings.
+
+    In another environment what is kept of rewards and prompts begins anew: statistics, critics, reference samples.
 
     Raises:
         CheckpointError: Damaged, or of another architecture; names the file and what does not fit.
@@ -321,9 +330,9 @@ def load_state(model: FlowAlgorithm, folder: Path, to_train: bool = True) -> Non
         model.bad_updates.total, model.bad_updates.in_a_row = (int(n) for n in state.get("bad_updates", (0, 0)))
         if random_states is not None:
             set_random_states(model, random_states, state)
-        if model.extra_state.state():
+        if is_of_env and model.extra_state.state():
             model.extra_state.load(read_tensors(folder / "algorithm.safetensors", model.device))
-        if model.env.core.extra_state():
+        if is_of_env and model.env.core.extra_state():
             model.env.core.load_extra_state(read_tensors(folder / "environment.safetensors"))
     except FlowRLError:
         raise

@@ -80,7 +80,8 @@ class SB3Algorithm(BaseAlgorithm):
 
         Args:
             path: What `save` wrote.
-            env: Needed when the algorithm was made with an environment object instead of a name.
+            env: Needed when the algorithm was made with an environment object instead of a name. In another one what
+                it keeps of rewards and prompts begins anew: statistics, critics, reference samples.
             device: As in the constructor.
             **kwargs: `verbose`, `tensorboard_log`; `policy` and `policy_kwargs` where it had a policy of one's own;
                 settings to train on with in place of its own, such as `learning_rate=1e-4`.

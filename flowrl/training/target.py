@@ -57,7 +57,7 @@ def aim(model: FlowAlgorithm, rollout: Batch) -> None:
     target, setting = model.config.target_lambda, model.tilt_setting
     if not target or model.iteration:  # it was set before, and is in the config
         return
-    now = _stated(model, rollout)
+    now = None if _hides_rewards(model) else _stated(model, rollout)
     if now is None and target == model.env.core.recommended.get("target_lambda"):
         model.config = replace(model.config, target_lambda=0.0)
         return
@@ -73,7 +73,7 @@ def aim(model: FlowAlgorithm, rollout: Batch) -> None:
 
 def aimed(model: FlowAlgorithm, rollout: Batch) -> torch.Tensor | None:
     """Compute the lambda that an algorithm aims at, with the rewards of an iteration; None where none is stated."""
-    now = _stated(model, rollout)
+    now = None if _hides_rewards(model) else _stated(model, rollout)
     return now if now is None or not _holds(model) else torch.full_like(now, model.config.target_lambda)
 
 
@@ -94,6 +94,11 @@ def _stated(model: FlowAlgorithm, rollout: Batch) -> torch.Tensor | None:
     now = model.tilt_of(unit)
     model.checks.tilt_of(now)
     return None if now is None else torch.as_tensor(now, dtype=unit.dtype, device=unit.device)
+
+
+def _hides_rewards(model: FlowAlgorithm) -> bool:
+    """Tell whether samples keep their own noise: rewards then move the flow only where paths cross, to no tilt."""
+    return getattr(model.config, "coupling", "") == "rectified"
 
 
 def _holds(model: FlowAlgorithm) -> bool:
