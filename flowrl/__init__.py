@@ -3,27 +3,30 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flowrl.config import FlowConfig
-from flowrl.envs import darcy as _darcy
-from flowrl.envs import digits as _digits
-from flowrl.envs import emoji as _emoji
-from flowrl.envs import gaussians as _gaussians
-from flowrl.envs import plans as _plans
-from flowrl.envs import speech as _speech
-from flowrl.envs import text_to_image as _text_to_image
-from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.envs.prompts import Prompt
-from flowrl.envs.registration import make, make_vec, register, register_env
-from flowrl.envs.rewards.catalogue import register_reward
-from flowrl.evaluation.measure import EvaluationResult, evaluate
-from flowrl.models.base import VelocityModel
-from flowrl.models.prior import PriorFlow
-from flowrl.registry import algorithm_class, register_algorithm
-from flowrl.shipped import SHIPPED
-from flowrl.training.algorithm import FlowAlgorithm
-from flowrl.training.policy import FlowPolicy
-from flowrl.types import Batch, RewardOutput
-from flowrl.version import __version__ as __version__
+from flowrl.models.imports import without_garbage_collection
+
+with without_garbage_collection():
+    from flowrl.config import FlowConfig
+    from flowrl.envs import darcy as _darcy
+    from flowrl.envs import digits as _digits
+    from flowrl.envs import emoji as _emoji
+    from flowrl.envs import gaussians as _gaussians
+    from flowrl.envs import plans as _plans
+    from flowrl.envs import speech as _speech
+    from flowrl.envs import text_to_image as _text_to_image
+    from flowrl.envs.base import GenerationEnv, GenerationVecEnv
+    from flowrl.envs.prompts import Prompt
+    from flowrl.envs.registration import make, make_vec, register, register_env
+    from flowrl.envs.rewards.catalogue import register_reward
+    from flowrl.evaluation.measure import EvaluationResult, evaluate
+    from flowrl.models.base import VelocityModel
+    from flowrl.models.prior import PriorFlow
+    from flowrl.registry import algorithm_class, register_algorithm
+    from flowrl.shipped import SHIPPED
+    from flowrl.training.algorithm import FlowAlgorithm
+    from flowrl.training.policy import FlowPolicy
+    from flowrl.types import Batch, RewardOutput
+    from flowrl.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from flowrl.baselines.adjoint import AdjointMatching

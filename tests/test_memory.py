@@ -119,6 +119,17 @@ def test_gradient_checkpointing_and_precision_show() -> None:
     assert low < 0.75 * plain
 
 
+@pytest.mark.parametrize("settings", [{"rollout_steps": 40}, {"rollout_steps": 40, "draw_steps": 30}])
+def test_few_steps_of_the_sampler_are_tried(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    times = flowrl.FlowPolicy.times
+    monkeypatch.setattr(
+        flowrl.FlowPolicy, "times", lambda self, steps=None: taken.append(steps or self.steps) or times(self, steps)
+    )
+    plan = predict("orw_w2", "gaussians-linear", **settings)
+    assert (plan.missing, set(taken)) == ("", {2})
+
+
 def test_what_cannot_be_tried_is_said() -> None:
     plan = predict("orw_w2", "gaussians-linear", coupling="ot", target="plain")
     assert "DataDependent" in plan.missing

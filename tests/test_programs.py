@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import re
@@ -19,6 +21,7 @@ import flowrl
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.evaluate import main as evaluate_program
 from flowrl.export import main as export
+from flowrl.models.imports import without_garbage_collection
 from flowrl.registry import own_module
 from flowrl.run import _resume_hint, main
 from flowrl.runs.commandline import RunConfig
@@ -238,6 +241,29 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(error: Exception) ->
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes")
+def test_a_program_ends_without_a_last_look_at_all_that_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[object] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    assert guarded(lambda given: 0, []) == 0
+    assert gc.freeze in at_exit
+
+
+def test_what_an_import_makes_is_old_at_once() -> None:
+    gc.collect()
+    with without_garbage_collection():
+        assert not gc.isenabled()
+        made = [[] for _ in range(10_000)]
+    assert gc.isenabled()
+    assert id(made[0]) in {id(thing) for thing in gc.get_objects(generation=2)}
+    gc.freeze()  # by somebody who wants it to stay so
+    try:
+        with without_garbage_collection():
+            pass
+        assert gc.get_freeze_count() > len(made)
+    finally:
+        gc.unfreeze()
+
+
 def test_a_reader_that_is_gone(program_environment: dict[str, str], tmp_path: Path) -> None:
     """`python -m flowrl.run | head -0`."""
     program = [sys.executable, "-m", "flowrl.run"]

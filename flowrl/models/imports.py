@@ -29,6 +29,9 @@ def without_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        if was_on and not gc.get_freeze_count():  # else these objects are somebody's
+            gc.freeze()
+            gc.unfreeze()  # all there is counts as old now, and is not looked at next
         if was_on:
             gc.enable()
 

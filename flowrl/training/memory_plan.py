@@ -171,6 +171,8 @@ def _drawn(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Rows]:
         return policy.sample_latents(ids, role=model.behaviour_role, generator=model.generator), {}
     if model.learns_from == "samples":
         policy.steps = min(STEPS, steps)
+        if getattr(model.config, "draw_steps", 0):
+            model.config = replace(model.config, draw_steps=min(STEPS, model.config.draw_steps))
         with contextlib.suppress(FlowRLError):
             x_1, rows = model.draw(ids)
             if not any(row.dim() > 1 for row in rows.values()):
