@@ -28,6 +28,7 @@ from flowrl.errors import ConfigError, DeviceError, NonFiniteError, UnknownNameE
 from flowrl.evaluation import measure
 from flowrl.registry import ALGORITHMS
 from flowrl.runs.callbacks import IterationCallback
+from flowrl.training.optimizers import clipped
 
 pytestmark = pytest.mark.on_device
 
@@ -328,6 +329,20 @@ def test_behaviour_follows_at_the_refresh_only():
 def test_plain_target_needs_no_second_copy():
     assert small(target="plain").policy.roles == ("current",)
     assert set(small().policy.roles) == {"current", "behaviour"}
+
+
+@pytest.mark.parametrize("maximum", [0.1, 1e9, torch.inf])
+def test_gradients_are_clipped_as_torch_does(maximum: float) -> None:
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(n, 3, device=DEVICE)) for n in (1, 5, 40)] for _ in range(2))
+    for a, b in zip(ours[:2], theirs[:2]):  # the last has none
+        a.grad = torch.randn(a.shape, generator=torch.Generator(DEVICE).manual_seed(len(a)), device=DEVICE)
+        b.grad = a.grad.clone()
+    before = torch.cat([a.grad.flatten() for a in ours[:2]]).norm()
+    norm = clipped(ours, maximum)
+    torch.testing.assert_close(norm, before)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs, maximum))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours[:2], theirs[:2]))
+    assert clipped(ours[2:], maximum).item() == 0
 
 
 def test_warm_up_raises_the_learning_rate_linearly():
