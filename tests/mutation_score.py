@@ -1024,6 +1024,13 @@ MUTATIONS = (
         ("test_priority.py::test_pairs_take_each_sample_as_often_and_are_in_no_order",),
     ),
     Mutation(
+        "clipped-gradients",
+        "flowrl/training/optimizers.py",
+        "(maximum / (norm + 1e-6))",
+        "(norm / (maximum + 1e-6))",
+        ("test_algorithm.py::test_gradients_are_clipped_as_torch_does",),
+    ),
+    Mutation(
         "own-loss",
         ORW,
         '"own_loss": seen[0]',
