@@ -20,7 +20,7 @@ from flowrl.training.working_copies import CastCopy, MergedCopy, WorkingCopy, sh
 from flowrl.types import Compile, Condition, Role, version_of
 
 AS_IT_IS = nullcontext()
-"""Context that changes nothing; one for all, as a network of the toys takes no longer than making some."""
+"""Context that changes nothing, one for all passes: small networks are called often."""
 
 
 class RoleNetworks(nn.Module):
