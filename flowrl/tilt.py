@@ -122,7 +122,7 @@ class Tilt(Noising):
         b = counted * self.expected_weight(pair, ids.repeat(2), w, counted)  # no weight carries nothing: no push away
         v = torch.cat([self.velocity(own), self.velocity(reference)])  # each as its base: where nothing pulls, v = base
         errors = squared_errors(v, pair.u, base)
-        error = residual_weighted_loss(errors, w, b, torch.zeros_like(w))
+        error = residual_weighted_loss(errors, w, b)
         error = weighed(error, self.time_weight(pair, base))
         loss = pi * error[:n].mean() + (1 - pi) * error[n:].mean()
         return loss, {"reference_drift": errors[1, n:].mean(), "reference_weight": w[n:].mean()}

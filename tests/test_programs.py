@@ -240,7 +240,6 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(error: Exception) ->
         ended(error)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="pipes")
 def test_a_program_ends_without_a_last_look_at_all_that_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     at_exit: list[object] = []
     monkeypatch.setattr(atexit, "register", at_exit.append)
@@ -264,6 +263,7 @@ def test_what_an_import_makes_is_old_at_once() -> None:
         gc.unfreeze()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
 def test_a_reader_that_is_gone(program_environment: dict[str, str], tmp_path: Path) -> None:
     """`python -m flowrl.run | head -0`."""
     program = [sys.executable, "-m", "flowrl.run"]

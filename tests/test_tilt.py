@@ -114,7 +114,7 @@ def test_the_mean_gradient_vanishes_at_the_tilt(case: str, t: float) -> None:
             law, u = conditional(p, t, x)
             rows = [a.expand_as(u).reshape(-1, 1) for a in (v[:, None], u, base[:, None])]
             weight, b = w.expand_as(u).reshape(-1), b_of(law).expand_as(u).reshape(-1)
-            loss = residual_weighted_loss(squared_errors(*rows), weight, b, torch.zeros_like(b))
+            loss = residual_weighted_loss(squared_errors(*rows), weight, b)
             total = total + share * (law.reshape(-1) * loss).sum()
         law, _ = conditional(tilt, t, x)
         return torch.autograd.grad(total, v)[0] / law.sum(1)

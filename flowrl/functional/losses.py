@@ -117,7 +117,7 @@ def reward_weighted_loss(errors: torch.Tensor, weight: torch.Tensor, penalty: to
 
 
 def residual_weighted_loss(
-    errors: torch.Tensor, weight: torch.Tensor, baseline: torch.Tensor, penalty: torch.Tensor
+    errors: torch.Tensor, weight: torch.Tensor, baseline: torch.Tensor, penalty: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute the residual target's loss, `(w - b) |v - u|^2 + b |v - v_old|^2 + penalty |v - v_ref|^2`: (B,).
 
@@ -133,9 +133,9 @@ def residual_weighted_loss(
     return _weighted_sum(errors, weight - baseline, baseline, penalty)
 
 
-def _weighted_sum(errors: torch.Tensor, *coefficients: torch.Tensor) -> torch.Tensor:
+def _weighted_sum(errors: torch.Tensor, *coefficients: torch.Tensor | None) -> torch.Tensor:
     """Add up errors (K, B), each times its coefficient: the first K of them, (B,) or scalars."""
-    rows = [c if c.dim() else c.expand(errors.shape[1]) for c in coefficients[: len(errors)]]
+    rows = [c if c.dim() else c.expand(errors.shape[1]) for c in coefficients[: len(errors)] if c is not None]
     return (torch.stack(rows) * errors).sum(0)
 
 

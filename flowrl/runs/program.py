@@ -73,7 +73,7 @@ def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None) -> int
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name in another script ends no run
     warnings.filterwarnings("ignore", message=".*rich is experimental.*")
-    atexit.register(gc.freeze)  # else a last look at all that torch imported takes as long as half of its import
+    atexit.register(gc.freeze)  # else a last look at all that torch imported takes a third as long as its import
     try:
         try:
             return _run(body, list(sys.argv[1:] if args is None else args))

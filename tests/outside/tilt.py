@@ -95,5 +95,5 @@ class Tilt(flowrl.FlowAlgorithm):
         errors = squared_errors(self.velocity(pair), pair.u, base)
         value = self.critic(pair.x_t, pair.t, batch.context_ids)
         self.critic.improve((value - w).square().mean())
-        loss = residual_weighted_loss(errors, w, value.detach().clamp_min(0), torch.zeros_like(w))
+        loss = residual_weighted_loss(errors, w, value.detach().clamp_min(0))
         return loss.mean(), {"weight": w.mean()}
