@@ -2,14 +2,15 @@
 
 `python ranks_worker.py FOLDER PORT` starts both, and writes what each case logged.
 
-`python ranks_worker.py` starts a pair of `flowrl.run` for every line that it reads, {"folder", "port", "path",
-"arguments"}: it writes a line of their process ids, and one of their exit codes when both have ended. What they print
-is in the folder, in `output` and `errors-RANK`.
+`python ranks_worker.py` starts a pair of a program, such as `flowrl.run`, for every line that it reads, {"folder",
+"port", "path", "program", "arguments"}: it writes a line of their process ids, and one of their exit codes when both
+have ended. What they print is in the folder, in `output` and `errors-RANK`.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ import torch
 import flowrl
 from flowrl.distributed.ranks import join
 from flowrl.distributed.sharding import unsharded
+from flowrl.envs.rewards.count import count_components
 from flowrl.registry import ALGORITHMS
 
 SMALL: dict[str, Any] = {
@@ -137,7 +139,7 @@ def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
             model = type(model).load(checkpoint, device="cpu")
         model.learn(settings["n_samples"], reset_num_timesteps=False)
         rows.append({key: value for key, value in model.last_logged.items() if "per_second" not in key})
-    result = flowrl.evaluate(model, n_samples=18, batch_size=10, samples_per_context=2)  # nothing divides evenly
+    result = flowrl.evaluate(model, n_samples=10, batch_size=6, samples_per_context=2)  # nothing divides evenly
     weights = weight_sums(model)
     everywhere = model.ranks.all_gather(weights[None], model.ranks.world_size)
     return {
@@ -176,6 +178,7 @@ def main(folder: Path, port: str) -> int:
 
     parts = AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline  # diffusers imports what is asked for
     assert all((accelerate, peft, torchdiffeq, flowrl.models.families, *parts))
+    count_components(torch.zeros(1, 3, 16, 16), PROMPTS[:1])  # which learns its templates
     gc.freeze()  # a look at all that was imported takes a tenth of the time
     other = os.fork()
     join_as(1 if other == 0 else 0, port)
@@ -191,10 +194,8 @@ def main(folder: Path, port: str) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
 
 
-def run_as(rank: int, folder: str, port: str, path: str, arguments: list[str]) -> None:
-    """Be a process that runs `flowrl.run`, from its first line to its exit code."""
-    from flowrl.run import main as run_main
-
+def run_as(rank: int, folder: str, port: str, path: str, program: str, arguments: list[str]) -> None:
+    """Be a process that runs a program, from its first line to its exit code."""
     code = 70
     try:
         join_as(rank, port)
@@ -202,7 +203,7 @@ def run_as(rank: int, folder: str, port: str, path: str, arguments: list[str]) -
         sys.path.insert(0, path)
         for stream, name in (1, "output"), (2, f"errors-{rank}"):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        code = run_main(arguments)
+        code = importlib.import_module(program).main(arguments)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -212,12 +213,13 @@ def run_as(rank: int, folder: str, port: str, path: str, arguments: list[str]) -
 
 
 def start_pairs() -> int:
-    """Start a pair of runs for every line of the input, one pair after the other; forked, as above."""
+    """Start a pair of a program for every line of the input, one pair after the other; forked, as above."""
     import accelerate
 
+    import flowrl.evaluate
     import flowrl.run
 
-    assert all((accelerate, flowrl.run))
+    assert all((accelerate, flowrl.evaluate, flowrl.run))
     for line in sys.stdin:
         pids: list[int] = []
         for rank in range(2):

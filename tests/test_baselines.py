@@ -21,7 +21,7 @@ from flowrl.types import Batch
 
 pytestmark = pytest.mark.on_device
 
-N = 2000
+N = 1200  # points in a comparison by optimal transport, which takes the cube of it
 FIT = {"n_samples": 1024, "batch_size": 512, "n_epochs": 8, "rollout_steps": 6, "solver": "midpoint"}
 FIT |= {"learning_rate": 1e-3, "ema_decay": 0.98}
 
@@ -30,7 +30,7 @@ def assert_matches(model, exact) -> None:
     generator = torch.Generator(DEVICE).manual_seed(7)
     floor = wasserstein2(exact(N, generator), exact(N, generator))
     samples = model.policy.sample(n=N, steps=20, solver="midpoint")
-    assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
+    assert wasserstein2(samples, exact(N, generator)) <= 1.2 * floor + 0.05
 
 
 @pytest.mark.parametrize("target", ["plain", "residual"])
@@ -204,7 +204,7 @@ def test_smc_reaches_the_tilt() -> None:
     samples = steered(env, Steering("smc", 16, temperature=1.25), N)
     generator = torch.Generator(DEVICE).manual_seed(7)
     floor = wasserstein2(exact(N, generator), exact(N, generator))
-    assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
+    assert wasserstein2(samples, exact(N, generator)) <= 1.2 * floor + 0.05
     best = steered(env, Steering("best_of_n", 16), N, steps=8)
     assert wasserstein2(best, exact(N, generator)) > 0.5
 
@@ -217,7 +217,7 @@ def test_steering_of_one_is_no_steering() -> None:
         exact = env.mixture.sample
         assert (
             wasserstein2(samples, exact(N, generator))
-            <= 1.5 * wasserstein2(exact(N, generator), exact(N, generator)) + 0.05
+            <= 1.2 * wasserstein2(exact(N, generator), exact(N, generator)) + 0.05
         )
 
 
@@ -265,7 +265,7 @@ def test_no_log_prob_of_a_flow_that_has_diverged() -> None:
 def test_log_prob_of_the_exact_field() -> None:
     """Against the mixture's own density; exact divergence and Hutchinson's estimate."""
     mixture = GaussianMixture([[0.0, 1.0], [1.5, -0.5]], [[[0.3, 0.1], [0.1, 0.4]], [[0.2, 0.0], [0.0, 0.5]]])
-    x = mixture.sample(500, torch.Generator(DEVICE).manual_seed(0))
+    x = mixture.sample(200, torch.Generator(DEVICE).manual_seed(0))
     field = lambda x, t: mixture.velocity(t, x)  # noqa: E731
     exact = log_prob(field, x, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(exact, mixture.log_prob(x), atol=2e-3, rtol=0)

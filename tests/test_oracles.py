@@ -26,7 +26,7 @@ from flowrl.types import Batch
 
 pytestmark = pytest.mark.on_device
 
-N = 2000  # points in a comparison by optimal transport
+N = 1200  # points in a comparison by optimal transport, which takes the cube of it
 
 
 def trained(cls, env, iterations, *, refresh_every=1, n_samples=1024, n_epochs=8, seed=0, **settings):
@@ -51,7 +51,7 @@ def assert_matches(model, exact):
     generator = torch.Generator(DEVICE).manual_seed(7)
     floor = wasserstein2(exact(N, generator), exact(N, generator))
     samples = model.policy.sample(n=N, steps=20, solver="midpoint")
-    assert wasserstein2(samples, exact(N, generator)) <= 1.5 * floor + 0.05
+    assert wasserstein2(samples, exact(N, generator)) <= 1.2 * floor + 0.05
 
 
 def first_step_answer(base: GaussianMixture, tau: float, alpha: float):

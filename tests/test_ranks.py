@@ -223,10 +223,11 @@ def starter(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
 
 
 class Pair:
-    """Two processes of `flowrl.run` without a launcher, in a folder."""
+    """Two processes of a program without a launcher, in a folder."""
 
-    def __init__(self, starter: subprocess.Popen[str], folder: Path, *arguments: object) -> None:
-        given = {"folder": str(folder), "port": free_port(), "path": str(folder), "arguments": [*map(str, arguments)]}
+    def __init__(self, starter: subprocess.Popen[str], folder: Path, program: str, *arguments: object) -> None:
+        given: dict[str, Any] = {"folder": str(folder), "port": free_port(), "path": str(folder), "program": program}
+        given["arguments"] = [*map(str, arguments)]
         self.starter, self.folder = starter, folder
         print(json.dumps(given), file=starter.stdin, flush=True)
         self.pids: list[int] = self._answer(60)
@@ -252,8 +253,8 @@ class Pair:
 def run_pair(tmp_path: Path, starter: subprocess.Popen[str]) -> Iterator[Callable[..., Pair]]:
     pairs: list[Pair] = []
 
-    def run(*arguments: object) -> Pair:
-        pairs.append(Pair(starter, tmp_path, *arguments))
+    def run(*arguments: object, program: str = "flowrl.run") -> Pair:
+        pairs.append(Pair(starter, tmp_path, program, *arguments))
         return pairs[-1]
 
     yield run
@@ -308,9 +309,7 @@ def test_an_error_of_one_process_ends_the_job_and_is_told(tmp_path: Path, run_pa
     assert "no such judge" in errors[1]
 
 
-def test_a_whole_run_of_two_processes(
-    tmp_path: Path, run_pair: Callable[..., Pair], environment: dict[str, str]
-) -> None:
+def test_a_whole_run_of_two_processes(tmp_path: Path, run_pair: Callable[..., Pair]) -> None:
     small = ["--total-timesteps", 128, "--algo.n-samples", 64, "--algo.batch-size", 32, "--eval-samples", 65]
     pair = run_pair("--algo", "raft", "--env", "gaussians-linear", *small, "--name", "b")  # on the device that is found
     errors = pair.wait(100)
@@ -327,7 +326,9 @@ def test_a_whole_run_of_two_processes(
     assert pair.codes == [0, 0], errors
     assert "and 1 more, which share every batch" in (tmp_path / "output").read_text()
 
-    command = [*LAUNCH, free_port(), "-m", "flowrl.evaluate", "runs/b", "--n-samples", "33"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [done.stdout.count(text) for text in ("algorithm: raft", "(33 samples)", "written: ")] == [1, 1, 1]
+    before = len((tmp_path / "output").read_text())
+    pair = run_pair("runs/b", "--n-samples", 33, program="flowrl.evaluate")
+    errors = pair.wait(100)
+    assert pair.codes == [0, 0], errors
+    said = (tmp_path / "output").read_text()[before:]
+    assert [said.count(text) for text in ("algorithm: raft", "(33 samples)", "written: ")] == [1, 1, 1]

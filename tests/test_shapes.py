@@ -170,6 +170,22 @@ def test_scorer_notices_pictures_that_are_not_clean():
     assert analyse(images)[0].shapes == ()
 
 
+@pytest.mark.parametrize(("lone", "clean"), [(23, 1), (24, 0)])
+def test_lone_pixels_are_stray_ones(lone: int, clean: int) -> None:
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    picture[24:48, 24:48] = COLOURS["red"]
+    rows, columns = np.divmod(np.arange(lone), 8)
+    picture[2 * rows, 8 * columns] = COLOURS["red"]
+    components = count_components(to_tensor([picture]), ["one red square on black"])
+    assert (components["clean"], components["all_right"]) == (clean, 1)
+
+
+def test_in_tiny_pictures_a_pixel_is_an_object() -> None:
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    picture[4, 4] = COLOURS["red"]
+    assert len(analyse(to_tensor([picture]))[0].shapes) == 1
+
+
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         count_components(torch.zeros(2, 3, 64, 64), ["stars"])

@@ -74,7 +74,7 @@ def test_few_samples_that_all_win_leave_room_for_some_that_do_not() -> None:
     rate, (low, high) = result.win_rates["reward"], result.win_rate_cis["reward"]
     assert rate == 1  # so it was "1 to 1", which the rate of more samples is not
     assert high == 1
-    assert 0.3 < low < flowrl.evaluate(trained, n_samples=2000).win_rates["reward"] < 1
+    assert 0.3 < low < flowrl.evaluate(trained, n_samples=400).win_rates["reward"] < 1
     assert result.win_rate_cis["held-out none"] == (0.5, 0.5)
 
 

@@ -143,6 +143,9 @@ def _objects(pixels: FloatArray, ground: FloatArray) -> tuple[list[Object], int]
     objects: list[Object] = []
     stray = 0
     for where, inside in _components(contrast > _MIN_CONTRAST):
+        if inside.size == 1 < min_area:  # its own outline: what noise leaves, by the hundred
+            stray += 1
+            continue
         local = contrast[where]
         strongest = inside & (local >= np.percentile(local[inside], 70))
         direction = np.median(offset[where][strongest], axis=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,12 +28,13 @@ def looked_up(library: str, name: str) -> Any:
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Leave garbage for later: an import makes little of it, and so many objects that every look at them takes long."""
-    was_on = gc.isenabled()
+    was_on, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        if was_on and gc.get_freeze_count() < FROZEN_BY_PYTHON:
+        imported = len(sys.modules) != before  # else nothing is to do, and many frozen objects take long to count
+        if was_on and imported and gc.get_freeze_count() < FROZEN_BY_PYTHON:
             gc.freeze()
             gc.unfreeze()  # all there is counts as old now, and is not looked at next
         if was_on:
