@@ -34,6 +34,7 @@ from flowrl.storage.files import write_json, written_whole
 from flowrl.suites.cell import run_logged
 from flowrl.suites.finished import finished_before, with_others
 from flowrl.suites.suite import Cell, load_suite, suites
+from flowrl.types import Compile
 
 PROGRAM = "python -m flowrl.benchmark"
 MOST_LOST = 3
@@ -61,6 +62,8 @@ class BenchmarkConfig:
     """Folder that the suite's folder goes into."""
     workers: int = 0
     """Cells at a time; 0 takes one per core."""
+    compile: Compile | None = None
+    """Compile the network of every cell, as `--algo.compile` of a run does; figures differ by rounding alone."""
     modules: OwnModules = ()
     dry_run: bool = False
     """List the cells and exit."""
@@ -72,7 +75,9 @@ class BenchmarkConfig:
             raise ConfigError(f"--workers must be the cells at a time, or 0 for one per core, not {self.workers}.")
 
 
-def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, ...] = ()) -> list[Path]:
+def run_cells(
+    cells: list[Cell], root: Path, workers: int, modules: tuple[str, ...] = (), compile: Compile | None = None
+) -> list[Path]:
     """Run what is not finished yet; give the folders of failed cells.
 
     Raises:
@@ -92,7 +97,8 @@ def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, .
                 while waiting and len(running) < workers and not received:
                     cell = waiting[0]
                     try:
-                        running[_start(processes, cell, root / cell.folder, modules)] = (cell, time.monotonic())
+                        process = _start(processes, cell, root / cell.folder, (modules, compile))
+                        running[process] = (cell, time.monotonic())
                         del waiting[0]
                     except (EOFError, ConnectionError) as error:  # the server that forks was ended; it starts anew
                         if (lost := lost + 1) == MOST_LOST and not received:
@@ -117,11 +123,11 @@ def run_cells(cells: list[Cell], root: Path, workers: int, modules: tuple[str, .
     return failed
 
 
-def _start(processes: Any, cell: Cell, folder: Path, modules: tuple[str, ...]) -> BaseProcess:
+def _start(processes: Any, cell: Cell, folder: Path, how: tuple[tuple[str, ...], Compile | None]) -> BaseProcess:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cell.json", cell.to_dict())
     (folder / "error.txt").unlink(missing_ok=True)
-    process: BaseProcess = processes.Process(target=run_logged, args=(folder, modules))
+    process: BaseProcess = processes.Process(target=run_logged, args=(folder, *how))
     process.start()
     return process
 
@@ -138,7 +144,7 @@ def _finished(process: BaseProcess, folder: Path) -> bool:
 
 def _processes() -> Any:
     """Choose how cells are started: on Linux, forked off a server that has imported everything once."""
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -199,7 +205,8 @@ def _main(args: list[str]) -> int:
         return 0
     try:
         with writing_to(root, lambda: "Finished cells are kept; choose another place with --out."):
-            failed = run_cells(cells, root, config.workers or os.cpu_count() or 1, config.modules)
+            workers = config.workers or os.cpu_count() or 1
+            failed = run_cells(cells, root, workers, config.modules, config.compile)
             with alone_in(root, wait=True):
                 shown, left_out = with_others(cells, root, config.suite, config.budget)
                 written = write_results(shown, root)

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import forgetting
+from conftest import Run, forgetting
 from html_checker import checked
 from PIL import Image
 
@@ -39,6 +40,7 @@ from flowrl.suites import cell as cell_module
 from flowrl.suites.cell import UNBOUNDED, StopAtBudget, run_cell
 from flowrl.suites.finished import finished_before, with_others
 from flowrl.suites.suite import Cell, load_suite, suites
+from flowrl.training import role_networks
 
 SUITE = """
 description = "small"
@@ -210,6 +212,34 @@ def test_runs_resumes_and_compares(run_module, run_here, suite: Path, tmp_path: 
     done = run_here("flowrl.benchmark", *arguments, "--budget", 3_000)
     assert done.returncode == 2
     assert "finished with other settings (budget 2000, not 3000). Choose another folder with --out" in done.stderr
+
+
+def test_cells_are_compiled_and_count_as_the_same(
+    suite: Path, tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(role_networks, "compile_network", lambda network, kind: asked.append(kind))
+    monkeypatch.setattr(benchmark, "_processes", lambda: SimpleNamespace(Process=InThisProcess))
+    arguments = ("--suite", suite, "--workers", 1, "--seeds", 0, "--algos", "ddpo", "best_of_n", "--budget", 500)
+    done = run_here("flowrl.benchmark", *arguments, "--compile", "blocks")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(asked) == {"blocks"}
+    results = list((tmp_path / "benchmarks" / "small").rglob("result.json"))
+    assert [json.loads(file.read_text())["compiled"] for file in results] == ["blocks"] * 2
+    assert "2 finished before" in run_here("flowrl.benchmark", *arguments).stdout
+
+
+class InThisProcess:
+    """Process of a cell that is over when it has been started."""
+
+    exitcode = 0
+
+    def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
+        self.args = args
+        (self.sentinel, _), self.is_alive = os.pipe(), lambda: False
+
+    def start(self) -> None:
+        run_cell(*self.args)
 
 
 def test_a_cell_finished_with_another_default_is_not_taken_for_this_one(suite: Path, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import pytest
 import small_pipelines
 import torch
 from stable_baselines3.common.callbacks import CallbackList
+from torch._dynamo.utils import counters
 
 import flowrl
 from flowrl.errors import CheckpointError, ConfigError
+from flowrl.models.mlp import MLP
 from flowrl.training.buffer import RolloutBuffer
 from flowrl.training.optimizers import state_shapes
 from flowrl.types import Transitions
@@ -128,18 +130,19 @@ def test_a_compiled_network_gives_the_same_velocities(kind: str, lora_rank: int)
             for parameter in model.policy.parameters_of("current").values():
                 parameter.add_(0.1)
     x, t = torch.randn(5, 2), torch.rand(5)
-    gradients = []
+    gradients, before = [], counters["frames"]["ok"]
     for role in ("current", "reference", "behaviour"):
         a, b = (model.policy.velocity(x, t, (), role) for model in models)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counters["frames"]["ok"] > before
     for model in models:
         model.policy.velocity(x, t, ()).square().mean().backward()
         gradients.append([p.grad for p in model.policy.parameters_of("current").values() if p.grad is not None])
     for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        assert (a - b).norm() <= 1e-4 * a.norm()
     network = models[1].policy.model.network
     compiled = [name for name, module in network.named_modules() if module._compiled_call_impl is not None]
-    assert compiled == ([""] if kind == "whole" else [f"hidden.{i}" for i in range(3)])
+    assert compiled == ([f"hidden.{i}" for i in range(3)] if (kind, lora_rank) == ("blocks", 2) else [""])
 
 
 def test_offloading_moves_the_autoencoder_between_phases(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +281,10 @@ def test_cfg_zero_is_a_setting(folder: Path) -> None:
     [
         ({"compile": "off"}, []),
         ({"compile": "auto"}, ["compile: off, which pays for large networks on CUDA only"]),
-        ({"compile": "blocks"}, ["compile: each kind of block that the network repeats, in the first pass"]),
+        ({"compile": "blocks"}, ["compile: the whole network, as it repeats no blocks, in the first pass"]),
+        ({"compile": "blocks", "lora_rank": 2}, ["compile: each kind of block that the network repeats, in the first"]),
         ({"compile": "whole", "cuda_graphs": True}, ["compile: the whole network", "CUDA graphs: off: for small"]),
-        ({"compile": True}, ["compile: each kind of block"]),  # as of version 0.1.0
+        ({"compile": True, "lora_rank": 2}, ["compile: each kind of block"]),  # as of version 0.1.0
     ],
 )
 def test_a_run_says_what_is_compiled(asked: dict[str, Any], said: list[str], tmp_path: Path) -> None:
@@ -300,3 +304,5 @@ def test_blocks_are_those_that_a_network_repeats(folder: Path) -> None:
     assert {id(block) for block in repeated_blocks(network)} == {id(block) for block in expected}
     linear = torch.nn.Linear(2, 2)
     assert repeated_blocks(linear) == [linear]
+    mlp = MLP(2)  # a list of torch's own layers, whose `compile` compiles nothing
+    assert repeated_blocks(mlp) == [mlp]

@@ -241,6 +241,22 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(error: Exception) ->
         ended(error)
 
 
+def test_a_network_that_cannot_be_compiled_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def compiler(graph: object, inputs: object) -> None:
+        raise OSError("no g++ here\nand much more")
+
+    def body(args: list[str]) -> int:
+        torch.compile(torch.sin, backend=compiler)(torch.ones(2))
+        return 0
+
+    assert guarded(body, []) == EXIT_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("error: The network cannot be compiled here (")
+    assert "no g++ here" in said
+    assert said.endswith("--algo.compile off for a new run, the environment variable TORCHDYNAMO_DISABLE=1 for any.\n")
+    assert said.count("\n") == 1
+
+
 def test_a_program_ends_without_a_last_look_at_all_that_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     at_exit: list[object] = []
     monkeypatch.setattr(atexit, "register", at_exit.append)

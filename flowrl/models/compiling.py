@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -39,11 +40,12 @@ def compile_network(network: nn.Module, kind: Compile) -> None:
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """Find the blocks that a network repeats: those that it names itself, or the outermost entries of its lists.
 
-    A network without any is its own block.
+    A network without any is its own block. torch's own layers are none: their `compile` does nothing, without a word.
     """
     names = getattr(network, "_repeated_blocks", None) or ()
     named = [module for module in network.modules() if type(module).__name__ in names]
-    return named or _listed(network) or [network]
+    blocks = [block for block in named or _listed(network) if not type(block).__module__.startswith("torch.nn.")]
+    return blocks or [network]
 
 
 def _listed(network: nn.Module) -> list[nn.Module]:
@@ -51,6 +53,19 @@ def _listed(network: nn.Module) -> list[nn.Module]:
     for child in network.children():
         blocks += list(child) if isinstance(child, nn.ModuleList) else _listed(child)
     return blocks
+
+
+def why_uncompiled(error: Exception) -> str:
+    """Say what an error of torch's compiler means for the user; empty for any other error."""
+    compiler = sys.modules.get("torch._dynamo.exc")
+    if compiler is None or not isinstance(error, compiler.TorchDynamoException):
+        return ""
+    first = getattr(error, "inner_exception", error)
+    reason = f"{type(first).__name__}: {str(first).strip().splitlines()[0]}"
+    return (
+        f"The network cannot be compiled here ({reason}). Install what is missing, or go without: --algo.compile off "
+        "for a new run, the environment variable TORCHDYNAMO_DISABLE=1 for any."
+    )
 
 
 def cache_folder() -> str:

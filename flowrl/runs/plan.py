@@ -13,7 +13,7 @@ from flowrl.config import FlowConfig
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv
 from flowrl.models.attention import set_attention_backend
-from flowrl.models.compiling import cache_folder
+from flowrl.models.compiling import cache_folder, repeated_blocks
 from flowrl.models.lora import LoRA, count_parameters
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.fitting import fitted
@@ -40,7 +40,9 @@ def _speed(model: FlowAlgorithm) -> list[str]:
     """Say what is compiled and captured, and what that costs at first."""
     kind = model.policy.networks.compiled
     what = {"blocks": "each kind of block that the network repeats", "whole": "the whole network"}.get(kind)
-    lines = []
+    network, lines = model.policy.networks.model.network, []
+    if kind == "blocks" and repeated_blocks(network) == [network]:
+        what = "the whole network, as it repeats no blocks"
     if what:
         lines.append(
             f"compile: {what}, in the first pass of each batch size, with and without gradients; for a large "

@@ -17,6 +17,7 @@ import tyro
 
 from flowrl.distributed.ranks import is_launched, place_in_job
 from flowrl.errors import FlowRLError
+from flowrl.models.compiling import why_uncompiled
 from flowrl.registry import own_module
 from flowrl.runs.logs import discard_output, telling_warnings
 
@@ -113,6 +114,10 @@ def _run(body: Callable[[list[str]], int], args: list[str]) -> int:
         code, message = EXIT_ERROR, f"error{place_in_job()}: {error}"
     except KeyboardInterrupt:
         code, message = EXIT_INTERRUPTED, f"stopped{place_in_job()}"
+    except Exception as error:
+        if not (reason := why_uncompiled(error)):
+            raise
+        code, message = EXIT_ERROR, f"error{place_in_job()}: {reason}"
     print(message, file=sys.stderr, flush=True)
     if is_launched():
         sys.stdout.flush()

@@ -27,6 +27,7 @@ from flowrl.suites.finished import finished_before
 from flowrl.suites.suite import REMEDY, Cell
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.policy import FlowPolicy
+from flowrl.types import Compile
 
 UNBOUNDED = 10**12
 
@@ -51,7 +52,7 @@ class StopAtBudget(IterationCallback):
         return bool(model.policy.evaluations < self.budget)
 
 
-def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
+def run_cell(folder: Path, modules: tuple[str, ...] = (), compile: Compile | None = None) -> None:
     """Train, evaluate, and write `curve.json`, `samples.png` (where it can be drawn) and, last, `result.json`.
 
     Nothing is done where another process has finished the cell meanwhile.
@@ -59,22 +60,24 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     Args:
         folder: Holds `cell.json`.
         modules: To import first; nothing else that the cell names is imported.
+        compile: Instead of the cell's own setting, which counts as the same: it changes no figure but by rounding.
     """
     for module in modules:
         own_module(module)
     cell = Cell(**json.loads((folder / "cell.json").read_text("utf-8")))
     if finished_before(cell, folder.parents[cell.folder.count("/")]):
         return
-    stop = StopAtBudget(cell.budget)
+    stop, settings = StopAtBudget(cell.budget), {**cell.settings, **({"compile": compile} if compile else {})}
     with named_by_a_file("The suite", REMEDY):
         core = make(cell.env, **cell.env_settings)
         unseen = make_rewards(cell.eval_rewards, ())
         check_eval_samples(cell.eval_samples, (core, *unseen.values()))
-        model = algorithm_class(cell.algo)("FlowPolicy", core, seed=cell.seed, **cell.settings) if cell.algo else None
+        model = algorithm_class(cell.algo)("FlowPolicy", core, seed=cell.seed, **settings) if cell.algo else None
     if model is not None:
         model.learn(UNBOUNDED, callback=stop)
     training_seconds = time.monotonic() - stop.started
-    subject: tuple[Any, Any] = (model, None) if model is not None else (_untrained(cell, core), core)
+    policy = _untrained(core, settings, cell.seed) if model is None else model.policy
+    subject: tuple[Any, Any] = (policy, core) if model is None else (model, None)
     steering = Steering(**cell.steer) if cell.steer else None
     how: dict[str, Any] = {"n_samples": cell.eval_samples, "seed": 10_000 + cell.seed, "eval_rewards": unseen}
     result = evaluate(*subject, **how, steering=steering)
@@ -84,14 +87,15 @@ def run_cell(folder: Path, modules: tuple[str, ...] = ()) -> None:
     write_json(folder / "curve.json", stop.rows)
     _save_samples(result, core, folder / "samples.png")
     cost = {
-        "network_evaluations": 0 if model is None else model.policy.evaluations,
+        "network_evaluations": 0 if model is None else policy.evaluations,
         "samples": 0 if model is None else model.num_timesteps,
         "gradient_steps": 0 if model is None else model._n_updates,
         "training_seconds": round(training_seconds, 1),
         "buffer_bytes": 0 if model is None else model.buffer.nbytes,
         "peak_memory_bytes": _peak_memory(),
     }
-    write_json(folder / "result.json", finite_or_none({"cell": cell.to_dict(), "cost": cost, **numbers}))
+    about = {"cell": cell.to_dict(), "compiled": policy.networks.compiled, "cost": cost}
+    write_json(folder / "result.json", finite_or_none({**about, **numbers}))
 
 
 def _peak_memory() -> int:
@@ -115,13 +119,13 @@ def _save_samples(result: EvaluationResult, env: GenerationEnv, path: Path) -> N
         traceback.print_exc()
 
 
-def _untrained(cell: Cell, env: GenerationEnv) -> FlowPolicy:
+def _untrained(env: GenerationEnv, settings: dict[str, Any], seed: int) -> FlowPolicy:
     """Load the flow of a cell that trains nothing, to be steered."""
-    config = FlowAlgorithm.configure(recommended=env.recommended, settings=cell.settings)
-    return FlowPolicy.of(env, config, seed=cell.seed)
+    config = FlowAlgorithm.configure(recommended=env.recommended, settings=settings)
+    return FlowPolicy.of(env, config, seed=seed)
 
 
-def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:
+def run_logged(folder: Path, modules: tuple[str, ...] = (), compile: Compile | None = None) -> None:
     """Run a cell in a process of its own, which ends with 1 on an error; what it prints goes into `log.txt`.
 
     One that another call is running, or that a killed one left behind, is waited for.
@@ -133,7 +137,7 @@ def run_logged(folder: Path, modules: tuple[str, ...] = ()) -> None:
             with (folder / "log.txt").open("w", encoding="utf-8") as log:
                 for stream in (1, 2):
                     os.dup2(log.fileno(), stream)
-            run_cell(folder, modules)
+            run_cell(folder, modules, compile)
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
