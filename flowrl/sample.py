@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
-from flowrl.envs.prompts import are_none
+from flowrl.envs.prompts import are_none, with_picture
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.functional.solver_steps import Solver
 from flowrl.runs.folder import cannot_write, load_model, new_folder
@@ -214,7 +214,7 @@ def _write_media(
                 name = save_sound(image, folder / name, env.flow.sample_rate).name
             else:
                 image_grid(image[None], pad=0).save(folder / name)
-            entries.append({"file": name, "prompt": as_json(context), "seed": seed})
+            entries.append({"file": name, "prompt": as_json(context), **with_picture(context), "seed": seed})
         shown += batch[: most - len(shown)]
     image_grid(as_images(torch.stack(shown), env), columns=n if 1 < n < len(contexts) else 0).save(folder / "grid.png")
     return entries, folder / "grid.png"
