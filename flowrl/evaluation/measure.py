@@ -288,7 +288,7 @@ def _drawn(
         n_drawn += len(own)
         parts.append((gather(done.x_1), gather(done.samples)))
         rewards.append(gather(done.output.reward))
-        components.append({key: gather(value) for key, value in done.output.components.items()})
+        components.append({key: gather(value) for key, value in ranks.in_all(done.output.components).items()})
     together = {key: torch.cat([part[key] for part in components]) for key in in_all(components)}
     x_1, samples = (torch.cat(rows) for rows in zip(*parts))
     return Drawn(x_1, samples, torch.cat(rewards), together, (policy.evaluations - spent) / n_drawn)
