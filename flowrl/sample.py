@@ -110,9 +110,9 @@ def chosen_contexts(env: GenerationEnv, prompts: Sequence[str]) -> list[Any]:
     if not prompts:
         return own[:: math.ceil(len(own) / OWN_PROMPTS)]
     asked = list(dict.fromkeys(prompts))
+    labels = {str(context): context for context in reversed(own)}  # the first of a text, with its picture
     if all(isinstance(context, str) for context in own):
-        return asked
-    labels = {str(context): context for context in own}
+        return [labels.get(prompt, prompt) for prompt in asked]
     for prompt in asked:
         if prompt not in labels:
             raise UnknownNameError.of(f"context of '{env.name}'", prompt, labels)

@@ -315,6 +315,9 @@ def test_files_of_a_run_say_which_picture_a_text_had(kontext: Path, edits: Path)
     shown = [str(edits.parent / "shown" / name) for name in ("stars.png", "circles.jpg", "squares.webp")]
     entries = json.loads((out / "samples.json").read_text())["samples"]
     assert [entry["image"] for entry in entries] == shown
+    assert sample([str(run), "-n", "1", "--out", str(out), "--device", "cpu", "--prompt", "white circles"]) == 0
+    (entry,) = json.loads((edits.parent / "sampled-2" / "samples.json").read_text())["samples"]
+    assert (entry["prompt"], entry["image"]) == ("white circles", shown[0]), "the first of that text"
     rows = json.loads((run / "evaluation.json").read_text())["per_prompt"]
     assert {(row["prompt"], row["image"]) for row in rows} <= {(e["prompt"], e["image"]) for e in entries}
     assert all(f"{row['prompt']} with {row['image']}" in (run / "report.html").read_text() for row in rows)
