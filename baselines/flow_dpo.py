@@ -127,7 +127,10 @@ class FlowDPO(EndpointSamples, GroupRelative):
 
         Marks have such a size that means over a pass, with what fills it up, are means over pairs.
         """
-        value = rollout.extra["wins"] if self.data else self.relative(rollout)
+        if self.data:
+            value = rollout.extra["wins"]
+        else:  # of one reward the order alone matters
+            value = rollout.reward if self.config.reward_aggregation == "sum" else self.relative(rollout)
         table = value.view(-1, self.config.candidates())
         best, worst = table.max(1), table.min(1)
         is_pair = best.values > worst.values

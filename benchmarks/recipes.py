@@ -5,6 +5,7 @@ python benchmarks/recipes.py
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ RECIPES: list[tuple[str, str, int, dict[str, Any]]] = [
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(
         "| GPU | pipeline | pixels | settings | loading | drawing | decoding | training | working copies "
         "| most without them | parameters trained |"

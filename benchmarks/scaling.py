@@ -7,6 +7,7 @@ python benchmarks/scaling.py
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import sys
@@ -102,6 +103,7 @@ def row(algo: str, name: str, resolution: int, what: str, n_gpus: int, counted: 
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(
         "| algorithm | pipeline | pixels | trained | GPUs | weights, MiB | gradients, MiB | samples, MiB "
         "| vectors, MiB | drawing + updating, s | sending, s | efficiency |"

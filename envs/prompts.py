@@ -159,6 +159,12 @@ def picture_of(context: Any) -> str | None:
     return place if isinstance(place, str) and place else None
 
 
+def with_picture(context: Any) -> dict[str, str]:
+    """Name the picture of a context, as a part of what is written of it; nothing where it has none."""
+    place = picture_of(context)
+    return {} if place is None else {PICTURE: place}
+
+
 def wanted(contexts: Any, n: int) -> Any:
     """Give contexts (B,), or their indices, as samples are asked for: `n` of a string or of the first, or those given.
 

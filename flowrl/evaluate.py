@@ -95,7 +95,7 @@ class EvaluateConfig:
 
 def main(args: list[str] | None = None) -> int:
     """Run the program; give its exit code."""
-    return run_program(PROGRAM, EvaluateConfig, _evaluate, args)
+    return run_program(PROGRAM, EvaluateConfig, _evaluate, args, divides=True)
 
 
 def _evaluate(config: EvaluateConfig) -> int:

@@ -63,7 +63,7 @@ def main(args: list[str] | None = None) -> int:
 
     Of several processes the main one prints and writes files.
     """
-    return guarded(_main, args)
+    return guarded(_main, args, divides=True)
 
 
 def _main(args: list[str]) -> int:

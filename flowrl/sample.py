@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
-from flowrl.envs.prompts import are_none
+from flowrl.envs.prompts import are_none, with_picture
 from flowrl.errors import ConfigError, FlowRLError, UnknownNameError
 from flowrl.functional.solver_steps import Solver
 from flowrl.runs.folder import cannot_write, load_model, new_folder
@@ -110,9 +110,9 @@ def chosen_contexts(env: GenerationEnv, prompts: Sequence[str]) -> list[Any]:
     if not prompts:
         return own[:: math.ceil(len(own) / OWN_PROMPTS)]
     asked = list(dict.fromkeys(prompts))
+    labels = {str(context): context for context in reversed(own)}  # the first of a text, with its picture
     if all(isinstance(context, str) for context in own):
-        return asked
-    labels = {str(context): context for context in own}
+        return [labels.get(prompt, prompt) for prompt in asked]
     for prompt in asked:
         if prompt not in labels:
             raise UnknownNameError.of(f"context of '{env.name}'", prompt, labels)
@@ -214,7 +214,7 @@ def _write_media(
                 name = save_sound(image, folder / name, env.flow.sample_rate).name
             else:
                 image_grid(image[None], pad=0).save(folder / name)
-            entries.append({"file": name, "prompt": as_json(context), "seed": seed})
+            entries.append({"file": name, "prompt": as_json(context), **with_picture(context), "seed": seed})
         shown += batch[: most - len(shown)]
     image_grid(as_images(torch.stack(shown), env), columns=n if 1 < n < len(contexts) else 0).save(folder / "grid.png")
     return entries, folder / "grid.png"

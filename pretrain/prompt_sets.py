@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,7 @@ def _a(noun: str) -> str:
 SETS = {make.__name__: make for make in (animals, colours, counts, spatial, words)}
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FOLDER.mkdir(exist_ok=True)
     for name, make in SETS.items():
         (FOLDER / f"{name}.jsonl").write_text(lines(make()))

@@ -656,3 +656,10 @@ def test_a_flow_that_no_longer_fits_its_own_samples_is_told_of(name, settings):
     with pytest.warns(UserWarning, match=r"fits its own samples worse than the reference does: .* [\d.]+ times"):
         model.learn(model.config.n_samples, reset_num_timesteps=False)
     assert model.last_logged["train/own_loss"] > 1.3 * model.last_logged["train/reference_loss"]
+
+
+def test_a_default_device_whose_tensors_hold_no_values_is_told() -> None:
+    env = flowrl.make("gaussians-linear")
+    for make in (lambda: flowrl.ORWCFM("FlowPolicy", "gaussians-linear"), lambda: flowrl.FlowPolicy.of(env)):
+        with torch.device("meta"), pytest.raises(ConfigError, match="default device is 'meta', whose tensors hold no"):
+            make()

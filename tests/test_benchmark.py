@@ -648,3 +648,20 @@ def test_the_learning_rate_falls_with_the_budget_of_a_cell():
     stop = StopAtBudget(budget=4 * 16 * (4 + 5))  # four iterations: 4 to draw; v, v_old and v_ref, and a backward pass
     model.learn(UNBOUNDED, callback=stop)
     assert [row["train/learning_rate"] for row in stop.rows] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_rows_that_gained_nothing_have_not_come_to_90_percent() -> None:
+    """Neither where none gained, by the chance of their first iterations, nor where a gain was lost again."""
+    falls, rises, lost = (entry(name, 1.0, 0.1) for name in ("falls", "rises", "lost"))
+    for row, rewards in ((falls, (0.2, -1, -1)), (rises, (0.0, 1, 1)), (lost, (0.0, 1, -1))):
+        row["curve"] = [{"evaluations": i, "rollout/reward_mean": float(r)} for i, r in enumerate(rewards)]
+        row["reward_mean"] = summary([1.0 if row is rises else -0.5])
+    _add_speed([falls])
+    assert falls["evaluations_to_90_percent"] is None
+    _add_speed([falls, lost])
+    assert [row["evaluations_to_90_percent"] for row in (falls, lost)] == [None, None]
+    _add_speed([falls, rises, lost])
+    assert [row["evaluations_to_90_percent"] for row in (falls, rises, lost)] == [None, 2, None]
+    flat = {**entry("flat", 1.0, 0.1), "curve": [{"evaluations": i, "rollout/reward_mean": 0.5} for i in range(3)]}
+    _add_speed([flat])
+    assert flat["evaluations_to_90_percent"] is None

@@ -318,3 +318,23 @@ def test_times_are_weighed_and_end_at_the_largest(name: str, settings: dict[str,
         fit = squared_error(v, pair.u)
         expected = (1 + pair.t) * ((w if "target" in settings else w - b) * fit)
     torch.testing.assert_close(loss, expected.mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("coupling", ["ot", "c2ot"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_advantages_that_are_not_finite_are_left_out_where_samples_are_drawn_by_them(
+    coupling: str, value: float
+) -> None:
+    """Not only the samples that carry them: all of the step, as without a coupling."""
+    model = make("awm", coupling=coupling)
+    model.learn(32)
+    before = [p.clone() for p in model.policy.parameters_of("current").values()]
+    model.advantage = lambda rollout: torch.where(rollout.reward > rollout.reward.min(), rollout.reward, value)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(32, reset_num_timesteps=False)
+    after = model.policy.parameters_of("current").values()
+    assert all(p.isfinite().all() for p in after)
+    assert not all(torch.equal(p, q) for p, q in zip(before, after))
+    assert model.bad_updates.total == 1
+    assert [str(one.message)[:34] for one in caught] == ["1 gradient steps were left out: th"]

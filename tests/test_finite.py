@@ -126,3 +126,18 @@ def test_rewards_whose_squares_overflow_are_told_as_such(name: str) -> None:
     made = ALGORITHMS[name]("FlowPolicy", "huge-reward", seed=0, n_samples=16, batch_size=16, rollout_steps=2)
     with pytest.raises(ConfigError, match=r"rewards from -\d\S*e\+30 to \d.*beyond float32: scale the reward down"):
         made.learn(16)
+
+
+def test_pairs_go_by_the_order_of_rewards_whatever_their_size() -> None:
+    """Flow-DPO asks which of a group is best, so the largest rewards that float32 holds teach what small ones do."""
+    trained = []
+    for scale in (1.0, 2.0**110):
+
+        @flowrl.register_env("scaled-reward", flow="gaussians")
+        def scaled(samples: torch.Tensor, contexts: list[Any], scale: float = scale) -> torch.Tensor:
+            return scale * samples[:, 0]
+
+        made = flowrl.FlowDPO("FlowPolicy", "scaled-reward", seed=0, n_samples=32, batch_size=8, rollout_steps=2)
+        trained.append(weights(made.learn(32)))
+    assert made._n_updates > made.bad_updates.zeros == 0
+    assert torch.equal(*trained)

@@ -27,6 +27,7 @@ from flowrl.models.loading import source_of
 from flowrl.models.pictures import read_picture
 from flowrl.models.pipeline import PipelineOptions
 from flowrl.run import main
+from flowrl.sample import main as sample
 from flowrl.training.memory_plan import predict_memory
 from flowrl.training.policy import FlowPolicy
 
@@ -292,3 +293,31 @@ def test_the_model_card_shows_a_picture_in_the_call(kontext: Path, edits: Path, 
     assert '    image=load_image("stars.png").resize((24, 16), Image.Resampling.LANCZOS),' in text
     assert "    max_area=384,\n    _auto_resize=False,\n" in text
     assert "from PIL import Image" in text
+
+
+def test_files_of_a_run_say_which_picture_a_text_had(kontext: Path, edits: Path) -> None:
+    """`samples.json`, `evaluation.json` and the report: one text has two pictures here."""
+    given = [
+        "--env",
+        "sd3-compress",
+        "--env.flow",
+        str(kontext),
+        "--env.prompt-file",
+        str(edits),
+        "--out",
+        edits.parent,
+    ]
+    small = [part for name, value in SETTINGS.items() for part in (f"--algo.{name.replace('_', '-')}", value)]
+    told = ["--algo", "flow_dpo", *given, "--env.resolution", 16, *small, "--total-timesteps", 4, "--eval-samples", 16]
+    assert main([*map(str, told), "--out", str(edits.parent), "--name", "run", "--device", "cpu"]) == 0
+    run, out = edits.parent / "run", edits.parent / "sampled"
+    assert sample([str(run), "-n", "1", "--out", str(out), "--device", "cpu"]) == 0
+    shown = [str(edits.parent / "shown" / name) for name in ("stars.png", "circles.jpg", "squares.webp")]
+    entries = json.loads((out / "samples.json").read_text())["samples"]
+    assert [entry["image"] for entry in entries] == shown
+    assert sample([str(run), "-n", "1", "--out", str(out), "--device", "cpu", "--prompt", "white circles"]) == 0
+    (entry,) = json.loads((edits.parent / "sampled-2" / "samples.json").read_text())["samples"]
+    assert (entry["prompt"], entry["image"]) == ("white circles", shown[0]), "the first of that text"
+    rows = json.loads((run / "evaluation.json").read_text())["per_prompt"]
+    assert {(row["prompt"], row["image"]) for row in rows} <= {(e["prompt"], e["image"]) for e in entries}
+    assert all(f"{row['prompt']} with {row['image']}" in (run / "report.html").read_text() for row in rows)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import small_pipelines
 import torch
+from conftest import REPOSITORY
 from small_pipelines import PROMPTS
 
 import flowrl
@@ -277,3 +278,41 @@ def test_a_class_that_is_declared_outside(tmp_path: Path, monkeypatch: pytest.Mo
     x, t, cond = torch.randn(2, *flow.latent_shape), torch.tensor([0.2, 0.7]), flow.encode(PROMPTS[:2])
     with torch.no_grad():
         assert torch.equal(flow(x, t, cond), expected(x, t, expected.encode(PROMPTS[:2])))
+
+
+def test_a_declaration_that_names_what_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders that it forgets were loaded in another type than the network; of a class a folder was called damaged."""
+    folder = small_pipelines.sd3(tmp_path / "pag", t5=False)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3PAGPipeline"}))
+    monkeypatch.setattr(registry, "DECLARED", {})
+
+    def declare(**said: Any) -> None:
+        registry.DECLARED.clear()
+        register_pipeline(type("Mine", (SD3Flow,), {"PIPELINE": "StableDiffusion3PAGPipeline", **said}))
+
+    declare(ENCODERS=("text_encoder",))
+    with pytest.raises(ConfigError, match=r"has text_encoder_2, too: Mine\.ENCODERS must name it"):
+        source_of(str(folder))
+    declare(TRANSFORMER="SD3Transformer")
+    with pytest.raises(ModelLoadError, match=r"diffusers \d.*, as installed, has no class 'SD3Transformer'"):
+        source_of(str(folder)).skeleton()
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "MyPipeline"}))
+    declare(PIPELINE="MyPipeline")
+    with pytest.raises(ModelLoadError, match=r"diffusers \d.*, as installed, has no class 'MyPipeline'"):
+        load(folder)
+
+
+def test_the_declaration_of_the_how_to_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (REPOSITORY / "docs" / "how-to" / "pipeline.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(registry, "DECLARED", dict(registry.DECLARED))
+    folder = small_pipelines.sd3(tmp_path / "pag")
+    expected, t = load(folder), torch.tensor([0.2, 0.7])
+    exec(page.partition("# my_pipelines.py\n")[2].partition("```")[0], made := {})  # noqa: S102
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": made["MyFlow"].PIPELINE}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    flow = load(folder)
+    assert type(flow) is made["MyFlow"]
+    x = torch.randn(2, *flow.latent_shape)
+    with torch.no_grad():
+        assert torch.equal(flow(x, t, flow.encode(PROMPTS[:2])), expected(x, t, expected.encode(PROMPTS[:2])))

@@ -12,6 +12,7 @@ from conftest import DEVICE
 
 import flowrl
 from flowrl.config import FlowConfig
+from flowrl.envs.base import GenerationEnv
 from flowrl.errors import ConfigError
 from flowrl.functional.solver_steps import evaluations_per_sample
 from flowrl.models.base import VelocityModel
@@ -379,3 +380,15 @@ def test_what_encodes_contexts_keeps_no_graph() -> None:
     settings = {"n_samples": 16, "batch_size": 8, "rollout_steps": 2}
     model = flowrl.ORWCFM("FlowPolicy", core, seed=0, device="cpu", **settings).learn(16)
     assert model._n_updates > 1
+
+
+def test_contexts_that_a_flow_of_ones_own_does_not_know_are_named() -> None:
+    class Words(Labelled):
+        def encode(self, contexts: Any) -> Any:
+            return (torch.tensor([[{"left": 0.0, "right": 1.0}[context]] for context in contexts]),)
+
+    env = GenerationEnv(source_of(Words), contexts=["left", "right"], low=-9.0, high=9.0, name="words")
+    policy = FlowPolicy.of(env, FlowConfig(rollout_steps=1), device=DEVICE)
+    with pytest.raises(ConfigError, match=r"Words.encode, for \['up'\], raised KeyError: 'up'"):
+        policy.sample(["left", "up"])
+    assert policy.contexts == ["left", "right"]

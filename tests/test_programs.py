@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import re
@@ -305,3 +306,16 @@ def test_a_reader_that_is_gone(program_environment: dict[str, str], tmp_path: Pa
         said = process.stderr.read()
     assert process.returncode == EXIT_BROKEN_PIPE == 141
     assert "BrokenPipe" not in said
+
+
+@pytest.mark.parametrize("name", ["sample", "export", "report", "benchmark", "serve"])
+def test_programs_whose_work_is_not_divided_refuse_several_processes(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("flowrl.runs.program.os._exit", lambda code: None)
+    monkeypatch.chdir(tmp_path)
+    program = importlib.import_module(f"flowrl.{name}")
+    assert program.main(["runs/none"]) == EXIT_ERROR
+    told = "error (process 1 of 2): This program works in one process, and 2 were started: start it without torchrun"
+    assert capsys.readouterr().err.startswith(told)

@@ -332,3 +332,27 @@ def test_a_whole_run_of_two_processes(tmp_path: Path, run_pair: Callable[..., Pa
     assert pair.codes == [0, 0], errors
     said = (tmp_path / "output").read_text()[before:]
     assert [said.count(text) for text in ("algorithm: raft", "(33 samples)", "written: ")] == [1, 1, 1]
+
+
+UNEVEN = """
+import os
+import flowrl
+
+@flowrl.register_env("uneven", flow="gaussians")
+def uneven(samples, contexts):
+    values = [("own of 0", 5.0), ("both", 1.0), (3, 2.0)], [(3, 2.0), ("own of 1", 7.0), ("both", 1.0)]
+    parts = {name: samples[:, 0] * 0 + value for name, value in values[int(os.environ["RANK"])]}
+    return flowrl.RewardOutput(samples[:, 0], parts)
+"""
+
+
+def test_components_are_put_together_by_their_names(tmp_path: Path, run_pair: Callable[..., Pair]) -> None:
+    """As many on both, of which some are not there on the other, and none in the same place."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    small = ["--total-timesteps", 64, "--algo.n-samples", 64, "--algo.batch-size", 32, "--eval-samples", 32]
+    pair = run_pair("--algo", "raft", "--env", "uneven:uneven", *small, "--name", "a", "--picture-every", 100)
+    errors = pair.wait(100)
+    assert pair.codes == [0, 0], errors
+    row = json.loads((tmp_path / "runs" / "a" / "metrics.json").read_text().splitlines()[0])
+    assert {key: value for key, value in row.items() if key.startswith("reward/")} == {"reward/both": 1, "reward/3": 2}
+    assert json.loads((tmp_path / "runs" / "a" / "evaluation.json").read_text())["components"] == {"both": 1, "3": 2}

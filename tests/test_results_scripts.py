@@ -291,3 +291,12 @@ def test_results_made_with_other_options_are_no_part_of_a_table(tmp_path: Path) 
     assert asked("--seeds", "2") == [{"seed": 1}]
     with pytest.raises(SystemExit, match=r"with other options \(--budget 1, not 2\): take another --out"):
         asked("--budget", "2")
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "pretrain", "docs/tools"])
+def test_scripts_look_at_their_command_line(folder: str) -> None:
+    """Those without options too: what was asked for `--help` would run, for minutes or over files that are there."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (REPOSITORY / folder).glob("*.py")}
+    programs = {name: text for name, text in texts.items() if "__main__" in text}
+    assert programs
+    assert not [name for name, text in programs.items() if ".parse_args(" not in text]

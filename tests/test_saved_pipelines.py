@@ -19,6 +19,7 @@ from small_pipelines import PROMPTS
 import flowrl
 from flowrl.envs.rewards import make_reward
 from flowrl.errors import ConfigError, ModelLoadError
+from flowrl.export import main as export
 from flowrl.models.imports import first_failure, importing
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
@@ -328,3 +329,18 @@ def test_a_dry_run_says_so(run_here, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: resolution must be at most 128 pixels for this pipeline")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["final", "exported"])
+def test_an_adapter_is_no_flow_and_says_how_to_start_from_it(
+    place: str, tiny_runs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tiny_runs["lora"] / "final"
+    if place == "exported":
+        folder = tmp_path / "shared"
+        assert export([str(tiny_runs["lora"]), str(folder), "--device", "cpu"]) == 0
+    with pytest.raises(ModelLoadError, match=r"an adapter \(LoRA\), .* by --algo.init-lora "):
+        source_of(str(folder))
+    small = {"init_lora": str(folder), "n_samples": 4, "batch_size": 4, "group_size": 2, "rollout_steps": 1}
+    env = flowrl.make("sd3-compress", flow="mini-sd3")
+    flowrl.ORWCFM("FlowPolicy", env, seed=0, device="cpu", **small)

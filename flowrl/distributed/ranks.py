@@ -7,9 +7,10 @@ sharded in consecutive parts, one a rank.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from flowrl.checks import in_all
 from flowrl.distributed.sharding import is_sharded, shard
 from flowrl.errors import ConfigError
 
@@ -112,6 +114,15 @@ class Ranks:
         content = content if self.is_main else content.new_zeros(int(length))
         dist.broadcast(content, 0)
         return bytes(content.tolist()).decode()
+
+    def in_all(self, named: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        """Take what every rank has a name for, in the order of the main one: of rewards each call names components."""
+        if self.world_size == 1:
+            return dict(named)
+        own = {str(name): (name, value) for name, value in named.items()}
+        line = torch.tensor(list(f"{json.dumps(list(own))}\n".encode()), dtype=torch.uint8, device=self.device)
+        everyones = bytes(self.gather_uneven(line).tolist()).splitlines()
+        return dict(own[name] for name in in_all([dict.fromkeys(json.loads(part)) for part in everyones]))
 
     def all_to_all(self, rows: torch.Tensor, given: list[int], received: list[int]) -> torch.Tensor:
         """Send consecutive rows to the ranks, `given[i]` of them to rank i, and get `received[i]` from rank i."""

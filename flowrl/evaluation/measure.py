@@ -14,7 +14,7 @@ import torch
 from flowrl.checks import counted, in_all, shown
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, check_reward, draw_contexts
-from flowrl.envs.prompts import are_none, prompts_from, shares_of
+from flowrl.envs.prompts import are_none, prompts_from, shares_of, with_picture
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError, RewardError, raised_by
 from flowrl.evaluation.results import EvaluationResult, SampleStatistics
@@ -288,7 +288,7 @@ def _drawn(
         n_drawn += len(own)
         parts.append((gather(done.x_1), gather(done.samples)))
         rewards.append(gather(done.output.reward))
-        components.append({key: gather(value) for key, value in done.output.components.items()})
+        components.append({key: gather(value) for key, value in ranks.in_all(done.output.components).items()})
     together = {key: torch.cat([part[key] for part in components]) for key in in_all(components)}
     x_1, samples = (torch.cat(rows) for rows in zip(*parts))
     return Drawn(x_1, samples, torch.cat(rewards), together, (policy.evaluations - spent) / n_drawn)
@@ -351,8 +351,8 @@ def _per_prompt(
     drawn, index = context_ids.unique(return_inverse=True)
     n = torch.bincount(index)
     means = [torch.zeros_like(n, dtype=r.dtype).index_add_(0, index, r) / n for r in (before, after)]
-    rows = zip(drawn.tolist(), n.tolist(), means[0].tolist(), means[1].tolist())
-    return [{"prompt": str(env.contexts[i]), "n": k, "reference": a, "trained": b} for i, k, a, b in rows]
+    rows = zip([env.contexts[i] for i in drawn.tolist()], n.tolist(), means[0].tolist(), means[1].tolist())
+    return [{"prompt": str(c), **with_picture(c), "n": k, "reference": a, "trained": b} for c, k, a, b in rows]
 
 
 def _side(

@@ -58,8 +58,8 @@ class EvaluationResult(SampleStatistics):
         n_prompts: Number of prompts; 0 for an unconditional flow.
         sampling: Settings of the sampler that are not those of training, by name; empty when all are.
         evaluations_per_sample: Network evaluations that a sample of the trained flow cost.
-        per_prompt: For each prompt drawn, the number of samples and the mean rewards of the reference and of the
-            trained flow; empty for an unconditional flow.
+        per_prompt: For each prompt drawn, its picture if it has one, the number of samples and the mean rewards of the
+            reference and of the trained flow; empty for an unconditional flow.
         reference: The same statistics of the reference, at the same noise and contexts.
         w2_floor: W2 of two independent sets of exact samples of that size: the least that `w2_to_optimum` can reach.
         samples: A few samples of the trained flow (for grids), decoded, on the CPU.

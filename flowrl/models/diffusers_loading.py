@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,8 +51,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     adapter = declared(index.get("_class_name"), name)
     index = {part: _named(value, adapter) for part, value in index.items()}
     _check_libraries(index, name)
-    if adapter.WITHOUT_T5 is None and not options.t5:
-        raise ConfigError(f"'{name}' ({adapter.PIPELINE}) cannot do without T5: leave --env.t5 on.")
+    _check_encoders(index, name, adapter, options)
     transformer, vae = (read_json(fetch(f"{part}/config.json"), what) for part in (adapter.NETWORK, "vae"))
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
@@ -161,6 +161,19 @@ def _check_libraries(index: dict[str, Any], name: str) -> None:
                 f"The part '{part[:100]}' of the pipeline '{name}' is of {shown(library)}, not of "
                 f"{' or '.join(LIBRARIES)}. Other code is not imported."
             )
+
+
+def _check_encoders(index: dict[str, Any], name: str, adapter: type[PipelineFlow], options: PipelineOptions) -> None:
+    """Check that the declaration names all text encoders, and does without the one that is not wanted.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if adapter.WITHOUT_T5 is None and not options.t5:
+        raise ConfigError(f"'{name}' ({adapter.PIPELINE}) cannot do without T5: leave --env.t5 on.")
+    there = {part for part, value in index.items() if re.fullmatch(r"text_encoder(_\d)?", part) and _is_there(value)}
+    if others := there - {*adapter.ENCODERS}:
+        raise ConfigError(f"'{name}' has {', '.join(sorted(others))}, too: {adapter.__name__}.ENCODERS must name it.")
 
 
 def _check_sizes(config: dict[str, Any], what: str) -> None:

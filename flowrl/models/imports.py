@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 from flowrl.errors import ModelLoadError
@@ -19,10 +20,15 @@ def looked_up(library: str, name: str) -> Any:
     """Look up a class of one of these libraries, which import it then.
 
     Raises:
-        ModelLoadError: An import within failed; names the first that did.
+        ModelLoadError: There is none, or an import within failed; names the first that did.
     """
     with importing():
-        return getattr(importlib.import_module(library), name)
+        found = getattr(importlib.import_module(library), name, None)
+    if found is None:
+        raise ModelLoadError(
+            f"{library} {version(library)}, as installed, has no class '{name[:100]}': update it, or mend that name."
+        )
+    return found
 
 
 @contextmanager

@@ -182,6 +182,11 @@ def _with_size(source: FlowSource, options: PipelineOptions) -> FlowSource:
 
 
 def _folder_source(folder: Path, name: str) -> FlowSource:
+    if (folder / "pytorch_lora_weights.safetensors").is_file():
+        raise ModelLoadError(
+            f"The folder '{folder}' holds an adapter (LoRA), which is no flow by itself: take the flow that it was "
+            f"trained on (--env.flow), and start from it by --algo.init-lora {folder}."
+        )
     config = read_json(folder / "config.json", f"flow '{name}'")
     kind = config.get("model")
     if kind not in BUILDERS:

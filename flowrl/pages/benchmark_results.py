@@ -130,7 +130,7 @@ def _add_speed(entries: Sequence[Entry]) -> None:
     """Add the network evaluations until 90 % of the best gain in reward that a method of the environment has come to.
 
     Gains are those of the curves of training, averaged over three iterations, above the mean of all first iterations.
-    Methods that ask for no reward in training (given pairs) have none.
+    Methods that ask for no reward in training (given pairs) have none, nor have those that gained nothing in the end.
     """
     for env in {entry["env"] for entry in entries}:
         trained = [e for e in entries if e["env"] == env and e.get("curve")]
@@ -140,7 +140,9 @@ def _add_speed(entries: Sequence[Entry]) -> None:
         start = float(np.mean([e["curve"][0]["rollout/reward_mean"] for e, _ in curves]))
         goal = start + 0.9 * (max(reward for _, curve in curves for _, reward in curve) - start)
         for entry, curve in curves:
-            entry["evaluations_to_90_percent"] = next((spent for spent, reward in curve if reward >= goal), None)
+            gained = entry["reward_mean"]["mean"] > entry["reference_reward_mean"]["mean"]
+            reached = (spent for spent, reward in curve if gained and reward >= goal > start)
+            entry["evaluations_to_90_percent"] = next(reached, None)
 
 
 def _smoothed(curve: Sequence[dict[str, float]]) -> list[tuple[float, float]]:

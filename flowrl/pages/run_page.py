@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowrl.envs.prompts import PICTURE
 from flowrl.evaluation.results import asked, listed
 from flowrl.pages.html import folded, heading, page, paragraph, preformatted, table, warning_list
 from flowrl.pages.run_files import RunFiles, telling_damage
@@ -118,7 +119,7 @@ def _by_prompt(found: list[Mapping[str, Any]]) -> str:
     ordered = sorted(found, key=lambda row: row["reference"] - row["trained"])
     rows = [
         (
-            row["prompt"],
+            f"{row['prompt']}{f' with {row[PICTURE]}' if PICTURE in row else ''}",
             row["n"],
             *(number(row[key]) for key in ("reference", "trained")),
             change(row["reference"], row["trained"]),

@@ -16,7 +16,7 @@ from typing import Annotated, TextIO, TypeVar
 import tyro
 
 from flowrl.distributed.ranks import is_launched, place_in_job
-from flowrl.errors import FlowRLError
+from flowrl.errors import ConfigError, FlowRLError
 from flowrl.models.compiling import why_uncompiled
 from flowrl.registry import own_module
 from flowrl.runs.logs import discard_output, telling_warnings
@@ -51,7 +51,9 @@ class OwnCode:
     modules: OwnModules = ()
 
 
-def run_program(prog: str, config: type[Config], body: Callable[[Config], int], args: Sequence[str] | None) -> int:
+def run_program(
+    prog: str, config: type[Config], body: Callable[[Config], int], args: Sequence[str] | None, divides: bool = False
+) -> int:
     """Parse a command line, run a program with it, and give its exit code; see `guarded`.
 
     Args:
@@ -59,13 +61,15 @@ def run_program(prog: str, config: type[Config], body: Callable[[Config], int], 
         config: Dataclass of its options.
         body: The program.
         args: The command line; that of this process when None.
+        divides: As in `guarded`.
     """
-    return guarded(lambda given: body(tyro.cli(config, args=given, prog=prog)), args)
+    return guarded(lambda given: body(tyro.cli(config, args=given, prog=prog)), args, divides)
 
 
-def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None) -> int:
+def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None, divides: bool = False) -> int:
     """Import the user's modules, run a program on its command line, and give its exit code.
 
+    `divides`: several processes divide its work. Those of another program would each do all of it, in the same files.
     An error that a user can cause, and a warning of flowrl's own, is one line on stderr. Of several processes the one
     that has an error ends at once: a tidy end would wait for the others, or abort. There is no traceback of Ctrl-C or
     of `... | head` either.
@@ -77,7 +81,7 @@ def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None) -> int
     atexit.register(gc.freeze)  # else a last look at all that torch imported takes a third as long as its import
     try:
         try:
-            return _run(body, list(sys.argv[1:] if args is None else args))
+            return _run(body, list(sys.argv[1:] if args is None else args), divides)
         finally:
             print(end="", flush=True)  # an error of writing comes now, not at the end of the process
     except BrokenPipeError:
@@ -103,11 +107,16 @@ def _has_no_reader(stream: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _run(body: Callable[[list[str]], int], args: list[str]) -> int:
+def _run(body: Callable[[list[str]], int], args: list[str], divides: bool) -> int:
     try:
         with telling_warnings(None, lambda text: print(text, file=sys.stderr, flush=True)):
             if "" not in sys.path and not getattr(sys.flags, "safe_path", False):
                 sys.path.append("")  # the current folder, which `python -m` has on it and an installed program has not
+            if is_launched() and not divides:
+                raise ConfigError(
+                    f"This program works in one process, and {os.environ['WORLD_SIZE']} were started: start it without "
+                    "torchrun or accelerate launch, and without WORLD_SIZE in the environment."
+                )
             import_own_modules(args)
             return body(args)
     except FlowRLError as error:

@@ -304,12 +304,17 @@ def check_trainable(policy: FlowPolicy) -> None:
 
 
 def check_device(device: torch.device | str) -> None:
-    """Raise a clear error for a device that is not there, and for another default type of torch's.
+    """Raise a clear error for a device that is not there, and for defaults of torch's that do not serve.
 
     Raises:
         DeviceError: Unknown or absent.
-        ConfigError: Tensors would not be float32.
+        ConfigError: Tensors would not be float32, or hold no values.
     """
+    if torch.get_default_device().type == "meta":
+        raise ConfigError(
+            "torch's default device is 'meta', whose tensors hold no values: call torch.set_default_device('cpu') "
+            "before, or work outside of `with torch.device('meta')`."
+        )
     if torch.get_default_dtype() != torch.float32:
         raise ConfigError(
             f"flowrl computes in float32, or as its setting precision says; torch's default type is "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from flowrl.checks import described, shown
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, raised_by
 from flowrl.models.base import VelocityModel
 from flowrl.training.construction import on_device
 from flowrl.types import Condition, has_values
@@ -33,6 +34,17 @@ def condition(model: VelocityModel, given: Any, device: torch.device, n: int | N
             f"contexts, such as (embeddings,), not {described(given)}."
         )
     return on_device(tuple(part.detach() for part in parts), device)
+
+
+def encoded(model: VelocityModel, contexts: Sequence[Any], device: torch.device) -> Condition:
+    """Encode contexts, to a condition on a device.
+
+    Raises:
+        ConfigError: The flow does not know one of them, or gives no condition.
+    """
+    with raised_by(f"{type(model).__name__}.encode, for {shown(contexts)},"):
+        given = model.encode(contexts)
+    return condition(model, given, device, len(contexts))
 
 
 def times(model: VelocityModel, steps: int, device: torch.device) -> torch.Tensor:

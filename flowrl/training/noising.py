@@ -183,7 +183,9 @@ class Coupled(Noising):
         n = len(x_0) * ranks.world_size  # coupled over the whole minibatch
         x_0, x_1, ids, reward, coefficient, group = (ranks.all_gather(rows, n) for rows in (x_0, *batch[:5]))
         size = coefficient.abs()
-        index = torch.multinomial(size + (size.sum() == 0), n, replacement=True, generator=self.generator)
+        can_choose = (size.sum() > 0) & (size.sum() < math.inf)  # not among zeros, nor numbers that are not finite
+        chance = torch.where(can_choose, size, 1)
+        index = torch.multinomial(chance, n, replacement=True, generator=self.generator)
         x_1, ids, sign = x_1[index], ids[index], coefficient[index].sign()
         if coupling == "ot":
             order = ot_permutation(x_0, x_1, 2 * ids + (sign < 0))

@@ -147,7 +147,7 @@ class FlowPolicy(SB3Policy):
 
     def encode(self, contexts: Sequence[Any]) -> Condition:
         """Encode contexts, with the default scale where guidance is distilled; what encodes them does not stay."""
-        encoded = flow_checks.condition(self.model, self.model.encode(contexts), self._home, len(contexts))
+        encoded = flow_checks.encoded(self.model, contexts, self._home)
         self.model.release_encoders()
         return self.model.with_guidance(encoded, self.guidance_scale)
 

@@ -146,7 +146,8 @@ def log_iteration(model: FlowAlgorithm, updates: dict[str, torch.Tensor], second
     if not {"drift", "own_loss"} <= updates.keys() and model.learns_from != "contexts":
         with model.policy.uncounted():  # the log is not part of the method's cost
             updates = {**model.drift(), **updates}
-    measured = {**model.rollout_figures, **{f"train/{key}": value for key, value in updates.items()}}
+    trained = {f"train/{key}": value for key, value in updates.items()}
+    measured = model.ranks.in_all({**model.rollout_figures, **trained})
     values = model.ranks.mean_(torch.stack([value.float() for value in measured.values()])).tolist()
     record = model.logger.record
     for key, value in zip(measured, values):

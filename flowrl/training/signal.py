@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class Signal:
         low, high, worst, best = torch.stack((*coefficient.to(reward).aminmax(), *reward.aminmax())).tolist()
         largest, of_rewards = max(-low, high), best - worst
         alike = of_rewards == 0 and not model.extra_state.tensors  # even where some are chosen, as by RAFT
-        self.silent = self.silent + 1 if alike or high - low <= 1e-6 * largest else 0
+        self.silent = self.silent + 1 if alike or high - low <= 1e-6 * largest < math.inf else 0
         if not self.silent:
             return
         of_context = (reward - group_mean(reward, rollout.context_ids, len(model.env.core.contexts))).abs()
