@@ -82,7 +82,7 @@ def test_two_processes_do_what_one_does(
     assert two["evaluation"] == pytest.approx(one["evaluation"], rel=max(close, 1e-4), abs=max(close, 1e-4))
 
 
-@pytest.mark.parametrize("case", ["orw_w2", "orw_w2, LoRA"])
+@pytest.mark.parametrize("case", ranks_worker.DIVIDED[:2])
 def test_one_process_reads_what_two_that_divide_weights_wrote(case: str, of_two: dict[str, Any]) -> None:
     name = f"{case}, divided"
     loaded = flowrl.ORWCFMW2.load(of_two["folder"] / name, device="cpu")
