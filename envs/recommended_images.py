@@ -52,6 +52,7 @@ def _early(*kinds: str) -> dict[str, Any]:
     return {f"{kind}.{name}": value for kind in kinds for name, value in EARLY.items()}
 
 
+# rates of methods without a penalty; the others of these kinds have rates of their own
 WITHOUT_PENALTY = ("endpoint.preference.learning_rate", "endpoint-free.ratio.learning_rate")
 APPEARANCE: Mapping[str, Any] = {  # of how pictures look, not of what is on them
     **_early("advantages", "endpoint.preference", "endpoint-free.ratio", "mixture"),

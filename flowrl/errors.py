@@ -72,6 +72,11 @@ def raised_by(whose: str, kind: type[FlowRLError] = ConfigError) -> Iterator[Non
         raise kind(f"{whose} raised {type(error).__name__}: {error}.") from error
 
 
+def in_a_line(error: BaseException) -> str:
+    """Name an error, with the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Ask whether the closest known name was meant; an empty string when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -102,7 +102,7 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
 
 
 DIVIDED = ("orw_w2", "orw_w2, LoRA", "flow_grpo, LoRA", "pictures, LoRA")
-DIVIDED = DIVIDED if hasattr(torch.cpu.Stream, "record_event") else ()  # torch 2.6 divides weights on GPUs only
+DIVIDED = DIVIDED if hasattr(torch.cpu.Stream, "record_event") else ()  # torch 2.6 divides none on a CPU
 """Cases that are also trained with weights divided among the processes."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -235,8 +236,9 @@ class InThisProcess:
     exitcode = 0
 
     def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
-        self.args = args
-        (self.sentinel, _), self.is_alive = os.pipe(), lambda: False
+        self.args, self.is_alive = args, lambda: False
+        self.sentinel, other = multiprocessing.Pipe()
+        other.close()  # from which on it is ready
 
     def start(self) -> None:
         run_cell(*self.args)

@@ -139,7 +139,8 @@ def test_a_compiled_network_gives_the_same_velocities(kind: str, lora_rank: int)
         model.policy.velocity(x, t, ()).square().mean().backward()
         gradients.append([p.grad for p in model.policy.parameters_of("current").values() if p.grad is not None])
     for a, b in zip(*gradients):
-        assert (a - b).norm() <= 1e-4 * a.norm()
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6 * a.abs().max().item())  # values are up to 3e6
+        assert (a - b).norm() <= 1e-5 * a.norm()
     network = models[1].policy.model.network
     compiled = [name for name, module in network.named_modules() if module._compiled_call_impl is not None]
     assert compiled == ([f"hidden.{i}" for i in range(3)] if (kind, lora_rank) == ("blocks", 2) else [""])

@@ -99,7 +99,7 @@ def test_autoencoder_keeps_pictures(pipe: StableDiffusion3Pipeline, drawn: tuple
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "n"), [({}, 64), ({"max_sequence_length": 256}, 12)], ids=["recommended", "diffusers-context"]
+    ("options", "n"), [({}, 64), ({"max_sequence_length": 256}, 20)], ids=["recommended", "diffusers-context"]
 )
 def test_draws_what_is_asked(pipe: StableDiffusion3Pipeline, options: dict[str, int], n: int):
     prompts = [str(prompt) for prompt in np.random.default_rng(0).choice(full_prompts(), size=n)]

@@ -297,19 +297,10 @@ def test_the_model_card_shows_a_picture_in_the_call(kontext: Path, edits: Path, 
 
 def test_files_of_a_run_say_which_picture_a_text_had(kontext: Path, edits: Path) -> None:
     """`samples.json`, `evaluation.json` and the report: one text has two pictures here."""
-    given = [
-        "--env",
-        "sd3-compress",
-        "--env.flow",
-        str(kontext),
-        "--env.prompt-file",
-        str(edits),
-        "--out",
-        edits.parent,
-    ]
+    given = ["--env", "sd3-compress", "--env.flow", kontext, "--env.prompt-file", edits, "--out", edits.parent]
     small = [part for name, value in SETTINGS.items() for part in (f"--algo.{name.replace('_', '-')}", value)]
     told = ["--algo", "flow_dpo", *given, "--env.resolution", 16, *small, "--total-timesteps", 4, "--eval-samples", 16]
-    assert main([*map(str, told), "--out", str(edits.parent), "--name", "run", "--device", "cpu"]) == 0
+    assert main([*map(str, told), "--name", "run", "--device", "cpu"]) == 0
     run, out = edits.parent / "run", edits.parent / "sampled"
     assert sample([str(run), "-n", "1", "--out", str(out), "--device", "cpu"]) == 0
     shown = [str(edits.parent / "shown" / name) for name in ("stars.png", "circles.jpg", "squares.webp")]

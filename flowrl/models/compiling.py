@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flowrl.errors import in_a_line
 from flowrl.types import Compile
 
 VARIANTS = 64
@@ -60,8 +61,7 @@ def why_uncompiled(error: Exception) -> str:
     compiler = sys.modules.get("torch._dynamo.exc")
     if compiler is None or not isinstance(error, compiler.TorchDynamoException):
         return ""
-    first = getattr(error, "inner_exception", error)
-    reason = f"{type(first).__name__}: {str(first).strip().splitlines()[0]}"
+    reason = in_a_line(getattr(error, "inner_exception", error))
     return (
         f"The network cannot be compiled here ({reason}). Install what is missing, or go without: --algo.compile off "
         "for a new run, the environment variable TORCHDYNAMO_DISABLE=1 for any."

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-from flowrl.errors import ModelLoadError
+from flowrl.errors import ModelLoadError, in_a_line
 
 FROZEN_BY_PYTHON = 1000
 """Fewer objects are frozen from the start (none in Python 3.11, 375 in 3.12); more are somebody's, and stay so."""
@@ -73,9 +73,8 @@ def first_failure(error: BaseException) -> str | None:
     if not any(isinstance(link, ImportError) or "Failed to import" in str(link) for link in chain):
         return None
     first = chain[-1]
-    reason = (str(first).strip() or "no reason").splitlines()[0]
     return (
         "A library cannot be imported here; what failed first was "
-        f"{type(first).__name__}: {reason}. The files are not at fault. Mend that package: it is missing, or built for "
+        f"{in_a_line(first)}. The files are not at fault. Mend that package: it is missing, or built for "
         "another version (a torchvision of another build than torch, say: install the one of this torch, or none)."
     )
