@@ -43,6 +43,14 @@ def test_parts_by_arithmetic() -> None:
     assert sum(plan.parts.values()) <= plan.phases["training"] <= plan.peak
 
 
+@pytest.mark.parametrize("algo", ["dpok", "flow_grpo"])
+def test_updates_in_low_precision_are_tried(algo: str) -> None:
+    """Those of transition methods look at first how far ratios start from one, which has no value here."""
+    plan = predict(algo, "gaussians-linear", precision="bfloat16")
+    assert plan.missing == ""
+    assert plan.phases["training"] > sum(plan.parts.values())
+
+
 def test_nothing_is_computed_and_no_random_state_is_used() -> None:
     before = torch.get_rng_state()
     predict("ddpo", "gaussians-linear")

@@ -148,6 +148,7 @@ def _iterate(model: Any, tracker: WithoutStorage) -> None:
         with contextlib.suppress(*DEPENDS_ON_VALUES):  # weights are numbers, no memory
             if not model.unpredictable:
                 model._weigh()
+        model.iteration += 1  # what a first iteration looks at are values
         model.update()
 
 
