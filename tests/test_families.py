@@ -272,7 +272,7 @@ def test_the_pipelines_call_takes_what_the_model_card_says(
         settings["image"] = Image.fromarray((255 * picture).byte().numpy())
     for part in guiders:
         setattr(pipeline, part, ClassifierFreeGuidance(1.0 if untouched.distilled_guidance else scale))
-    with torch.no_grad(), silenced():
+    with torch.no_grad(), silenced(), case.around(untouched):
         by = torch.Generator().manual_seed(0)
         drawn = pipeline(prompt=PROMPTS[0], num_inference_steps=2, output_type="pt", generator=by, **settings)
     samples = torch.as_tensor(getattr(drawn, untouched.DRAWN))

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import flux_kontext
+from families import flux_kontext, qwen_image_edit
 from families.case import PROMPTS
 from families.flux_kontext import PICTURES
 from PIL import Image
+from transformers import Qwen2VLProcessor
 
 import flowrl
 from flowrl.envs.prompts import Prompt, fingerprint, positions_of, prompts_from
 from flowrl.envs.text_to_image import TextToImageEnv
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.models import pictures
 from flowrl.models.base import VelocityModel
 from flowrl.models.latent_scale import from_autoencoder, to_autoencoder
@@ -252,7 +254,7 @@ def test_the_encoder_of_pictures_is_in_the_predicted_memory(kontext: Path, monke
         return plan.phases["loading, encoding prompts"]
 
     whole = predicted()
-    monkeypatch.setattr(pictures.PicturesFlow, "_latents", lambda self, given: given)
+    monkeypatch.setattr(pictures.PicturesFlow, "latents_of", lambda self, given: given)
     assert whole - predicted() > 3 * 8 * 256 * 256 * 4  # the first layer's output for three pictures
 
 
@@ -312,3 +314,36 @@ def test_files_of_a_run_say_which_picture_a_text_had(kontext: Path, edits: Path)
     rows = json.loads((run / "evaluation.json").read_text())["per_prompt"]
     assert {(row["prompt"], row["image"]) for row in rows} <= {(e["prompt"], e["image"]) for e in entries}
     assert all(f"{row['prompt']} with {row['image']}" in (run / "report.html").read_text() for row in rows)
+
+
+@pytest.fixture(scope="module")
+def edit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qwen_image_edit.build(tmp_path_factory.mktemp("edit") / "flow")
+
+
+def test_text_encoders_that_see_pictures_lose_nothing_of_a_prompt(edit: Path) -> None:
+    """All words that there is room for beside the picture and the template, and one more is an error."""
+    flow = source_of(str(edit), pipeline=PipelineOptions(resolution=56, sequence_length=32)).load()
+    template = flow._embeds("", pictures.open_picture(qwen_image_edit.context("stars"), 56, 56)).shape[1] - 4
+    words = "white " * (32 - template)
+    _, there, *_ = flow.encode([qwen_image_edit.context(words)])
+    assert int(there.sum()) == 4 + 32
+    with pytest.raises(ConfigError, match=r"'white white .* has 33 tokens, more than 32: set sequence_length to at"):
+        flow.encode([qwen_image_edit.context(words + "white")])
+
+
+def test_guidance_leads_away_from_the_empty_prompt_with_the_same_picture(edit: Path, edits: Path) -> None:
+    flow = source_of(str(edit), pipeline=PipelineOptions(resolution=8, sequence_length=32)).load()
+    prompts = prompts_from(edits).train
+    empty = flow.encode([Prompt("", prompt.fields) for prompt in prompts])
+    null = flow.null_like(flow.null_condition(), flow.encode(prompts))
+    assert all(torch.equal(ours, right) for ours, right in zip(null, empty))
+    assert not torch.equal(empty[0][0], empty[0][1])
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
+def test_a_pipeline_that_needs_torchvision_says_so(edit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Qwen2VLProcessor, "get_attributes")
+    source = source_of(str(edit), pipeline=PipelineOptions(resolution=8))
+    with pytest.raises(ModelLoadError, match="A QwenImageEditPipeline needs torchvision: pip install torchvision"):
+        source.load()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,33 @@ def load_pipeline(
     except ModelLoadError:
         raise
     except Exception as error:
-        if (failed := first_failure(error)) is not None:
-            raise ModelLoadError(failed) from error
-        if is_folder and (quantised := [part for part in parts if _is_quantised(folder / part)]):
-            raise ModelLoadError(
-                f"The pipeline folder '{name}' cannot be loaded: {error} It has weights in 8 bits or fewer "
-                f"({', '.join(quantised)}), which were not tried: dequantize() them and save it in bfloat16."
-            ) from error
-        if is_folder:
-            raise ModelLoadError(f"The pipeline folder '{name}' is damaged or incomplete: {error}") from error
-        raise ModelLoadError(hub_message(location, error)) from error
+        raise _not_loaded(error, location, name, adapter, parts) from error
     for part in ("vae", *adapter.ENCODERS):
         if (network := getattr(pipeline, part, None)) is not None:
             network.requires_grad_(False).eval()
     return pipeline
+
+
+def _not_loaded(
+    error: Exception, location: str, name: str, adapter: type[PipelineFlow], parts: Sequence[str]
+) -> ModelLoadError:
+    """Say why a pipeline cannot be loaded."""
+    folder = Path(location)
+    if lacking := [library for library in adapter.NEEDS if find_spec(library) is None]:
+        return ModelLoadError(
+            f"A {adapter.PIPELINE} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}, of the build of "
+            "this torch."
+        )
+    if (failed := first_failure(error)) is not None:
+        return ModelLoadError(failed)
+    if not folder.exists():
+        return ModelLoadError(hub_message(location, error))
+    if quantised := [part for part in parts if _is_quantised(folder / part)]:
+        return ModelLoadError(
+            f"The pipeline folder '{name}' cannot be loaded: {error} It has weights in 8 bits or fewer "
+            f"({', '.join(quantised)}), which were not tried: dequantize() them and save it in bfloat16."
+        )
+    return ModelLoadError(f"The pipeline folder '{name}' is damaged or incomplete: {error}")
 
 
 def _type_of(part: str, dtype: Any) -> Any:

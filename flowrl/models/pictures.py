@@ -20,8 +20,8 @@ MOST_PIXELS = 2**26
 """Pixels of a picture at most, before it is resized."""
 
 
-def read_picture(prompt: str, height: int, width: int) -> torch.Tensor:
-    """Read the picture of a prompt, (3, height, width) float32 in [0, 1].
+def open_picture(prompt: str, height: int, width: int) -> Image.Image:
+    """Read the picture of a prompt.
 
     It is turned upright, as its EXIF data say, brought to RGB and resized to exactly this size by Pillow's Lanczos
     filter. Of an animation it is the first frame; transparency is dropped.
@@ -31,10 +31,15 @@ def read_picture(prompt: str, height: int, width: int) -> torch.Tensor:
     """
     with _opened(prompt) as image:
         try:
-            upright = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            return ImageOps.exif_transpose(image).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         except Exception as error:
             raise _unreadable(prompt, error) from error
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous().float() / 255
+
+
+def read_picture(prompt: str, height: int, width: int) -> torch.Tensor:
+    """Read the picture of a prompt as `open_picture` does, (3, height, width) float32 in [0, 1]."""
+    picture = np.array(open_picture(prompt, height, width))
+    return torch.from_numpy(picture).permute(2, 0, 1).contiguous().float() / 255
 
 
 def check_picture(prompt: str) -> None:
@@ -95,9 +100,10 @@ class PicturesFlow(PipelineFlow):
     def encode_pictures(self, prompts: list[str]) -> torch.Tensor:
         """Encode the pictures of prompts as latents (B, C, H, W): the modes of the autoencoder's posteriors."""
         *_, height, width = self.sample_shape
-        return self._latents(torch.stack([read_picture(prompt, height, width) for prompt in prompts]))
+        return self.latents_of(torch.stack([read_picture(prompt, height, width) for prompt in prompts]))
 
-    def _latents(self, pictures: torch.Tensor) -> torch.Tensor:
+    def latents_of(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Encode pictures (B, 3, H, W) in [0, 1] as latents (B, C, H, W)."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
         chunks = (2 * pictures - 1).split(self.decode_batch)
@@ -107,5 +113,5 @@ class PicturesFlow(PipelineFlow):
 
     def imitate_prompts(self, prompts: list[str]) -> Condition:
         """Make meaningless embeddings; the autoencoder encodes as many pictures, at the same cost."""
-        self._latents(torch.zeros(len(prompts), *self.sample_shape[-3:]))
+        self.latents_of(torch.zeros(len(prompts), *self.sample_shape[-3:]))
         return super().imitate_prompts(prompts)

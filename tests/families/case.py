@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Case:
         most_bytes: Size of all weights at most.
         load_adapter: Loads an exported adapter, where that takes more than the one call.
         context: Makes a context of a prompt: adds what the pipeline takes beside it.
+        around: Makes a context in which the pipeline's own call takes pictures of the small sizes here.
         sized_by: The field of `PipelineOptions` that `sizes` are of.
     """
 
@@ -53,6 +55,7 @@ class Case:
     most_bytes: float = 4e6
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None
     context: Callable[[str], str] = str
+    around: Callable[[PipelineFlow], AbstractContextManager[Any]] = nullcontext
     sized_by: str = "resolution"
 
     @property

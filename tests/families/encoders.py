@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,23 +37,30 @@ MIXED = (
 """A template of messages of which some contents are lists."""
 WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()} | {"user", "assistant", "system", "\n"})
 VOCABULARY = [*SPECIAL, *WORDS]
+SEEING = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 WIDTH = 16
 """Width of the text encoders."""
 
 
-def tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token a word, line end or other sign."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=SPECIAL[1]))
+def tokenizer(template: str = TEMPLATE, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a word, line end or other sign, and one for each of `more`."""
+    every = [*VOCABULARY, *more]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(every)}, unk_token=SPECIAL[1]))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=SPECIAL[0],
         eos_token=SPECIAL[0],
         unk_token=SPECIAL[1],
-        additional_special_tokens=SPECIAL[2:],
+        additional_special_tokens=[*SPECIAL[2:], *more],
         model_max_length=4096,
         chat_template=template,
     )
+
+
+def seeing_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with the marks of Qwen2.5-VL's pictures and videos."""
+    return tokenizer(more=SEEING)
 
 
 def _text(layers: int) -> dict[str, Any]:
@@ -76,12 +84,17 @@ def qwen3_config(layers: int = 2) -> Qwen3Config:
     return Qwen3Config(**_text(layers))
 
 
-def qwen_vl() -> torch.nn.Module:
-    """A Qwen2.5-VL, that sees no pictures here."""
+def qwen_vl(sees: bool = False) -> torch.nn.Module:
+    """A Qwen2.5-VL, for `seeing_tokenizer` where it sees pictures."""
+    text, marks = _text(2), {}
+    if sees:
+        text["vocab_size"] += len(SEEING)
+        names = "vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"
+        marks = {name: len(VOCABULARY) + i for i, name in enumerate(names)}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
     return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config={**_text(2), "rope_parameters": rope}, vision_config=vision)
+        Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision, **marks)
     )
 
 

@@ -27,6 +27,7 @@ from flowrl.models.families.nucleusmoe_image import NucleusMoEImageFlow
 from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.prx import PRXFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
+from flowrl.models.families.qwen_image_edit import QwenImageEditFlow, QwenImageEditPlusFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sd3 import SD3Flow
@@ -61,6 +62,8 @@ for family in (
     NucleusMoEImageFlow,
     OvisImageFlow,
     PRXFlow,
+    QwenImageEditFlow,
+    QwenImageEditPlusFlow,
     QwenImageFlow,
     SanaFlow,
     SD3Flow,
