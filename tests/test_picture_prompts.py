@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux_kontext, qwen_image_edit
+from diffusers import WanImageToVideoPipeline
+from families import flux_kontext, qwen_image_edit, wan, wan_image
 from families.case import PROMPTS
 from families.flux_kontext import PICTURES
 from PIL import Image
@@ -347,3 +349,17 @@ def test_a_pipeline_that_needs_torchvision_says_so(edit: Path, monkeypatch: pyte
     source = source_of(str(edit), pipeline=PipelineOptions(resolution=8))
     with pytest.raises(ModelLoadError, match="A QwenImageEditPipeline needs torchvision: pip install torchvision"):
         source.load()
+
+
+def test_wan_of_a_time_for_each_token_begins_with_no_picture(tmp_path: Path) -> None:
+    wan.wan(tmp_path, cls=WanImageToVideoPipeline, image_encoder=None, image_processor=None, expand_timesteps=True)
+    with pytest.raises(ConfigError, match=r"\(expand_timesteps\), .*: use it as a WanPipeline, without pictures"):
+        source_of(str(tmp_path), pipeline=wan.OPTIONS)
+
+
+@pytest.mark.skipif(find_spec("ftfy") is not None, reason="ftfy is there")
+def test_a_pipeline_that_cleans_prompts_by_ftfy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = source_of(str(wan_image.build(tmp_path / "flow")), pipeline=replace(wan.OPTIONS, resolution=16)).load()
+    monkeypatch.delattr(wan_image.pipeline_wan_i2v, "ftfy")
+    with pytest.raises(ConfigError, match=r"A WanImageToVideoPipeline cleans prompts by .*: pip install ftfy"):
+        flow.encode([wan_image.context("stars")])

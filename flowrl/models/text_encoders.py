@@ -68,9 +68,13 @@ class PromptedFlow(VelocityModel):
     def imitate_prompts(self, prompts: list[str]) -> Condition:
         """Make meaningless embeddings, of the shapes and types that `encode_prompts` gives, at the same cost."""
         for encoder in self._encoders().values():
-            length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
-            encoder(torch.zeros(len(prompts), length, dtype=torch.long, device=self.device), output_hidden_states=True)
+            self.imitate_encoder(encoder, len(prompts))
         return self._imitated_parts(len(prompts))
+
+    def imitate_encoder(self, encoder: nn.Module, n: int) -> None:
+        """Compute what a text encoder does with `n` prompts."""
+        length = self._clip_tokens if _is_clip(encoder) else self.max_sequence_length
+        encoder(torch.zeros(n, length, dtype=torch.long, device=self.device), output_hidden_states=True)
 
     def _imitated_parts(self, n: int) -> Condition:
         """Make as many embeddings, of the shapes and types that `encode_prompts` gives."""
@@ -105,6 +109,8 @@ class PromptedFlow(VelocityModel):
         """Name of each kind of text encoder, its tokenizer, and how many tokens of a prompt it is given."""
         found: dict[str, tuple[str, Any, int]] = {}
         for part, encoder in self._encoders().items():
+            if not part.startswith("text_encoder"):  # it is given something else
+                continue
             tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"), None)
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and images
             name = "CLIP" if _is_clip(encoder) else "T5" if "T5" in type(encoder).__name__ else type(encoder).__name__
@@ -156,6 +162,19 @@ class PromptedFlow(VelocityModel):
 
 def _is_clip(encoder: nn.Module) -> bool:
     return "CLIP" in type(encoder).__name__
+
+
+@contextmanager
+def cleaned_by_ftfy(pipeline: str) -> Iterator[None]:
+    """Say which library is missing where a pipeline of this class does not look before it cleans prompts by it.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        yield
+    except NameError as error:
+        raise ConfigError(f"A {pipeline} cleans prompts by a library of its own: pip install ftfy.") from error
 
 
 def check_length(what: str, tokens: int, most: int) -> None:

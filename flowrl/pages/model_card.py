@@ -85,7 +85,7 @@ def write_card(
 
 def _front_matter(model: FlowAlgorithm, kind: Kind) -> str:
     """Write the YAML for the hub, without a licence: it is the base model's. Values are JSON, which is YAML."""
-    task = "image-to-image" if isinstance(model.policy.model, PicturesFlow) else f"text-to-{_drawn(model, 'audio')}"
+    task = f"{'image' if isinstance(model.policy.model, PicturesFlow) else 'text'}-to-{_drawn(model, 'audio')}"
     tags = ["flowrl", task, "flow-matching", "reward-fine-tuning"]
     data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     if base := hub_name(model.env.core.flow):

@@ -15,11 +15,11 @@ from families.case import PROMPTS, Case
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 
 
-def transformer() -> torch.nn.Module:
+def transformer(**settings: Any) -> torch.nn.Module:
     network = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
+        **{"in_channels": 4, **settings},
         out_channels=4,
         text_dim=small.T5_DIM,
         freq_dim=16,
@@ -41,12 +41,16 @@ def autoencoder() -> AutoencoderKLWan:
     )
 
 
-def wan(folder: Path, two: bool = False, **settings: Any) -> Path:
-    torch.manual_seed(4)
+def text_encoder() -> UMT5EncoderModel:
     sizes = {"d_model": small.T5_DIM, "d_ff": 48, "d_kv": 16, "num_layers": 2, "num_heads": 2}
-    pipeline = WanPipeline(
+    return UMT5EncoderModel(UMT5Config(vocab_size=3 + len(small.WORDS), **sizes))
+
+
+def wan(folder: Path, two: bool = False, cls: Any = WanPipeline, **settings: Any) -> Path:
+    torch.manual_seed(4)
+    pipeline = cls(
         tokenizer=small.t5_tokenizer(),
-        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=3 + len(small.WORDS), **sizes)),
+        text_encoder=text_encoder(),
         vae=autoencoder(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer(),

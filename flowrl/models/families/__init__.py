@@ -32,6 +32,7 @@ from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, regist
 from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.families.wan import WanFlow
+from flowrl.models.families.wan_image import WanImageToVideoFlow
 from flowrl.models.families.z_image import ZImageFlow
 
 __all__ = ["DECLARED", "NO_FLOWS", "declared", "register_pipeline"]
@@ -68,6 +69,7 @@ for family in (
     SanaFlow,
     SD3Flow,
     WanFlow,
+    WanImageToVideoFlow,
     ZImageFlow,
 ):
     register_pipeline(family)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from flowrl.errors import ConfigError
 from flowrl.models.families.patches import PatchedFlow
 from flowrl.models.pipeline import Part, PipelineOptions, Shapes
+from flowrl.models.text_encoders import cleaned_by_ftfy
 from flowrl.types import Condition
 
 SIDE = 512
@@ -45,10 +45,8 @@ class PRXFlow(PatchedFlow):
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Encode prompts: embeddings (B, tokens, dim), and which of them are a prompt's (B, tokens)."""
         given = {"do_classifier_free_guidance": False, "tokenizer_max_length": self.max_sequence_length}
-        try:
+        with cleaned_by_ftfy(self.PIPELINE):
             embeds, mask, *_ = self.pipeline.encode_prompt(prompts, self.device, **given)
-        except NameError as error:  # diffusers has not looked
-            raise ConfigError("A PRXPipeline cleans prompts by a library of its own: pip install ftfy.") from error
         return embeds, mask
 
     def condition_parts(self) -> list[Part]:

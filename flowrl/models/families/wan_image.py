@@ -1,0 +1,113 @@
+"""Wan 2.1 and 2.2 that begin a video with a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowrl.errors import ConfigError
+from flowrl.models.families.wan import WanFlow
+from flowrl.models.pictures import PicturesFlow, open_picture
+from flowrl.models.pipeline import Part, PipelineOptions, Shapes
+from flowrl.models.text_encoders import cleaned_by_ftfy
+from flowrl.types import Condition
+
+
+class WanImageToVideoFlow(PicturesFlow, WanFlow):
+    """A `WanImageToVideoPipeline`: the picture that comes with a prompt is the video's first frame.
+
+    The network is given it beside the latents, as those of a video that is grey afterwards, under a mask of the first
+    frame; that of Wan 2.1 is also given what an image encoder makes of it.
+    """
+
+    PIPELINE = "WanImageToVideoPipeline"
+    ENCODERS = ("text_encoder", "image_encoder")
+
+    def __init__(self, pipeline: Any, *given: Any, **named: Any) -> None:
+        super().__init__(pipeline, *given, **named)
+        seen = getattr(getattr(pipeline, "image_encoder", None), "config", None)
+        self.seen_shape = ((seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size) if seen else ()
+
+    @classmethod
+    def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
+        """Compute shapes."""
+        if transformer["in_channels"] == transformer["out_channels"]:
+            raise ConfigError(
+                "This Wan begins with the picture in the place of the first latents (expand_timesteps), which are "
+                "no part of a flow then: use it as a WanPipeline, without pictures."
+            )
+        return super().shapes(transformer, vae, options)
+
+    @classmethod
+    def channels(cls, transformer: Mapping[str, Any]) -> int:
+        """Give the channels of the latents, without those of the picture beside them."""
+        return int(transformer["out_channels"])
+
+    def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
+        """Give the transformer's arguments."""
+        text, beside, *seen = cond
+        inputs = super().inputs(torch.cat([x, beside], dim=1), time, (text,))
+        return {**inputs, "encoder_hidden_states_image": seen[0] if seen else None}
+
+    def latents_of(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Encode pictures (B, 3, H, W) as videos (B, C, T', H', W') that are grey after them, one after the other."""
+        latents = []
+        for picture in pictures[:, :, None].split(1):
+            grey = torch.full_like(picture, 0.5).expand(-1, -1, self.sample_shape[0] - 1, -1, -1)
+            latents.append(super().latents_of(torch.cat([picture, grey], dim=2)))
+        return torch.cat(latents)
+
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Encode prompts with their pictures.
+
+        Embeddings (B, tokens, dim); what stands beside the latents (B, channels, T', H', W'), the mask first; of Wan
+        2.1 the picture's own embeddings (B, tokens, dim).
+        """
+        pictures = self.encode_pictures(prompts)
+        mask = pictures.new_zeros(len(prompts), self.frame_reduction(self.pipeline.vae.config), *pictures.shape[2:])
+        mask[:, :, 0] = 1
+        given = (*self._text(prompts), torch.cat([mask, pictures], dim=1))
+        return (*given, torch.cat([self._seen(prompt) for prompt in prompts])) if self.sees else given
+
+    def _text(self, prompts: list[str]) -> Condition:
+        with cleaned_by_ftfy(self.PIPELINE):
+            return super().encode_prompts(prompts)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the network is given what an image encoder makes of the picture."""
+        config: Any = self.network.config
+        return config.image_dim is not None
+
+    def _seen(self, prompt: str) -> torch.Tensor:
+        """Encode the picture of a prompt by the image encoder (1, tokens, dim)."""
+        embeds: torch.Tensor = self.pipeline.encode_image(open_picture(prompt, *self.sample_shape[-2:]), self.device)
+        return embeds
+
+    def imitate_encoder(self, encoder: nn.Module, n: int) -> None:
+        """Compute what the text encoder or the image encoder does with `n` prompts."""
+        config: Any = encoder.config
+        if hasattr(config, "image_size"):
+            side, kind = config.image_size, next(encoder.parameters()).dtype
+            encoder(torch.zeros(1, 3, side, side, dtype=kind, device=self.device), output_hidden_states=True)
+        else:
+            super().imitate_encoder(encoder, n)
+
+    def encode_null(self) -> Condition:
+        """Encode the empty prompt, with zeros where `null_like` puts what is made of the pictures."""
+        text = self._text([""])
+        return (*text, *(text[0].new_zeros(1, *part.shape) for part in self.condition_parts()[1:]))
+
+    def null_like(self, null: Condition, cond: Condition) -> Condition:
+        """Give the empty prompt for every sample, with the sample's own picture."""
+        return (super().null_like(null, cond)[0], *cond[1:])
+
+    def condition_parts(self) -> list[Part]:
+        """Give the shapes of the context, of what stands beside the latents, and of the picture's embeddings."""
+        config: Any = self.network.config
+        _, *sides = self.latent_shape
+        parts = [*super().condition_parts(), Part((config.in_channels - config.out_channels, *sides))]
+        return [*parts, Part(self.seen_shape)] if self.sees else parts

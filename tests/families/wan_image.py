@@ -1,0 +1,80 @@
+"""Wan that begins with a picture: 2.1, whose network is given what an image encoder sees, and 2.2 with two networks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import small_pipelines as small
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+from diffusers.pipelines.wan import pipeline_wan_i2v
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from families import wan
+from families.case import PROMPTS, Case
+from families.flux_kontext import FILES, PICTURES, context
+from flowrl.models.pipeline import PipelineFlow
+
+WIDTH = 16
+if not hasattr(pipeline_wan_i2v, "ftfy"):  # where it is not installed: prompts here need no cleaning
+    pipeline_wan_i2v.ftfy = SimpleNamespace(fix_text=str)  # type: ignore[attr-defined]
+
+
+def build(folder: Path, two: bool = False) -> Path:
+    torch.manual_seed(4)
+    size = {"height": 28, "width": 28}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": size["height"], "patch_size": 14}
+    encoder = CLIPVisionModel(CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=32, **sizes))
+    seeing = {"in_channels": 12, "image_dim": None if two else WIDTH, "added_kv_proj_dim": None if two else 24}
+    WanImageToVideoPipeline(
+        tokenizer=small.t5_tokenizer(),
+        text_encoder=wan.text_encoder(),
+        image_encoder=None if two else encoder,
+        image_processor=None if two else CLIPImageProcessor(size=size, crop_size=size),
+        vae=wan.autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=wan.transformer(**seeing),
+        transformer_2=wan.transformer(**seeing) if two else None,
+        boundary_ratio=0.65 if two else None,
+    ).save_pretrained(folder)
+    return folder
+
+
+def call(flow: PipelineFlow, x_0: torch.Tensor, scale: float, steps: int, output_type: str = "latent") -> torch.Tensor:
+    """Prompt by prompt: the pipeline takes one picture."""
+    frames, _, height, width = flow.sample_shape
+    options = {"guidance_scale": scale, "num_inference_steps": steps, "height": height, "width": width}
+
+    def drawn(prompt: str, x: torch.Tensor) -> torch.Tensor:
+        picture = Image.open(PICTURES / FILES[prompt]).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        return flow.pipeline(
+            picture,
+            prompt,
+            latents=x[None],
+            num_frames=frames,
+            max_sequence_length=flow.max_sequence_length,
+            output_type=output_type,
+            **options,
+        ).frames
+
+    return torch.cat([drawn(prompt, x) for prompt, x in zip(PROMPTS, x_0)])
+
+
+def videos(flow: PipelineFlow, x_0: torch.Tensor, scale: float, steps: int) -> torch.Tensor:
+    return call(flow, x_0, scale, steps, "pt")
+
+
+ONE = Case("wan-image-2.1", build, call, sizes=(16, (32, 16)), options=wan.OPTIONS, images=videos, context=context)
+CASES = [
+    ONE,
+    replace(
+        ONE,
+        name="wan-image-2.2",
+        build=lambda folder: build(folder, two=True),
+        images=None,
+        load_adapter=wan.load_both,
+    ),
+]
