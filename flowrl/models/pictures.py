@@ -98,20 +98,29 @@ class PicturesFlow(PipelineFlow):
         return super().encode(contexts)
 
     def encode_pictures(self, prompts: list[str]) -> torch.Tensor:
-        """Encode the pictures of prompts as latents (B, C, H, W): the modes of the autoencoder's posteriors."""
+        """Encode the pictures of prompts as latents (B, C, ...): the modes of the autoencoder's posteriors."""
         *_, height, width = self.sample_shape
         return self.latents_of(torch.stack([read_picture(prompt, height, width) for prompt in prompts]))
 
+    @property
+    def pictures_at_once(self) -> int:
+        """Number of pictures that are encoded at once."""
+        return self.decode_batch
+
+    def for_autoencoder(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Bring pictures (B, 3, H, W) in [-1, 1] into the shape that the autoencoder takes."""
+        return pictures
+
     def latents_of(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Encode pictures (B, 3, H, W) in [0, 1] as latents (B, C, H, W)."""
+        """Encode pictures (B, 3, H, W) in [0, 1] as latents (B, C, ...)."""
         vae: Any = self.pipeline.vae
         vae.to(self.device)
-        chunks = (2 * pictures - 1).split(self.decode_batch)
-        encoded = [vae.encode(chunk.to(self.device, vae.dtype)) for chunk in chunks]
+        chunks = (2 * pictures - 1).split(self.pictures_at_once)
+        encoded = [vae.encode(self.for_autoencoder(chunk.to(self.device, vae.dtype))) for chunk in chunks]
         modes = [z.latent_dist.mode() if hasattr(z, "latent_dist") else z.latents for z in encoded]
         return from_autoencoder(torch.cat(modes), vae.config)
 
     def imitate_prompts(self, prompts: list[str]) -> Condition:
-        """Make meaningless embeddings; the autoencoder encodes as many pictures, at the same cost."""
-        self.latents_of(torch.zeros(len(prompts), *self.sample_shape[-3:]))
+        """Make meaningless embeddings; the autoencoder encodes as many pictures as it does at once."""
+        self.latents_of(torch.zeros(min(len(prompts), self.pictures_at_once), *self.sample_shape[-3:]))
         return super().imitate_prompts(prompts)

@@ -49,9 +49,9 @@ class QwenImageEditFlow(PicturesFlow, QwenImageFlow):
         """Bring the tokens of the latents into their shape; those of the picture are dropped."""
         return super().outputs(predicted[:, : self.sequence_length])
 
-    def latents_of(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Encode pictures (B, 3, H, W) as latents (B, C, H, W), each as one frame."""
-        return super().latents_of(pictures[:, :, None])[:, :, 0]
+    def for_autoencoder(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Give each picture as a video of one frame."""
+        return pictures[:, :, None]
 
     def tokenizers(self) -> list[tuple[str, Any, int]]:
         """Give none: prompts are not cut."""
@@ -81,7 +81,7 @@ class QwenImageEditFlow(PicturesFlow, QwenImageFlow):
             empty.append(self._embeds("", picture))
             check_length(f"The prompt {prompt[:100]!r}", texts[-1].shape[1] - room, self.max_sequence_length)
         length = room + self.max_sequence_length
-        return *with_mask(texts, length), *with_mask(empty, length), pack(self.encode_pictures(prompts))
+        return *with_mask(texts, length), *with_mask(empty, length), pack(self.encode_pictures(prompts)[:, :, 0])
 
     def _embeds(self, prompt: str, picture: Any) -> torch.Tensor:
         """Encode a prompt and a picture (1, tokens, dim), whose tokens the text encoder knows by rows and columns."""

@@ -52,13 +52,15 @@ class WanImageToVideoFlow(PicturesFlow, WanFlow):
         inputs = super().inputs(torch.cat([x, beside], dim=1), time, (text,))
         return {**inputs, "encoder_hidden_states_image": seen[0] if seen else None}
 
-    def latents_of(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Encode pictures (B, 3, H, W) as videos (B, C, T', H', W') that are grey after them, one after the other."""
-        latents = []
-        for picture in pictures[:, :, None].split(1):
-            grey = torch.full_like(picture, 0.5).expand(-1, -1, self.sample_shape[0] - 1, -1, -1)
-            latents.append(super().latents_of(torch.cat([picture, grey], dim=2)))
-        return torch.cat(latents)
+    @property
+    def pictures_at_once(self) -> int:
+        """Number of videos that are encoded at once; `decode_batch` counts frames."""
+        return max(1, self.decode_batch // self.sample_shape[0])
+
+    def for_autoencoder(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Give videos (B, 3, T, H, W) that are the picture, then grey."""
+        grey = pictures.new_zeros(1, 1, 1, 1, 1).expand(len(pictures), 3, self.sample_shape[0] - 1, *pictures.shape[2:])
+        return torch.cat([pictures[:, :, None], grey], dim=2)
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Encode prompts with their pictures.
