@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flowrl.distributed.sharding import local_shard, reshard
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, tell_whose
 from flowrl.models.base import VelocityModel
 from flowrl.models.compiling import compile_network
 from flowrl.models.lora import LoRA, activate_in_copy, add_adapters, switched
@@ -105,7 +105,12 @@ class RoleNetworks(nn.Module):
         ):
             before = version_of(x_t)
             may_split = x_t.device.type == "cpu" and not (with_grad or exact)  # pieces are rounded otherwise
-            v = _in_pieces(model, x_t, t, cond) if may_split else model(x_t, t, cond)
+            try:
+                v = _in_pieces(model, x_t, t, cond) if may_split else model(x_t, t, cond)
+            except Exception as error:
+                network = type(self.model.network).__name__
+                tell_whose(error, f"the flow ({type(model).__name__} with a {network}), asked for velocities")
+                raise
             if not isinstance(v, torch.Tensor) or v.shape != x_t.shape or version_of(x_t) != before:
                 raise ConfigError(_odd_flow(v, x_t))
             return v.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -25,7 +26,7 @@ from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.errors import ConfigError, UnknownNameError
 from flowrl.training.construction import as_generation_env, check_trainable
 from flowrl.training.diagnosis import BadUpdates
-from flowrl.training.optimizers import laid_out_like
+from flowrl.training.optimizers import laid_out_like, scheduled_rate
 from flowrl.training.records import log_iteration
 from flowrl.training.signal import Signal
 
@@ -46,12 +47,26 @@ class SB3Algorithm(BaseAlgorithm):
     warned: set[str]
     misfit: bool
     policy: Any
+    config: Any
     generator: torch.Generator
     ranks: Ranks
     bad_updates: BadUpdates
     name: ClassVar[str]
     unlogged: tuple[dict[str, torch.Tensor], float] | None = None
     """Figures of the newest iteration's updates and its seconds, while they are in no log."""
+
+    def lr_schedule(self, remaining: float) -> float:
+        """Compute the learning rate that the settings say, `remaining` (1 to 0) of the run being still to come."""
+        return scheduled_rate(self.config, remaining)
+
+    @property
+    def learning_rate(self) -> float:
+        """The setting of that name; whoever sets it, a callback say, changes the settings."""
+        return self.config.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self.config = replace(self.config, learning_rate=rate)
 
     @property
     def rollout_reward(self) -> float | None:
