@@ -54,6 +54,8 @@ class SB3Algorithm(BaseAlgorithm):
     name: ClassVar[str]
     unlogged: tuple[dict[str, torch.Tensor], float] | None = None
     """Figures of the newest iteration's updates and its seconds, while they are in no log."""
+    is_aimed = False
+    """Whether the coefficient is set by `target_lambda` and the rewards of this environment."""
 
     def lr_schedule(self, remaining: float) -> float:
         """Compute the learning rate that the settings say, `remaining` (1 to 0) of the run being still to come."""
