@@ -265,6 +265,17 @@ def test_networks_are_in_training_mode_in_updates_alone(tmp_path):
     drawn(flowrl.FlowPolicy.of(env, device=DEVICE))
 
 
+def test_running_statistics_of_an_adapted_network_stay_those_of_the_reference():
+    """Updates changed them, and the reference with them: all roles share the base network."""
+    env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), flow=Noisy)
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, lora_rank=2, **SMALL)
+    x_0 = torch.randn(8, 2, device=DEVICE)
+    before = model.policy.sample(n=8, x_0=x_0, role="reference")
+    model.learn(64)
+    assert torch.equal(model.policy.sample(n=8, x_0=x_0, role="reference"), before)
+    assert (True, True) in model.policy.model.network.modes
+
+
 def test_an_update_that_breaks_off_leaves_no_training_mode_and_no_half_step():
     class BreaksOff(Squares):
         n = 0

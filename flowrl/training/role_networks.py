@@ -21,6 +21,8 @@ from flowrl.types import Compile, Condition, Role, version_of
 
 AS_IT_IS = nullcontext()
 """Context that changes nothing, one for all passes: small networks are called often."""
+WITH_STATISTICS = nn.modules.batchnorm._NormBase
+"""Layers that change their buffers in training: batch and instance normalisation."""
 
 
 class RoleNetworks(nn.Module):
@@ -168,13 +170,18 @@ class RoleNetworks(nn.Module):
         self._parameters_of = {role: self._collect(role) for role in self.roles}
 
     def set_training_mode(self, mode: bool) -> None:
-        """Put the current network into training or evaluation mode; copies stay in evaluation mode."""
+        """Put the current network into training or evaluation mode; copies stay in evaluation mode.
+
+        With LoRA so do layers with running statistics, which are those of the base network: all roles share them.
+        """
         modules = list(self.trained.modules())
         if any(type(module).train is not nn.Module.train for module in modules):
             self.trained.train(mode)
-            return
-        for module in modules:  # what `train` does, without its walk over names
-            module.training = mode
+        else:
+            for module in modules:  # what `train` does, without its walk over names
+                module.training = mode
+        for module in modules if mode and self.lora is not None else []:
+            module.training &= not isinstance(module, WITH_STATISTICS)
 
     @property
     def trained(self) -> nn.Module:
