@@ -23,7 +23,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from flowrl.checks import counted
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import CheckpointError, ConfigError, UnknownNameError
 from flowrl.training.construction import as_generation_env, check_trainable
 from flowrl.training.diagnosis import BadUpdates
 from flowrl.training.optimizers import laid_out_like, scheduled_rate
@@ -109,7 +109,14 @@ class SB3Algorithm(BaseAlgorithm):
         """
         from flowrl.training.loading import load_checkpoint, of_newest
 
-        return of_newest(path, lambda folder: load_checkpoint(cast(Any, cls), folder, env=env, device=device, **kwargs))
+        given = [name for name in kwargs if name not in ("verbose", "tensorboard_log", "policy", "policy_kwargs")]
+        own = {"env": env, "device": device, **kwargs}
+        try:
+            return of_newest(path, lambda folder: load_checkpoint(cast(Any, cls), folder, **own))
+        except CheckpointError as error:
+            if given:  # they may ask for what it does not hold
+                error.args = (f"{error} Settings given in place of its own: {', '.join(given)}.",)
+            raise
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """Refuse another environment: rewards, prompts and settings of training hang on the one it was made with.
