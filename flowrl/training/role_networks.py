@@ -17,7 +17,7 @@ from flowrl.models.base import VelocityModel
 from flowrl.models.compiling import compile_network
 from flowrl.models.lora import LoRA, activate_in_copy, add_adapters, switched
 from flowrl.training.working_copies import CastCopy, MergedCopy, WorkingCopy, sharing_copy
-from flowrl.types import Compile, Condition, Role, version_of
+from flowrl.types import Compile, Condition, Role, has_values, version_of
 
 AS_IT_IS = nullcontext()
 """Context that changes nothing, one for all passes: small networks are called often."""
@@ -289,9 +289,9 @@ class RoleNetworks(nn.Module):
 
 
 def _in_pieces(model: VelocityModel, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-    """Compute velocities (B, *latent_shape), as many at once as the flow says."""
+    """Compute velocities (B, *latent_shape), as many at once as the flow says; in predictions, for GPUs too, all."""
     rows = model.rows_at_once()
-    if not 0 < rows < len(x_t):
+    if not 0 < rows < len(x_t) or not has_values(x_t):
         return model(x_t, t, cond)
     pieces = zip(x_t.split(rows), t.split(rows), *(part.split(rows) for part in cond))
     return torch.cat([model(x, times, tuple(rest)) for x, times, *rest in pieces])
