@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import torch
 
-from flowrl.checks import python_value
+from flowrl.checks import check_has_values, python_value
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.function_env import FunctionEnv
 from flowrl.envs.prompts import PromptSet, are_none, prompts_from, shipped_sets
@@ -49,7 +49,9 @@ def make(name: str, *, render_mode: str | None = None, **settings: Any) -> Gener
 
     Raises:
         UnknownNameError: Unknown name or setting; names the closest.
+        ConfigError: Tensors would hold no values.
     """
+    check_has_values()
     spec = environment_spec(name)
     settings = anchored(settings)
     settings = {key: python_value(value) for key, value in settings.items()}

@@ -152,6 +152,19 @@ def is_finite(value: Any) -> bool:
     return fits(value, float) and isinstance(value, int | float) and math.isfinite(value)
 
 
+def check_has_values() -> None:
+    """Check that torch makes tensors with values by default.
+
+    Raises:
+        ConfigError: It does not; says what to call.
+    """
+    if torch.get_default_device().type == "meta":
+        raise ConfigError(
+            "torch's default device is 'meta', whose tensors hold no values: call torch.set_default_device('cpu') "
+            "before, or work outside of `with torch.device('meta')`."
+        )
+
+
 def of_one_kind(stored: torch.Tensor, own: torch.Tensor) -> bool:
     """Tell whether stored numbers can stand for those of a tensor: of its type, or floats of another size."""
     return stored.dtype == own.dtype or (stored.is_floating_point() and own.is_floating_point())

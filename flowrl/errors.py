@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 
 LONGEST_NAME = 200
@@ -70,6 +71,12 @@ def raised_by(whose: str, kind: type[FlowRLError] = ConfigError) -> Iterator[Non
         raise
     except Exception as error:
         raise kind(f"{whose} raised {type(error).__name__}: {error}.") from error
+
+
+def tell_whose(error: BaseException, whose: str) -> None:
+    """Say below an error's traceback in whose code it was raised (from Python 3.11 on)."""
+    if sys.version_info >= (3, 11):
+        error.add_note(f"Raised in {whose}.")
 
 
 def in_a_line(error: BaseException) -> str:

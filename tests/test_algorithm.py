@@ -6,6 +6,7 @@ import gc
 import math
 import warnings
 import weakref
+from dataclasses import replace
 
 import gymnasium
 import pytest
@@ -264,6 +265,17 @@ def test_networks_are_in_training_mode_in_updates_alone(tmp_path):
     drawn(flowrl.FlowPolicy.of(env, device=DEVICE))
 
 
+def test_running_statistics_of_an_adapted_network_stay_those_of_the_reference():
+    """Updates changed them, and the reference with them: all roles share the base network."""
+    env = GaussiansEnv(eight_gaussians(), LinearReward((1.0, 0.0)), flow=Noisy)
+    model = flowrl.ORWCFMW2("FlowPolicy", env, seed=0, device=DEVICE, lora_rank=2, **SMALL)
+    x_0 = torch.randn(8, 2, device=DEVICE)
+    before = model.policy.sample(n=8, x_0=x_0, role="reference")
+    model.learn(64)
+    assert torch.equal(model.policy.sample(n=8, x_0=x_0, role="reference"), before)
+    assert (True, True) in model.policy.model.network.modes
+
+
 def test_an_update_that_breaks_off_leaves_no_training_mode_and_no_half_step():
     class BreaksOff(Squares):
         n = 0
@@ -384,6 +396,25 @@ def test_the_learning_rate_follows_its_schedule_to_the_end_of_the_run(schedule, 
     model, seen = small(lr_schedule=schedule, learning_rate=1e-3), Rates()
     model.learn(4 * 64, callback=seen)
     assert seen.rates == pytest.approx([1e-3 * share for share in shares])
+
+
+def test_a_learning_rate_that_a_callback_sets_counts_and_is_kept(tmp_path):
+    class Slower(Rates):
+        def on_iteration_end(self):
+            super().on_iteration_end()
+            if self.model.iteration == 1:
+                self.model.learning_rate = 1e-4
+            else:
+                self.model.config = replace(self.model.config, learning_rate=1e-5)
+            return True
+
+    model, seen = small(learning_rate=1e-3), Slower()
+    model.learn(3 * 64, callback=seen)
+    assert seen.rates == pytest.approx([1e-3, 1e-4, 1e-5])
+    model.save(tmp_path / "kept")
+    assert flowrl.ORWCFMW2.load(tmp_path / "kept", device=DEVICE).learning_rate == 1e-5
+    with pytest.raises(ConfigError, match="learning_rate must be positive, not -1"):
+        model.learning_rate = -1.0
 
 
 def test_a_run_that_goes_on_takes_up_the_rate_of_its_place_in_the_longer_run():
@@ -660,6 +691,7 @@ def test_a_flow_that_no_longer_fits_its_own_samples_is_told_of(name, settings):
 
 def test_a_default_device_whose_tensors_hold_no_values_is_told() -> None:
     env = flowrl.make("gaussians-linear")
-    for make in (lambda: flowrl.ORWCFM("FlowPolicy", "gaussians-linear"), lambda: flowrl.FlowPolicy.of(env)):
+    makers = lambda: flowrl.ORWCFM("FlowPolicy", "gaussians-linear"), lambda: flowrl.FlowPolicy.of(env)
+    for make in (*makers, lambda: flowrl.make("gaussians-linear")):
         with torch.device("meta"), pytest.raises(ConfigError, match="default device is 'meta', whose tensors hold no"):
             make()

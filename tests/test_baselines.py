@@ -105,7 +105,9 @@ def test_given_samples_keep_their_contexts(tmp_path) -> None:
         ({"x_1": torch.zeros(4, 3), "contexts": torch.zeros(4, dtype=torch.long)}, r"x_1 must be \(N, 2\)"),
         ({"x_1": torch.zeros(4, 2), "contexts": torch.ones(4, dtype=torch.long)}, "indices from 0 to 0"),
         ({"x_1": torch.zeros(4, 2)}, "Cannot read samples"),
-        ({"x_1": torch.zeros(4, 2) + 0j, "contexts": torch.zeros(4, dtype=torch.long)}, "holds complex numbers"),
+        ({"x_1": torch.zeros(4, 2) + 0j, "contexts": torch.zeros(4, dtype=torch.long)}, "numbers, not torch.complex64"),
+        ({"x_1": torch.zeros(4, 2).byte(), "contexts": torch.zeros(4, dtype=torch.long)}, "numbers, not torch.uint8"),
+        ({"x_1": torch.zeros(4, 2), "contexts": torch.zeros(4) > 0}, "indices from 0 to 0"),
         ({"x_1": torch.zeros(4, 2), "contexts": torch.zeros(4) + 0j}, "indices from 0 to 0"),
     ],
 )

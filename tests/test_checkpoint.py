@@ -334,6 +334,8 @@ def test_settings_that_are_new_since(folder: Path) -> None:
 
 
 def test_settings_to_train_on_with_are_taken(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no .*\. Settings given in place of its own: time_weighting\.$"):
+        flowrl.ORWCFMW2.load(folder, device=DEVICE, time_weighting="variance", verbose=0)
     model = flowrl.ORWCFMW2.load(folder, device=DEVICE, weight_decay=0.25, learning_rate=0.125)
     model.learn(N, reset_num_timesteps=False)
     group = model.policy.optimizer.param_groups[0]

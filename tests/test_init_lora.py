@@ -19,6 +19,7 @@ from flowrl.errors import CheckpointError, ConfigError
 from flowrl.models.init_lora import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, started_from
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.pages.model_card import _summary
 
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 RANK = 3
@@ -187,6 +188,7 @@ def test_training_goes_on_and_exports_hold_both(sd3: Path, tmp_path: Path) -> No
     resumed = flowrl.ORWCFMW2.load(tmp_path / "checkpoint", env=env)
     with torch.no_grad():
         assert torch.equal(resumed.policy.velocity(x, t, cond), ours)
+    assert "It began from other LoRA weights, which are in these." in _summary(model, "lora")
     as_diffusers(adapter_of(load(sd3)), place, 0.25)
     with pytest.raises(CheckpointError, match="was trained from other LoRA weights"):
         flowrl.ORWCFMW2.load(tmp_path / "checkpoint", env=env)

@@ -14,12 +14,14 @@ from small_pipelines import PROMPTS
 
 import flowrl
 from flowrl.errors import ConfigError, ModelLoadError
+from flowrl.models import pipeline
 from flowrl.models.families import register_pipeline, registry
 from flowrl.models.families.flux import FluxFlow
 from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.loading import source_of
 from flowrl.models.packing import pack, unpack
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
+from flowrl.training import role_networks
 from flowrl.training.policy import FlowPolicy
 
 KINDS = {
@@ -123,6 +125,17 @@ def test_on_the_cpu_passes_that_draw_go_piece_by_piece(folder: Path, monkeypatch
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
     policy.sample_latents(ids, x_0=x_0, steps=1, grad_steps=1)
     assert sizes[6:] == [n]  # the pass that is trained is one
+    decoded: list[int] = []
+    decode = policy.model.pipeline.vae.decode
+    monkeypatch.setattr(
+        policy.model.pipeline.vae, "decode", lambda z, **kwargs: decoded.append(len(z)) or decode(z, **kwargs)
+    )
+    monkeypatch.setattr(pipeline, "DECODED_AT_ONCE", 1)
+    policy.decode(pieces)
+    for module in (pipeline, role_networks):  # a prediction of memory, which is for GPUs too, takes all at once
+        monkeypatch.setattr(module, "has_values", lambda tensor: False)
+    policy.decode(policy.sample_latents(ids, x_0=x_0, steps=1))
+    assert (sizes[7:], decoded) == ([n], [1, 1, 1, 3])
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(None, 0), (16.0, 64), (5000, 1)])

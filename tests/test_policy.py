@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -362,6 +363,24 @@ def test_mistakes_in_a_flow_of_ones_own(name: str, value: Any, message: str) -> 
     own = type("Own", (Labelled,), {"null_condition": lambda self: (torch.zeros(1, 2),), name: value})
     with pytest.raises(ConfigError, match=message):
         drawn(own)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Errors take no notes")
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [
+        ("__init__", "the flow factory Own, which was to return a model"),
+        ("forward", "the flow (Own with a Linear), asked for velocities"),
+        ("decode", "Own.decode, which makes samples of the flow's latents"),
+    ],
+)
+def test_an_error_in_a_flow_of_ones_own_says_whose_it_is(name: str, whose: str) -> None:
+    def fail(self: Any, *args: Any) -> None:
+        raise LookupError("own")
+
+    with pytest.raises(LookupError, match="own") as caught:
+        drawn(type("Own", (Labelled,), {"null_condition": lambda self: (torch.zeros(1, 2),), name: fail}))
+    assert caught.value.__notes__ == [f"Raised in {whose}."]
 
 
 def drawn(own: type[VelocityModel]) -> torch.Tensor:

@@ -45,6 +45,13 @@ def test_every_coefficient_can_be_given_as_the_tilt(name: str, tmp_path: Path) -
     again = type(model).load(tmp_path / "saved", device="cpu")
     again.learn(32, reset_num_timesteps=False)
     assert getattr(again.config, model.tilt_setting[0]) == value  # it was set once, for good
+    for other in ({"target_lambda": 0.9}, {"env": "gaussians-quadratic"}):  # of another reward
+        anew = type(model).load(tmp_path / "saved", device="cpu", **other)
+        anew.learn(32, reset_num_timesteps=False)
+        expected = other.get("target_lambda", 1.7)
+        assert anew.last_logged["rollout/target_lambda"] == pytest.approx(expected, rel=1e-5)
+        if name != "tilt" or "env" not in other:  # whose rewards are in no units
+            assert getattr(anew.config, model.tilt_setting[0]) != value
 
 
 def test_the_config_of_a_run_keeps_what_was_asked_for(tmp_path: Path) -> None:

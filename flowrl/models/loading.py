@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flowrl.checks import is_whole, python_value, shown
-from flowrl.errors import ConfigError, ModelLoadError, did_you_mean
+from flowrl.errors import ConfigError, ModelLoadError, did_you_mean, tell_whose
 from flowrl.models.base import VelocityModel
 from flowrl.models.pipeline_options import DEFAULTS, PipelineOptions
 from flowrl.models.prior import PriorFlow
@@ -68,7 +68,11 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
         return model
 
     def build() -> VelocityModel:
-        model = copy.deepcopy(factory())  # `lambda: model` gives the same object every time
+        try:
+            model = copy.deepcopy(factory())  # `lambda: model` gives the same object every time
+        except Exception as error:
+            tell_whose(error, f"the flow factory {origin}, which was to return a model")
+            raise
         if isinstance(model, VelocityModel):
             for name in ("network", "latent_shape", "sample_shape"):
                 if not hasattr(model, name):
@@ -86,12 +90,12 @@ def _from_factory(factory: Callable[[], Any], sample_shape: tuple[int, ...] | No
             )
         return ModuleFlow(model, _checked_shape(shape))
 
+    origin = getattr(factory, "__qualname__", type(factory).__name__)
     known: Any = factory if sample_shape else build()
     shape = sample_shape or known.sample_shape
     rate = getattr(known, "sample_rate", 0) or getattr(getattr(known, "network", None), "sample_rate", 0)
-    name = getattr(factory, "__qualname__", type(factory).__name__)
     return FlowSource(
-        "", f"from factory {name}", _checked_shape(shape), load, build, load, reloadable=False, sample_rate=int(rate)
+        "", f"from factory {origin}", _checked_shape(shape), load, build, load, reloadable=False, sample_rate=int(rate)
     )
 
 

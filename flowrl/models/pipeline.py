@@ -26,7 +26,7 @@ from flowrl.models.packing import latent_sides
 from flowrl.models.pipeline_options import DEFAULTS, PipelineOptions, Shapes
 from flowrl.models.schedules import TIMESTEPS, times_of
 from flowrl.models.text_encoders import Part, PromptedFlow
-from flowrl.types import Condition
+from flowrl.types import Condition, has_values
 
 __all__ = ["ATTENTION", "DEFAULTS", "Part", "PipelineFlow", "PipelineOptions", "Shapes"]
 
@@ -284,7 +284,7 @@ class PipelineFlow(PromptedFlow):
         vae: Any = self.pipeline.vae
         vae.to(self.device)
         latents, at_once = self.to_autoencoder(x_1).to(vae.dtype), self.decode_batch
-        if latents.device.type == "cpu" and latents.ndim == 4:
+        if latents.device.type == "cpu" and latents.ndim == 4 and has_values(latents):  # else predicted, for GPUs too
             latents = latents.contiguous(memory_format=torch.channels_last)
             at_once = min(at_once, DECODED_AT_ONCE * torch.get_num_threads())
         decode: Callable[..., Any] = vae.decode

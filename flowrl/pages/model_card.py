@@ -69,8 +69,8 @@ def write_card(
     if evaluated and (run / "before_after.png").exists():
         shutil.copyfile(run / "before_after.png", folder / "before_after.png")
         parts.append(
-            "![samples before and after](before_after.png)\n\nBase model (left) and fine-tuned (right), from the same "
-            "noise and prompts.\n"
+            "![samples before and after](before_after.png)\n\nBefore (left) and after this training (right), from the "
+            "same noise and prompts.\n"
         )
     parts += ["## Use\n", _use(model, kind, name, sampling)]
     parts += ["## Training\n", _training(model)]
@@ -107,11 +107,14 @@ def _base(flow: FlowSource) -> str:
 
 def _summary(model: FlowAlgorithm, kind: Kind) -> str:
     what = {"lora": "LoRA weights", "transformer": "A fully fine-tuned transformer", "pipeline": "A whole pipeline"}
-    core = model.env.core
+    core, began = (
+        model.env.core,
+        " It began from other LoRA weights, which are in these." * bool(model.config.init_lora),
+    )
     return (
         f"{what[kind]} for diffusers' `{type(_pipeline(model)).__name__}`, trained by the algorithm "
         f"`{algorithm_name(type(model))}` of flowrl {__version__} with the reward *{_reward(core)}*. "
-        f"Base model: {_base(core.flow)}; its licence holds here too.\n"
+        f"Base model: {_base(core.flow)}; its licence holds here too.{began}\n"
     )
 
 
@@ -292,7 +295,7 @@ def _results(result: Mapping[str, Any]) -> str:
     for key, value in _table(result.get("win_rates")).items():
         rows.append((f"win rate, {key[:100]}", "", f"{number(value)} ({span(intervals.get(key))})"))
     return (
-        f"{markdown_table(['', 'base model', 'fine-tuned'], rows)}\n\n"
+        f"{markdown_table(['', 'before', 'after'], rows)}\n\n"
         f"{number(result.get('n_samples'))} samples of each, from the same noise and prompts; intervals are of "
         "95 %. Diversity is the mean distance of two samples of the same prompt; a win rate is the share of pairs, of "
         "the same prompt and noise, in which the fine-tuned model's sample is the better one (ties count half).\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, cast
 
@@ -27,7 +26,7 @@ from flowrl.training.fitting import fitted
 from flowrl.training.hooks import HookChecks, LaterChecks, check_names
 from flowrl.training.method import Method
 from flowrl.training.networks import ExtraState
-from flowrl.training.optimizers import gradient_step, scheduled_rate, share_of_step
+from flowrl.training.optimizers import gradient_step, share_of_step
 from flowrl.training.policy import FlowPolicy
 from flowrl.training.records import MinibatchFigures, RolloutRecord
 from flowrl.training.reward_calls import RewardCalls, without_strays
@@ -132,7 +131,6 @@ class FlowAlgorithm(Method, SB3Algorithm):
                 seed=None if self.seed is None else self.seed + 1,
                 **construction.policy_arguments(self.policy_class, FlowPolicy, self.policy_kwargs),
             )
-        self.lr_schedule = partial(scheduled_rate, config)
         construction.prepare_training(self)
         self.buffer = RolloutBuffer(
             config.n_samples,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowrl.checks import is_whole, python_value, shown
+from flowrl.checks import check_has_values, is_whole, python_value, shown
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
@@ -310,11 +310,7 @@ def check_device(device: torch.device | str) -> None:
         DeviceError: Unknown or absent.
         ConfigError: Tensors would not be float32, or hold no values.
     """
-    if torch.get_default_device().type == "meta":
-        raise ConfigError(
-            "torch's default device is 'meta', whose tensors hold no values: call torch.set_default_device('cpu') "
-            "before, or work outside of `with torch.device('meta')`."
-        )
+    check_has_values()
     if torch.get_default_dtype() != torch.float32:
         raise ConfigError(
             f"flowrl computes in float32, or as its setting precision says; torch's default type is "

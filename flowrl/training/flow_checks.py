@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flowrl.checks import described, shown
-from flowrl.errors import ConfigError, raised_by
+from flowrl.errors import ConfigError, raised_by, tell_whose
 from flowrl.models.base import VelocityModel
 from flowrl.training.construction import on_device
 from flowrl.types import Condition, has_values
@@ -71,7 +71,11 @@ def samples(model: VelocityModel, x_1: torch.Tensor) -> torch.Tensor:
     Raises:
         ConfigError: The flow gives no tensor with a row for each.
     """
-    given = model.decode(x_1)
+    try:
+        given = model.decode(x_1)
+    except Exception as error:
+        tell_whose(error, f"{type(model).__name__}.decode, which makes samples of the flow's latents")
+        raise
     if not isinstance(given, torch.Tensor) or given.shape[:1] != x_1.shape[:1]:
         raise ConfigError(
             f"{type(model).__name__}.decode must give a tensor of {len(x_1)} samples for as many latents, not "

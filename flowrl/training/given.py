@@ -70,12 +70,15 @@ def _checked(path: Path, model: FlowAlgorithm, names: tuple[str, ...]) -> tuple[
                 f"The samples in '{path}' do not fit: {name} must be (N, {', '.join(map(str, shape))}) and contexts "
                 f"(N,), not {tuple(x_1.shape)} and {tuple(contexts.shape)}."
             )
-        if tensors[name].is_complex():
-            raise ConfigError(f"The samples in '{path}' do not fit: {name} holds complex numbers.")
+        if not tensors[name].is_floating_point():
+            raise ConfigError(
+                f"The samples in '{path}' do not fit: {name} must be floating-point numbers, not {tensors[name].dtype}."
+            )
         if not bool(x_1.isfinite().all()):
             raise ConfigError(f"The samples in '{path}' do not fit: {name} holds numbers that are not finite.")
     kind = tensors["contexts"].dtype
-    if kind.is_floating_point or kind.is_complex or not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
+    is_whole = not (kind.is_floating_point or kind.is_complex or kind is torch.bool)
+    if not is_whole or not 0 <= int(contexts.min()) <= int(contexts.max()) < n_contexts:
         raise ConfigError(f"The contexts in '{path}' must be indices from 0 to {n_contexts - 1}, whole numbers.")
     digest = hashlib.sha256()
     for rows in (*samples, contexts):

@@ -159,7 +159,10 @@ def load_checkpoint(
             f"What '{folder / 'config.json'}' describes cannot be made: {type(error).__name__} {error}."
         ) from error
     _compare_start(model, config, folder, env_settings is not None, to_train)
-    load_state(model, folder, to_train, env_settings is not None or _is_of(model, config))
+    is_of_env = env_settings is not None or _is_of(model, config)
+    load_state(model, folder, to_train, is_of_env)
+    has_same_target = model.config.target_lambda == config["settings"].get("target_lambda", 0.0)
+    model.is_aimed = model.iteration > 0 and is_of_env and has_same_target
     return model
 
 

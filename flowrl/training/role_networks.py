@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from flowrl.distributed.sharding import local_shard, reshard
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, tell_whose
 from flowrl.models.base import VelocityModel
 from flowrl.models.compiling import compile_network
 from flowrl.models.lora import LoRA, activate_in_copy, add_adapters, switched
 from flowrl.training.working_copies import CastCopy, MergedCopy, WorkingCopy, sharing_copy
-from flowrl.types import Compile, Condition, Role, version_of
+from flowrl.types import Compile, Condition, Role, has_values, version_of
 
 AS_IT_IS = nullcontext()
 """Context that changes nothing, one for all passes: small networks are called often."""
+WITH_STATISTICS = nn.modules.batchnorm._NormBase
+"""Layers that change their buffers in training: batch and instance normalisation."""
 
 
 class RoleNetworks(nn.Module):
@@ -105,7 +107,12 @@ class RoleNetworks(nn.Module):
         ):
             before = version_of(x_t)
             may_split = x_t.device.type == "cpu" and not (with_grad or exact)  # pieces are rounded otherwise
-            v = _in_pieces(model, x_t, t, cond) if may_split else model(x_t, t, cond)
+            try:
+                v = _in_pieces(model, x_t, t, cond) if may_split else model(x_t, t, cond)
+            except Exception as error:
+                network = type(self.model.network).__name__
+                tell_whose(error, f"the flow ({type(model).__name__} with a {network}), asked for velocities")
+                raise
             if not isinstance(v, torch.Tensor) or v.shape != x_t.shape or version_of(x_t) != before:
                 raise ConfigError(_odd_flow(v, x_t))
             return v.float()
@@ -163,13 +170,20 @@ class RoleNetworks(nn.Module):
         self._parameters_of = {role: self._collect(role) for role in self.roles}
 
     def set_training_mode(self, mode: bool) -> None:
-        """Put the current network into training or evaluation mode; copies stay in evaluation mode."""
+        """Put the current network into training or evaluation mode; copies stay in evaluation mode.
+
+        With LoRA so do layers with running statistics, which are those of the base network: all roles share them.
+        """
         modules = list(self.trained.modules())
         if any(type(module).train is not nn.Module.train for module in modules):
             self.trained.train(mode)
-            return
-        for module in modules:  # what `train` does, without its walk over names
-            module.training = mode
+        else:
+            for module in modules:  # what `train` does, without its walk over names
+                module.training = mode
+        if mode and self.lora is not None:
+            for module in modules:
+                if isinstance(module, WITH_STATISTICS):
+                    module.training = False
 
     @property
     def trained(self) -> nn.Module:
@@ -277,9 +291,9 @@ class RoleNetworks(nn.Module):
 
 
 def _in_pieces(model: VelocityModel, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-    """Compute velocities (B, *latent_shape), as many at once as the flow says."""
+    """Compute velocities (B, *latent_shape), as many at once as the flow says; in predictions, for GPUs too, all."""
     rows = model.rows_at_once()
-    if not 0 < rows < len(x_t):
+    if not 0 < rows < len(x_t) or not has_values(x_t):
         return model(x_t, t, cond)
     pieces = zip(x_t.split(rows), t.split(rows), *(part.split(rows) for part in cond))
     return torch.cat([model(x, times, tuple(rest)) for x, times, *rest in pieces])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -22,10 +23,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from flowrl.checks import counted
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
-from flowrl.errors import ConfigError, UnknownNameError
+from flowrl.errors import CheckpointError, ConfigError, UnknownNameError
 from flowrl.training.construction import as_generation_env, check_trainable
 from flowrl.training.diagnosis import BadUpdates
-from flowrl.training.optimizers import laid_out_like
+from flowrl.training.optimizers import laid_out_like, scheduled_rate
 from flowrl.training.records import log_iteration
 from flowrl.training.signal import Signal
 
@@ -46,12 +47,28 @@ class SB3Algorithm(BaseAlgorithm):
     warned: set[str]
     misfit: bool
     policy: Any
+    config: Any
     generator: torch.Generator
     ranks: Ranks
     bad_updates: BadUpdates
     name: ClassVar[str]
     unlogged: tuple[dict[str, torch.Tensor], float] | None = None
     """Figures of the newest iteration's updates and its seconds, while they are in no log."""
+    is_aimed = False
+    """Whether the coefficient is set by `target_lambda` and the rewards of this environment."""
+
+    def lr_schedule(self, remaining: float) -> float:
+        """Compute the learning rate that the settings say, `remaining` (1 to 0) of the run being still to come."""
+        return scheduled_rate(self.config, remaining)
+
+    @property
+    def learning_rate(self) -> float:
+        """The setting of that name; whoever sets it, a callback say, changes the settings."""
+        return self.config.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self.config = replace(self.config, learning_rate=rate)
 
     @property
     def rollout_reward(self) -> float | None:
@@ -92,7 +109,14 @@ class SB3Algorithm(BaseAlgorithm):
         """
         from flowrl.training.loading import load_checkpoint, of_newest
 
-        return of_newest(path, lambda folder: load_checkpoint(cast(Any, cls), folder, env=env, device=device, **kwargs))
+        given = [name for name in kwargs if name not in ("verbose", "tensorboard_log", "policy", "policy_kwargs")]
+        own = {"env": env, "device": device, **kwargs}
+        try:
+            return of_newest(path, lambda folder: load_checkpoint(cast(Any, cls), folder, **own))
+        except CheckpointError as error:
+            if given:  # they may ask for what it does not hold
+                error.args = (f"{error} Settings given in place of its own: {', '.join(given)}.",)
+            raise
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """Refuse another environment: rewards, prompts and settings of training hang on the one it was made with.

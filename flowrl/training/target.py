@@ -47,7 +47,8 @@ def check_target(model: FlowAlgorithm) -> None:
 
 
 def aim(model: FlowAlgorithm, rollout: Batch) -> None:
-    """Set an algorithm's own coefficient so that it aims at `target_lambda`, by the rewards of the first iteration.
+    """Set an algorithm's own coefficient so that it aims at `target_lambda`, by the rewards of the first iteration, and
+    once more where it is loaded with another target or in another environment.
 
     What an environment recommends is left out where an algorithm states no tilt with the settings that it has.
 
@@ -55,7 +56,7 @@ def aim(model: FlowAlgorithm, rollout: Batch) -> None:
         ConfigError: It states no tilt that it aims at, or rewards are all alike.
     """
     target, setting = model.config.target_lambda, model.tilt_setting
-    if not target or model.iteration:  # it was set before, and is in the config
+    if not target or model.is_aimed:  # it was set before, and is in the config
         return
     now = None if _hides_rewards(model) else _stated(model, rollout)
     if now is None and target == model.env.core.recommended.get("target_lambda"):
@@ -69,6 +70,7 @@ def aim(model: FlowAlgorithm, rollout: Batch) -> None:
     name, power = setting
     value = getattr(model.config, name) * factor**power
     model.config = replace(model.config, **{name: value})
+    model.is_aimed = True
 
 
 def aimed(model: FlowAlgorithm, rollout: Batch) -> torch.Tensor | None:
