@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,10 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     index = {part: _named(value, adapter) for part, value in index.items()}
     _check_libraries(index, name)
     _check_encoders(index, name, adapter, options)
-    transformer, vae = (read_json(fetch(f"{part}/config.json"), what) for part in (adapter.NETWORK, "vae"))
+    transformer, vae = (
+        _Configuration(read_json(fetch(f"{part}/config.json"), what), index.get(part))
+        for part in (adapter.NETWORK, "vae")
+    )
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
     _check_scheduler(index, fetch, location, what, adapter.INVERTED_LEVELS)
@@ -100,6 +104,22 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     rate = adapter.values_per_second(vae)
     known: dict[str, Any] = {"is_image": not rate, "frame_rate": adapter.FRAME_RATE, "revision": revision or ""}
     return FlowSource(name, about, shapes.sample, load, skeleton, imitation, sample_rate=rate, **known)
+
+
+class _Configuration(dict[str, Any]):
+    """Configuration of a part; what the release that saved it did not write yet is as the part's class has it."""
+
+    def __init__(self, written: dict[str, Any], described: Any) -> None:
+        super().__init__(written)
+        self.described = described
+
+    def __missing__(self, key: str) -> Any:
+        if not _is_there(self.described):
+            raise KeyError(key)
+        known = inspect.signature(looked_up(*self.described).__init__).parameters
+        if key not in known or known[key].default is inspect.Parameter.empty:
+            raise KeyError(key)
+        return known[key].default
 
 
 def _named(described: Any, adapter: type[PipelineFlow]) -> Any:
