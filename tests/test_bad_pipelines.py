@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import small_pipelines
-from families import glm_image, hunyuan_image, nucleusmoe_image
+from families import glm_image, hidream, hunyuan_image, nucleusmoe_image
 
 from flowrl.errors import ModelLoadError
 from flowrl.models.families import NO_FLOWS
@@ -38,6 +38,17 @@ def test_a_missing_part_is_named(build: Callable[[Path], Any], parts: list[str],
         with pytest.raises(ModelLoadError, match=f"is incomplete: .*'{part}'"):
             source_of(str(folder)).load()
         shutil.move(tmp_path / "away", folder / part)
+
+
+def test_a_text_encoder_that_is_published_elsewhere_is_named(tmp_path: Path) -> None:
+    hidream.CASES[0].build(tmp_path)
+    index = tmp_path / "model_index.json"
+    parts = json.loads(index.read_text())
+    index.write_text(json.dumps({name: part for name, part in parts.items() if not name.endswith("_4")}))
+    with pytest.raises(
+        ModelLoadError, match=r"has no text_encoder_4, which .* load the HiDreamImagePipeline in diffus"
+    ):
+        source_of(str(tmp_path))
 
 
 def test_weights_in_few_bits_are_not_taken_for_damaged_ones(tmp_path: Path) -> None:

@@ -357,6 +357,13 @@ def test_wan_of_a_time_for_each_token_begins_with_no_picture(tmp_path: Path) -> 
         source_of(str(tmp_path), pipeline=wan.OPTIONS)
 
 
+def test_wan_of_a_first_and_a_last_picture_is_refused(tmp_path: Path) -> None:
+    network = wan_image.build(tmp_path) / "transformer" / "config.json"
+    network.write_text(json.dumps({**json.loads(network.read_text()), "pos_embed_seq_len": 10}))
+    with pytest.raises(ConfigError, match="from a first picture to a last one"):
+        source_of(str(tmp_path), pipeline=wan.OPTIONS)
+
+
 @pytest.mark.skipif(find_spec("ftfy") is not None, reason="ftfy is there")
 def test_a_pipeline_that_cleans_prompts_by_ftfy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = source_of(str(wan_image.build(tmp_path / "flow")), pipeline=replace(wan.OPTIONS, resolution=16)).load()

@@ -184,11 +184,20 @@ def _check_libraries(index: dict[str, Any], name: str) -> None:
 
 
 def _check_encoders(index: dict[str, Any], name: str, adapter: type[PipelineFlow], options: PipelineOptions) -> None:
-    """Check that the declaration names all text encoders, and does without the one that is not wanted.
+    """Check that all text encoders are there, that the declaration names them, and does without the unwanted one.
 
     Raises:
-        ConfigError: It does not.
+        ModelLoadError: The pipeline lacks one.
+        ConfigError: The declaration does not.
     """
+    lacking = [part for part in adapter.ENCODERS if part not in index]
+    kind = looked_up("diffusers", adapter.PIPELINE) if lacking else None
+    taken = {*inspect.signature(kind.__init__).parameters} - {*kind._optional_components} if kind else ()
+    if needed := [part for part in lacking if part in taken]:
+        raise ModelLoadError(
+            f"'{name}' has no {' and no '.join(needed)}, which its publisher leaves to be loaded from elsewhere: load "
+            f"the {adapter.PIPELINE} in diffusers with what it lacks, save_pretrained it into a folder, and name that."
+        )
     if adapter.WITHOUT_T5 is None and not options.t5:
         raise ConfigError(f"'{name}' ({adapter.PIPELINE}) cannot do without T5: leave --env.t5 on.")
     there = {part for part, value in index.items() if re.fullmatch(r"text_encoder(_\d)?", part) and _is_there(value)}

@@ -39,6 +39,8 @@ class WanImageToVideoFlow(PicturesFlow, WanFlow):
                 "This Wan begins with the picture in the place of the first latents (expand_timesteps), which are "
                 "no part of a flow then: use it as a WanPipeline, without pictures."
             )
+        if transformer.get("pos_embed_seq_len"):
+            raise ConfigError("This Wan goes from a first picture to a last one, of which a prompt has one.")
         return super().shapes(transformer, vae, options)
 
     @classmethod
