@@ -45,9 +45,7 @@ def test_a_text_encoder_that_is_published_elsewhere_is_named(tmp_path: Path) -> 
     index = tmp_path / "model_index.json"
     parts = json.loads(index.read_text())
     index.write_text(json.dumps({name: part for name, part in parts.items() if not name.endswith("_4")}))
-    with pytest.raises(
-        ModelLoadError, match="has no text_encoder_4, which its publisher leaves"
-    ):
+    with pytest.raises(ModelLoadError, match="has no text_encoder_4, which its publisher leaves"):
         source_of(str(tmp_path))
 
 

@@ -19,6 +19,8 @@ from flowrl.storage import revisions
 VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")
 OF_BYTES = ("ByT5Tokenizer",)
 """Tokenizers that need no vocabulary."""
+SEES_VIDEOS = "VLProcessor"
+"""End of the names of processors that transformers makes with torchvision only: they take videos, too."""
 ADAPTER_FILE = "adapter_config.json"
 """In place of weights, where transformers saved a network with a LoRA: it names where the others are to be read."""
 UNFUSED = (
@@ -73,7 +75,7 @@ def load_pipeline(
     except ModelLoadError:
         raise
     except Exception as error:
-        raise _not_loaded(error, location, name, adapter, parts) from error
+        raise _not_loaded(error, location, name, index, parts) from error
     for part in ("vae", *adapter.ENCODERS):
         if (network := getattr(pipeline, part, None)) is not None:
             network.requires_grad_(False).eval()
@@ -81,14 +83,15 @@ def load_pipeline(
 
 
 def _not_loaded(
-    error: Exception, location: str, name: str, adapter: type[PipelineFlow], parts: Sequence[str]
+    error: Exception, location: str, name: str, index: Mapping[str, Any], parts: Sequence[str]
 ) -> ModelLoadError:
     """Say why a pipeline cannot be loaded."""
     folder = Path(location)
-    if lacking := [library for library in adapter.NEEDS if find_spec(library) is None]:
+    sees = [part for part, value in index.items() if isinstance(value, list) and str(value[-1]).endswith(SEES_VIDEOS)]
+    if sees and find_spec("torchvision") is None:
         return ModelLoadError(
-            f"A {adapter.PIPELINE} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}, of the build of "
-            "this torch."
+            f"The part '{sees[0]}' of the pipeline '{name}' is made with torchvision, which is not installed: pip "
+            "install torchvision, of the build of this torch."
         )
     if (failed := first_failure(error)) is not None:
         return ModelLoadError(failed)

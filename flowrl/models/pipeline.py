@@ -77,8 +77,6 @@ class PipelineFlow(PromptedFlow):
     """Version of diffusers that the class is declared for, where an earlier one computes something else."""
     DIFFUSERS_AS: ClassVar[str] = "diffusers"
     """Name that diffusers writes down for parts that stand beside the pipeline in its own package."""
-    NEEDS: ClassVar[tuple[str, ...]] = ()
-    """Libraries that the pipeline cannot be loaded without, beside those of flowrl."""
     WITHOUT_T5: ClassVar[str | None] = None
     """Part that `t5=False` leaves out; None where the pipeline cannot do without."""
     MAX_SHIFT: ClassVar[float] = 1.15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,16 +12,23 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
+    Qwen3VLProcessor,
 )
 
 from families.case import PROMPTS
 
+if find_spec("torchvision") is None:  # what brings videos into shape is made with it; there are none here
+    for kind in (Qwen2VLProcessor, Qwen3VLProcessor):
+        kind.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
 SPECIAL = ["<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -58,9 +66,9 @@ def tokenizer(template: str = TEMPLATE, more: Sequence[str] = ()) -> PreTrainedT
     )
 
 
-def seeing_tokenizer() -> PreTrainedTokenizerFast:
-    """The same with the marks of Qwen2.5-VL's pictures and videos."""
-    return tokenizer(more=SEEING)
+def processor(kind: type[ProcessorMixin] = Qwen2VLProcessor, template: str = TEMPLATE) -> ProcessorMixin:
+    """The same, with the marks of pictures and videos, and with what brings pictures into shape."""
+    return kind(Qwen2VLImageProcessor(), tokenizer(template, more=SEEING), chat_template=template)
 
 
 def _text(layers: int) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def qwen3_config(layers: int = 2) -> Qwen3Config:
 
 
 def qwen_vl(sees: bool = False) -> torch.nn.Module:
-    """A Qwen2.5-VL, for `seeing_tokenizer` where it sees pictures."""
+    """A Qwen2.5-VL, for `processor` where it sees pictures."""
     text, marks = _text(2), {}
     if sees:
         text["vocab_size"] += len(SEEING)

@@ -28,7 +28,7 @@ def build(folder: Path, **more: Any) -> Path:
         scheduler=parts.euler(shift=5.0),
         vae=autoencoder(),
         text_encoder=encoders.qwen_vl(),
-        tokenizer=encoders.tokenizer(),
+        tokenizer=encoders.processor(),
         **parts.clip(),
     )
 

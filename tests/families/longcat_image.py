@@ -34,7 +34,7 @@ def build(folder: Path) -> None:
         vae=autoencoder(),
         text_encoder=encoders.qwen_vl(),
         tokenizer=encoders.tokenizer(),
-        text_processor=encoders.tokenizer(),
+        text_processor=encoders.processor(),
     )
     pipeline.save_pretrained(folder)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, NucleusMoEImagePipeline, NucleusMoEImageTransformer2DModel
 from small_pipelines import louder
+from transformers import Qwen3VLProcessor
 
 from families import encoders
 from families.case import PROMPTS, Case
@@ -42,7 +43,7 @@ def build(folder: Path) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=autoencoder(),
         text_encoder=encoders.qwen3_vl_generator(9),
-        processor=encoders.tokenizer(encoders.MIXED),  # a processor would want torchvision
+        processor=encoders.processor(Qwen3VLProcessor, encoders.MIXED),
     )
     pipeline.save_pretrained(folder)
 

@@ -1,7 +1,4 @@
-"""Qwen-Image-Edit, in both of its classes, with a text encoder that sees pictures.
-
-Its processor has a part for videos that transformers makes with torchvision only; no video is given to it.
-"""
+"""Qwen-Image-Edit, in both of its classes, with a text encoder that sees pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ from diffusers import (
 )
 from PIL import Image
 from small_pipelines import louder
-from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor
 
 from families import encoders, qwen_image
 from families.case import PROMPTS, Case
@@ -32,8 +27,6 @@ from flowrl.models.packing import pack, unpack
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 
 LENGTH = 32
-if find_spec("torchvision") is None:
-    Qwen2VLProcessor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
 
 
 def build(folder: Path, kind: type[DiffusionPipeline] = QwenImageEditPipeline, **network: Any) -> Path:
@@ -48,7 +41,7 @@ def build(folder: Path, kind: type[DiffusionPipeline] = QwenImageEditPipeline, *
         axes_dims_rope=(4, 6, 6),
         **network,
     )
-    tokenizer = encoders.seeing_tokenizer()
+    processor = encoders.processor()
     kind(
         transformer=louder(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -56,8 +49,8 @@ def build(folder: Path, kind: type[DiffusionPipeline] = QwenImageEditPipeline, *
         ),
         vae=qwen_image.autoencoder(),
         text_encoder=encoders.qwen_vl(sees=True),
-        tokenizer=tokenizer,
-        processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, chat_template=encoders.TEMPLATE),
+        tokenizer=processor.tokenizer,
+        processor=processor,
     ).save_pretrained(folder)
     return folder
 

@@ -31,7 +31,6 @@ class QwenImageEditFlow(PicturesFlow, QwenImageFlow):
 
     PIPELINE = "QwenImageEditPipeline"
     SEQUENCE_LENGTH = 256
-    NEEDS = ("torchvision",)
     OWN_CALL = (
         "Its own call brings the picture to an area of one megapixel, and with transformers 5 its text encoder does "
         "not know the rows and columns of the picture."
