@@ -347,9 +347,7 @@ def test_guidance_leads_away_from_the_empty_prompt_with_the_same_picture(edit: P
 def test_a_pipeline_that_needs_torchvision_says_so(edit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Qwen2VLProcessor, "get_attributes")
     source = source_of(str(edit), pipeline=PipelineOptions(resolution=8))
-    with pytest.raises(
-        ModelLoadError, match=r"The part 'processor' .* is made with torchvision, which is not"
-    ):
+    with pytest.raises(ModelLoadError, match=r"The part 'processor' .* is made with torchvision, which is not"):
         source.load()
 
 
