@@ -19,6 +19,7 @@ from diffusers import ClassifierFreeGuidance
 from families import CASES
 from families.case import PROMPTS, Case
 from gymnasium import spaces
+from huggingface_hub import constants
 from PIL import Image
 
 import flowrl
@@ -120,6 +121,19 @@ def test_configurations_of_older_releases_are_read(case: Case, folder: Path, tmp
         old, new = source(case, tmp_path, size), source(case, folder, size)
         assert (old.sample_shape, old.sample_rate) == (new.sample_shape, new.sample_rate)
         assert old.skeleton().latent_shape == new.skeleton().latent_shape
+
+
+def test_a_dry_run_takes_names_of_the_hub(
+    case: Case, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cache made by hand: no file is asked for that a pipeline of the class has not."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshots = tmp_path / "models--OWNER--NAME" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / ("a" * 40)).symlink_to(folder, target_is_directory=True)
+    named = source(case, Path(f"OWNER/NAME@{'a' * 40}")).imitation(torch.float32, torch.float32)
+    assert [part.shape[1:] for part in named.encode(case.contexts[:1])] == [p.shape for p in named.condition_parts()]
 
 
 def _json(value: Any) -> str:

@@ -87,7 +87,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
         pipeline = SimpleNamespace(
             config=index,
             vae=_unloaded(fetch, index, "vae", frozen_dtype),
-            tokenizer_max_length=_tokens(fetch("tokenizer/tokenizer_config.json")),
+            tokenizer_max_length=_tokens(fetch, index),
         )
         for part in trained:
             setattr(pipeline, part, _unloaded(fetch, index, part, network_dtype).requires_grad_(True))
@@ -233,9 +233,10 @@ def _is_there(described: Any) -> bool:
     return isinstance(described, list) and bool(described) and described[0] is not None
 
 
-def _tokens(file: Path) -> int:
-    """Read the tokens that CLIP takes from its tokenizer's configuration."""
-    found = read_json(file, "tokenizer").get("model_max_length") if file.exists() else None
+def _tokens(fetch: Callable[[str], Path], index: dict[str, Any]) -> int:
+    """Read the tokens that CLIP takes from its tokenizer's configuration, where a pipeline has a tokenizer."""
+    file = fetch("tokenizer/tokenizer_config.json") if _is_there(index.get("tokenizer")) else None
+    found = read_json(file, "tokenizer").get("model_max_length") if file is not None and file.exists() else None
     return min(int(found or CLIP_TOKENS), CLIP_TOKENS)
 
 

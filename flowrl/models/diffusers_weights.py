@@ -16,7 +16,7 @@ from flowrl.models.pipeline_options import PipelineOptions
 from flowrl.models.source import read_json
 from flowrl.storage import revisions
 
-VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")
+VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model", "tokenizer.model")
 OF_BYTES = ("ByT5Tokenizer",)
 """Tokenizers that need no vocabulary."""
 SEES_VIDEOS = "VLProcessor"
