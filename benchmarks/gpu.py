@@ -73,6 +73,8 @@ def main() -> None:
         sys.exit(f"There is no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}.")
     torch.manual_seed(0)
     settings = dict(map(setting, args.set))
+    if unknown := {row for row, dot, _ in (name.partition(".") for name in settings) if dot} - set(ROWS):
+        sys.exit(f"--set names no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}.")
     lab = Lab(device, args.tiny, args.quick, args.only_flowrl, args.eager_only, settings, say)
     figures: Figures = {**about(device), "settings": settings, "tiny": args.tiny, "quick": args.quick, "rows": {}}
     if args.only_flowrl:  # as a baseline
@@ -86,9 +88,12 @@ def main() -> None:
     failed = failures(figures, rows)
     if args.baseline:
         compared = [name for name in rows if name in COMPARED]
-        figures["baseline"] = baseline(args, compared)
+        own = Path(__file__).resolve().parent.parent
+        figures["alone"] = alone("new", args, own, args.set, compared)
+        figures["baseline"] = alone("old", args, args.baseline.resolve(), args.baseline_set, compared)
         figures["new / old"] = {name: against(name, figures) for name in compared}
-        failed += [f"old: {name}" for name in failures(figures["baseline"], compared)]
+        for label, part in (("new", "alone"), ("old", "baseline")):
+            failed += [f"{label}: {name}" for name in failures(figures[part], compared)]
         write(args.out, figures)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
@@ -138,33 +143,35 @@ def write(out: Path | None, figures: Figures) -> None:
         part.replace(out)
 
 
-def baseline(args: argparse.Namespace, rows: list[str]) -> Figures:
-    """Run rows with the flowrl of another checkout, in a process of its own; its lines are printed as they come."""
-    folder = args.baseline.resolve()
+def alone(label: str, args: argparse.Namespace, folder: Path, settings: list[str], rows: list[str]) -> Figures:
+    """Run rows with the flowrl of a checkout alone, in a process of its own; its lines are printed as they come.
+
+    Of both checkouts: beside bare loops, in the process of these, the same flowrl takes up to a tenth longer.
+    """
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "old.json"
         command = [sys.executable, str(Path(__file__).resolve()), "--only-flowrl", "--out", str(out), "--rows", *rows]
         command += [option for option in ("--tiny", "--quick") if getattr(args, option.strip("-"))]
-        command += ["--set", *args.baseline_set] if args.baseline_set else []
+        command += ["--set", *settings] if settings else []
         child = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": str(folder)}, stdout=subprocess.PIPE, text=True
         )
         assert child.stdout is not None
         for line in child.stdout:
-            print(f"old: {line}", end="", flush=True)
+            print(f"{label}: {line}", end="", flush=True)
         if child.wait() or not out.exists():
-            say("baseline", f"failed: the process ended with {child.returncode}", None, "")
+            say(label, f"failed: the process ended with {child.returncode}", None, "")
         figures = json.loads(out.read_text()) if out.exists() else {"rows": {}}
     came = Path(figures.pop("flowrl_folder", folder / "flowrl"))
     if folder not in came.parents:
-        say("baseline", f"failed: flowrl came from {came}, not from the baseline", None, "")
+        say(label, f"failed: flowrl came from {came}, not from {folder}", None, "")
         figures["rows"] = {}
     return figures
 
 
 def against(name: str, figures: Figures) -> float | None:
     """Compare flowrl's speed in a row with the baseline's; above 1 the newer is faster."""
-    new, old = (speed(part["rows"].get(name, {})) for part in (figures, figures["baseline"]))
+    new, old = (speed(part["rows"].get(name, {})) for part in (figures["alone"], figures["baseline"]))
     if new is None or old is None:
         return None
     say(name, "speed, new / old", new / old, "")

@@ -329,6 +329,8 @@ def mlp(lab: Lab) -> Figures:
 
 def _small(lab: Lab, row: str, model: Any, bare: BareLoop | None, repeats: int) -> Figures:
     n = model.config.n_samples
+    for _ in range(3 if getattr(model.config, "cuda_graphs", False) else 0):  # captured in the third
+        whole_iteration(model)()
     works = {"flowrl": whole_iteration(model), **({} if bare is None else {"bare": bare.iteration})}
     measured = lab.in_turn(works, repeats)
     figures: Figures = {"samples": n, "seconds": {name: value["median"] for name, value in measured.items()}}

@@ -109,7 +109,7 @@ class FlowConfig:
     """Capture updates and samplers of small networks on CUDA, and replay them: the same numbers with few launches."""
     working_copies: Switch = "auto"
     """Compute passes without gradients on copies of the weights, with adapters merged and in the type that is computed
-    in: faster, at the memory of the adapted matrices (without LoRA, of the network) for each role that draws. "off":
+    in: faster, at the memory of the adapted matrices (without LoRA, of the network for each role that draws). "off":
     adapters beside the weights, as in training; "auto": off on CUDA where the copies do not fit."""
     fit_memory: tuple[str, ...] = ()
     """Settings that the memory plan lowers, from the values here, until a run fits into the memory that is free on a
@@ -128,7 +128,8 @@ class FlowConfig:
     """Seconds for a batch after which a reward has failed; 0 waits for ever."""
     overlap_rewards: Switch = "off"
     """Reward samples in a thread while the next rollout_batch_size are drawn: the same numbers in the same order.
-    "auto": on CUDA, for rewards that compute on the host; "on": for any reward; in several processes never."""
+    "auto": on CUDA, for rewards that compute on the host; "on": for any reward; in several processes, and with
+    cuda_graphs, never."""
     max_bad_updates: int = 10
     """Gradient steps in a row whose gradient is not finite. They are left out; so many stop the run."""
     max_dropped: float = 0.1

@@ -17,12 +17,15 @@ from stable_baselines3.common.logger import Logger
 
 import flowrl
 from flowrl.errors import CheckpointError
+from flowrl.functional import metrics
 from flowrl.runs import callbacks
 from flowrl.runs.callbacks import KeepCheckpoints, PictureCallback, StopOnSignal
 from flowrl.storage.files import clear_away, replace_folder
 from flowrl.training import saving as snapshot
 from flowrl.training.loading import checkpoint_folder
+from flowrl.training.records import RolloutRecord
 from flowrl.training.saving import Snapshot
+from flowrl.types import RewardOutput
 
 N = 32
 
@@ -65,6 +68,43 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
     run.mkdir()
     (run / "checkpoints").symlink_to(tmp_path, target_is_directory=True)
     assert checkpoint_folder(run).name == f"{N * 3:010d}"
+
+
+def test_pictures_and_evaluations_draw_no_more_at_once_than_rollouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rollouts draw at once fits into the memory of a GPU; 36 or 256 samples of a large model need not."""
+    trained, drawn, paired, sample = (
+        model(rollout_batch_size=8, rollout_steps=1),
+        [],
+        [],
+        flowrl.FlowPolicy.sample_latents,
+    )
+
+    def sample_latents(policy: flowrl.FlowPolicy, ids: torch.Tensor, **settings: object) -> torch.Tensor:
+        drawn.append(len(ids))
+        return sample(policy, ids, **settings)
+
+    def diversity(samples: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        paired.append(len(samples))
+        return torch.zeros(())
+
+    monkeypatch.setattr(flowrl.FlowPolicy, "sample_latents", sample_latents)
+    trained.learn(N, callback=PictureCallback(tmp_path))
+    monkeypatch.setattr(metrics, "n_compared", lambda samples, most, values: values // 2**29 * 10, raising=False)
+    monkeypatch.setattr(metrics, "diversity", diversity)
+    flowrl.evaluate(trained, n_samples=20)
+    assert max(drawn) == 8
+    assert sum(drawn) > 2 * 512
+    assert paired == [10, 10]
+
+
+def test_samples_of_an_iteration_do_not_stay_while_the_network_trains() -> None:
+    record, images = RolloutRecord(), torch.zeros(1).expand(16, 3, 1024, 1024)
+    for _ in range(8):
+        record.add(images, torch.zeros(16, dtype=torch.long), RewardOutput(torch.zeros(16)))
+    assert len(record.shown) == 2  # 21 of them are looked at
+    assert model().learn(N).record.shown == []
 
 
 def test_a_reward_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

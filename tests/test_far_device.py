@@ -17,6 +17,7 @@ from conftest import DEVICE, REPOSITORY
 from far_device import Far, no_float64, no_waiting, possible, waits
 
 import flowrl
+from flowrl.evaluation import measure
 from flowrl.functional import exact
 from flowrl.registry import ALGORITHMS
 
@@ -147,14 +148,19 @@ def test_an_iteration_waits_a_few_times() -> None:
 
 
 @there_only
-def test_pictures_are_drawn_and_rewarded_there(tmp_path: Path) -> None:
+def test_pictures_are_drawn_and_rewarded_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"reward": "colourfulness", "prompts": tuple(small_pipelines.PROMPTS)}
     settings = {"env_settings": {"flow": str(small_pipelines.sd3(tmp_path / "sd3")), **own}, "group_size": 2}
     model = make("orw_w2", env="sd3-aesthetic", **settings, n_samples=8, batch_size=8, lora_rank=2)
     model.learn(8)
     with no_waiting():
         model.update()
-    result = flowrl.evaluate(model, n_samples=8)
+    kept, statistics = [], measure._statistics
+    monkeypatch.setattr(measure, "_statistics", lambda *args: kept.append(args[1]) or statistics(*args))
+    result = flowrl.evaluate(model, n_samples=8, eval_rewards={"own": lambda images, prompts: images.mean((1, 2, 3))})
+    assert not any(isinstance(samples, Far) for samples in kept), (
+        "all of an evaluation's samples are too much for a GPU"
+    )
     assert torch.tensor([result.reward_mean, result.diversity]).isfinite().all()
 
 

@@ -118,6 +118,14 @@ def test_the_parts_of_a_pipeline_are_those_that_are_loaded(kind: str, tmp_path: 
     assert all(size > plan.parts["frozen weights"] for size in plan.phases.values())
 
 
+def test_copies_for_pictures_and_evaluations_are_counted(tmp_path: Path) -> None:
+    """Those of the moving average and of the reference, beside the one for the rollouts."""
+    env = {"flow": str(small_pipelines.sd3(tmp_path / "sd3")), "prompts": ("a",), "resolution": 16}
+    settings = {"n_samples": 4, "group_size": 2, "rollout_batch_size": 4, "batch_size": 2, "lora_rank": 0}
+    plan = predict("orw_w2", "sd3-compress", env, precision="bfloat16", ema_decay=0.9, **settings)
+    assert plan.parts["copies to compute with"] >= 3 * plan.parts["trained weights"] // 2
+
+
 def test_gradient_checkpointing_and_precision_show() -> None:
     settings = {"batch_size": 64, "n_samples": 64, "lora_rank": 4}
     plain = predict("orw_w2", "sd3-compress", **settings).phases["training"]

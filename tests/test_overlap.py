@@ -131,6 +131,8 @@ def test_it_is_done_only_where_it_is_right(tmp_path: Path) -> None:
     assert not overlaps(model), "a reward that computes where samples are"
     model.env.core.reward_function = make_reward("compress")  # type: ignore[attr-defined]
     assert overlaps(model)
+    model.policy.graphs.is_on = True
+    assert not overlaps(model), "what the thread asks of the device would end in the graph that is captured"
     with pytest.raises(ConfigError, match="overlap_rewards must be one of auto, on, off"):
         make(overlap_rewards="yes")
 

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +243,25 @@ def test_the_gpu_benchmark_on_small_networks(tmp_path: Path) -> None:
     assert figures["rows"]["ceiling"]["flops"] > 0
     assert figures["rows"]["sd35-update"]["variants"]["bare, eager"]["per_second"] > 0
     assert figures["device"] == "CPU"
+
+
+def test_gpu_rows_are_compared_like_with_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkouts alone, both; graphs once they are captured; settings of rows that there are."""
+    gpu, rows, said = script("gpu"), script("gpu_rows"), []
+    parts = {
+        name: {"mlp": {"seconds": {"flowrl": s}}} for name, s in (("rows", 9.0), ("alone", 1.0), ("baseline", 2.0))
+    }
+    figures = {"rows": parts.pop("rows"), **{name: {"rows": part} for name, part in parts.items()}}
+    assert gpu.against("mlp", figures) == 2.0
+    config = SimpleNamespace(n_samples=4, cuda_graphs=True)
+    model = SimpleNamespace(config=config, learn=lambda *args, **kwargs: said.append("an iteration"))
+    measured = {"flowrl": {"median": 1.0, "first": 1.0}}
+    lab = SimpleNamespace(in_turn=lambda works, n: said.append("measured") or measured, say=lambda *args: None)
+    rows._small(lab, "mlp", model, None, 2)
+    assert said == ["an iteration"] * 3 + ["measured"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--set", "mpl.cuda_graphs=true"])
+    with pytest.raises(SystemExit, match="--set names no row mpl; there are ceiling"):
+        gpu.main()
 
 
 SCRIPTS = [path for folder in ("benchmarks", "pretrain", "docs/tools") for path in (REPOSITORY / folder).rglob("*.py")]

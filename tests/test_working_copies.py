@@ -98,6 +98,21 @@ def test_no_copy_where_the_network_itself_serves(folder: Path) -> None:
     assert set(lora.policy.networks._working) == {"reference", "behaviour"}  # the trained one draws nothing
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_roles_take_turns_in_one_merged_copy(folder: Path, precision: str) -> None:
+    """Pictures are drawn by the moving average: a copy for it, too, would be as large as that of the rollouts."""
+    model = algorithm(folder, lora_rank=4, precision=precision, ema_decay=0.5, refresh_every=2)
+    moved(model)
+    policy, roles = model.policy, ("ema", "behaviour", "current")
+    with torch.no_grad():
+        first = [policy.velocity(*point(policy), role) for role in roles]
+        size = sum(weight.nbytes for weight, _ in policy.networks._working["ema"].pairs)  # type: ignore[attr-defined]
+        assert policy.networks.working_bytes == size
+        for role, v in [*zip(roles, first), ("ema", first[0])]:
+            assert torch.equal(policy.velocity(*point(policy), role), v), role
+    assert not torch.equal(first[0], first[1])
+
+
 def test_rounding_at_random_is_right_on_average() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.tensor([1.0, 1.0 + 2**-10, -1.0 - 2**-10, 3e-5, 0.0]).repeat(40_000, 1)  # bfloat16 steps by 2**-7 at 1

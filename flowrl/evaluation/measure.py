@@ -74,7 +74,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples of one flow with their rewards, of all ranks."""
+    """Samples of one flow with their rewards, of all ranks; the samples in the CPU's memory, the rest on the device."""
 
     x_1: torch.Tensor
     samples: torch.Tensor
@@ -90,7 +90,7 @@ def evaluate(
     *,
     prompts: str | Path | Sequence[Any] = "train",
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     samples_per_context: int = 8,
     role: Role | None = None,
     n_kept: int | None = None,
@@ -112,7 +112,7 @@ def evaluate(
         prompts: Prompts to condition on: "train", the contexts that training draws; "held_out", those it never draws; a
             prompt file or a shipped set (all of it); or prompts themselves. Weights count as in training.
         seed: Seed of noise and contexts.
-        batch_size: Samples drawn at once.
+        batch_size: Samples drawn at once; as many as a rollout draws when None, and 256 at most.
         samples_per_context: Samples of each drawn context, for diversity and for rewards that compare them.
         role: Copy to evaluate; None takes the moving average where there is one.
         n_kept: Samples to keep in the result; None keeps 64 images or 1024 points.
@@ -128,9 +128,8 @@ def evaluate(
     """
     if isinstance(env, int):
         raise ConfigError(f"The number of samples is given by name: evaluate(model, n_samples={env}).")
-    n_samples, batch_size = counted("n_samples", n_samples), counted("batch_size", batch_size)
+    n_samples, n_kept = counted("n_samples", n_samples), None if n_kept is None else counted("n_kept", n_kept)
     samples_per_context, seed = counted("samples_per_context", samples_per_context), counted("seed", seed, 0)
-    n_kept = None if n_kept is None else counted("n_kept", n_kept)
     _check_kinds(steering, eval_rewards)
     asked = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
     sampling: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -138,6 +137,7 @@ def evaluate(
     if not is_trained_on:
         subject = subject.conditioned_on(_chosen(subject.env, prompts))
     policy, core = subject.policy, subject.env
+    batch_size = policy.most_drawn if batch_size is None else counted("batch_size", batch_size)
     if "reference" not in policy.networks.available:
         raise ConfigError("This policy keeps no reference to compare with.")
     check_eval_samples(n_samples, (core, *(eval_rewards or {}).values()), samples_per_context)
@@ -182,7 +182,7 @@ def evaluate(
     )
     values = {"reward": before.reward} | sides[0], {"reward": after.reward} | sides[1]
     contexts = [core.contexts[i] for i in ids.tolist()]
-    won = outcomes(comparing, values, (before.samples, after.samples), contexts, batch_size)
+    won = outcomes(comparing, values, (before.samples, after.samples), contexts, batch_size, policy.device)
     clusters = _clusters(core, ids.cpu())
     side = compare(rewards, (sides[0], sides[1]), diversity, ratio, share, w2, (errors[0], errors[1]))
     trained, reference = replace(trained, side=side.after), replace(reference, side=side.before)
@@ -286,7 +286,7 @@ def _drawn(
 
         done = roll_out(own, draw, policy.decode, judged_by(subject.env))
         n_drawn += len(own)
-        parts.append((gather(done.x_1), gather(done.samples)))
+        parts.append((gather(done.x_1), gather(done.samples).cpu()))  # all of them are too much for a GPU
         rewards.append(gather(done.output.reward))
         components.append({key: gather(value) for key, value in ranks.in_all(done.output.components).items()})
     together = {key: torch.cat([part[key] for part in components]) for key in in_all(components)}
@@ -327,7 +327,7 @@ def _statistics(
     components: dict[str, torch.Tensor],
     seed: int,
 ) -> SampleStatistics:
-    n_pairs = min(len(samples), 2048)
+    n_pairs = min(len(samples), metrics.n_compared(samples, 2048, 2**29))  # 682 images of 512 pixels, 2 GiB
     return SampleStatistics(
         reward_mean=reward.mean().item(),
         reward_ci=metrics.mean_interval(reward, _clusters(env, context_ids)),
@@ -365,7 +365,7 @@ def _side(
     """Compute held-out rewards and looks (n_samples,) by name; in batches, as networks and large images need."""
     parts: list[dict[str, torch.Tensor]] = []
     for batch, indices in zip(samples.split(batch_size), context_ids.split(batch_size)):
-        asked = [env.contexts[i] for i in indices.tolist()]
+        asked, batch = [env.contexts[i] for i in indices.tolist()], batch.to(context_ids.device)
         parts.append((looks(batch) if env.flow.is_image else {}) | held_out(eval_rewards, batch, asked))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -374,12 +374,12 @@ def _judged(
     env: GenerationEnv, samples: torch.Tensor, context_ids: torch.Tensor, batch_size: int, seed: int
 ) -> dict[str, torch.Tensor]:
     """Compute errors by the environment's own judges: (n_samples,) by name, and (1,) those of all samples together."""
-    contexts = [env.contexts[i] for i in context_ids.tolist()]
+    contexts, device = [env.contexts[i] for i in context_ids.tolist()], context_ids.device
     with raised_by(f"The method errors of '{env.name}'", RewardError):
         parts = [
             {
                 name: check_reward(value, batch, contexts[i : i + batch_size], f"{env.name}, {name}")
-                for name, value in env.errors(batch.clone(), contexts[i : i + batch_size]).items()
+                for name, value in env.errors(batch.to(device, copy=True), contexts[i : i + batch_size]).items()
             }
             for i, batch in zip(range(0, len(samples), batch_size), samples.split(batch_size))
         ]

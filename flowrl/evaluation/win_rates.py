@@ -39,6 +39,7 @@ def outcomes(
     samples: tuple[torch.Tensor, torch.Tensor],
     contexts: Contexts,
     batch_size: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """Compute how the second of each pair of samples fares against the first, by name: 1 wins, 1/2 ties, (n_samples,).
 
@@ -48,6 +49,7 @@ def outcomes(
         samples: The first and the second, (n_samples, ...) each.
         contexts: Contexts that both are of.
         batch_size: Pairs that are compared at once.
+        device: Where they are compared.
 
     Raises:
         RewardError: A judge raised, or gives something other than a finite number for each pair.
@@ -61,7 +63,8 @@ def outcomes(
         for i, a, b in zip(range(0, len(contexts), batch_size), *(part.split(batch_size) for part in samples)):
             asked = contexts[i : i + batch_size]
             with raised_by(f"The win_rate of '{name}'", RewardError):
-                probability = comparison(b.clone(), a.clone(), asked)  # which it may change
+                b, a = (part.to(device, copy=True) for part in (b, a))  # which it may change
+                probability = comparison(b, a, asked)
             parts.append(check_reward(probability, b, asked, f"{name}, win_rate").cpu())
         found[name] = torch.cat(parts)
     return found

@@ -11,6 +11,13 @@ from flowrl.functional.transport import ot_permutation
 
 DIVERSITY_SAMPLES = 256
 """Number of samples of an iteration that the logged diversity looks at."""
+DIVERSITY_VALUES = 2**26
+"""Most values of these, which stay on the device until then: 85 images of 512 pixels, 21 of 1024."""
+
+
+def n_compared(samples: torch.Tensor, most: int = DIVERSITY_SAMPLES, values: int = DIVERSITY_VALUES) -> int:
+    """Count the samples (B, ...) that a diversity looks at: of large ones fewer, as they are copied several times."""
+    return min(most, max(2, values // samples[0].numel()))
 
 
 def diversity(samples: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:

@@ -95,10 +95,11 @@ class PictureCallback(IterationCallback):
 
     def _sample_and_save(self, name: str) -> None:
         policy, env = self.model.policy, self.model.env.core  # type: ignore[union-attr]
+        n = max(1, policy.most_drawn // self.model.ranks.world_size)  # type: ignore[attr-defined]
         with policy.uncounted():  # type: ignore[operator]  # pictures are not part of the method's cost
             latents = [
                 policy.sample_latents(c, x_0=x)  # type: ignore[operator]
-                for c, x in zip(self.contexts.split(256), self.x_0.split(256))
+                for c, x in zip(self.contexts.split(n), self.x_0.split(n))
             ]
         samples = policy.decode(torch.cat(latents))  # type: ignore[operator]
         if not self.model.ranks.is_main:  # type: ignore[attr-defined]

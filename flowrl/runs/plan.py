@@ -65,7 +65,7 @@ def _overlap(model: FlowAlgorithm) -> list[str]:
     if model.config.overlap_rewards == "on":
         return [
             "rewards: not while samples are drawn, which takes one process, --algo.rollout-batch-size below n_samples, "
-            "and an algorithm that draws without knowing them"
+            "no CUDA graphs, and an algorithm that draws without knowing them"
         ]
     return []
 

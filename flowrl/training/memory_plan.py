@@ -114,7 +114,10 @@ def _try(
         LaterChecks(type(model).__name__),
         partial(_imitated_reward, tuple(env.reward_weights)),
     )
-    missing = cls.unpredictable
+    missing, networks = cls.unpredictable, model.policy.networks
+    for role in {model.policy.sampling_role, "reference"} & set(networks.available):  # pictures, drifts, evaluations
+        if networks.with_working_copies:
+            networks.working(role)
     try:
         _iterate(model, tracker)
     except Exception as error:

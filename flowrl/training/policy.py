@@ -37,6 +37,9 @@ from flowrl.training.role_networks import RoleNetworks
 from flowrl.training.sb3_policy import SB3Policy
 from flowrl.types import Condition, Field, Role
 
+MOST_DRAWN = 256
+"""Samples that pictures and evaluations draw at once, at most."""
+
 
 class FlowPolicy(SB3Policy):
     """A flow as a stable-baselines3 policy: the observation is a context, the action a generated sample.
@@ -54,6 +57,7 @@ class FlowPolicy(SB3Policy):
 
     Attributes:
         networks: The velocity network in its roles.
+        most_drawn: Samples that whoever only looks at them draws at once: no more than a rollout, which fits.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class FlowPolicy(SB3Policy):
         config = FlowConfig() if config is None else config
         self.steps, self.solver = config.rollout_steps, config.solver
         self.guidance_scale, self.guidance = config.guidance_scale, config.guidance
+        self.most_drawn = min(config.rollout_batch_size or MOST_DRAWN, MOST_DRAWN)
         self.contexts, self.lora = list(contexts), LoRA.of(config)
         self._times: dict[int, torch.Tensor] = {}
         self._home = device = torch.device(device)

@@ -63,7 +63,7 @@ class RolloutRecord:
         self.rewards.append(output.reward)
         for key, value in output.components.items():
             self.components.setdefault(key, []).append(value)
-        if len(context_ids) * len(self.shown) < metrics.DIVERSITY_SAMPLES:
+        if len(context_ids) * len(self.shown) < metrics.n_compared(samples):
             self.shown.append((samples, context_ids))
 
     def figures(self, model: FlowAlgorithm) -> dict[str, torch.Tensor]:
@@ -96,7 +96,9 @@ class RolloutRecord:
 
     def _diversity(self, model: FlowAlgorithm) -> torch.Tensor:
         """Compute the diversity of some samples of each rank; a scalar. Images are not sent: pairs are within ranks."""
-        samples, context_ids = (torch.cat(parts)[: metrics.DIVERSITY_SAMPLES] for parts in zip(*self.shown))
+        n = metrics.n_compared(self.shown[0][0])
+        samples, context_ids = (torch.cat(parts)[:n] for parts in zip(*self.shown))
+        self.shown = []  # the network trains next
         total, n_pairs = model.ranks.all_reduce_(metrics.pair_distances(samples, context_ids))
         return total / n_pairs
 

@@ -139,7 +139,8 @@ class RoleNetworks(nn.Module):
             made = self._made_working(role)
             if made is None:
                 return self._models[role]
-            compile_network(made.model.network, self.compiled)
+            if all(made.model is not other.model for other in self._working.values()):
+                compile_network(made.model.network, self.compiled)
             self._working[role] = made
         return self._working[role].fresh()
 
@@ -154,7 +155,8 @@ class RoleNetworks(nn.Module):
             plain = self._plain[0]
             if role == "reference":
                 return WorkingCopy(plain, ())
-            return MergedCopy(plain, self._adapted, role, list(self._parameters_of[role].values()))
+            other = next((made for made in self._working.values() if isinstance(made, MergedCopy)), None)
+            return MergedCopy(plain, self._adapted, role, list(self._parameters_of[role].values()), other)
         model = self._models[role]
         return CastCopy(model, self.precision) if model.casts_inputs and self.precision != torch.float32 else None
 

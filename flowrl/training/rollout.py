@@ -108,15 +108,16 @@ def filling(model: FlowAlgorithm, chunks: Sequence[torch.Tensor]) -> Iterator[tu
 def overlaps(model: FlowAlgorithm) -> bool:
     """Tell whether samples are rewarded in a thread while the next are drawn.
 
-    Only where `draw` needs nothing of the rewards before, of one process, with several chunks an iteration. "auto"
-    does it on CUDA for rewards that compute on the host.
+    Only where `draw` needs nothing of the rewards before, of one process, with several chunks an iteration, without
+    CUDA graphs: while one is captured no thread may use the device. "auto" does it on CUDA for rewards that compute on
+    the host.
     """
     config = model.config
     drawer = next(cls for cls in type(model).__mro__ if "draw" in vars(cls))
     several = 0 < config.rollout_batch_size < config.n_samples
     if config.overlap_rewards == "off" or not several or not vars(drawer).get("draws_ahead", False):
         return False
-    if model.ranks.world_size > 1:
+    if model.ranks.world_size > 1 or model.policy.graphs.is_on:  # a thread's own work would end in what is captured
         return False
     return config.overlap_rewards == "on" or (model.device.type == "cuda" and model.env.core.rewards_on_host)
 

@@ -61,26 +61,45 @@ class WorkingCopy:
 class MergedCopy(WorkingCopy):
     """A network with the adapter of a role merged into a copy of the adapted matrices; the rest is shared.
 
+    Roles take turns in one copy: it can be as large as the network, and merging takes less than a pass.
+
     Args:
         plain: The flow around the network without adapters.
         adapted: Its adapted layers by name, with the adapters of all roles.
         role: Whose adapter.
         sources: Parameters of that adapter.
+        other: That of another role, to take turns with.
     """
 
     def __init__(
-        self, plain: VelocityModel, adapted: Mapping[str, Any], role: Role, sources: Sequence[torch.Tensor]
+        self,
+        plain: VelocityModel,
+        adapted: Mapping[str, Any],
+        role: Role,
+        sources: Sequence[torch.Tensor],
+        other: MergedCopy | None = None,
     ) -> None:
+        self.role, self.pairs = role, list[tuple[nn.Parameter, Any]]()
+        self.merged: list[Role] = []  # of one: whose adapter is in the matrices
+        if other is not None:
+            super().__init__(other.model, sources)
+            self.pairs, self.merged = other.pairs, other.merged
+            return
         super().__init__(plain.with_network(sharing_copy(plain.network)), sources)
-        self.role = role
-        self.pairs = []
         for name, layer in adapted.items():
             own = self.model.network.get_submodule(name)
             own.weight = nn.Parameter(torch.empty_like(layer.get_base_layer().weight), requires_grad=False)
             self.pairs.append((own.weight, layer))
             self.nbytes += own.weight.nbytes
 
+    def fresh(self) -> VelocityModel:
+        """Give the flow around the copy, made anew also where it was another role's."""
+        if self.merged != [self.role]:
+            self.expire()
+        return super().fresh()
+
     def _make(self) -> None:
+        self.merged[:] = [self.role]
         generator = torch.Generator(self.pairs[0][0].device).manual_seed(0)  # the same noise each time: no flicker
         for weight, layer in self.pairs:
             merged = layer.get_base_layer().weight.float() + layer.get_delta_weight(self.role).float()
