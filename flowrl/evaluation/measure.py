@@ -159,9 +159,9 @@ def evaluate(
     chunk = batch_size if steering is None else max(1, batch_size // steering.held_at_once)
     eval_rewards, group = eval_rewards or {}, 1
     if any(getattr(judge, "groupwise", False) for judge in (core, *eval_rewards.values())):
-        # samples that are compared are rewarded together
-        batch_size, chunk = (max(1, n // samples_per_context) * samples_per_context for n in (batch_size, chunk))
-        group = samples_per_context
+        # samples that are compared are rewarded together, by one rank
+        least, group = 1 if steering else subject.ranks.world_size, samples_per_context
+        batch_size, chunk = (max(least, n // group) * group for n in (batch_size, chunk))
     with policy.uncounted():
         before = _drawn(subject, ids, noise, "reference", batch_size, plain, group)
         if steering is None:
