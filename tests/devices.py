@@ -25,7 +25,7 @@ if DEVICE == "far":  # before flowrl is imported
 
 
 class TensorsOfTests(TorchFunctionMode):
-    """Makes the tensors that files in tests/ make, where these name no device, on that of the tests.
+    """Makes the tensors that files in tests/ make, where these name no device, on that of the tests, or of a generator.
 
     Those of the library, and the layers of networks, stay where it puts them: one that it forgets to move is found.
     """
@@ -34,7 +34,8 @@ class TensorsOfTests(TorchFunctionMode):
         kwargs = kwargs or {}
         by_a_test = func in FACTORIES and os.path.dirname(sys._getframe(1).f_code.co_filename) == TESTS
         if by_a_test and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": DEVICE}
+            generator = kwargs.get("generator")
+            kwargs = {**kwargs, "device": DEVICE if generator is None else generator.device}
         return func(*args, **kwargs)
 
 

@@ -173,7 +173,7 @@ def test_raft_with_the_penalty_goes_a_known_part_of_the_way() -> None:
             v, v_ref = (model.policy.velocity(x_t, t, (), role) for role in (model.policy.sampling_role, "reference"))
         moves.append(v - v_ref)
     way = (moves[0] * moves[1]).sum() / moves[0].square().sum()
-    assert way == pytest.approx(0.5, abs=0.1)
+    assert way.item() == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("n_best", [0, 8, 9])

@@ -269,7 +269,7 @@ def test_whole_numbers_are_no_weights(folder: Path, file: str, name: str) -> Non
 )
 def test_a_stored_critic_of_another_kind(odd: dict[str, torch.Tensor | None]) -> None:
     """Moments were taken whatever their shapes: a fused step read beyond small ones, or ended in a KeyError."""
-    made, other = (TrainedNetwork(nn.Linear(4, 1), 1e-3, Ranks()) for _ in range(2))
+    made, other = (TrainedNetwork(nn.Linear(4, 1).to(DEVICE), 1e-3, Ranks()) for _ in range(2))
     made.improve(made(torch.ones(2, 4)).sum())
     other.load(made.state())
     assert torch.equal(other.state()["moments.0.exp_avg"], made.state()["moments.0.exp_avg"])

@@ -48,6 +48,8 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
     assert isinstance(far + near[0], Far)  # a number
     assert isinstance(far[torch.tensor([0], device="cpu")], Far)
     assert not isinstance(far.cpu(), Far)
+    for device in ("cpu", "far"):  # a generator draws on its own device only
+        assert torch.randn(3, generator=torch.Generator(device)).device.type == device
 
 
 @there_only

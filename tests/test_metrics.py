@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from flowrl.errors import ConfigError
 from flowrl.functional.metrics import diversity, edge_density, entropy, mean_interval, share_interval, wasserstein2
@@ -33,7 +34,7 @@ def test_diversity_of_equal_samples_is_zero() -> None:
 def test_diversity_of_samples_close_together_far_from_the_origin() -> None:
     """Of a flow that ran off, or of pictures that have become nearly alike."""
     contexts = torch.arange(64) % 2
-    near = 0.1 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    near = 0.1 * torch.randn(64, 2, generator=torch.Generator(DEVICE).manual_seed(0))
     samples = near + torch.tensor([1000.0, -3000.0])[contexts][:, None]
     assert diversity(samples, contexts).item() == pytest.approx(diversity(near, contexts).item(), rel=0.01)
 
@@ -99,7 +100,7 @@ def test_mean_interval_of_few(n: int, size: int) -> None:
 
 def test_mean_interval_of_prompts_that_are_some_of_many() -> None:
     """Eight samples of a prompt are worth little more than one where prompts decide: taken for independent, 54 %."""
-    generator, hits = torch.Generator().manual_seed(0), 0
+    generator, hits = torch.Generator(DEVICE).manual_seed(0), 0
     clusters = torch.arange(64).repeat_interleave(8)[:-4]  # the last prompt has fewer
     for _ in range(200):
         level = torch.randn(1000, generator=generator)
