@@ -10,6 +10,7 @@ import torch
 from test_large_models import algorithm, folder, point
 
 from flowrl.errors import ConfigError
+from flowrl.training import role_networks
 from flowrl.training.working_copies import rounded_at_random
 
 __all__ = ["folder"]  # a fixture
@@ -98,16 +99,23 @@ def test_no_copy_where_the_network_itself_serves(folder: Path) -> None:
     assert set(lora.policy.networks._working) == {"reference", "behaviour"}  # the trained one draws nothing
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_roles_take_turns_in_one_merged_copy(folder: Path, precision: str) -> None:
-    """Pictures are drawn by the moving average: a copy for it, too, would be as large as that of the rollouts."""
+@pytest.mark.parametrize(("precision", "small", "copies"), [("float32", 0, 1), ("bfloat16", 0, 1), ("float32", 1e8, 3)])
+def test_roles_of_large_networks_take_turns_in_one_merged_copy(
+    folder: Path, precision: str, small: float, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures are drawn by the moving average: a copy for it, too, would be as large as that of the rollouts.
+
+    Small networks, of which an update may be one CUDA graph, have one for each role: a graph holds where they are, but
+    not whose adapter is in them.
+    """
+    monkeypatch.setattr(role_networks, "SMALL", small)
     model = algorithm(folder, lora_rank=4, precision=precision, ema_decay=0.5, refresh_every=2)
     moved(model)
     policy, roles = model.policy, ("ema", "behaviour", "current")
     with torch.no_grad():
         first = [policy.velocity(*point(policy), role) for role in roles]
         size = sum(weight.nbytes for weight, _ in policy.networks._working["ema"].pairs)  # type: ignore[attr-defined]
-        assert policy.networks.working_bytes == size
+        assert policy.networks.working_bytes == copies * size
         for role, v in [*zip(roles, first), ("ema", first[0])]:
             assert torch.equal(policy.velocity(*point(policy), role), v), role
     assert not torch.equal(first[0], first[1])

@@ -16,6 +16,7 @@ from flowrl.errors import ConfigError, tell_whose
 from flowrl.models.base import VelocityModel
 from flowrl.models.compiling import compile_network
 from flowrl.models.lora import LoRA, activate_in_copy, add_adapters, switched
+from flowrl.training.graphs import SMALL
 from flowrl.training.working_copies import CastCopy, MergedCopy, WorkingCopy, sharing_copy
 from flowrl.types import Compile, Condition, Role, has_values, version_of
 
@@ -155,7 +156,9 @@ class RoleNetworks(nn.Module):
             plain = self._plain[0]
             if role == "reference":
                 return WorkingCopy(plain, ())
-            other = next((made for made in self._working.values() if isinstance(made, MergedCopy)), None)
+            merged = (made for made in self._working.values() if isinstance(made, MergedCopy))
+            is_large = sum(p.numel() for p in plain.network.parameters()) > SMALL  # a graph may need several at once
+            other = next(merged, None) if is_large else None
             return MergedCopy(plain, self._adapted, role, list(self._parameters_of[role].values()), other)
         model = self._models[role]
         return CastCopy(model, self.precision) if model.casts_inputs and self.precision != torch.float32 else None

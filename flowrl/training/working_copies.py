@@ -61,7 +61,7 @@ class WorkingCopy:
 class MergedCopy(WorkingCopy):
     """A network with the adapter of a role merged into a copy of the adapted matrices; the rest is shared.
 
-    Roles take turns in one copy: it can be as large as the network, and merging takes less than a pass.
+    Roles of a large network take turns in one copy, which can be as large as the network.
 
     Args:
         plain: The flow around the network without adapters.

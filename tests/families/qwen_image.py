@@ -34,7 +34,8 @@ def autoencoder() -> AutoencoderKLQwenImage:
     )
 
 
-def build(folder: Path) -> None:
+def parts(**network: Any) -> dict[str, Any]:
+    """All but what encodes prompts."""
     torch.manual_seed(4)
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
@@ -44,14 +45,17 @@ def build(folder: Path) -> None:
         num_attention_heads=2,
         joint_attention_dim=encoders.WIDTH,
         axes_dims_rope=(4, 6, 6),
+        **network,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
+    return {"transformer": louder(transformer), "scheduler": scheduler, "vae": autoencoder()}
+
+
+def build(folder: Path) -> None:
     pipeline = QwenImagePipeline(
-        transformer=louder(transformer),
-        scheduler=scheduler,
-        vae=autoencoder(),
+        **parts(),
         text_encoder=encoders.qwen_vl(),
         tokenizer=encoders.tokenizer(),
     )

@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImageEditPipeline,
-    QwenImageEditPlusPipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline
 from PIL import Image
-from small_pipelines import louder
 
 from families import encoders, qwen_image
 from families.case import PROMPTS, Case
@@ -30,24 +23,9 @@ LENGTH = 32
 
 
 def build(folder: Path, kind: type[DiffusionPipeline] = QwenImageEditPipeline, **network: Any) -> Path:
-    torch.manual_seed(4)
-    transformer = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=encoders.WIDTH,
-        axes_dims_rope=(4, 6, 6),
-        **network,
-    )
     processor = encoders.processor()
     kind(
-        transformer=louder(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-        ),
-        vae=qwen_image.autoencoder(),
+        **qwen_image.parts(**network),
         text_encoder=encoders.qwen_vl(sees=True),
         tokenizer=processor.tokenizer,
         processor=processor,
