@@ -36,6 +36,8 @@ from flowrl.version import __version__
 PROGRAM = "python -m flowrl.sample"
 OWN_PROMPTS = 8
 """How many of a run's own prompts are drawn when none is given."""
+AT_ONCE = 16
+"""Samples drawn at once, where a rollout draws no fewer."""
 GRID = 64
 """Images in grid.png at most; of videos, an eighth."""
 
@@ -62,8 +64,9 @@ class SampleConfig:
     """Weights: as trained last, their moving average, or before training. The average where there is one."""
     out: Path = Path("sampled")
     """Folder to write; a number is added when it is there already."""
-    batch_size: int = 16
-    """Samples drawn at once: a matter of memory and speed, not of what they are."""
+    batch_size: int | None = None
+    """Samples drawn at once: a matter of memory and speed, not of what they are. As a rollout of the run draws, 16 at
+    most, when not given."""
     device: Device = "auto"
     modules: OwnModules = ()
     algo: AlgorithmOfRun = ""
@@ -128,7 +131,7 @@ def seeded_noise(seeds: Sequence[int], latent_shape: Sequence[int]) -> torch.Ten
 
 
 def draw(
-    policy: FlowPolicy, contexts: Sequence[Any], seeds: Sequence[int], batch_size: int = 16, **sampling: Any
+    policy: FlowPolicy, contexts: Sequence[Any], seeds: Sequence[int], batch_size: int = AT_ONCE, **sampling: Any
 ) -> Iterator[torch.Tensor]:
     """Draw decoded samples to the CPU, a batch (b, *sample_shape) at a time.
 
@@ -163,7 +166,8 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
         "solver": config.solver or policy.solver,
         "guidance_scale": policy.guidance_scale if config.guidance_scale is None else config.guidance_scale,
     }
-    batches = draw(policy, each, seeds, config.batch_size, **sampling)
+    batch_size = config.batch_size or min(policy.most_drawn, AT_ONCE)
+    batches = draw(policy, each, seeds, batch_size, **sampling)
     first = next(batches)  # before there is a folder: most errors come now
     out = config.out.resolve()
     folder = new_folder(out.parent, out.name)
@@ -180,7 +184,7 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
             **sampling,
             "guidance": policy.guidance,
             "device": str(model.device),
-            "batch_size": config.batch_size,
+            "batch_size": batch_size,
             "noise": "torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)), on the CPU",
             **({"frames_per_second": env.flow.frame_rate} if env.flow.frame_rate else {}),
             **({"sample_rate": env.flow.sample_rate} if env.flow.sample_rate else {}),

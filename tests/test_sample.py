@@ -195,11 +195,13 @@ def test_samples_of_contexts_that_json_does_not_know(prompts: list[Any], tmp_pat
     def side(samples: torch.Tensor, contexts: list[Any]) -> torch.Tensor:
         return samples[:, 0]
 
-    model = flowrl.ORWCFMW2("FlowPolicy", "pairs-of-numbers", n_samples=4, batch_size=4, seed=0, device="cpu")
+    settings: dict[str, Any] = {"n_samples": 4, "batch_size": 4, "rollout_batch_size": 2, "seed": 0, "device": "cpu"}
+    model = flowrl.ORWCFMW2("FlowPolicy", "pairs-of-numbers", **settings)
     config = SampleConfig(run=tmp_path, n=2, out=tmp_path / "a")
     write_samples(model, chosen_contexts(model.env.core, ()), config)
-    entries = json.loads((tmp_path / "a" / "samples.json").read_text())["samples"]
-    assert [entry["prompt"] for entry in entries] == [prompt.tolist() for prompt in prompts]
+    about = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert [entry["prompt"] for entry in about["samples"]] == [prompt.tolist() for prompt in prompts]
+    assert about["batch_size"] == 2  # as the run drew: more may not fit
     assert flowrl.evaluate(model, n_samples=8).n_prompts == len(prompts)
 
 
