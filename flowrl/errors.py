@@ -7,8 +7,14 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 
+import torch
+
 LONGEST_NAME = 200
 """Characters of an unknown name that are repeated."""
+FEWER = (
+    "Draw fewer samples at once: flowrl.sample and flowrl.evaluate take --batch-size 1; what a run needs is predicted "
+    "by flowrl.run --dry-run, with what to lower."
+)
 
 
 class FlowRLError(Exception):
@@ -82,6 +88,13 @@ def tell_whose(error: BaseException, whose: str) -> None:
 def in_a_line(error: BaseException) -> str:
     """Name an error, with the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
+
+
+def out_of_memory(error: BaseException, remedy: str = FEWER) -> OutOfMemoryError | None:
+    """Explain an allocation that failed, on whichever device; None for any other error."""
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        return None
+    return OutOfMemoryError(f"There is no memory left ({in_a_line(error)}). {remedy}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -60,6 +60,8 @@ class EvaluateConfig:
     """ODE solver; as in training when not given."""
     guidance_scale: float | None = None
     """Classifier-free guidance; as in training when not given."""
+    batch_size: int | None = None
+    """Samples drawn at once; as many as a rollout of the run, 256 at most, when not given."""
     eval_rewards: tuple[str, ...] = ()
     """Rewards that training did not see, to score both flows with; warns when they fall while the trained one rises."""
     reward_options: tuple[str, ...] = ()
@@ -82,7 +84,7 @@ class EvaluateConfig:
     """Size of the gradient steps of d_flow."""
 
     def __post_init__(self) -> None:
-        for key in ("n_samples", "steps"):
+        for key in ("n_samples", "steps", "batch_size"):
             value = getattr(self, key)
             FlowConfig.require(value is None or value > 0, f"--{key.replace('_', '-')} must be positive, not {value}.")
         for f in fields(self):
@@ -118,6 +120,7 @@ def _evaluate(config: EvaluateConfig) -> int:
         n_samples=config.n_samples,
         prompts=os.path.abspath(config.prompts) if Path(config.prompts).is_file() else config.prompts,
         seed=config.seed,
+        batch_size=config.batch_size,
         steering=steering,
         eval_rewards=make_rewards(config.eval_rewards, config.reward_options),
         steps=config.steps,

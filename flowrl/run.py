@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import get_device
 from flowrl.distributed.ranks import is_lost, join
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.mixture import make_rewards, modules_of
-from flowrl.errors import CheckpointError, ConfigError, FlowRLError, OutOfMemoryError, RankError
+from flowrl.errors import CheckpointError, ConfigError, FlowRLError, RankError, in_a_line, out_of_memory
 from flowrl.evaluation.measure import check_eval_samples, evaluate
 from flowrl.registry import EnvSpec, algorithm_class, environment_spec, named_by_a_file
 from flowrl.runs.callbacks import HeldOutCallback, KeepCheckpoints, PictureCallback, StopOnSignal
@@ -54,7 +54,7 @@ from flowrl.storage.files import clear_away, read_json
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.construction import check_device, check_gradient
 from flowrl.training.loading import checkpoint_folder, load_checkpoint
-from flowrl.training.memory_plan import is_out_of_memory, ways_to_save
+from flowrl.training.memory_plan import ways_to_save
 from flowrl.training.saving import algorithm_name
 
 
@@ -284,18 +284,16 @@ def _checkpoints(folder: Path, run: RunConfig) -> KeepCheckpoints:
 
 def _explained(error: Exception, model: FlowAlgorithm) -> FlowRLError | None:
     """Make the error that says what a user can do about one in training; None where there is nothing to say."""
-    if is_out_of_memory(error):
-        ways = "\n".join(f"  {way}" for way in ways_to_save(model.config))
-        return OutOfMemoryError(
-            f"{model.device} has no memory left ({str(error).splitlines()[0]}). Lower what the run needs, in this "
-            f"order; --dry-run predicts how much that is:\n{ways}"
-        )
     if isinstance(error, FlowRLError):
         return error
+    ways = "\n".join(f"  {way}" for way in ways_to_save(model.config))
+    lower = f"Lower what the run needs, in this order; --dry-run predicts how much that is:\n{ways}"
+    if (explained := out_of_memory(error, lower)) is not None:
+        return explained
     if is_lost(error):
         return RankError(
             "Another process of this job ended or cannot be reached any more; its own message says why "
-            f"({str(error).splitlines()[0]})."
+            f"({in_a_line(error)})."
         )
     return None
 
@@ -330,11 +328,14 @@ def _finish(model: FlowAlgorithm, folder: Path, run: RunConfig, held_out: Judges
 
 @contextmanager
 def _adding(what: str) -> Iterator[None]:
-    """Say in an error of flowrl's own what it leaves behind, too."""
+    """Say in an error of flowrl's own, and where memory ended, what it leaves behind, too."""
     try:
         yield
-    except FlowRLError as error:
-        raise type(error)(f"{error}\n{what}") from error
+    except Exception as error:
+        explained = error if isinstance(error, FlowRLError) else out_of_memory(error)
+        if explained is None:
+            raise
+        raise type(explained)(f"{explained}\n{what}") from error
 
 
 def _resume_hint(folder: Path, run: RunConfig) -> str:

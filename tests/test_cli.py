@@ -519,21 +519,31 @@ def test_a_run_that_goes_on_shows_no_samples_of_before(
     assert not (run / "sounds" / "contexts.json").exists()
 
 
-def test_a_reward_that_fails_in_the_evaluation_loses_nothing(
-    run_here, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RewardError("out of order"), "out of order"),
+        (MemoryError(), "There is no memory left (MemoryError: no reason). Draw fewer samples at once"),
+    ],
+    ids=["reward", "memory"],
+)
+def test_an_error_in_the_evaluation_loses_nothing(
+    error: Exception, message: str, run_here, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its server is gone, say: what was trained is there, and evaluated by the command that is told."""
+    """A server is gone, say: what was trained is there, and evaluated by the command that is told."""
     run = shutil.copytree(three, tmp_path / "run")
 
     def failing(*given: object, **named: object) -> None:
-        raise RewardError("out of order")
+        raise error
 
     (run / "evaluation.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(flowrl.run, "evaluate", failing)
         done = run_here("flowrl.run", "--resume", "run", "--eval-samples", 32)
     told = f"in {Path('run/final')}, not evaluated; go on with: python -m flowrl.run --resume run"
-    assert (done.returncode, done.stderr) == (2, f"error: out of order\nThe final weights are {told}\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.endswith(f"\nThe final weights are {told}\n")
     assert run_here("flowrl.run", "--resume", "run", "--eval-samples", 32).returncode == 0
     assert_same_run(run, three)
 

@@ -166,7 +166,9 @@ def test_ways_to_save_are_those_that_are_left() -> None:
     assert not {"--algo.offload", "--algo.lora-rank 32"} & set(ways_to_save(low))
 
 
-@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "torch.zeros(10**15)"])
+@pytest.mark.parametrize(
+    "error", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError()", "torch.zeros(10**15)"]
+)
 def test_out_of_memory_says_what_to_lower_and_keeps_the_run(
     run_here, tmp_path: Path, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, TextIO, TypeVar
 import tyro
 
 from flowrl.distributed.ranks import is_launched, place_in_job
-from flowrl.errors import ConfigError, FlowRLError
+from flowrl.errors import ConfigError, FlowRLError, out_of_memory
 from flowrl.models.compiling import why_uncompiled
 from flowrl.registry import own_module
 from flowrl.runs.logs import discard_output, telling_warnings
@@ -124,7 +124,7 @@ def _run(body: Callable[[list[str]], int], args: list[str], divides: bool) -> in
     except KeyboardInterrupt:
         code, message = EXIT_INTERRUPTED, f"stopped{place_in_job()}"
     except Exception as error:
-        if not (reason := why_uncompiled(error)):
+        if not (reason := why_uncompiled(error) or out_of_memory(error)):
             raise
         code, message = EXIT_ERROR, f"error{place_in_job()}: {reason}"
     print(message, file=sys.stderr, flush=True)

@@ -54,11 +54,6 @@ class MemoryPlan:
         return max(self.phases.values())
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an allocation failed, on whichever device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def ways_to_save(config: FlowConfig) -> list[str]:
     """List settings that lower the memory of a run, in the order to try them: first what costs time only."""
     large, idle = config.batch_size > 1, config.idle()
