@@ -41,7 +41,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="another checkout of flowrl to compare with")
     parser.add_argument("--baseline-set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of its rows")
     parser.add_argument("--only-flowrl", action="store_true", help="leave out bare loops and pipelines")
-    parser.add_argument("--eager-only", action="store_true", help="leave out compiled bare loops and pipelines")
+    parser.add_argument("--eager-only", action="store_true", help="leave out all that is compiled")
+    parser.add_argument("--as-given", action="store_true", help="flowrl with --set alone, not as fast as it goes, too")
     return parser.parse_args()
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     settings = dict(map(setting, args.set))
     if unknown := {row for row, dot, _ in (name.partition(".") for name in settings) if dot} - set(ROWS):
         sys.exit(f"--set names no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}.")
-    lab = Lab(device, args.tiny, args.quick, args.only_flowrl, args.eager_only, settings, say)
+    lab = Lab(device, args.tiny, args.quick, args.only_flowrl, args.eager_only, args.as_given, settings, say)
     figures: Figures = {**about(device), "settings": settings, "tiny": args.tiny, "quick": args.quick, "rows": {}}
     if args.only_flowrl:  # as a baseline
         import flowrl
@@ -90,7 +91,7 @@ def main() -> None:
         compared = [name for name in rows if name in COMPARED]
         own = Path(__file__).resolve().parent.parent
         figures["alone"] = alone("new", args, own, args.set, compared)
-        figures["baseline"] = alone("old", args, args.baseline.resolve(), args.baseline_set, compared)
+        figures["baseline"] = alone("old", args, args.baseline.resolve(), args.baseline_set, compared, "--as-given")
         figures["new / old"] = {name: against(name, figures) for name in compared}
         for label, part in (("new", "alone"), ("old", "baseline")):
             failed += [f"{label}: {name}" for name in failures(figures[part], compared)]
@@ -106,7 +107,7 @@ def failures(figures: Figures, rows: list[str]) -> list[str]:
 
 def measured(name: str, row: Any, lab: Any) -> Figures:
     """Run a row; what it raises is its result."""
-    started, lab.row = time.perf_counter(), name
+    started, lab.row, lab.extra = time.perf_counter(), name, {}
     try:
         figures = row(lab)
     except Exception as error:
@@ -143,7 +144,9 @@ def write(out: Path | None, figures: Figures) -> None:
         part.replace(out)
 
 
-def alone(label: str, args: argparse.Namespace, folder: Path, settings: list[str], rows: list[str]) -> Figures:
+def alone(
+    label: str, args: argparse.Namespace, folder: Path, settings: list[str], rows: list[str], *options: str
+) -> Figures:
     """Run rows with the flowrl of a checkout alone, in a process of its own; its lines are printed as they come.
 
     Of both checkouts: beside bare loops, in the process of these, the same flowrl takes up to a tenth longer.
@@ -151,7 +154,8 @@ def alone(label: str, args: argparse.Namespace, folder: Path, settings: list[str
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "old.json"
         command = [sys.executable, str(Path(__file__).resolve()), "--only-flowrl", "--out", str(out), "--rows", *rows]
-        command += [option for option in ("--tiny", "--quick") if getattr(args, option.strip("-"))]
+        given = ("--tiny", "--quick", "--eager-only", "--as-given")
+        command += {*options, *(name for name in given if getattr(args, name.strip("-").replace("-", "_")))}
         command += ["--set", *settings] if settings else []
         child = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": str(folder)}, stdout=subprocess.PIPE, text=True
@@ -169,22 +173,20 @@ def alone(label: str, args: argparse.Namespace, folder: Path, settings: list[str
     return figures
 
 
-def against(name: str, figures: Figures) -> float | None:
-    """Compare flowrl's speed in a row with the baseline's; above 1 the newer is faster."""
-    new, old = (speed(part["rows"].get(name, {})) for part in (figures["alone"], figures["baseline"]))
-    if new is None or old is None:
-        return None
-    say(name, "speed, new / old", new / old, "")
-    return new / old
+def against(name: str, figures: Figures) -> Figures:
+    """Compare flowrl's speeds in a row with the baseline's; above 1 the newer is faster."""
+    old = speeds(figures["baseline"]["rows"].get(name, {})).get("flowrl")
+    new = speeds(figures["alone"]["rows"].get(name, {}))
+    ratios = {} if old is None else {variant: speed / old for variant, speed in new.items()}
+    for variant, ratio in ratios.items():
+        say(name, f"speed, {variant} / old", ratio, "")
+    return ratios
 
 
-def speed(row: Figures) -> float | None:
-    """Read flowrl's speed from the figures of a row: what it does in a second."""
-    if "variants" in row:
-        return row["variants"].get("flowrl", {}).get("per_second")
-    seconds = row.get("seconds")
-    seconds = seconds.get("flowrl") if isinstance(seconds, dict) else seconds
-    return None if seconds is None else 1 / seconds
+def speeds(row: Figures) -> dict[str, float]:
+    """Read flowrl's speeds from the figures of a row, by variant: what it does in a second."""
+    seconds = {name: variant["seconds"] for name, variant in row.get("variants", {}).items()}
+    return {name: 1 / value for name, value in {**row.get("seconds", {}), **seconds}.items() if "flowrl" in name}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,17 @@ Figures = dict[str, Any]
 PROMPTS = tuple(f"a photo of a {thing}" for thing in ("cat", "dog", "horse", "lighthouse"))
 SD35, FLUX = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"
 NO_ENCODERS = {name: [None, None] for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+COMPILED, GRAPHED = {"compile": "blocks"}, {"cuda_graphs": True}
+FASTEST: dict[str, tuple[str, Figures]] = {
+    "sd35-rollout": ("flowrl, blocks compiled", COMPILED),
+    "sd35-update": ("flowrl, blocks compiled", COMPILED),
+    "sd35-iteration": ("flowrl, blocks compiled", COMPILED),
+    "mini-sd3": ("flowrl, CUDA graphs", GRAPHED),
+    "mlp": ("flowrl, CUDA graphs", GRAPHED),
+}
+"""What makes a row of flowrl's as fast as it goes, beside the row's own settings."""
+SLOW_TO_COMPILE = ("sd35-update", "sd35-iteration")
+"""Rows that --quick does not compile: with gradients it takes a minute or more."""
 SMALL_VAE = {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 4}
 SMALL: dict[str, Figures] = {
     SD35: {
@@ -87,10 +98,13 @@ class Lab:
     quick: bool = False
     only_flowrl: bool = False
     eager_only: bool = False
+    as_given: bool = False
     given: Figures = field(default_factory=dict)
     """Settings by name, or by ROW.NAME."""
     say: Callable[..., None] = print
     row: str = ""
+    extra: Figures = field(default_factory=dict)
+    """Settings of the variant that is measured."""
     ceiling: float | None = None
     """FLOP/s of a matrix product on this device, once it is measured."""
 
@@ -102,7 +116,19 @@ class Lab:
         """What flowrl gets in this row beside the row's own settings."""
         common = {name: value for name, value in self.given.items() if "." not in name}
         own = {name: value for name, value in self.given.items() if name.startswith(f"{self.row}.")}
-        return {**common, **{name.rpartition(".")[2]: value for name, value in own.items()}}
+        return {**self.extra, **common, **{name.rpartition(".")[2]: value for name, value in own.items()}}
+
+    def variants(self) -> Iterator[str]:
+        """Name flowrl as it is told, then as fast as it goes in this row; meanwhile `settings` are those of each."""
+        self.extra = {}
+        yield "flowrl"
+        name, fastest = FASTEST.get(self.row, ("", {}))
+        compiles = fastest == COMPILED and (self.eager_only or (self.quick and self.row in SLOW_TO_COMPILE))
+        without = fastest == GRAPHED and not self.on_gpu
+        if fastest and not (self.as_given or compiles or without or fastest.keys() & self.settings.keys()):
+            self.extra = fastest
+            yield name
+        self.extra = {}
 
     @property
     def on_gpu(self) -> bool:
@@ -175,6 +201,11 @@ class Lab:
 
     def large(self, env: Any, **settings: Any) -> Any:
         """Make flowrl's algorithm on an environment of `env`."""
+        config = self.large_config(env, **settings)
+        return flowrl.ORWCFMW2("FlowPolicy", env, config=config, seed=0, device=self.device)
+
+    def large_config(self, env: Any, **settings: Any) -> Any:
+        """Settings of that: its rows' own, those of this row, and those of the variant and the command line."""
         own = {
             "n_samples": self.sizes.images,
             "rollout_batch_size": self.sizes.images,
@@ -195,8 +226,7 @@ class Lab:
             "alpha": 1.0,
         }
         settings = {**known(own), **settings, **self.settings}
-        config = flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
-        return flowrl.ORWCFMW2("FlowPolicy", env, config=config, seed=0, device=self.device)
+        return flowrl.ORWCFMW2.configure(recommended=env.recommended, settings=settings)
 
 
 def known(settings: Figures) -> Figures:

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,18 +67,24 @@ def _rollout(
             works.clear()
             del compiled
             lab.free()
-    model = lab.large(env, n_samples=n, rollout_batch_size=n, rollout_steps=steps)
-    ids = torch.arange(n, device=lab.device) % len(PROMPTS)
-    works["flowrl"] = lambda: model.policy.sample_latents(ids, role=model.behaviour_role)
-    seconds |= lab.in_turn(works, repeats)
-    _speeds(lab, row, figures, seconds, n, "images/s", figures.get("flops_per_image"))
-    if together and not (lab.only_flowrl or lab.eager_only):
-        del works["flowrl"], model
+    for variant in lab.variants():
+        with lab.guarded(variant, figures):
+            works[variant] = _draws(lab.large(env, n_samples=n, rollout_batch_size=n, rollout_steps=steps))
+            seconds |= lab.in_turn(works, repeats)
+            _speeds(lab, row, figures, seconds, n, "images/s", figures.get("flops_per_image"))
+        works.clear()
         lab.free()
+    if together and not (lab.only_flowrl or lab.eager_only):
         with lab.guarded("pipeline, blocks compiled", figures):
             seconds |= lab.in_turn({"pipeline, blocks compiled": compiled}, repeats)
             _speeds(lab, row, figures, seconds, n, "images/s", figures["flops_per_image"])
     return figures
+
+
+def _draws(model: Any) -> Callable[[], object]:
+    n, role = model.config.n_samples, model.behaviour_role
+    ids = torch.arange(n, device=model.device) % len(PROMPTS)
+    return lambda: model.policy.sample_latents(ids, role=role)
 
 
 def _sd3_pipeline(lab: Lab, env: Any, n: int, steps: int) -> tuple[float, Callable[[], object], Callable[[], object]]:
@@ -181,21 +186,25 @@ def _speeds(
 def sd35_update(lab: Lab) -> Figures:
     """Gradient steps on adapters of Stable Diffusion 3.5 medium against a bare loop of the same arithmetic."""
     n, batch, env = lab.sizes.images, lab.sizes.batch, lab.env(SD35)
-    model = lab.large(env, rollout_steps=1)
-    _collect(model)
     figures: Figures = {"samples": n, "batch_size": batch}
-    works: dict[str, Callable[[], object]] = {"flowrl": model.update}
+    works: dict[str, Callable[[], object]] = {}
+    seconds: dict[str, Figures] = {}
+    flops = None
+    if not lab.only_flowrl:
+        bare, update, flops = _bare_update(lab, env, n, batch)
+        works["bare, eager"], figures["flops_per_sample"] = update, flops
+    for variant in lab.variants():
+        with lab.guarded(variant, figures):
+            model = lab.large(env, rollout_steps=1)
+            _collect(model)
+            works[variant] = model.update
+            seconds |= lab.in_turn(works, lab.repeats(5))
+            _speeds(lab, "sd35-update", figures, seconds, n, "samples/s", flops)
+        works.clear()
+        model = None
+        lab.free()
     if lab.only_flowrl:
-        _speeds(lab, "sd35-update", figures, lab.in_turn(works, lab.repeats(5)), n, "samples/s", None)
         return figures
-    bare, update, flops = _bare_update(lab, env, n, batch)
-    works["bare, eager"] = update
-    figures["flops_per_sample"] = flops
-    seconds = lab.in_turn(works, lab.repeats(5))
-    _speeds(lab, "sd35-update", figures, seconds, n, "samples/s", flops)
-    works.clear()
-    del model
-    lab.free()
     if not lab.eager_only:
         with lab.guarded("bare, blocks compiled", figures):
             compile_blocks(bare.network)
@@ -236,31 +245,40 @@ def sd35_iteration(lab: Lab) -> Figures:
     from flowrl.training.memory_plan import predict_memory
 
     row, env = "sd35-iteration", lab.env(SD35)
-    model = lab.large(env)
-    config = model.config
-    iteration = whole_iteration(model)
-    first = lab.seconds(iteration)
+    figures: Figures = {"reward": "mean brightness, on the device"}
+    for variant in lab.variants():
+        with lab.guarded(variant, figures):
+            _iteration(lab, variant, lab.large(env), figures)
+        lab.free()
+    if lab.only_flowrl:
+        return figures
+    plan = predict_memory(flowrl.ORWCFMW2, lab.large_config(env), env)
+    figures |= {"predicted_bytes": plan.peak, "predicted_phases": plan.phases, "missing": plan.missing}
+    peak = figures.get("peak_bytes", {}).get("flowrl")
+    note = plan.missing or (f"predicted / measured {plan.peak / peak:.2f}" if peak else "")
+    lab.say(row, "peak as the memory plan predicts it", plan.peak / GIB, "GiB", note)
+    return figures
+
+
+def _iteration(lab: Lab, variant: str, model: Any, figures: Figures) -> None:
+    """Measure a variant of flowrl, whole and by phases, and what it takes of the device's memory."""
+    row, iteration = "sd35-iteration", whole_iteration(model)
+
+    def note(what: str, value: float, unit: str, line: str, shown: float | None = None) -> None:
+        figures.setdefault(what, {})[variant] = value
+        lab.say(row, f"{variant}, {line}", value if shown is None else shown, unit)
+
+    note("first_seconds", lab.seconds(iteration), "s", "the first")
     if lab.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = lab.in_turn({"iteration": iteration}, lab.repeats(4))["iteration"]["median"]
-    figures: Figures = {"seconds": seconds, "first_seconds": first, "reward": "mean brightness, on the device"}
-    lab.say(row, f"flowrl, {config.n_samples} samples, decoded; reward: mean brightness", seconds, "s")
+    note("seconds", seconds, "s", f"{model.config.n_samples} samples, decoded")
     if lab.on_gpu:
-        figures["peak_bytes"] = torch.cuda.max_memory_allocated()
-        lab.say(row, "peak of the device's memory", figures["peak_bytes"] / GIB, "GiB")
+        peak = torch.cuda.max_memory_allocated()
+        note("peak_bytes", peak, "GiB", "peak of the device's memory", peak / GIB)
     phases = {"rollout and decoding": partial(_collect, model), "update": model.update}
-    figures["phases"] = {k: v["median"] for k, v in lab.in_turn(phases, lab.repeats(4)).items()}
-    for phase, part in figures["phases"].items():
-        lab.say(row, f"flowrl, {phase}", part, "s")
-    if lab.only_flowrl:
-        return figures
-    del model, iteration, phases
-    lab.free()
-    plan = predict_memory(flowrl.ORWCFMW2, replace(config, compile=type(config)().compile), env)
-    figures |= {"predicted_bytes": plan.peak, "predicted_phases": plan.phases, "missing": plan.missing}
-    note = plan.missing or f"predicted / measured {plan.peak / figures['peak_bytes']:.2f}" if lab.on_gpu else ""
-    lab.say(row, "peak as the memory plan predicts it", plan.peak / GIB, "GiB", note)
-    return figures
+    for phase, part in lab.in_turn(phases, lab.repeats(4)).items():
+        note(f"{phase}, seconds", part["median"], "s", phase)
 
 
 def whole_iteration(model: Any) -> Callable[[], object]:
@@ -291,28 +309,9 @@ def _call_sd3(net: Any, x: torch.Tensor, t: torch.Tensor, c: tuple[torch.Tensor,
 
 def mini_sd3(lab: Lab) -> Figures:
     """An iteration of the embedded mini-sd3, all weights trained, in parts, against a bare loop."""
-    model = _mini_model(lab)
-    bare = None
-    if not lab.only_flowrl:
-        bare = BareLoop(model, _call_sd3, lambda x: colourfulness(x) / 100, model.policy.model.decode)
-    figures = _small(lab, "mini-sd3", model, bare, lab.repeats(8))
-    ids = model.contexts()
-    x = model.policy.sample_latents(ids, role=model.behaviour_role)
-    parts: dict[str, Callable[[], object]] = {
-        "flowrl, rollout": lambda: model.policy.sample_latents(ids, role=model.behaviour_role),
-        "flowrl, decoding and reward": lambda: model.reward(model.policy.decode(x), ids),
-        "flowrl, update": model.update,
-    }
-    if bare is not None:
-        x_1 = bare.draw().clone()
-        reward = bare.score(x_1).clone()
-        parts |= {
-            "bare, rollout": bare.draw,
-            "bare, decoding and reward": lambda: bare.score(x_1),
-            "bare, update": lambda: bare.train(x_1, reward),
-        }
-    measured = lab.in_turn(parts, lab.repeats(8))
-    figures["parts"] = {name: value["median"] for name, value in measured.items()}
+    makers = _call_sd3, lambda x: colourfulness(x) / 100
+    figures, parts = _small(lab, _mini_model, lambda model: BareLoop(model, *makers, model.policy.model.decode), 8)
+    figures["parts"] = {name: value["median"] for name, value in lab.in_turn(parts, lab.repeats(8)).items()}
     for name, value in figures["parts"].items():
         lab.say("mini-sd3", name, value, "s")
     return figures
@@ -320,27 +319,58 @@ def mini_sd3(lab: Lab) -> Figures:
 
 def mlp(lab: Lab) -> Figures:
     """An iteration of an MLP in the plane against a bare loop: nearly all of it is launching kernels."""
-    model = _mlp_model(lab)
+    makers = lambda net, x, t, c: net(x, t), lambda x: x[:, 0], lambda x: x
+    return _small(lab, _mlp_model, lambda model: BareLoop(model, *makers), 40)[0]
+
+
+def _small(
+    lab: Lab, build: Callable[[Lab], Any], bare_of: Callable[[Any], BareLoop], repeats: int
+) -> tuple[Figures, dict[str, Callable[[], object]]]:
+    """Measure whole iterations of each variant, and of a bare loop beside the first; their figures, and their parts."""
+    figures: Figures = {"seconds": {}, "first_seconds": {}}
+    works: dict[str, Callable[[], object]] = {}
+    parts: dict[str, Callable[[], object]] = {}
     bare = None
-    if not lab.only_flowrl:
-        bare = BareLoop(model, lambda net, x, t, c: net(x, t), lambda x: x[:, 0], lambda x: x)
-    return _small(lab, "mlp", model, bare, lab.repeats(40))
+    for variant in lab.variants():
+        with lab.guarded(variant, figures):
+            model = build(lab)
+            n = figures["samples"] = model.config.n_samples
+            for _ in range(3 if getattr(model.config, "cuda_graphs", False) else 0):  # captured in the third
+                whole_iteration(model)()
+            works[variant] = whole_iteration(model)
+            if bare is None and not lab.only_flowrl:
+                bare = bare_of(model)
+                works["bare"] = bare.iteration
+            for name, value in lab.in_turn(works, lab.repeats(repeats)).items():
+                figures["seconds"][name], figures["first_seconds"][name] = value["median"], value["first"]
+                lab.say(lab.row, f"{name}, an iteration of {n} samples", value["median"], "s")
+            if bare is not None:
+                figures[f"{variant} / bare"] = figures["seconds"][variant] / figures["seconds"]["bare"]
+                lab.say(lab.row, f"seconds, {variant} / bare", figures[f"{variant} / bare"], "")
+            parts |= _parts(variant, model)
+        works.clear()
+    return figures, {**parts, **({} if bare is None else _bare_parts(bare))}
 
 
-def _small(lab: Lab, row: str, model: Any, bare: BareLoop | None, repeats: int) -> Figures:
-    n = model.config.n_samples
-    for _ in range(3 if getattr(model.config, "cuda_graphs", False) else 0):  # captured in the third
-        whole_iteration(model)()
-    works = {"flowrl": whole_iteration(model), **({} if bare is None else {"bare": bare.iteration})}
-    measured = lab.in_turn(works, repeats)
-    figures: Figures = {"samples": n, "seconds": {name: value["median"] for name, value in measured.items()}}
-    figures["first_seconds"] = {name: value["first"] for name, value in measured.items()}
-    for name, value in figures["seconds"].items():
-        lab.say(row, f"{name}, an iteration of {n} samples", value, "s")
-    if bare is not None:
-        figures["flowrl / bare"] = figures["seconds"]["flowrl"] / figures["seconds"]["bare"]
-        lab.say(row, "seconds, flowrl / bare", figures["flowrl / bare"], "")
-    return figures
+def _parts(variant: str, model: Any) -> dict[str, Callable[[], object]]:
+    ids = model.contexts()
+    draw = partial(model.policy.sample_latents, ids, role=model.behaviour_role)
+    x = draw()
+    return {
+        f"{variant}, rollout": draw,
+        f"{variant}, decoding and reward": lambda: model.reward(model.policy.decode(x), ids),
+        f"{variant}, update": model.update,
+    }
+
+
+def _bare_parts(bare: BareLoop) -> dict[str, Callable[[], object]]:
+    x_1 = bare.draw().clone()
+    reward = bare.score(x_1).clone()
+    return {
+        "bare, rollout": bare.draw,
+        "bare, decoding and reward": lambda: bare.score(x_1),
+        "bare, update": lambda: bare.train(x_1, reward),
+    }
 
 
 def syncs(lab: Lab) -> Figures:
@@ -393,5 +423,5 @@ ROWS: dict[str, Callable[[Lab], Figures]] = {
     "flux-rollout": flux_rollout,
 }
 QUICK = ("ceiling", "sd35-rollout", "sd35-update", "mini-sd3", "mlp")
-COMPARED = ("mini-sd3", "mlp", "sd35-iteration", "sd35-rollout", "sd35-update")
-"""Rows that a baseline runs, too."""
+COMPARED = ("mini-sd3", "mlp", "sd35-iteration")
+"""Rows that a baseline runs, too: those of whole iterations, which are measured by phases as well."""

@@ -248,17 +248,33 @@ def test_the_gpu_benchmark_on_small_networks(tmp_path: Path) -> None:
 def test_gpu_rows_are_compared_like_with_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkouts alone, both; graphs once they are captured; settings of rows that there are."""
     gpu, rows, said = script("gpu"), script("gpu_rows"), []
-    parts = {
-        name: {"mlp": {"seconds": {"flowrl": s}}} for name, s in (("rows", 9.0), ("alone", 1.0), ("baseline", 2.0))
+    seconds = {
+        "rows": {"flowrl": 9.0},
+        "alone": {"flowrl": 1.0, "flowrl, CUDA graphs": 0.5},
+        "baseline": {"flowrl": 2.0},
     }
+    parts = {name: {"mlp": {"seconds": {**value, "bare": 0.1}}} for name, value in seconds.items()}
     figures = {"rows": parts.pop("rows"), **{name: {"rows": part} for name, part in parts.items()}}
-    assert gpu.against("mlp", figures) == 2.0
-    config = SimpleNamespace(n_samples=4, cuda_graphs=True)
-    model = SimpleNamespace(config=config, learn=lambda *args, **kwargs: said.append("an iteration"))
-    measured = {"flowrl": {"median": 1.0, "first": 1.0}}
-    lab = SimpleNamespace(in_turn=lambda works, n: said.append("measured") or measured, say=lambda *args: None)
-    rows._small(lab, "mlp", model, None, 2)
-    assert said == ["an iteration"] * 3 + ["measured"]
+    assert gpu.against("mlp", figures) == {"flowrl": 2.0, "flowrl, CUDA graphs": 4.0}
+    rollout = {"flowrl": {"seconds": 0.5}, "pipeline, eager": {"seconds": 0.25}}
+    assert gpu.speeds({"variants": rollout}) == {"flowrl": 2.0}
+
+    class Graphed(script("gpu_lab").Lab):
+        def in_turn(self, works, n):
+            said.append(f"measured {', '.join(works)}")
+            return {name: {"median": 1.0, "first": 1.0} for name in works}
+
+    def build(lab: Any) -> Any:
+        return SimpleNamespace(
+            config=SimpleNamespace(n_samples=4, cuda_graphs=lab.settings.get("cuda_graphs", False)),
+            learn=lambda *args, **kwargs: said.append("an iteration"),
+        )
+
+    monkeypatch.setattr(rows, "_parts", lambda variant, model: {})
+    lab = Graphed(torch.device("cuda"), only_flowrl=True, row="mlp", say=lambda *args: None)
+    figures, _ = rows._small(lab, build, None, 2)
+    assert said == ["measured flowrl", *["an iteration"] * 3, "measured flowrl, CUDA graphs"]
+    assert figures["seconds"] == {"flowrl": 1.0, "flowrl, CUDA graphs": 1.0}
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--set", "mpl.cuda_graphs=true"])
     with pytest.raises(SystemExit, match="--set names no row mpl; there are ceiling"):
         gpu.main()
@@ -274,6 +290,31 @@ def test_what_scripts_import_of_flowrl_is_there(path: Path) -> None:
             module = importlib.import_module(str(node.module))
             missing = [a.name for a in node.names if not hasattr(module, a.name)]
             assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), missing
+
+
+@pytest.mark.parametrize(
+    ("row", "device", "told", "variants"),
+    [
+        ("sd35-update", "cpu", {}, ["flowrl", "flowrl, blocks compiled"]),
+        ("sd35-update", "cpu", {"quick": True}, ["flowrl"]),
+        ("sd35-rollout", "cpu", {"quick": True}, ["flowrl", "flowrl, blocks compiled"]),
+        ("sd35-rollout", "cpu", {"eager_only": True}, ["flowrl"]),
+        ("sd35-rollout", "cpu", {"given": {"sd35-rollout.compile": "whole"}}, ["flowrl"]),
+        ("mlp", "cuda", {"eager_only": True}, ["flowrl", "flowrl, CUDA graphs"]),
+        ("mlp", "cuda", {"as_given": True}, ["flowrl"]),
+        ("mlp", "cpu", {}, ["flowrl"]),
+        ("flux-rollout", "cuda", {}, ["flowrl"]),
+    ],
+)
+def test_gpu_rows_take_flowrl_as_it_is_told_and_as_fast_as_it_goes(
+    row: str, device: str, told: dict[str, Any], variants: list[str]
+) -> None:
+    module = script("gpu_lab")
+    lab = module.Lab(torch.device(device), row=row, **told)
+    assert [(name, lab.settings) for name in lab.variants()] == [
+        (name, lab.settings if name == "flowrl" else module.FASTEST[row][1]) for name in variants
+    ]
+    assert lab.extra == {}
 
 
 def test_bare_loops_are_compared_with_settings_that_they_know_only() -> None:
