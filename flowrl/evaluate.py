@@ -126,6 +126,7 @@ def _evaluate(config: EvaluateConfig) -> int:
         steps=config.steps,
         solver=config.solver,
         guidance_scale=config.guidance_scale,
+        progress=ranks.is_main,
     )
     ranks.leave()
     if not ranks.is_main:

@@ -308,7 +308,8 @@ def _finish(model: FlowAlgorithm, folder: Path, run: RunConfig, held_out: Judges
     if model.ranks.is_main:
         say("evaluating ...")
     with _adding(f"The final weights are in {nearest(final)}, not evaluated; {_resume_hint(folder, run)}"):
-        result = evaluate(model, n_samples=run.eval_samples, eval_rewards=held_out)
+        shown = run.progress and model.ranks.is_main
+        result = evaluate(model, n_samples=run.eval_samples, eval_rewards=held_out, progress=shown)
     model.ranks.leave()
     if not model.ranks.is_main:
         return 0

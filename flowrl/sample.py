@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv
@@ -94,7 +95,7 @@ def _sample(config: SampleConfig) -> int:
     run, model = of_newest(config.run, lambda folder: (folder, load_model(folder, *named)))
     config = replace(config, run=run)  # a run that goes on has another newest one soon
     contexts = chosen_contexts(model.env.core, config.prompt)
-    print("\n".join(f"written: {path}" for path in write_samples(model, contexts, config)))
+    print("\n".join(f"written: {path}" for path in write_samples(model, contexts, config, True)))
     return 0
 
 
@@ -147,8 +148,12 @@ def draw(
         yield policy.sample(contexts[i : i + batch_size], x_0=x_0, **sampling).cpu()
 
 
-def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleConfig) -> list[Path]:
+def write_samples(
+    model: FlowAlgorithm, contexts: Sequence[Any], config: SampleConfig, progress: bool = False
+) -> list[Path]:
     """Draw samples of contexts into a new folder: their files, a picture of all, and `samples.json`.
+
+    `progress`: a bar with the time left, on a terminal only.
 
     Returns:
         The files that matter to people, the folder first.
@@ -167,7 +172,9 @@ def write_samples(model: FlowAlgorithm, contexts: Sequence[Any], config: SampleC
         "guidance_scale": policy.guidance_scale if config.guidance_scale is None else config.guidance_scale,
     }
     batch_size = config.batch_size or min(policy.most_drawn, AT_ONCE)
-    batches = draw(policy, each, seeds, batch_size, **sampling)
+    n_batches, is_quiet = math.ceil(len(each) / batch_size), None if progress else True
+    drawn = draw(policy, each, seeds, batch_size, **sampling)
+    batches = iter(tqdm(drawn, "batches", n_batches, leave=False, disable=is_quiet))
     first = next(batches)  # before there is a folder: most errors come now
     out = config.out.resolve()
     folder = new_folder(out.parent, out.name)

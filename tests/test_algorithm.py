@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flowrl
 from flowrl.envs.gaussians import GaussiansEnv, LinearReward, eight_gaussians
 from flowrl.errors import ConfigError, DeviceError, NonFiniteError, UnknownNameError
-from flowrl.evaluation import measure
+from flowrl.evaluation import statistics
 from flowrl.registry import ALGORITHMS
 from flowrl.runs.callbacks import IterationCallback
 from flowrl.training.optimizers import clipped
@@ -465,7 +465,7 @@ def test_callbacks_of_stable_baselines3(tmp_path):
 
 
 def test_evaluate_policy_agrees_with_flowrl_evaluate(monkeypatch):
-    monkeypatch.setattr(measure, "W2_POINTS", 64)  # only the rewards are compared
+    monkeypatch.setattr(statistics, "W2_POINTS", 64)  # only the rewards are compared
     model = small()
     mean, std = evaluate_policy(model, flowrl.make_vec("gaussians-linear", 256), 2048, warn=False)
     assert mean == pytest.approx(flowrl.evaluate(model, n_samples=2048).reward_mean, abs=4 * std / math.sqrt(2048))

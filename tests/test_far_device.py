@@ -157,8 +157,8 @@ def test_pictures_are_drawn_and_rewarded_there(tmp_path: Path, monkeypatch: pyte
     model.learn(8)
     with no_waiting():
         model.update()
-    kept, statistics = [], measure._statistics
-    monkeypatch.setattr(measure, "_statistics", lambda *args: kept.append(args[1]) or statistics(*args))
+    kept, statistics = [], measure.statistics
+    monkeypatch.setattr(measure, "statistics", lambda *args: kept.append(args[1]) or statistics(*args))
     result = flowrl.evaluate(model, n_samples=8, eval_rewards={"own": lambda images, prompts: images.mean((1, 2, 3))})
     assert not any(isinstance(samples, Far) for samples in kept), (
         "all of an evaluation's samples are too much for a GPU"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 
 import flowrl
 from flowrl.errors import UnknownNameError
+from flowrl.evaluate import main as evaluate_program
+from flowrl.evaluation import measure
 from flowrl.models.loading import ASSETS
 from flowrl.runs.folder import load_model
 from flowrl.sample import SampleConfig, as_json, chosen_contexts, draw, main, seeded_noise, slug, write_samples
@@ -203,6 +206,27 @@ def test_samples_of_contexts_that_json_does_not_know(prompts: list[Any], tmp_pat
     assert [entry["prompt"] for entry in about["samples"]] == [prompt.tolist() for prompt in prompts]
     assert about["batch_size"] == 2  # as the run drew: more may not fit
     assert flowrl.evaluate(model, n_samples=8).n_prompts == len(prompts)
+
+
+def test_bars_are_asked_for_by_programs_and_shown_on_terminals(
+    tiny_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What draws for minutes said nothing meanwhile. tqdm's `disable=None` looks whether it writes to a terminal."""
+    bars = []
+
+    def bar(rows: Any, what: str, *total: int, leave: bool, disable: bool | None) -> Any:
+        bars.append((what, total, disable))
+        return rows
+
+    for module in (measure, sys.modules["flowrl.sample"]):
+        monkeypatch.setattr(module, "tqdm", bar)
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", n_samples=4, batch_size=4, seed=0, device="cpu")
+    flowrl.evaluate(model, n_samples=8)
+    assert bars == [("batches of reference", (), True), ("batches of current", (), True)]
+    bars.clear()
+    assert evaluate_program([str(tiny_runs["lora"]), "--n-samples", "4", "--batch-size", "2"]) == 0
+    sample(tiny_runs["lora"], tmp_path / "a", "-n", 2, "--batch-size", 3)
+    assert bars == [("batches of reference", (), None), ("batches of ema", (), None), ("batches", (2,), None)]
 
 
 def test_noise_is_standard_normal() -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from flowrl.checks import counted, in_all, shown
 from flowrl.distributed.ranks import Ranks
 from flowrl.envs.base import GenerationEnv, check_reward, draw_contexts
-from flowrl.envs.prompts import are_none, prompts_from, shares_of, with_picture
+from flowrl.envs.prompts import are_none, prompts_from, shares_of
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.errors import ConfigError, RewardError, raised_by
 from flowrl.evaluation.results import EvaluationResult, SampleStatistics
 from flowrl.evaluation.side_effects import compare, held_out, looks
+from flowrl.evaluation.statistics import clusters, per_prompt, statistics, w2_floor
 from flowrl.evaluation.steering import Steering, steer
 from flowrl.evaluation.win_rates import comparisons, outcomes
 from flowrl.functional import metrics
@@ -99,6 +101,7 @@ def evaluate(
     steps: int | None = None,
     solver: Solver | None = None,
     guidance_scale: float | None = None,
+    progress: bool = False,
 ) -> EvaluationResult:
     """Sample a trained flow and its reference at the same noise and contexts, and reward both.
 
@@ -122,6 +125,7 @@ def evaluate(
         steps: Steps of the sampler; the policy's own when None, as are the next two.
         solver: Its solver.
         guidance_scale: Its guidance.
+        progress: Show a bar with the time left, on a terminal only.
 
     Raises:
         ConfigError: There are no such prompts, or the flow takes none.
@@ -163,14 +167,14 @@ def evaluate(
         least, group = 1 if steering else subject.ranks.world_size, samples_per_context
         batch_size, chunk = (max(least, n // group) * group for n in (batch_size, chunk))
     with policy.uncounted():
-        before = _drawn(subject, ids, noise, "reference", batch_size, plain, group)
+        before = _drawn(subject, ids, noise, "reference", batch_size, plain, group, progress)
         if steering is None:
-            after = _drawn(subject, ids, noise, role, chunk, plain, group)
+            after = _drawn(subject, ids, noise, role, chunk, plain, group, progress)
             drift, ratio, share = _drift(policy, after.x_1, ids, role, batch_size, generator)
         else:  # from one generator
-            after = _drawn(replace(subject, ranks=Ranks()), ids, noise, role, chunk, steered, group)
+            after = _drawn(replace(subject, ranks=Ranks()), ids, noise, role, chunk, steered, group, progress)
             drift = ratio = share = math.nan
-    trained, reference = (_statistics(core, d.samples, ids, d.reward, d.components, seed) for d in (after, before))
+    trained, reference = (statistics(core, d.samples, ids, d.reward, d.components, seed) for d in (after, before))
     sides = [_side(core, eval_rewards, d.samples, ids, batch_size) for d in (before, after)]
     diversity = reference.diversity, trained.diversity
     w2 = reference.w2_to_optimum, trained.w2_to_optimum
@@ -183,7 +187,7 @@ def evaluate(
     values = {"reward": before.reward} | sides[0], {"reward": after.reward} | sides[1]
     contexts = [core.contexts[i] for i in ids.tolist()]
     won = outcomes(comparing, values, (before.samples, after.samples), contexts, batch_size, policy.device)
-    clusters = _clusters(core, ids.cpu())
+    prompts_of = clusters(core, ids.cpu())
     side = compare(rewards, (sides[0], sides[1]), diversity, ratio, share, w2, (errors[0], errors[1]))
     trained, reference = replace(trained, side=side.after), replace(reference, side=side.before)
     return EvaluationResult(
@@ -191,7 +195,7 @@ def evaluate(
         drift=drift,
         velocity_ratio=ratio,
         win_rates={name: value.mean().item() for name, value in won.items()},
-        win_rate_cis={name: metrics.share_interval(value, clusters) for name, value in won.items()},
+        win_rate_cis={name: metrics.share_interval(value, prompts_of) for name, value in won.items()},
         warnings=side.warnings,
         ess=_ess(model) if is_trained_on else math.nan,
         n_samples=n_samples,
@@ -200,9 +204,9 @@ def evaluate(
         n_prompts=0 if are_none(core.contexts) else len(core.contexts),
         sampling={key: value for key, value in sampling.items() if value != getattr(policy, key, None)},
         evaluations_per_sample=after.evaluations_per_sample,
-        per_prompt=_per_prompt(core, ids, before.reward, after.reward),
+        per_prompt=per_prompt(core, ids, before.reward, after.reward),
         reference=reference,
-        w2_floor=_w2_floor(core, n_samples, seed),
+        w2_floor=w2_floor(core, n_samples, seed),
         samples=after.samples[:n_kept].cpu(),
         reference_samples=before.samples[:n_kept].cpu(),
         sample_contexts=[core.contexts[i] for i in ids[:n_kept].tolist()],
@@ -269,11 +273,13 @@ def _drawn(
     batch_size: int,
     sampler: Sampler,
     group: int,
+    progress: bool,
 ) -> Drawn:
     """Draw and reward samples of a role, on all ranks."""
     policy, parts, rewards, components = subject.policy, [], [], []
     spent, n_drawn = policy.evaluations, 0
-    for c, x_0 in zip(context_ids.split(batch_size), noise.split(batch_size)):
+    chunks = list(zip(context_ids.split(batch_size), noise.split(batch_size)))
+    for c, x_0 in tqdm(chunks, f"batches of {role}", leave=False, disable=None if progress else True):
         ranks = subject.ranks if len(c) >= subject.ranks.world_size * group else Ranks()
 
         def gather(rows: torch.Tensor, n: int = len(c), ranks: Ranks = ranks) -> torch.Tensor:
@@ -319,42 +325,6 @@ def _drift(
     return drift / len(order), length / length_ref if length_ref else math.nan, share
 
 
-def _statistics(
-    env: Any,
-    samples: torch.Tensor,
-    context_ids: torch.Tensor,
-    reward: torch.Tensor,
-    components: dict[str, torch.Tensor],
-    seed: int,
-) -> SampleStatistics:
-    n_pairs = min(len(samples), metrics.n_compared(samples, 2048, 2**29))  # 682 images of 512 pixels, 2 GiB
-    return SampleStatistics(
-        reward_mean=reward.mean().item(),
-        reward_ci=metrics.mean_interval(reward, _clusters(env, context_ids)),
-        reward_std=reward.std(correction=0).item(),
-        components={key: value.mean().item() for key, value in components.items()},
-        diversity=metrics.diversity(samples[:n_pairs], context_ids[:n_pairs]).item(),
-        w2_to_optimum=math.nan if env.oracle is None else _w2_to_optimum(env, samples, seed),
-    )
-
-
-def _clusters(env: GenerationEnv, context_ids: torch.Tensor) -> torch.Tensor | None:
-    """Give the prompts of samples where those drawn stand for others, None where all were drawn."""
-    return None if len(context_ids.unique()) == len(env.contexts) else context_ids
-
-
-def _per_prompt(
-    env: GenerationEnv, context_ids: torch.Tensor, before: torch.Tensor, after: torch.Tensor
-) -> list[dict[str, Any]]:
-    if are_none(env.contexts):
-        return []
-    drawn, index = context_ids.unique(return_inverse=True)
-    n = torch.bincount(index)
-    means = [torch.zeros_like(n, dtype=r.dtype).index_add_(0, index, r) / n for r in (before, after)]
-    rows = zip([env.contexts[i] for i in drawn.tolist()], n.tolist(), means[0].tolist(), means[1].tolist())
-    return [{"prompt": str(c), **with_picture(c), "n": k, "reference": a, "trained": b} for c, k, a, b in rows]
-
-
 def _side(
     env: GenerationEnv,
     eval_rewards: Mapping[str, RewardFunction],
@@ -387,23 +357,3 @@ def _judged(
     with raised_by(f"The method errors_of_all of '{env.name}', which gives a number for each name,", RewardError):
         together = env.errors_of_all(samples.clone(), contexts, seed)
         return each | {name: torch.tensor([float(value)]) for name, value in together.items()}
-
-
-W2_POINTS = 2048
-"""Exact transport is cubic in the number of points; more than this is not used."""
-
-
-def _exact(env: Any, n: int, seed: int) -> torch.Tensor:
-    return env.oracle.sample(n, torch.Generator().manual_seed(seed))
-
-
-def _w2_to_optimum(env: Any, samples: torch.Tensor, seed: int) -> float:
-    points = samples[:W2_POINTS].cpu()
-    return metrics.wasserstein2(points, _exact(env, len(points), seed + 1))
-
-
-def _w2_floor(env: Any, n_samples: int, seed: int) -> float:
-    if env.oracle is None:
-        return math.nan
-    n = min(n_samples, W2_POINTS)
-    return metrics.wasserstein2(_exact(env, n, seed + 1), _exact(env, n, seed + 2))
