@@ -316,7 +316,7 @@ def test_the_pipelines_call_takes_what_the_model_card_says(
     with torch.no_grad(), silenced(), case.around(untouched):
         by = torch.Generator().manual_seed(0)
         drawn = pipeline(prompt=PROMPTS[0], num_inference_steps=2, output_type="pt", generator=by, **settings)
-    samples = torch.as_tensor(getattr(drawn, untouched.DRAWN))
+    samples = case.shown(torch.as_tensor(getattr(drawn, untouched.DRAWN)))
     assert samples.shape == (1, *untouched.sample_shape)
     if not untouched.OWN_CALL:
         (ours,) = draw(policy_of(case, sampled, scale), case.contexts[:1], [0], steps=2)

@@ -174,7 +174,7 @@ def _check_libraries(index: dict[str, Any], name: str) -> None:
         ModelLoadError: It names another module.
     """
     for part, value in index.items():
-        is_setting = isinstance(value, list) and all(isinstance(item, int) for item in value)  # such as layers' numbers
+        is_setting = isinstance(value, list) and all(isinstance(item, (int, float)) for item in value)  # layers, levels
         library = value[0] if isinstance(value, list) and not is_setting else None
         if library is not None and library not in LIBRARIES:
             raise ModelLoadError(

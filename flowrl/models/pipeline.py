@@ -97,7 +97,7 @@ class PipelineFlow(PromptedFlow):
     """Name of what the pipeline's own call gives."""
     UNGUIDED: ClassVar[float] = 1.0
     """The guidance scale of the pipeline's own call that leaves guidance out."""
-    OWN_CALL: ClassVar[str] = ""
+    OWN_CALL: str = ""
     """How the pipeline's own call draws another sample of the same seed, for model cards; empty where it does not."""
     casts_inputs = True
     told_of_guidance = False
@@ -286,8 +286,12 @@ class PipelineFlow(PromptedFlow):
             latents = latents.contiguous(memory_format=torch.channels_last)
             at_once = min(at_once, DECODED_AT_ONCE * torch.get_num_threads())
         decode: Callable[..., Any] = vae.decode
-        images = [decode(chunk, return_dict=False)[0].contiguous() for chunk in latents.split(at_once)]
+        images = [self.shown(decode(chunk, return_dict=False)[0]).contiguous() for chunk in latents.split(at_once)]
         return (torch.cat(images).reshape(len(x_1), *self.sample_shape).float() / 2 + 0.5).clamp(0, 1)
+
+    def shown(self, decoded: torch.Tensor) -> torch.Tensor:
+        """Bring what the autoencoder gives, in [-1, 1], to three channels."""
+        return decoded
 
     def to_autoencoder(self, x_1: torch.Tensor) -> torch.Tensor:
         """Bring latents to the scale and shape of the autoencoder's."""

@@ -27,6 +27,7 @@ from flowrl.models.families.nucleusmoe_image import NucleusMoEImageFlow
 from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.prx import PRXFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
+from flowrl.models.families.qwen_image21 import QwenImage21Flow
 from flowrl.models.families.qwen_image_edit import QwenImageEditFlow, QwenImageEditPlusFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
@@ -63,6 +64,7 @@ for family in (
     NucleusMoEImageFlow,
     OvisImageFlow,
     PRXFlow,
+    QwenImage21Flow,
     QwenImageEditFlow,
     QwenImageEditPlusFlow,
     QwenImageFlow,
