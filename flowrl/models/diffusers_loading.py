@@ -59,7 +59,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     )
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
-    _check_scheduler(index, fetch, location, what, adapter.INVERTED_LEVELS)
+    _check_scheduler(index, fetch, location, what, adapter)
     length = options.sequence_length or _length(Path(location) / "sampling.json", what)
     trained = [adapter.NETWORK, *(part for part in adapter.MORE_NETWORKS if _is_there(index.get(part)))]
 
@@ -131,12 +131,15 @@ def _named(described: Any, adapter: type[PipelineFlow]) -> Any:
 
 
 def _check_scheduler(
-    index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str, inverted: bool
+    index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str, adapter: type[PipelineFlow]
 ) -> None:
     """Look at the scheduler's configuration; where a folder has none, loading says so."""
     named, file = index.get("scheduler"), "scheduler/scheduler_config.json"
     if isinstance(named, list) and len(named) == 2 and not (Path(location).exists() and not fetch(file).exists()):
-        check_scheduler(named[1], read_json(fetch(file), what), what, inverted)
+        config = read_json(fetch(file), what)
+        if adapter.NO_NOISE_AGAIN and config.get("stochastic_sampling"):
+            raise ModelLoadError(f"The scheduler of {what} says stochastic_sampling: {adapter.NO_NOISE_AGAIN}.")
+        check_scheduler(named[1], config, what, adapter.INVERTED_LEVELS)
 
 
 def _shapes(

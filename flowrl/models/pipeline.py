@@ -87,6 +87,8 @@ class PipelineFlow(PromptedFlow):
     """Whether the network's time runs the other way, with the noise at 0."""
     INVERTED_LEVELS: ClassVar[bool] = False
     """Whether the pipeline's scheduler counts data instead of noise: `invert_sigmas`."""
+    NO_NOISE_AGAIN: ClassVar[str] = ""
+    """Why pipelines are refused whose scheduler adds noise after every step (`stochastic_sampling`); else empty."""
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
     NO_GUIDANCE: ClassVar[str] = ""
@@ -223,8 +225,10 @@ class PipelineFlow(PromptedFlow):
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """Give what the network takes as its time, at `t` (B,)."""
-        noise = (1 - t) * (self.timesteps / TIMESTEPS)
-        return self.TIME_SCALE * (1 - noise if self.TIME_REVERSED else noise)
+        ratio = self.timesteps / TIMESTEPS
+        if self.TIME_REVERSED:
+            return self.TIME_SCALE * (1 - (1 - t) * ratio)
+        return (1 - t) * (self.TIME_SCALE * ratio)  # rounded once: some networks know 10,000 turns of the time
 
     @abstractmethod
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from flowrl.models.families.qwen_image_edit import QwenImageEditFlow, QwenImageE
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sd3 import SD3Flow
+from flowrl.models.families.stable_audio3 import StableAudio3Flow
 from flowrl.models.families.wan import WanFlow
 from flowrl.models.families.wan_image import WanImageToVideoFlow
 from flowrl.models.families.z_image import ZImageFlow
@@ -70,6 +71,7 @@ for family in (
     QwenImageFlow,
     SanaFlow,
     SD3Flow,
+    StableAudio3Flow,
     WanFlow,
     WanImageToVideoFlow,
     ZImageFlow,
