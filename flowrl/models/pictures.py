@@ -118,7 +118,11 @@ class PicturesFlow(PipelineFlow):
         chunks = (2 * pictures - 1).split(self.pictures_at_once)
         encoded = [vae.encode(self.for_autoencoder(chunk.to(self.device, vae.dtype))) for chunk in chunks]
         modes = [z.latent_dist.mode() if hasattr(z, "latent_dist") else z.latents for z in encoded]
-        return from_autoencoder(torch.cat(modes), vae.config)
+        return self.from_autoencoder(torch.cat(modes))
+
+    def from_autoencoder(self, modes: torch.Tensor) -> torch.Tensor:
+        """Bring latents of the autoencoder to the scale of the flow's."""
+        return from_autoencoder(modes, self.pipeline.vae.config)
 
     def imitate_prompts(self, prompts: list[str]) -> Condition:
         """Make meaningless embeddings; the autoencoder encodes as many pictures as it does at once."""

@@ -21,6 +21,7 @@ from flowrl.models.families.kandinsky5_video import Kandinsky5VideoFlow
 from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
 from flowrl.models.families.ltx import LTXFlow
+from flowrl.models.families.ltx_image import LTXImageToVideoFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.mochi import MochiFlow
 from flowrl.models.families.nucleusmoe_image import NucleusMoEImageFlow
@@ -60,6 +61,7 @@ for family in (
     Krea2Flow,
     LongCatImageFlow,
     LTXFlow,
+    LTXImageToVideoFlow,
     Lumina2Flow,
     MochiFlow,
     NucleusMoEImageFlow,
