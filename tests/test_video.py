@@ -15,6 +15,7 @@ import pytest
 import scipy.io.wavfile
 import torch
 import tyro
+from families import sana_video
 from families.wan import OPTIONS, wan
 from PIL import Image
 from torch import nn
@@ -111,6 +112,22 @@ def test_frames_and_sides_are_the_pipelines_own_unless_given(folder: Path) -> No
     assert source_of(str(folder)).sample_shape == (81, 3, 480, 832)
     options = PipelineOptions(resolution=(32, 48), frames=9)
     assert source_of(str(folder), pipeline=options).sample_shape == (9, 3, 32, 48)
+
+
+def test_latents_come_to_an_autoencoder_that_holds_their_mean(tmp_path: Path) -> None:
+    """Sana of videos with that of LTX-2: as its own call does, without a scale."""
+    (case,) = sana_video.CASES
+    folder = sana_video.build(tmp_path, of_ltx2=True)
+    with pytest.raises(ConfigError, match="multiple of 32 pixels for this pipeline, not 16x48"):
+        source_of(str(folder), pipeline=replace(case.options, resolution=(16, 48)))
+    flow = source_of(str(folder), pipeline=replace(case.options, resolution=32)).load()
+    flow.pipeline.set_progress_bar_config(disable=True)
+    x_0 = torch.randn(3, *flow.latent_shape)
+    with torch.no_grad():
+        expected = case.call(flow, x_0, 1.0, 2, "pt")
+        ours = flow.decode(case.call(flow, x_0, 1.0, 2))
+    assert expected.std() > 0.01
+    assert (ours - expected).abs().max() <= 1e-4
 
 
 def test_the_noise_levels_of_a_published_scheduler_are_taken(folder: Path, tmp_path: Path) -> None:

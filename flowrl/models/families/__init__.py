@@ -32,6 +32,7 @@ from flowrl.models.families.qwen_image21 import QwenImage21Flow
 from flowrl.models.families.qwen_image_edit import QwenImageEditFlow, QwenImageEditPlusFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
+from flowrl.models.families.sana_video import SanaVideoFlow
 from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.families.stable_audio3 import StableAudio3Flow
 from flowrl.models.families.wan import WanFlow
@@ -72,6 +73,7 @@ for family in (
     QwenImageEditPlusFlow,
     QwenImageFlow,
     SanaFlow,
+    SanaVideoFlow,
     SD3Flow,
     StableAudio3Flow,
     WanFlow,
