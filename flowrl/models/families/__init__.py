@@ -20,6 +20,7 @@ from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
 from flowrl.models.families.kandinsky5_video import Kandinsky5VideoFlow
 from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
+from flowrl.models.families.longcat_image_edit import LongCatImageEditFlow
 from flowrl.models.families.ltx import LTXFlow
 from flowrl.models.families.ltx_image import LTXImageToVideoFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
@@ -60,6 +61,7 @@ for family in (
     Kandinsky5ImageFlow,
     Kandinsky5VideoFlow,
     Krea2Flow,
+    LongCatImageEditFlow,
     LongCatImageFlow,
     LTXFlow,
     LTXImageToVideoFlow,
