@@ -15,7 +15,7 @@ import pytest
 import scipy.io.wavfile
 import torch
 import tyro
-from families import sana_video
+from families import sana_video, skyreels_v2
 from families.wan import OPTIONS, wan
 from PIL import Image
 from torch import nn
@@ -112,6 +112,12 @@ def test_frames_and_sides_are_the_pipelines_own_unless_given(folder: Path) -> No
     assert source_of(str(folder)).sample_shape == (81, 3, 480, 832)
     options = PipelineOptions(resolution=(32, 48), frames=9)
     assert source_of(str(folder), pipeline=options).sample_shape == (9, 3, 32, 48)
+
+
+def test_networks_of_diffusion_forcing_are_refused(tmp_path: Path) -> None:
+    skyreels_v2.build(tmp_path, inject_sample_info=True)
+    with pytest.raises(ConfigError, match=r"made for diffusion forcing \(inject_sample_info\)"):
+        source_of(str(tmp_path), pipeline=OPTIONS)
 
 
 def test_latents_come_to_an_autoencoder_that_holds_their_mean(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, regist
 from flowrl.models.families.sana import SanaFlow
 from flowrl.models.families.sana_video import SanaVideoFlow
 from flowrl.models.families.sd3 import SD3Flow
+from flowrl.models.families.skyreels_v2 import SkyReelsV2Flow
 from flowrl.models.families.stable_audio3 import StableAudio3Flow
 from flowrl.models.families.wan import WanFlow
 from flowrl.models.families.wan_image import WanImageToVideoFlow
@@ -77,6 +78,7 @@ for family in (
     SanaFlow,
     SanaVideoFlow,
     SD3Flow,
+    SkyReelsV2Flow,
     StableAudio3Flow,
     WanFlow,
     WanImageToVideoFlow,
