@@ -31,6 +31,7 @@ from flowrl.envs.text_to_image import TextToImageConfig
 from flowrl.errors import ConfigError
 from flowrl.evaluation.side_effects import held_out, looks
 from flowrl.models.by_time import ByTime
+from flowrl.models.families import DECLARED
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 from flowrl.models.schedules import times_of
@@ -112,6 +113,14 @@ def test_frames_and_sides_are_the_pipelines_own_unless_given(folder: Path) -> No
     assert source_of(str(folder)).sample_shape == (81, 3, 480, 832)
     options = PipelineOptions(resolution=(32, 48), frames=9)
     assert source_of(str(folder), pipeline=options).sample_shape == (9, 3, 32, 48)
+
+
+@pytest.mark.parametrize(
+    "kind", ["HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanImagePipeline"]
+)
+def test_networks_of_two_times_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"distilled to jumps between two times \(use_meanflow\): no flow"):
+        DECLARED[kind].shapes({"use_meanflow": True}, {}, PipelineOptions())
 
 
 def test_networks_of_diffusion_forcing_are_refused(tmp_path: Path) -> None:

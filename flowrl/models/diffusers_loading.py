@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from flowrl.checks import is_whole, shown
 from flowrl.errors import ConfigError, ModelLoadError
@@ -225,10 +226,20 @@ def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dt
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        module = cls.from_config(config) if library == "diffusers" else cls(cls.config_class.from_dict(config))
+        module = _initialised(cls, config, library)
     finally:
         torch.set_default_dtype(default)
     return module.eval().requires_grad_(False)
+
+
+def _initialised(cls: Any, config: dict[str, Any], library: str) -> Any:
+    """Make a network; without values where those that it begins with are drawn until they fit, in a dry run."""
+    made = cls.from_config if library == "diffusers" else lambda config: cls(cls.config_class.from_dict(config))
+    try:
+        return made(config)
+    except DataDependentOutputException:
+        with torch.device("meta"):
+            return made(config).to_empty(device="cpu")
 
 
 def _is_there(described: Any) -> bool:

@@ -38,6 +38,7 @@ class Case:
         context: Makes a context of a prompt: adds what the pipeline takes beside it.
         around: Makes a context in which the pipeline's own call takes pictures of the small sizes here.
         shown: Brings what the pipeline's own call draws into flowrl's samples.
+        same_network: A network of the same class is trained by every algorithm in another case; here by one.
         sized_by: The field of `PipelineOptions` that `sizes` are of.
     """
 
@@ -58,6 +59,7 @@ class Case:
     context: Callable[[str], str] = str
     around: Callable[[PipelineFlow], AbstractContextManager[Any]] = nullcontext
     shown: Callable[[torch.Tensor], torch.Tensor] = torch.as_tensor
+    same_network: bool = False
     sized_by: str = "resolution"
 
     @property

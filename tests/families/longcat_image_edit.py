@@ -56,5 +56,6 @@ CASES = [
         context=context,
         around=as_ours,
         has_lora=False,
+        same_network=True,
     )
 ]

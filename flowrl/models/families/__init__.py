@@ -16,6 +16,7 @@ from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.hunyuan_image import HunyuanImageFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.hunyuan_video15 import HunyuanVideo15Flow
+from flowrl.models.families.hunyuan_video15_image import HunyuanVideo15ImageToVideoFlow
 from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
 from flowrl.models.families.kandinsky5_video import Kandinsky5VideoFlow
 from flowrl.models.families.krea2 import Krea2Flow
@@ -58,6 +59,7 @@ for family in (
     HiDreamFlow,
     HunyuanImageFlow,
     HunyuanVideo15Flow,
+    HunyuanVideo15ImageToVideoFlow,
     HunyuanVideoFlow,
     Kandinsky5ImageFlow,
     Kandinsky5VideoFlow,
