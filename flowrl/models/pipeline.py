@@ -225,10 +225,10 @@ class PipelineFlow(PromptedFlow):
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """Give what the network takes as its time, at `t` (B,)."""
-        ratio = self.timesteps / TIMESTEPS
+        noise, ratio = 1 - t, self.timesteps / TIMESTEPS
         if self.TIME_REVERSED:
-            return self.TIME_SCALE * (1 - (1 - t) * ratio)
-        return (1 - t) * (self.TIME_SCALE * ratio)  # rounded once: some networks know 10,000 turns of the time
+            return self.TIME_SCALE * (1 - noise * ratio)
+        return noise * (self.TIME_SCALE * ratio)  # rounded once: some networks know 10,000 turns of the time
 
     @abstractmethod
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
