@@ -115,6 +115,15 @@ def test_frames_and_sides_are_the_pipelines_own_unless_given(folder: Path) -> No
     assert source_of(str(folder), pipeline=options).sample_shape == (9, 3, 32, 48)
 
 
+def test_sana_draws_in_the_size_that_its_network_was_made_for() -> None:
+    vae = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+    network = {"in_channels": 128, "patch_size": [1, 1, 1]}
+    for size, sides in ((22, (704, 1280)), (30, (480, 832))):
+        shapes = DECLARED["SanaVideoPipeline"].shapes({**network, "sample_size": size}, vae, PipelineOptions())
+        assert shapes.sample == (81, 3, *sides)
+        assert shapes.latent == (128, 11, sides[0] // 32, sides[1] // 32)
+
+
 @pytest.mark.parametrize(
     "kind", ["HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanImagePipeline"]
 )

@@ -12,6 +12,8 @@ from flowrl.models.families.sana import SanaFlow
 from flowrl.models.pipeline import PipelineOptions, Shapes
 from flowrl.models.video import VideoFlow
 
+OF_720 = 22
+"""What the transformer's configuration says as its size where that is 720 pixels."""
 SIDE = 32
 """Pixels that heights and widths are multiples of."""
 
@@ -33,6 +35,11 @@ class SanaVideoFlow(VideoFlow, SanaFlow):
                 f"resolution must be a multiple of {SIDE} pixels for this pipeline, not {height}x{width}."
             )
         return found
+
+    @classmethod
+    def default_sides(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        """Give the size of the pipeline's own call, by the size that the transformer was made for."""
+        return (704, 1280) if transformer["sample_size"] == OF_720 else cls.SIDES
 
     @classmethod
     def reduction(cls, vae: Mapping[str, Any]) -> int:
