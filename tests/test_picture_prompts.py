@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
-from families import flux_kontext, qwen_image_edit, wan, wan_image
+from families import flux_kontext, longcat_image_edit, ltx_image, qwen_image_edit, wan, wan_image
 from families.case import PROMPTS
 from families.flux_kontext import PICTURES
 from PIL import Image
@@ -349,6 +349,42 @@ def test_a_pipeline_that_needs_torchvision_says_so(edit: Path, monkeypatch: pyte
     source = source_of(str(edit), pipeline=PipelineOptions(resolution=8))
     with pytest.raises(ModelLoadError, match=r"The part 'processor' .* is made with torchvision, which is not"):
         source.load()
+
+
+def test_prompts_of_longcat_that_are_too_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quotation has a token for each sign; and pictures that its processor makes smaller are refused."""
+    (case,) = longcat_image_edit.CASES
+    flow = source_of(str(case.build(tmp_path)), pipeline=replace(case.options, resolution=16)).load()
+    white = flow.encode([case.context("white " * 12)])[0]
+    assert white.shape[1] == 12 + 6
+    for prompt in ("white " * 13, "'white circles'"):
+        with pytest.raises(
+            ConfigError, match=r"The prompt .* has 1[34] tokens, more than 12: set sequence_length to at"
+        ):
+            flow.encode([case.context(prompt)])
+    monkeypatch.setattr(type(flow), "seen_tokens", 5)
+    with pytest.raises(ConfigError, match="pictures of 16x16 smaller than they are"):
+        flow.encode([case.context("white")])
+
+
+def test_first_latents_that_are_a_pictures_go_to_it_from_everywhere(tmp_path: Path) -> None:
+    """By a line that ends there; what the network gives for them, and what they are on the way, changes nothing."""
+    (case,) = ltx_image.CASES
+    folder = case.build(tmp_path)
+    with pytest.raises(ConfigError, match="goes on from a picture: frames must be more than 1"):
+        source_of(str(folder), pipeline=replace(case.options, resolution=32, frames=1))
+    flow = source_of(str(folder), pipeline=replace(case.options, resolution=32)).load()
+    cond, t = flow.encode(case.contexts[:2]), torch.tensor([0.2, 0.9])
+    x, left = torch.randn(2, *flow.latent_shape), (1 - t).view(2, 1, 1, 1, 1)
+    other = torch.cat([torch.randn_like(x[:, :, :1]), x[:, :, 1:]], dim=2)
+    with torch.no_grad():
+        v, v_other = flow(x, t, cond), flow(other, t, cond)
+        last = flow(x, torch.ones(2), cond)
+    for start, velocity in ((x, v), (other, v_other)):
+        assert torch.allclose((start + left * velocity)[:, :, :1], cond[-1], atol=1e-6)
+    assert torch.equal(v[:, :, 1:], v_other[:, :, 1:])
+    assert last.isfinite().all()
+    assert not torch.equal(cond[-1][0], cond[-1][1])
 
 
 def test_wan_of_a_time_for_each_token_begins_with_no_picture(tmp_path: Path) -> None:

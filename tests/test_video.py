@@ -15,6 +15,7 @@ import pytest
 import scipy.io.wavfile
 import torch
 import tyro
+from families import sana_video, skyreels_v2
 from families.wan import OPTIONS, wan
 from PIL import Image
 from torch import nn
@@ -30,6 +31,7 @@ from flowrl.envs.text_to_image import TextToImageConfig
 from flowrl.errors import ConfigError
 from flowrl.evaluation.side_effects import held_out, looks
 from flowrl.models.by_time import ByTime
+from flowrl.models.families import DECLARED
 from flowrl.models.loading import source_of
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 from flowrl.models.schedules import times_of
@@ -111,6 +113,45 @@ def test_frames_and_sides_are_the_pipelines_own_unless_given(folder: Path) -> No
     assert source_of(str(folder)).sample_shape == (81, 3, 480, 832)
     options = PipelineOptions(resolution=(32, 48), frames=9)
     assert source_of(str(folder), pipeline=options).sample_shape == (9, 3, 32, 48)
+
+
+def test_sana_draws_in_the_size_that_its_network_was_made_for() -> None:
+    vae = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+    network = {"in_channels": 128, "patch_size": [1, 1, 1]}
+    for size, sides in ((22, (704, 1280)), (30, (480, 832))):
+        shapes = DECLARED["SanaVideoPipeline"].shapes({**network, "sample_size": size}, vae, PipelineOptions())
+        assert shapes.sample == (81, 3, *sides)
+        assert shapes.latent == (128, 11, sides[0] // 32, sides[1] // 32)
+
+
+@pytest.mark.parametrize(
+    "kind", ["HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanImagePipeline"]
+)
+def test_networks_of_two_times_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"distilled to jumps between two times \(use_meanflow\): no flow"):
+        DECLARED[kind].shapes({"use_meanflow": True}, {}, PipelineOptions())
+
+
+def test_networks_of_diffusion_forcing_are_refused(tmp_path: Path) -> None:
+    skyreels_v2.build(tmp_path, inject_sample_info=True)
+    with pytest.raises(ConfigError, match=r"made for diffusion forcing \(inject_sample_info\)"):
+        source_of(str(tmp_path), pipeline=OPTIONS)
+
+
+def test_latents_come_to_an_autoencoder_that_holds_their_mean(tmp_path: Path) -> None:
+    """Sana of videos with that of LTX-2: as its own call does, without a scale."""
+    (case,) = sana_video.CASES
+    folder = sana_video.build(tmp_path, of_ltx2=True)
+    with pytest.raises(ConfigError, match="multiple of 32 pixels for this pipeline, not 16x48"):
+        source_of(str(folder), pipeline=replace(case.options, resolution=(16, 48)))
+    flow = source_of(str(folder), pipeline=replace(case.options, resolution=32)).load()
+    flow.pipeline.set_progress_bar_config(disable=True)
+    x_0 = torch.randn(3, *flow.latent_shape)
+    with torch.no_grad():
+        expected = case.call(flow, x_0, 1.0, 2, "pt")
+        ours = flow.decode(case.call(flow, x_0, 1.0, 2))
+    assert expected.std() > 0.01
+    assert (ours - expected).abs().max() <= 1e-4
 
 
 def test_the_noise_levels_of_a_published_scheduler_are_taken(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from flowrl.checks import is_whole, shown
 from flowrl.errors import ConfigError, ModelLoadError
@@ -59,7 +60,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     )
     shapes = _shapes(adapter, transformer, vae, options, what)
     source = location if Path(location).exists() else f"{revisions.split(location)[0]}@{revision}"
-    _check_scheduler(index, fetch, location, what, adapter.INVERTED_LEVELS)
+    _check_scheduler(index, fetch, location, what, adapter)
     length = options.sequence_length or _length(Path(location) / "sampling.json", what)
     trained = [adapter.NETWORK, *(part for part in adapter.MORE_NETWORKS if _is_there(index.get(part)))]
 
@@ -131,12 +132,15 @@ def _named(described: Any, adapter: type[PipelineFlow]) -> Any:
 
 
 def _check_scheduler(
-    index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str, inverted: bool
+    index: dict[str, Any], fetch: Callable[[str], Path], location: str, what: str, adapter: type[PipelineFlow]
 ) -> None:
     """Look at the scheduler's configuration; where a folder has none, loading says so."""
     named, file = index.get("scheduler"), "scheduler/scheduler_config.json"
     if isinstance(named, list) and len(named) == 2 and not (Path(location).exists() and not fetch(file).exists()):
-        check_scheduler(named[1], read_json(fetch(file), what), what, inverted)
+        config = read_json(fetch(file), what)
+        if adapter.NO_NOISE_AGAIN and config.get("stochastic_sampling"):
+            raise ModelLoadError(f"The scheduler of {what} says stochastic_sampling: {adapter.NO_NOISE_AGAIN}.")
+        check_scheduler(named[1], config, what, adapter.INVERTED_LEVELS)
 
 
 def _shapes(
@@ -174,7 +178,7 @@ def _check_libraries(index: dict[str, Any], name: str) -> None:
         ModelLoadError: It names another module.
     """
     for part, value in index.items():
-        is_setting = isinstance(value, list) and all(isinstance(item, int) for item in value)  # such as layers' numbers
+        is_setting = isinstance(value, list) and all(isinstance(item, (int, float)) for item in value)  # layers, levels
         library = value[0] if isinstance(value, list) and not is_setting else None
         if library is not None and library not in LIBRARIES:
             raise ModelLoadError(
@@ -222,10 +226,20 @@ def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dt
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        module = cls.from_config(config) if library == "diffusers" else cls(cls.config_class.from_dict(config))
+        module = _initialised(cls, config, library)
     finally:
         torch.set_default_dtype(default)
     return module.eval().requires_grad_(False)
+
+
+def _initialised(cls: Any, config: dict[str, Any], library: str) -> Any:
+    """Make a network; without values where those that it begins with are drawn until they fit, in a dry run."""
+    made = cls.from_config if library == "diffusers" else lambda config: cls(cls.config_class.from_dict(config))
+    try:
+        return made(config)
+    except DataDependentOutputException:
+        with torch.device("meta"):
+            return made(config).to_empty(device="cpu")
 
 
 def _is_there(described: Any) -> bool:

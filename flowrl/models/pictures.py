@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 
 from flowrl.envs.prompts import PICTURE, picture_of
 from flowrl.errors import ConfigError
@@ -118,7 +119,20 @@ class PicturesFlow(PipelineFlow):
         chunks = (2 * pictures - 1).split(self.pictures_at_once)
         encoded = [vae.encode(self.for_autoencoder(chunk.to(self.device, vae.dtype))) for chunk in chunks]
         modes = [z.latent_dist.mode() if hasattr(z, "latent_dist") else z.latents for z in encoded]
-        return from_autoencoder(torch.cat(modes), vae.config)
+        return self.from_autoencoder(torch.cat(modes))
+
+    def from_autoencoder(self, modes: torch.Tensor) -> torch.Tensor:
+        """Bring latents of the autoencoder to the scale of the flow's."""
+        return from_autoencoder(modes, self.pipeline.vae.config)
+
+    def imitate_encoder(self, encoder: nn.Module, n: int) -> None:
+        """Compute what the text encoder or the image encoder does with `n` prompts."""
+        config: Any = encoder.config
+        if hasattr(config, "image_size"):
+            side, kind = config.image_size, next(encoder.parameters()).dtype
+            encoder(torch.zeros(1, 3, side, side, dtype=kind, device=self.device), output_hidden_states=True)
+        else:
+            super().imitate_encoder(encoder, n)
 
     def imitate_prompts(self, prompts: list[str]) -> Condition:
         """Make meaningless embeddings; the autoencoder encodes as many pictures as it does at once."""

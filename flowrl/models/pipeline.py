@@ -87,6 +87,8 @@ class PipelineFlow(PromptedFlow):
     """Whether the network's time runs the other way, with the noise at 0."""
     INVERTED_LEVELS: ClassVar[bool] = False
     """Whether the pipeline's scheduler counts data instead of noise: `invert_sigmas`."""
+    NO_NOISE_AGAIN: ClassVar[str] = ""
+    """Why pipelines are refused whose scheduler adds noise after every step (`stochastic_sampling`); else empty."""
     PREDICTS_VELOCITY: ClassVar[bool] = False
     """Whether the network predicts data - noise, the velocity; else noise - data."""
     NO_GUIDANCE: ClassVar[str] = ""
@@ -97,7 +99,7 @@ class PipelineFlow(PromptedFlow):
     """Name of what the pipeline's own call gives."""
     UNGUIDED: ClassVar[float] = 1.0
     """The guidance scale of the pipeline's own call that leaves guidance out."""
-    OWN_CALL: ClassVar[str] = ""
+    OWN_CALL: str = ""
     """How the pipeline's own call draws another sample of the same seed, for model cards; empty where it does not."""
     casts_inputs = True
     told_of_guidance = False
@@ -223,8 +225,10 @@ class PipelineFlow(PromptedFlow):
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """Give what the network takes as its time, at `t` (B,)."""
-        noise = (1 - t) * (self.timesteps / TIMESTEPS)
-        return self.TIME_SCALE * (1 - noise if self.TIME_REVERSED else noise)
+        noise, ratio = 1 - t, self.timesteps / TIMESTEPS
+        if self.TIME_REVERSED:
+            return self.TIME_SCALE * (1 - noise * ratio)
+        return noise * (self.TIME_SCALE * ratio)  # rounded once: some networks know 10,000 turns of the time
 
     @abstractmethod
     def inputs(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> dict[str, Any]:
@@ -286,8 +290,12 @@ class PipelineFlow(PromptedFlow):
             latents = latents.contiguous(memory_format=torch.channels_last)
             at_once = min(at_once, DECODED_AT_ONCE * torch.get_num_threads())
         decode: Callable[..., Any] = vae.decode
-        images = [decode(chunk, return_dict=False)[0].contiguous() for chunk in latents.split(at_once)]
+        images = [self.shown(decode(chunk, return_dict=False)[0]).contiguous() for chunk in latents.split(at_once)]
         return (torch.cat(images).reshape(len(x_1), *self.sample_shape).float() / 2 + 0.5).clamp(0, 1)
+
+    def shown(self, decoded: torch.Tensor) -> torch.Tensor:
+        """Bring what the autoencoder gives, in [-1, 1], to three channels."""
+        return decoded
 
     def to_autoencoder(self, x_1: torch.Tensor) -> torch.Tensor:
         """Bring latents to the scale and shape of the autoencoder's."""

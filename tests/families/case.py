@@ -37,6 +37,8 @@ class Case:
         load_adapter: Loads an exported adapter, where that takes more than the one call.
         context: Makes a context of a prompt: adds what the pipeline takes beside it.
         around: Makes a context in which the pipeline's own call takes pictures of the small sizes here.
+        shown: Brings what the pipeline's own call draws into flowrl's samples.
+        same_network: A network of the same class is trained by every algorithm in another case; here by one.
         sized_by: The field of `PipelineOptions` that `sizes` are of.
     """
 
@@ -56,6 +58,8 @@ class Case:
     load_adapter: Callable[[PipelineFlow, Path], None] | None = None
     context: Callable[[str], str] = str
     around: Callable[[PipelineFlow], AbstractContextManager[Any]] = nullcontext
+    shown: Callable[[torch.Tensor], torch.Tensor] = torch.as_tensor
+    same_network: bool = False
     sized_by: str = "resolution"
 
     @property

@@ -47,20 +47,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def hunyuan_video15(folder: Path) -> Path:
+def hunyuan_video15(folder: Path, kind: Any = HunyuanVideo15Pipeline, layers: int = 3, **more: Any) -> Path:
     torch.manual_seed(8)
     transformer = HunyuanVideo15Transformer3DModel(
         in_channels=9,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=12,
-        num_layers=3,
+        num_layers=layers,
         num_refiner_layers=1,
         text_embed_dim=TEXT_DIM,
         text_embed_2_dim=8,
         image_embed_dim=8,
         rope_axes_dim=(4, 4, 4),
-        task_type="t2v",
+        task_type="t2v" if kind is HunyuanVideo15Pipeline else "i2v",
     )
     qwen = Qwen2_5_VLTextConfig(
         vocab_size=2 + len(small.WORDS),
@@ -75,7 +75,7 @@ def hunyuan_video15(folder: Path) -> Path:
         pad_token_id=0,
     )
     sizes = {"d_model": 8, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2}
-    pipeline = HunyuanVideo15Pipeline(
+    pipeline = kind(
         text_encoder=Qwen2_5_VLTextModel(qwen),
         tokenizer=tokenizer(),
         transformer=small.louder(transformer),
@@ -84,6 +84,7 @@ def hunyuan_video15(folder: Path) -> Path:
         text_encoder_2=T5EncoderModel(T5Config(vocab_size=384, **sizes)),
         tokenizer_2=ByT5Tokenizer(),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
+        **more,
     )
     pipeline.save_pretrained(folder)
     return folder

@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
-from small_pipelines import autoencoder, louder
+from small_pipelines import louder
 
 from families import encoders
 from families.case import PROMPTS, Case
+from families.parts import autoencoder
 from flowrl.models.packing import pack, unpack
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 
 LENGTH = 24
 
 
-def build(folder: Path) -> None:
+def parts(channels: int = 4) -> dict[str, Any]:
+    """All but what encodes prompts."""
     torch.manual_seed(9)
     transformer = LongCatImageTransformer2DModel(
-        in_channels=16,
+        in_channels=4 * channels,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -28,10 +30,16 @@ def build(folder: Path) -> None:
         joint_attention_dim=encoders.WIDTH,
         axes_dims_rope=[4, 6, 6],
     )
+    return {
+        "transformer": louder(transformer),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": autoencoder(latent_channels=channels),
+    }
+
+
+def build(folder: Path) -> None:
     pipeline = LongCatImagePipeline(
-        transformer=louder(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=autoencoder(),
+        **parts(),
         text_encoder=encoders.qwen_vl(),
         tokenizer=encoders.tokenizer(),
         text_processor=encoders.processor(),

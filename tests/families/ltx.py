@@ -42,7 +42,7 @@ def autoencoder(timed: bool) -> AutoencoderKLLTXVideo:
     return vae
 
 
-def ltx(folder: Path, timed: bool = False) -> Path:
+def ltx(folder: Path, timed: bool = False, kind: Any = LTXPipeline) -> Path:
     torch.manual_seed(5)
     transformer = LTXVideoTransformer3DModel(
         in_channels=8,
@@ -53,7 +53,7 @@ def ltx(folder: Path, timed: bool = False) -> Path:
         num_layers=2,
         caption_channels=small.T5_DIM,
     )
-    pipeline = LTXPipeline(
+    pipeline = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
         ),

@@ -84,6 +84,7 @@ def case(name: str, kind: type[DiffusionPipeline], **network: Any) -> Case:
         images=lambda *given: call(*given, output_type="pt"),
         context=context,
         around=as_ours,
+        same_network=True,
     )
 
 

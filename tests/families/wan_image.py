@@ -67,7 +67,16 @@ def videos(flow: PipelineFlow, x_0: torch.Tensor, scale: float, steps: int) -> t
     return call(flow, x_0, scale, steps, "pt")
 
 
-ONE = Case("wan-image-2.1", build, call, sizes=(16, (32, 16)), options=wan.OPTIONS, images=videos, context=context)
+ONE = Case(
+    "wan-image-2.1",
+    build,
+    call,
+    sizes=(16, (32, 16)),
+    options=wan.OPTIONS,
+    images=videos,
+    context=context,
+    same_network=True,
+)
 CASES = [
     ONE,
     replace(

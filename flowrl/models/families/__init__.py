@@ -16,21 +16,28 @@ from flowrl.models.families.hidream import HiDreamFlow
 from flowrl.models.families.hunyuan_image import HunyuanImageFlow
 from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.hunyuan_video15 import HunyuanVideo15Flow
+from flowrl.models.families.hunyuan_video15_image import HunyuanVideo15ImageToVideoFlow
 from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
 from flowrl.models.families.kandinsky5_video import Kandinsky5VideoFlow
 from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
+from flowrl.models.families.longcat_image_edit import LongCatImageEditFlow
 from flowrl.models.families.ltx import LTXFlow
+from flowrl.models.families.ltx_image import LTXImageToVideoFlow
 from flowrl.models.families.lumina2 import Lumina2Flow
 from flowrl.models.families.mochi import MochiFlow
 from flowrl.models.families.nucleusmoe_image import NucleusMoEImageFlow
 from flowrl.models.families.ovis_image import OvisImageFlow
 from flowrl.models.families.prx import PRXFlow
 from flowrl.models.families.qwen_image import QwenImageFlow
+from flowrl.models.families.qwen_image21 import QwenImage21Flow
 from flowrl.models.families.qwen_image_edit import QwenImageEditFlow, QwenImageEditPlusFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
+from flowrl.models.families.sana_video import SanaVideoFlow
 from flowrl.models.families.sd3 import SD3Flow
+from flowrl.models.families.skyreels_v2 import SkyReelsV2Flow
+from flowrl.models.families.stable_audio3 import StableAudio3Flow
 from flowrl.models.families.wan import WanFlow
 from flowrl.models.families.wan_image import WanImageToVideoFlow
 from flowrl.models.families.z_image import ZImageFlow
@@ -52,22 +59,29 @@ for family in (
     HiDreamFlow,
     HunyuanImageFlow,
     HunyuanVideo15Flow,
+    HunyuanVideo15ImageToVideoFlow,
     HunyuanVideoFlow,
     Kandinsky5ImageFlow,
     Kandinsky5VideoFlow,
     Krea2Flow,
+    LongCatImageEditFlow,
     LongCatImageFlow,
     LTXFlow,
+    LTXImageToVideoFlow,
     Lumina2Flow,
     MochiFlow,
     NucleusMoEImageFlow,
     OvisImageFlow,
     PRXFlow,
+    QwenImage21Flow,
     QwenImageEditFlow,
     QwenImageEditPlusFlow,
     QwenImageFlow,
     SanaFlow,
+    SanaVideoFlow,
     SD3Flow,
+    SkyReelsV2Flow,
+    StableAudio3Flow,
     WanFlow,
     WanImageToVideoFlow,
     ZImageFlow,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from flowrl.models.pipeline import Part
+from flowrl.errors import ConfigError
+from flowrl.models.pipeline import Part, PipelineOptions, Shapes
 from flowrl.models.video import VideoFlow
 from flowrl.types import Condition
 
@@ -24,10 +25,17 @@ class HunyuanVideo15Flow(VideoFlow):
 
     PIPELINE = "HunyuanVideo15Pipeline"
     TRANSFORMER = "HunyuanVideo15Transformer3DModel"
-    ENCODERS = ("text_encoder", "text_encoder_2")
+    ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     ALWAYS_THERE = ("vae",)
     SEQUENCE_LENGTH = 1000
     FRAMES, FRAME_RATE = 121, 24
+
+    @classmethod
+    def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
+        """Compute shapes."""
+        if transformer.get("use_meanflow"):
+            raise ConfigError("This HunyuanVideo is distilled to jumps between two times (use_meanflow): no flow.")
+        return super().shapes(transformer, vae, options)
 
     @classmethod
     def default_sides(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:

@@ -19,8 +19,9 @@ class SanaFlow(InstructedFlow):
     SEQUENCE_LENGTH = 300
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
-        """Give the scheduler's time on the transformer's own scale."""
-        return super().network_time(t) * float(self.network.config["timestep_scale"])  # type: ignore[index]
+        """Give the scheduler's time on the transformer's own scale, where that has one."""
+        config: Any = self.network.config
+        return super().network_time(t) * float(config.get("timestep_scale", 1))
 
     def outputs(self, predicted: torch.Tensor) -> torch.Tensor:
         """Leave out the variance, where a transformer predicts one."""

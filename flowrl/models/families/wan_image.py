@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from flowrl.errors import ConfigError
 from flowrl.models.families.wan import WanFlow
@@ -90,15 +89,6 @@ class WanImageToVideoFlow(PicturesFlow, WanFlow):
         """Encode the picture of a prompt by the image encoder (1, tokens, dim)."""
         embeds: torch.Tensor = self.pipeline.encode_image(open_picture(prompt, *self.sample_shape[-2:]), self.device)
         return embeds
-
-    def imitate_encoder(self, encoder: nn.Module, n: int) -> None:
-        """Compute what the text encoder or the image encoder does with `n` prompts."""
-        config: Any = encoder.config
-        if hasattr(config, "image_size"):
-            side, kind = config.image_size, next(encoder.parameters()).dtype
-            encoder(torch.zeros(1, 3, side, side, dtype=kind, device=self.device), output_hidden_states=True)
-        else:
-            super().imitate_encoder(encoder, n)
 
     def encode_null(self) -> Condition:
         """Encode the empty prompt, with zeros where `null_like` puts what is made of the pictures."""
