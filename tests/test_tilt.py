@@ -277,6 +277,16 @@ def test_times_of_much_noise_weigh_less() -> None:
     torch.testing.assert_close(again, torch.tensor([1 / 2], device=DEVICE) * 3 / (1 / 2 + 1 / 2 + 1 / 4))
 
 
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_errors_that_are_not_finite_do_not_stay_in_the_means_of_times(odd: float) -> None:
+    model = flowrl.Tilt("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, pool=64, time_weighting="variance")
+    t, u = torch.tensor([0.01, 0.51, 0.51], device=DEVICE), torch.ones(3, 2, device=DEVICE)
+    bad = u.index_fill(0, torch.tensor([1], device=DEVICE), odd)
+    model.time_weight(Pair(u, t, u, bad, ()), torch.zeros_like(u))  # that step is left out
+    weight = model.time_weight(Pair(u, t, u, u, ()), torch.zeros_like(u))
+    torch.testing.assert_close(weight, torch.ones_like(t))
+
+
 @pytest.mark.parametrize("kind", ["compares", "runs"])
 def test_rewards_that_change_are_not_kept(kind: str) -> None:
     env = flowrl.make("gaussians-linear")

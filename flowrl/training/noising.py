@@ -105,8 +105,9 @@ class Noising(EndpointSamples):
         t, noise = pair.t, squared_error(pair.u, base.detach())
         bins = (t / self.config.max_time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
         seen = torch.zeros_like(self.noise_at)
-        seen[0].index_add_(0, bins, importance * noise)
-        seen[1].index_add_(0, bins, importance * torch.ones_like(noise))
+        share = torch.where(noise.isfinite(), importance, 0.0)  # the step is left out, and the mean is to stay one
+        seen[0].index_add_(0, bins, share * noise.nan_to_num(0.0, 0.0, 0.0))
+        seen[1].index_add_(0, bins, share)
         self.noise_at += self.ranks.all_reduce_(seen)
         weight = self.noise_at[1] / self.noise_at[0].clamp_min(1e-12)
         weight = torch.where(self.noise_at[1] > 0, weight, 0)
