@@ -32,25 +32,22 @@ class MinibatchFigures:
     """Figures of an iteration's minibatches: scalars by name, which a loss may give for some of them only."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, ...], list[tuple[int, torch.Tensor]]] = {}
+        self._found: dict[tuple[int, tuple[str, ...]], list[torch.Tensor]] = {}
 
     def add(self, figures: Mapping[str, torch.Tensor], n: int) -> None:
         """Take in those of a minibatch of `n`: a copy, as they may change in place, made by one operation for all."""
         device = figures["loss"].device
         values = torch.stack([value.to(device) for value in figures.values()])
-        self._found.setdefault(tuple(figures), []).append((n, values))
+        self._found.setdefault((n, tuple(figures)), []).append(values)
 
     def means(self) -> dict[str, torch.Tensor]:
         """Average each over the entries of the minibatches that gave it: scalars, float32, still on the device."""
         totals: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
-        for names, rows in self._found.items():
-            sizes = [n for n, _ in rows]
-            values = torch.stack([values for _, values in rows]).float()
-            sums = (values * torch.tensor(sizes, device=values.device)[:, None]).sum(0)
-            for name, total in zip(names, sums.unbind()):
+        for (n, names), rows in self._found.items():
+            for name, total in zip(names, (n * torch.stack(rows).float().sum(0)).unbind()):
                 totals[name] = totals[name] + total if name in totals else total
-                counts[name] = counts.get(name, 0) + sum(sizes)
+                counts[name] = counts.get(name, 0) + n * len(rows)
         return {name: total / counts[name] for name, total in totals.items()}
 
 
