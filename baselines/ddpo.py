@@ -29,6 +29,11 @@ class DDPOConfig(TransitionConfig):
         super().__post_init__()
         self.require(self.variant in ("is", "sf"), f"variant must be 'is' or 'sf', not '{self.variant}'.")
         self.require(self.variant == "is" or self.mask == "none", "mask 'dppo' masks ratios: it needs variant 'is'.")
+        self.require(
+            self.variant == "is" or self.refresh_every == 1,
+            "The score function is right only for the policy that drew the samples, which lags behind the trained one "
+            f"with refresh_every = {self.refresh_every}: set refresh_every = 1, or variant 'is'.",
+        )
         one_update = self.updates_per_iteration() == 1
         self.require(
             self.variant == "is" or one_update,

@@ -79,6 +79,7 @@ class FlowDPO(EndpointSamples, GroupRelative):
 
     kind = "endpoint.preference.pairs"
     replayable = True
+    draws_ahead = True
     Config: ClassVar[type[FlowConfig]] = FlowDPOConfig
     config: FlowDPOConfig
 
@@ -101,6 +102,7 @@ class FlowDPO(EndpointSamples, GroupRelative):
             return super().contexts()
         (winner, _), contexts = self.data
         n = self.config.n_samples // 2
+        self.places = torch.arange(2 * n, device=self.device)  # of the samples of this iteration, until they are drawn
         self.chosen = torch.randint(len(winner), (n,), generator=self.generator, device=self.device)
         return contexts[self.chosen].repeat_interleave(2)
 
@@ -108,8 +110,8 @@ class FlowDPO(EndpointSamples, GroupRelative):
         """Draw latents of the flow, or take given pairs: winners at even places, losers at odd ones."""
         if self.data is None:
             return super().draw(context_ids)
-        done, n = self.buffer.size, len(context_ids) * self.ranks.world_size
-        place = self.ranks.shard(torch.arange(done, done + n, device=self.device))
+        n = len(context_ids) * self.ranks.world_size
+        place, self.places = self.ranks.shard(self.places[:n]), self.places[n:]
         (winner, loser), _ = self.data
         pair = self.chosen[place // 2]
         wins = (place % 2 == 0).view(-1, *[1] * (winner.dim() - 1))

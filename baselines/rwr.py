@@ -54,6 +54,7 @@ class RWR(ORWCFMW2):
     """Reward-weighted regression."""
 
     replayable = True
+    draws_ahead = True
     Config: ClassVar[type[FlowConfig]] = RWRConfig
     kind = "offline"
     tilt_setting = ("tau", 1)
@@ -93,5 +94,6 @@ class RWR(ORWCFMW2):
         """Draw latents of the reference or of the flow in training (online), or take given ones."""
         if self.data is None:
             return super().draw(context_ids)
-        done, n = self.buffer.size, len(context_ids) * self.ranks.world_size
-        return self.data[0][0][self.ranks.shard(self.rows[done : done + n])], {}
+        n = len(context_ids) * self.ranks.world_size
+        rows, self.rows = self.rows[:n], self.rows[n:]
+        return self.data[0][0][self.ranks.shard(rows)], {}

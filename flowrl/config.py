@@ -60,7 +60,7 @@ class FlowConfig:
     batch_size: int = 128
     """Samples per minibatch."""
     accumulation: int = 1
-    """Minibatches per gradient step."""
+    """Minibatches per gradient step. A critic takes a step of its own for each minibatch."""
     n_epochs: int = 1
     """Passes over the samples of an iteration."""
     rollout_steps: int = 16

@@ -119,7 +119,9 @@ class Tilt(Noising):
         pair = joined(own, reference)
         w = torch.cat([batch.weight, self.weights_of(reward, ids)])
         counted = torch.cat([torch.ones_like(reward) * counts(batch), torch.ones_like(reward)])
-        b = counted * self.expected_weight(pair, ids.repeat(2), w, counted)  # no weight carries nothing: no push away
+        share = torch.cat([torch.full_like(reward, 2 * pi), torch.full_like(reward, 2 - 2 * pi)])
+        b = self.expected_weight(pair, ids.repeat(2), w, share * counted)
+        b = counted * b  # no weight carries nothing: no push away
         v = torch.cat([self.velocity(own), self.velocity(reference)])  # each as its base: where nothing pulls, v = base
         errors = squared_errors(v, pair.u, base)
         error = residual_weighted_loss(errors, w, b)
@@ -128,15 +130,15 @@ class Tilt(Noising):
         return loss, {"reference_drift": errors[1, n:].mean(), "reference_weight": w[n:].mean()}
 
     def expected_weight(
-        self, pair: Pair, context_ids: torch.Tensor, w: torch.Tensor, counted: torch.Tensor
+        self, pair: Pair, context_ids: torch.Tensor, w: torch.Tensor, share: torch.Tensor
     ) -> torch.Tensor:
         """Estimate `E[w | x_t]` (B,), which may depend on anything but the sample's own reward; the critic learns.
 
-        `counted` (B,): 0 for the samples that it is not to learn from.
+        `share` (B,): how much samples count in it, as in the mixture; 0 for those that it is not to learn from.
         """
         if self.config.control_variate == "one":
             return torch.ones_like(w)
-        return self.critic.regress(w, counted, pair.x_t, pair.t, context_ids)[0].clamp_min(0)
+        return self.critic.regress(w, share, pair.x_t, pair.t, context_ids)[0].clamp_min(0)
 
     def tilt_of(self, reward_std: torch.Tensor) -> torch.Tensor | None:
         """Compute the lambda of the tilt `q_ref e^(lambda r) / Z` that is aimed at: tau, in units of the reward."""

@@ -989,10 +989,24 @@ MUTATIONS = (
         ("test_priority.py::test_time_weights_and_figures_are_of_all_samples_alike",),
     ),
     Mutation(
+        "late-anchor-importance",
+        NOISING,
+        "weighed(strayed, self.importance(kept)).mean()",
+        "strayed.mean()",
+        ("test_late_anchor.py::test_samples_that_passes_take_more_often_count_less_at_late_times",),
+    ),
+    Mutation(
+        "tilt-critic-shares",
+        "flowrl/tilt.py",
+        "w, share * counted)",
+        "w, counted)",
+        ("test_tilt.py::test_the_critic_learns_from_both_kinds_of_samples_by_their_shares",),
+    ),
+    Mutation(
         "priority-time-weight",
         NOISING,
-        "importance * noise)",
-        "noise)",
+        "share * noise.nan_to_num",
+        "noise.nan_to_num",
         ("test_priority.py::test_time_weights_and_figures_are_of_all_samples_alike",),
     ),
     Mutation(

@@ -317,6 +317,16 @@ def test_a_figure_of_some_minibatches_is_their_mean():
     assert (model.last_logged["train/third"], model.last_logged["train/counted"]) == (6, 2.5)
 
 
+def test_figures_are_means_over_samples_however_large_the_last_minibatch_is():
+    class Rewards(Squares):
+        def loss(self, batch):
+            return super().loss(batch)[0], {"reward": batch.reward.mean()}
+
+    settings = {**SMALL, "batch_size": 48, "accumulation": 1}  # of 64 samples: one of 48 and one of 16
+    model = Rewards("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings).learn(64)
+    assert model.last_logged["train/reward"] == pytest.approx(model.last_logged["rollout/reward_mean"], rel=1e-5)
+
+
 @pytest.mark.parametrize(("n_before", "decay"), [(0, 2 / 11), (1000, 0.9)])
 def test_an_average_of_few_steps_forgets_its_start_sooner(n_before, decay):
     model = small(ema_decay=0.9, batch_size=64, learning_rate=0.01)

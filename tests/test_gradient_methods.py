@@ -13,7 +13,7 @@ from conftest import DEVICE
 import flowrl
 from flowrl.envs.base import GenerationEnv
 from flowrl.envs.gaussians import GaussianMixture
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, RewardError
 from flowrl.models.loading import source_of
 from flowrl.run import main
 from flowrl.runs.plan import head_of
@@ -291,3 +291,38 @@ def test_plan_and_speed_count_every_sample_that_is_drawn(name: str, tmp_path: Pa
     assert plan + "gradient steps" in head
     log_iteration(model, {"drift": torch.zeros(())}, seconds=2.0)
     assert model.last_logged["time/samples_per_second"] == 128 / model.iteration / 2.0
+
+
+@pytest.mark.parametrize("name", ["draft", "refl"])
+def test_samples_left_out_are_a_share_of_all_that_were_drawn(name: str) -> None:
+    """Of every pass, which draws its own."""
+    env = LinearEnv()
+    env.reward = lambda samples, contexts: RewardOutput(  # type: ignore[method-assign]
+        torch.where(samples[:, 0] > 0.4, torch.nan, samples @ A.to(samples.device))
+    )
+    settings = {"n_samples": 16, "batch_size": 16, "n_epochs": 4, "rollout_steps": 4, "on_reward_error": "drop"}
+
+    def left_out(most: float) -> int:
+        model = flowrl.algorithm_class(name)("FlowPolicy", env, seed=0, device=DEVICE, max_dropped=most, **settings)
+        return model.learn(64).n_dropped
+
+    share = left_out(0.95) / 64
+    assert share > 0.1
+    assert left_out(share) == 64 * share
+    with pytest.raises(RewardError, match=r"failed for \d+ of 64 samples of an iteration"):
+        left_out(0.9 * share)
+
+
+def test_components_are_means_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which each may have left out another number of samples; here another one has one sample more."""
+    env = LinearEnv()
+
+    def reward(samples: torch.Tensor, contexts: Any) -> RewardOutput:
+        values = samples @ A.to(samples.device)
+        return RewardOutput(values, {"same": values})
+
+    env.reward = reward  # type: ignore[method-assign]
+    model = flowrl.DRaFT("FlowPolicy", env, seed=0, device=DEVICE, n_samples=16, batch_size=16, rollout_steps=4)
+    monkeypatch.setattr(model.ranks, "gather_uneven", lambda rows: torch.cat([rows, rows[:1] + 100]))
+    model.learn(16)
+    assert model.last_logged["reward/same"] == pytest.approx(model.last_logged["rollout/reward_mean"], rel=1e-5)

@@ -90,6 +90,23 @@ def test_the_gradient_is_that_of_both_parts() -> None:
     torch.testing.assert_close(figures["late_drift"], strayed.detach(), atol=1e-7, rtol=1e-5)
 
 
+def test_samples_that_passes_take_more_often_count_less_at_late_times() -> None:
+    model = make("nft", group_size=8, priority=0.75, late_anchor=0.3)
+    model.learn(256)
+    batch, (late, _), size = next(model.minibatches()), late_rows(64, DEVICE), model.buffer.coefficient.abs()
+    model.loss = lambda part: (sum(p.sum() for p in model.policy.parameters_of("current").values()), {})
+    state = model.generator.get_state()
+    figures = model.gradient(batch)
+    model.generator.set_state(state)
+    x_0, t = model.policy.noise(len(late), model.generator), torch.rand(16, generator=model.generator, device=DEVICE)
+    x_t, _ = interpolate(x_0, batch.x_1[late], 0.4 + 0.6 * t)
+    cond = model.policy.condition(batch.context_ids[late])
+    v, v_ref = (model.policy.velocity(x_t, 0.4 + 0.6 * t, cond, role) for role in ("current", "reference"))
+    importance = 1 / (0.25 + 0.75 * size.mean().reciprocal() * batch.coefficient[late].abs())
+    expected = (importance * (v - v_ref).square().mean(1)).mean()
+    torch.testing.assert_close(figures["late_drift"], expected.detach(), atol=1e-7, rtol=1e-4)
+
+
 def test_a_small_last_minibatch_has_no_late_rows() -> None:
     model = make(n_samples=68, late_anchor=0.5)
     model.learn(68)
@@ -115,6 +132,9 @@ def test_processes_take_whole_eights() -> None:
     config.check_ranks(3)
     with pytest.raises(ConfigError, match="8 rows together for late_anchor: batch_size = 24 must be a multiple of 16"):
         config.check_ranks(2)
+    replace(config, n_samples=36, batch_size=32).check_ranks(2)  # of four rows none are late, whoever takes them
+    with pytest.raises(ConfigError, match="the last minibatch of an epoch = 24 must be a multiple of 16"):
+        replace(config, n_samples=56, batch_size=32).check_ranks(2)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_rewards_are_computed_while_the_next_are_drawn_in_order() -> None:
     assert log.index("draw 2") > log.index("done 0"), "no more than one chunk ahead"
 
 
-@pytest.mark.parametrize("name", ["orw_w2", "ddpo", "nft", "kl"])
+@pytest.mark.parametrize("name", ["orw_w2", "ddpo", "nft", "kl", "dgpo", "flow_dpo", "rwr", "tilt"])
 def test_the_run_is_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None:
     cls = flowrl.algorithm_class(name)
     own = {"divergence": "hutchinson", "rollout_steps": 4} if name == "kl" else {}  # signs are of a sample's place

@@ -277,6 +277,16 @@ def test_times_of_much_noise_weigh_less() -> None:
     torch.testing.assert_close(again, torch.tensor([1 / 2], device=DEVICE) * 3 / (1 / 2 + 1 / 2 + 1 / 4))
 
 
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_errors_that_are_not_finite_do_not_stay_in_the_means_of_times(odd: float) -> None:
+    model = flowrl.Tilt("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, pool=64, time_weighting="variance")
+    t, u = torch.tensor([0.01, 0.51, 0.51], device=DEVICE), torch.ones(3, 2, device=DEVICE)
+    bad = u.index_fill(0, torch.tensor([1], device=DEVICE), odd)
+    model.time_weight(Pair(u, t, u, bad, ()), torch.zeros_like(u))  # that step is left out
+    weight = model.time_weight(Pair(u, t, u, u, ()), torch.zeros_like(u))
+    torch.testing.assert_close(weight, torch.ones_like(t))
+
+
 @pytest.mark.parametrize("kind", ["compares", "runs"])
 def test_rewards_that_change_are_not_kept(kind: str) -> None:
     env = flowrl.make("gaussians-linear")
@@ -292,3 +302,22 @@ def test_rewards_that_change_are_not_kept(kind: str) -> None:
 def test_a_critic_is_there_where_it_is_asked(control_variate: str) -> None:
     model = flowrl.Tilt("FlowPolicy", "gaussians-linear", seed=0, n_samples=64, control_variate=control_variate)
     assert ("critic" in model.extra_state.networks) == (control_variate == "critic")
+
+
+def test_the_critic_learns_from_both_kinds_of_samples_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`E[w | x_t]` is over the mixture: over halves errors of v_old could grow where own_share is more than a half."""
+    settings: dict[str, Any] = {"n_samples": 32, "batch_size": 32, "rollout_steps": 2, "pool": 32, "own_share": 0.8}
+    model = flowrl.Tilt("FlowPolicy", "gaussians-linear", seed=0, device=DEVICE, **settings)
+    _, callback = model._setup_learn(1, None, True, "", False)
+    model.collect(callback)
+    weights: list[torch.Tensor] = []
+
+    def regress(target: torch.Tensor, weight: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights.append(weight)
+        return torch.ones_like(target), target.mean()
+
+    monkeypatch.setattr(model.critic, "regress", regress)
+    model.loss(next(model.minibatches()))
+    own, reference = weights[0].chunk(2)
+    torch.testing.assert_close(own, torch.full_like(own, 1.6))
+    torch.testing.assert_close(reference, torch.full_like(reference, 0.4))

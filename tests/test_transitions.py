@@ -334,6 +334,8 @@ def test_score_function_needs_one_update_per_iteration() -> None:
         flowrl.DDPO("FlowPolicy", "gaussians-linear", variant="sf", batch_size=128)
     settings = {"variant": "sf", "batch_size": 128, "accumulation": 36}
     flowrl.DDPO("FlowPolicy", "gaussians-linear", device=DEVICE, **settings).learn(512)
+    with pytest.raises(ConfigError, match="lags behind the trained one with refresh_every = 2: set refresh_every = 1"):
+        flowrl.DDPO("FlowPolicy", "gaussians-linear", **settings, refresh_every=2)
 
 
 def test_grpo_window_slides_and_returns() -> None:

@@ -220,7 +220,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
 
     def _close_record(self) -> None:
         """Take the figures of an iteration's samples, and count those left out."""
-        self.n_dropped += self.reward_calls.check_dropped(self.record.dropped, self.config.n_samples, self.ranks)
+        self.n_dropped += self.record.check_dropped(self)
         self.rollout_figures = self.record.figures(self)
 
     def minibatches(self) -> Iterator[Batch]:
@@ -230,7 +230,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
         return self.buffer.batches(order, self.config.batch_size)
 
     def update(self) -> dict[str, torch.Tensor]:
-        """Take gradient steps on the buffer; metrics are means over minibatches, still on the device."""
+        """Take gradient steps on the buffer; metrics are means over entries, still on the device."""
         config, policy = self.config, self.policy
         if config.offload and self.learns_from != "contexts":
             policy.model.offload()
@@ -246,7 +246,7 @@ class FlowAlgorithm(Method, SB3Algorithm):
                 if n_pending == config.accumulation:
                     norms.append(gradient_step(self, n_entries))
                     n_pending = n_entries = 0
-                found.add(figures)
+                found.add(figures, len(batch.x_1))
             if n_pending:
                 self.ranks.average_gradients(policy.parameters_of("current").values())
                 norms.append(gradient_step(self, n_entries))

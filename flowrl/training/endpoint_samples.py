@@ -42,6 +42,7 @@ class EndpointSamplesConfig(FlowConfig):
 class EndpointSamples(FlowAlgorithm):
     """A `FlowAlgorithm` whose loss noises samples again, and whose refreshes may be held."""
 
+    draws_ahead = True
     Config: ClassVar[type[FlowConfig]] = EndpointSamplesConfig
     config: Any
     held_by = ""

@@ -27,6 +27,9 @@ CHANGES: Mapping[str, tuple[Change, ...]] = {
     "flow_grpo": (
         Change("target_lambda goes by the slope of the advantages, and went by their spread", "target_lambda"),
     ),
+    "tilt": (
+        Change("a critic learns from own and reference samples by their shares of the mixture, and did by halves"),
+    ),
     "ram": (Change("target_lambda goes by the slope of rewards that are not centred", "target_lambda", "centred"),),
 }
 """By algorithm, the oldest first; checkpoints say how many there were."""

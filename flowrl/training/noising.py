@@ -12,7 +12,7 @@ import torch
 from flowrl.config import FlowConfig
 from flowrl.functional.exact import has_float64, in_float64
 from flowrl.functional.flow import sample_time
-from flowrl.functional.losses import squared_error
+from flowrl.functional.losses import squared_error, weighed
 from flowrl.functional.transport import Coupling, conditional_permutation, ot_permutation
 from flowrl.training.algorithm import FlowAlgorithm
 from flowrl.training.endpoint_samples import EndpointSamples, EndpointSamplesConfig
@@ -47,11 +47,13 @@ class NoisingConfig(EndpointSamplesConfig):
     def check_ranks(self, count: int) -> None:
         """Check that ranks take the same rows for late times as one process would."""
         super().check_ranks(count)
-        self.require(
-            count == 1 or not self.late_anchor or self.batch_size % (LATE_OF * count) == 0,
-            f"Each of {count} processes takes {LATE_OF} rows together for late_anchor: batch_size = {self.batch_size} "
-            f"must be a multiple of {LATE_OF * count}, or late_anchor 0.",
-        )
+        last = self.entries_per_epoch() % self.batch_size
+        for name, n in (("batch_size", self.batch_size), ("the last minibatch of an epoch", last)):
+            self.require(
+                count == 1 or not self.late_anchor or n < LATE_OF or n % (LATE_OF * count) == 0,
+                f"Each of {count} processes takes {LATE_OF} rows together for late_anchor: {name} = {n} must be a "
+                f"multiple of {LATE_OF * count}, or late_anchor 0.",
+            )
 
     def idle(self) -> dict[str, str]:
         """Name the settings that do nothing beside the others, each with the reason."""
@@ -80,10 +82,15 @@ class Noising(EndpointSamples):
         kept = some_rows(batch, late)
         x_0, t = self.policy.noise(len(late), self.generator), sample_time(len(late), "uniform", self.generator)
         pair = FlowAlgorithm.pair(self, kept, x_0, self.config.max_time + (1 - self.config.max_time) * t)
-        strayed = squared_error(self.velocity(pair), self.velocity(pair, "reference")).mean()
+        strayed = squared_error(self.velocity(pair), self.velocity(pair, "reference"))
+        strayed = weighed(strayed, self.importance(kept)).mean()
         share_of_step(self, loss + self.config.late_anchor * strayed, len(batch.x_1)).backward()
         figures = {"loss": loss, "late_drift": strayed, **figures}
         return {key: figure.detach() for key, figure in figures.items()}
+
+    def importance(self, batch: Batch) -> torch.Tensor | float:
+        """Compute the importance weights (B,) of a minibatch's samples; just 1.0 where a pass takes each once."""
+        return 1.0
 
     def time_weight(
         self, pair: Pair, base: torch.Tensor, importance: torch.Tensor | float = 1.0
@@ -98,8 +105,9 @@ class Noising(EndpointSamples):
         t, noise = pair.t, squared_error(pair.u, base.detach())
         bins = (t / self.config.max_time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
         seen = torch.zeros_like(self.noise_at)
-        seen[0].index_add_(0, bins, importance * noise)
-        seen[1].index_add_(0, bins, importance * torch.ones_like(noise))
+        share = torch.where(noise.isfinite(), importance, 0.0)  # the step is left out, and the mean is to stay one
+        seen[0].index_add_(0, bins, share * noise.nan_to_num(0.0, 0.0, 0.0))
+        seen[1].index_add_(0, bins, share)
         self.noise_at += self.ranks.all_reduce_(seen)
         weight = self.noise_at[1] / self.noise_at[0].clamp_min(1e-12)
         weight = torch.where(self.noise_at[1] > 0, weight, 0)

@@ -32,21 +32,23 @@ class MinibatchFigures:
     """Figures of an iteration's minibatches: scalars by name, which a loss may give for some of them only."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, ...], list[torch.Tensor]] = {}
+        self._found: dict[tuple[int, tuple[str, ...]], list[torch.Tensor]] = {}
 
-    def add(self, figures: Mapping[str, torch.Tensor]) -> None:
-        """Take in those of a minibatch: a copy, as they may change in place, made by one operation for all."""
+    def add(self, figures: Mapping[str, torch.Tensor], n: int) -> None:
+        """Take in those of a minibatch of `n`: a copy, as they may change in place, made by one operation for all."""
         device = figures["loss"].device
         values = torch.stack([value.to(device) for value in figures.values()])
-        self._found.setdefault(tuple(figures), []).append(values)
+        self._found.setdefault((n, tuple(figures)), []).append(values)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """Average each over the minibatches that gave it: scalars, float32, still on the device."""
-        columns: dict[str, list[torch.Tensor]] = {}
-        for names, rows in self._found.items():
-            for name, column in zip(names, torch.stack(rows).float().unbind(1)):
-                columns.setdefault(name, []).append(column)
-        return {name: torch.cat(parts).mean() for name, parts in columns.items()}
+        """Average each over the entries of the minibatches that gave it: scalars, float32, still on the device."""
+        totals: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
+        for (n, names), rows in self._found.items():
+            for name, total in zip(names, (n * torch.stack(rows).float().sum(0)).unbind()):
+                totals[name] = totals[name] + total if name in totals else total
+                counts[name] = counts.get(name, 0) + n * len(rows)
+        return {name: total / counts[name] for name, total in totals.items()}
 
 
 class RolloutRecord:
@@ -66,21 +68,30 @@ class RolloutRecord:
         if len(context_ids) * len(self.shown) < metrics.n_compared(samples):
             self.shown.append((samples, context_ids))
 
+    def check_dropped(self, model: FlowAlgorithm) -> int:
+        """Count over all ranks the samples of an iteration that were left out.
+
+        Raises:
+            RewardError: Too many of all that it drew.
+        """
+        return model.reward_calls.check_dropped(self.dropped, model.config.n_samples * model.draws, model.ranks)
+
     def figures(self, model: FlowAlgorithm) -> dict[str, torch.Tensor]:
-        """Compute scalars by name, still on the device; those of components are of this rank.
+        """Compute scalars by name, still on the device; those of components are of this rank, or of all.
 
         Raises:
             ConfigError: A method on contexts has asked for no reward.
         """
         rollout = model.buffer.all()
-        reward = rollout.reward
+        reward, components = rollout.reward, {key: torch.cat(values) for key, values in self.components.items()}
         if model.learns_from == "contexts":  # drawn for each update, not kept
             if not self.rewards:
                 raise ConfigError(
                     f"{type(model).__name__}.loss learns from contexts and has asked for no reward: it must take that "
                     "of its samples from self.reward_of(x_1, context_ids), which keeps it for the log."
                 )
-            reward = model.ranks.gather_uneven(torch.cat(self.rewards))
+            reward = model.ranks.gather_uneven(torch.cat(self.rewards))  # ranks may have left out other numbers of them
+            components = {k: model.ranks.gather_uneven(v) for k, v in model.ranks.in_all(components).items()}
         figures = {"rollout/reward_mean": reward.mean(), "rollout/reward_std": reward.std(correction=0)}
         figures["rollout/reward_min"], figures["rollout/reward_max"] = reward.aminmax()
         target = aimed(model, rollout)
@@ -92,7 +103,7 @@ class RolloutRecord:
             figures["rollout/ess"] = effective_sample_size(rollout.weight) / len(reward)
         if model.config.on_reward_error == "drop":
             figures["rollout/dropped"] = torch.tensor(float(model.n_dropped), device=reward.device)
-        return figures | {f"{REWARD}{key}": torch.cat(values).mean() for key, values in self.components.items()}
+        return figures | {f"{REWARD}{key}": values.mean() for key, values in components.items()}
 
     def _diversity(self, model: FlowAlgorithm) -> torch.Tensor:
         """Compute the diversity of some samples of each rank; a scalar. Images are not sent: pairs are within ranks."""
