@@ -14,12 +14,12 @@ class Change(NamedTuple):
     Attributes:
         text: What is otherwise now.
         setting: Only where this setting is given; empty for all runs.
-        unless: And this one is not.
+        unless: And this one has not this value.
     """
 
     text: str
     setting: str = ""
-    unless: str = ""
+    unless: tuple[str, Any] = ("", None)
 
 
 CHANGES: Mapping[str, tuple[Change, ...]] = {
@@ -28,20 +28,28 @@ CHANGES: Mapping[str, tuple[Change, ...]] = {
         Change("target_lambda goes by the slope of the advantages, and went by their spread", "target_lambda"),
     ),
     "tilt": (
-        Change("a critic learns from own and reference samples by their shares of the mixture, and did by halves"),
+        Change(
+            "a critic learns from own and reference samples by their shares of the mixture, and did by halves",
+            unless=("control_variate", "one"),
+        ),
     ),
-    "ram": (Change("target_lambda goes by the slope of rewards that are not centred", "target_lambda", "centred"),),
+    "ram": (
+        Change("target_lambda goes by the slope of rewards that are not centred", "target_lambda", ("centred", True)),
+    ),
 }
 """By algorithm, the oldest first; checkpoints say how many there were."""
 
 
 def tell_changes(config: Mapping[str, Any], folder: Path, to_train: bool = True) -> None:
     """Warn of what changed after the `config.json` of a checkpoint was written, with its settings."""
-    name, settings, known = config["algorithm"], config["settings"], config.get("formulas")
-    for change in CHANGES.get(name, ())[known if isinstance(known, int) and known > 0 else 0 :] if to_train else ():
-        if (not change.setting or settings.get(change.setting)) and not settings.get(change.unless):
+    algorithm, settings, known = config["algorithm"], config["settings"], config.get("formulas")
+    for change in (
+        CHANGES.get(algorithm, ())[known if isinstance(known, int) and known > 0 else 0 :] if to_train else ()
+    ):
+        name, value = change.unless
+        if (not change.setting or settings.get(change.setting)) and (not name or settings.get(name) != value):
             warnings.warn(
-                f"'{folder}' was perhaps written before a change of {name}: {change.text}. Then it does not go on as "
-                "it began: train on with the flowrl that wrote it, or start anew (--config).",
+                f"'{folder}' was perhaps written before a change of {algorithm}: {change.text}. Then it does not go on "
+                "as it began: train on with the flowrl that wrote it, or start anew (--config).",
                 stacklevel=3,
             )
