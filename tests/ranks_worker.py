@@ -127,12 +127,16 @@ def weight_sums(model: flowrl.FlowAlgorithm) -> torch.Tensor:
     return torch.stack([unsharded(p.detach()).double().sum() for p in model.policy.parameters_of("current").values()])
 
 
+THREE = (*RELOADED, *DIVIDED, "orw_w2", "held")
+"""Cases of three iterations: those that are loaded before the third, or whose old policy lags behind; else two."""
+
+
 def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Train a case for three iterations and evaluate it; before the third it may be saved and loaded."""
+    """Train a case for two or three iterations and evaluate it; before the third it may be saved and loaded."""
     algo, env, env_settings, settings = cases()[name]
     model = flowrl.algorithm_class(algo)("FlowPolicy", env, seed=3, device="cpu", env_settings=env_settings, **settings)
     rows, saved = [], None
-    for i in range(3):
+    for i in range(3 if name in THREE else 2):
         if i == 2 and checkpoint is not None:
             saved = weight_sums(model).tolist()
             model.save(checkpoint)

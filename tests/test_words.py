@@ -50,9 +50,9 @@ def test_true_pictures_are_read_right(ocr: OCRReward, drawn: torch.Tensor) -> No
     output = ocr(drawn, PROMPTS)
     assert output.components["exact"].mean() > 0.97
     next_word = PROMPTS[len(PAIRS) :] + PROMPTS[: len(PAIRS)]  # the same colours, another word
-    other = ocr(drawn, next_word)
+    other = ocr(drawn[::3], next_word[::3])
     assert other.components["exact"].max() == 0
-    assert (output.reward > other.reward).all()
+    assert (output.reward[::3] > other.reward).all()
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_folder_is_small_and_half_precision() -> None:
 
 def test_autoencoder_keeps_letters(pipe: StableDiffusion3Pipeline, ocr: OCRReward, drawn: torch.Tensor) -> None:
     with torch.no_grad():
-        decoded = pipe.vae.decode(pipe.vae.encode(drawn * 2 - 1).latents).sample
-    assert ocr((decoded.clamp(-1, 1) + 1) / 2, PROMPTS).components["exact"].mean() > 0.95
+        decoded = pipe.vae.decode(pipe.vae.encode(drawn[::3] * 2 - 1).latents).sample
+    assert ocr((decoded.clamp(-1, 1) + 1) / 2, PROMPTS[::3]).components["exact"].mean() > 0.95
 
 
 @pytest.mark.slow
