@@ -24,6 +24,7 @@ import flowrl
 from flowrl.envs.prompts import Prompt, fingerprint, positions_of, prompts_from
 from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.errors import ConfigError, ModelLoadError
+from flowrl.evaluation.steering import Steering, steer
 from flowrl.models import pictures
 from flowrl.models.base import VelocityModel
 from flowrl.models.latent_scale import from_autoencoder, to_autoencoder
@@ -385,6 +386,20 @@ def test_first_latents_that_are_a_pictures_go_to_it_from_everywhere(tmp_path: Pa
     assert torch.equal(v[:, :, 1:], v_other[:, :, 1:])
     assert last.isfinite().all()
     assert not torch.equal(cond[-1][0], cond[-1][1])
+
+
+def test_first_latents_that_are_a_pictures_come_to_it_by_every_solver(tmp_path: Path) -> None:
+    """Some ask for a velocity at the end, where the line is 0 / 0."""
+    (case,) = ltx_image.CASES
+    source = source_of(str(case.build(tmp_path)), pipeline=replace(case.options, resolution=32))
+    env = TextToImageEnv(source, case.contexts[:2], brightness)
+    policy = FlowPolicy.of(env, flowrl.FlowConfig(rollout_steps=2), device="cpu", seed=0)
+    ids = torch.arange(2)
+    picture = policy.condition(ids)[-1]
+    drawn = [policy.sample_latents(ids, solver=s, grad_steps=k) for s in ("heun", "rk4") for k in (0, 1)]
+    drawn.append(steer(policy, env, Steering("d_flow", n=1), ids, torch.Generator(), solver="heun"))
+    for x_1 in drawn:
+        assert torch.equal(x_1[:, :, :1], picture)
 
 
 def test_wan_of_a_time_for_each_token_begins_with_no_picture(tmp_path: Path) -> None:

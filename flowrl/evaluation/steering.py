@@ -251,11 +251,13 @@ def _d_flow(
     solver: Solver | None = None,
 ) -> torch.Tensor:
     solver, times = solver or policy.solver, policy.times(steps)
-    field = policy.field(policy.condition(context_ids), len(context_ids), role, guidance_scale)
+    cond = policy.condition(context_ids)
+    field = policy.field(cond, len(context_ids), role, guidance_scale)
 
     def end(x: torch.Tensor) -> torch.Tensor:
         """Solve the ODE; the graph of each evaluation is made again in the backward pass."""
-        return ode_sample(lambda x, t: checkpoint(field, x, t, use_reentrant=False), x, times, solver)
+        x_1 = ode_sample(lambda x, t: checkpoint(field, x, t, use_reentrant=False), x, times, solver)
+        return policy.model.arrived(x_1, cond)
 
     x_0 = policy.noise(len(context_ids), generator).requires_grad_()
     optimizer = torch.optim.Adam([x_0], lr=steering.step_size)

@@ -89,6 +89,10 @@ class VelocityModel(nn.Module):
         """Give how many rows a pass that draws or measures takes at once on the CPU, where more are slower; 0: all."""
         return 0
 
+    def arrived(self, x_1: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """Give latents (B, *latent_shape) at the end of an ODE, with what the condition says of them in its place."""
+        return x_1
+
     def decode(self, x_1: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, *latent_shape) to samples (B, *sample_shape)."""
         return x_1

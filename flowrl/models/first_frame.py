@@ -41,6 +41,10 @@ class FirstFrameFlow(PicturesFlow, VideoFlow):
         left = (1 - t).clamp(min=LEAST_LEFT).view(-1, 1, 1, 1, 1)
         return torch.cat([(picture - x_t[:, :, :1]) / left, v[:, :, 1:]], dim=2)
 
+    def arrived(self, x_1: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """Put the picture in its place: solvers that ask at t = 1 (heun, rk4) are given no velocity there, 0 / 0."""
+        return torch.cat([cond[-1].to(x_1.dtype), x_1[:, :, 1:]], dim=2)
+
     def for_autoencoder(self, pictures: torch.Tensor) -> torch.Tensor:
         """Give each picture as a video of one frame."""
         return pictures[:, :, None]

@@ -213,12 +213,13 @@ class FlowPolicy(SB3Policy):
         check_noise(x, len(context_ids), self.model.latent_shape)
         times, solver = self.times(steps), solver or self.solver
         cond, role = self.condition(context_ids.to(x.device)), role or self.sampling_role
-        if grad_steps:
-            return ode_sample(self.field(cond, len(x), role, guidance_scale), x, times, solver, grad_steps)
 
         def solve(x: torch.Tensor, *cond: torch.Tensor) -> tuple[torch.Tensor]:
-            return (ode_sample(self.field(cond, len(x), role, guidance_scale), x, times, solver),)
+            field = self.field(cond, len(x), role, guidance_scale)
+            return (self.model.arrived(ode_sample(field, x, times, solver, grad_steps), cond),)
 
+        if grad_steps:
+            return solve(x, *cond)[0]
         key = role, solver, len(times), self.guidance_scale if guidance_scale is None else guidance_scale
         with torch.no_grad():
             return self.graphs.run("Sampling", key, solve, x, *cond)[0]
@@ -269,8 +270,7 @@ class FlowPolicy(SB3Policy):
         """Give the indices (B,) of contexts; new ones are encoded and kept."""
         positions, new = positions_of(contexts, self.contexts, takes_new=bool(self._condition))
         if new:
-            encoded = self.encode(new)
-            self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, encoded))
+            self._condition = tuple(torch.cat(pair) for pair in zip(self._condition, self.encode(new)))
             self.graphs.forget()
             self.contexts += new
         return torch.tensor(positions)
