@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from flowrl.checks import LARGEST_INT, counted, is_finite, is_whole, python_value, shown
 from flowrl.envs.prompts import shares_of
-from flowrl.errors import ConfigError, FlowRLError, RewardError, raised_by
+from flowrl.errors import ConfigError, FlowRLError, RewardError, raised_by, reason_of
 from flowrl.models.loading import FlowSource
 from flowrl.types import Contexts, RewardOutput
 
@@ -173,7 +173,7 @@ class GenerationEnv(gymnasium.Env[np.int64, np.ndarray]):
             raise
         except Exception as error:
             raise RewardError(
-                f"The reward of '{self.name}' raised {type(error).__name__}: {error}. It was called with samples "
+                f"The reward of '{self.name}' raised {reason_of(error)} It was called with samples "
                 f"of shape {tuple(samples.shape)} and {len(asked)} contexts, the first {next(iter(asked), None)!r}."
             ) from error
         if not isinstance(output, RewardOutput):  # the numbers alone, as functions may give them

@@ -12,8 +12,8 @@ import torch
 LONGEST_NAME = 200
 """Characters of an unknown name that are repeated."""
 FEWER = (
-    "Draw fewer samples at once: flowrl.sample and flowrl.evaluate take --batch-size 1; what a run needs is predicted "
-    "by flowrl.run --dry-run, with what to lower."
+    "Draw fewer samples at once: flowrl.sample and flowrl.evaluate take --batch-size 1, flowrl.run takes "
+    "--algo.rollout-batch-size; what a run needs is predicted by its --dry-run, with what to lower."
 )
 
 
@@ -76,7 +76,7 @@ def raised_by(whose: str, kind: type[FlowRLError] = ConfigError) -> Iterator[Non
     except FlowRLError:
         raise
     except Exception as error:
-        raise kind(f"{whose} raised {type(error).__name__}: {error}.") from error
+        raise kind(f"{whose} raised {reason_of(error)}") from error
 
 
 def tell_whose(error: BaseException, whose: str) -> None:
@@ -88,6 +88,12 @@ def tell_whose(error: BaseException, whose: str) -> None:
 def in_a_line(error: BaseException) -> str:
     """Name an error, with the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Name an error of the user's own code, with its message; where memory ended, say what to do, too."""
+    reason = f"{type(error).__name__}: {str(error) or 'no reason'}."
+    return f"{reason} {FEWER}" if out_of_memory(error) else reason
 
 
 def out_of_memory(error: BaseException, remedy: str = FEWER) -> OutOfMemoryError | None:

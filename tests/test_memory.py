@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_leaves
 
 import flowrl
+from flowrl.envs.text_to_image import TextToImageEnv
+from flowrl.errors import RewardError
+from flowrl.evaluation.side_effects import held_out
 from flowrl.training import without_storage
 from flowrl.training.memory_plan import MemoryPlan, predict_memory, ways_to_save
 
@@ -192,6 +195,20 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_run(
     order = [done.stderr.index(way) for way in ("--algo.precision", "--algo.batch-size", "--algo.lora-rank")]
     assert order == sorted(order)
     assert "go on with: python -m flowrl.run --resume" in done.stderr
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_reward_without_memory_says_what_to_lower(error: Exception) -> None:
+    def reward(images: torch.Tensor, prompts: object) -> torch.Tensor:
+        raise error
+
+    env = TextToImageEnv("mini-sd3", ["stars"], reward)
+    images = torch.zeros(2, *env.sample_shape)
+    told = r"MemoryError: (no reason|CUDA .*)\. Draw fewer samples at once: .*--algo\.rollout-batch-size"
+    with pytest.raises(RewardError, match=told):
+        env.evaluate(images, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(RewardError, match=told):
+        held_out({"judge": reward}, images, ["stars"] * 2)
 
 
 PREDICTED_AND_MEASURED = """

@@ -16,7 +16,7 @@ from flowrl.envs.base import check_reward
 from flowrl.envs.rewards.aesthetic import colourfulness
 from flowrl.envs.rewards.catalogue import RewardFunction
 from flowrl.envs.rewards.frames import over_frames
-from flowrl.errors import FlowRLError, RewardError
+from flowrl.errors import FlowRLError, RewardError, reason_of
 from flowrl.functional import metrics
 from flowrl.types import Contexts, RewardOutput
 
@@ -75,7 +75,7 @@ def held_out(
             raise
         except Exception as error:
             raise RewardError(
-                f"The held-out reward '{name}' raised {type(error).__name__}: {error}. It was called with samples of "
+                f"The held-out reward '{name}' raised {reason_of(error)} It was called with samples of "
                 f"shape {tuple(samples.shape)} and {len(contexts)} contexts, the first {contexts[0]!r}."
             ) from error
         value = output.reward if isinstance(output, RewardOutput) else output
