@@ -260,6 +260,18 @@ def test_a_network_that_cannot_be_compiled_is_a_line(
     assert said.count("\n") == 1
 
 
+def test_programs_work_without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pythonw starts them, or a shell with `>&- 2>&-`."""
+
+    def body(args: list[str]) -> int:
+        print(sys.stdout.isatty(), sys.stderr.isatty())
+        raise ConfigError("no meaning")
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert guarded(body, []) == EXIT_ERROR
+
+
 def test_a_program_ends_without_a_last_look_at_all_that_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     at_exit: list[object] = []
     monkeypatch.setattr(atexit, "register", at_exit.append)

@@ -229,6 +229,12 @@ def test_bars_are_asked_for_by_programs_and_shown_on_terminals(
     assert bars == [("batches of reference", (), None), ("batches of ema", (), None), ("batches", (2,), None)]
 
 
+def test_a_bar_needs_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", n_samples=4, batch_size=4, seed=0, device="cpu")
+    monkeypatch.setattr(sys, "stderr", None)  # pythonw has none
+    assert flowrl.evaluate(model, n_samples=8, progress=True).n_samples == 8
+
+
 def test_noise_is_standard_normal() -> None:
     """Neighbouring seeds give independent noise."""
     x = seeded_noise(range(4000), (2,)).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,7 +280,8 @@ def _drawn(
     policy, parts, rewards, components = subject.policy, [], [], []
     spent, n_drawn = policy.evaluations, 0
     chunks = list(zip(context_ids.split(batch_size), noise.split(batch_size)))
-    for c, x_0 in tqdm(chunks, f"batches of {role}", leave=False, disable=None if progress else True):
+    is_quiet = None if progress and sys.stderr else True  # a process may have no stderr
+    for c, x_0 in tqdm(chunks, f"batches of {role}", leave=False, disable=is_quiet):
         ranks = subject.ranks if len(c) >= subject.ranks.world_size * group else Ranks()
 
         def gather(rows: torch.Tensor, n: int = len(c), ranks: Ranks = ranks) -> torch.Tensor:

@@ -74,6 +74,9 @@ def guarded(body: Callable[[list[str]], int], args: Sequence[str] | None, divide
     that has an error ends at once: a tidy end would wait for the others, or abort. There is no traceback of Ctrl-C or
     of `... | head` either.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started it, or pythonw
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name in another script ends no run
