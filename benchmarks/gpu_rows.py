@@ -72,7 +72,7 @@ def _rollout(
             works[variant] = _draws(lab.large(env, n_samples=n, rollout_batch_size=n, rollout_steps=steps))
             seconds |= lab.in_turn(works, repeats)
             _speeds(lab, row, figures, seconds, n, "images/s", figures.get("flops_per_image"))
-        works.clear()
+        works.pop(variant, None)
         lab.free()
     if together and not (lab.only_flowrl or lab.eager_only):
         with lab.guarded("pipeline, blocks compiled", figures):
@@ -200,7 +200,7 @@ def sd35_update(lab: Lab) -> Figures:
             works[variant] = model.update
             seconds |= lab.in_turn(works, lab.repeats(5))
             _speeds(lab, "sd35-update", figures, seconds, n, "samples/s", flops)
-        works.clear()
+        works.pop(variant, None)
         model = None
         lab.free()
     if lab.only_flowrl:
@@ -311,9 +311,10 @@ def mini_sd3(lab: Lab) -> Figures:
     """An iteration of the embedded mini-sd3, all weights trained, in parts, against a bare loop."""
     makers = _call_sd3, lambda x: colourfulness(x) / 100
     figures, parts = _small(lab, _mini_model, lambda model: BareLoop(model, *makers, model.policy.model.decode), 8)
-    figures["parts"] = {name: value["median"] for name, value in lab.in_turn(parts, lab.repeats(8)).items()}
-    for name, value in figures["parts"].items():
-        lab.say("mini-sd3", name, value, "s")
+    with lab.guarded("parts", figures):
+        figures["parts"] = {name: value["median"] for name, value in lab.in_turn(parts, lab.repeats(8)).items()}
+        for name, value in figures["parts"].items():
+            lab.say("mini-sd3", name, value, "s")
     return figures
 
 

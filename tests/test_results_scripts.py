@@ -275,6 +275,22 @@ def test_gpu_rows_are_compared_like_with_like(monkeypatch: pytest.MonkeyPatch) -
     figures, _ = rows._small(lab, build, None, 2)
     assert said == ["measured flowrl", *["an iteration"] * 3, "measured flowrl, CUDA graphs"]
     assert figures["seconds"] == {"flowrl": 1.0, "flowrl, CUDA graphs": 1.0}
+
+    def fails(*given: Any, **named: Any) -> Any:
+        if not lab.extra:
+            raise RuntimeError("no memory")
+        return build(lab)
+
+    figures, _ = rows._small(lab, fails, None, 2)
+    assert figures["seconds"] == {"flowrl, CUDA graphs": 1.0}
+    assert figures["failed"] == {"flowrl": "RuntimeError: no memory"}
+    monkeypatch.setattr(lab, "large", fails)
+    monkeypatch.setattr(rows, "_draws", lambda model: model.learn)
+    monkeypatch.setattr(lab, "env", lambda name: None)
+    lab.row, lab.only_flowrl, lab.eager_only = "sd35-rollout", False, False
+    pipeline = lambda *given: (1.0, said.clear, said.clear)  # noqa: E731
+    figures = rows._rollout(lab, "sd35-rollout", "any", 4, 2, pipeline)
+    assert figures["variants"].keys() == {"pipeline, eager", "flowrl, blocks compiled", "pipeline, blocks compiled"}
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--set", "mpl.cuda_graphs=true"])
     with pytest.raises(SystemExit, match="--set names no row mpl; there are ceiling"):
         gpu.main()

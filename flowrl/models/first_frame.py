@@ -68,8 +68,7 @@ class FirstFrameFlow(PicturesFlow, VideoFlow):
 
     def encode_null(self) -> Condition:
         """Encode the empty prompt, with zeros where `null_like` puts the picture."""
-        text = self.encode_text([""])
-        return (*text, text[0].new_zeros(1, *self.condition_parts()[-1].shape))
+        return self.zeros_behind(self.encode_text([""]))
 
     def null_like(self, null: Condition, cond: Condition) -> Condition:
         """Give the empty prompt for every sample, with the sample's own picture."""

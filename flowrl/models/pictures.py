@@ -121,6 +121,11 @@ class PicturesFlow(PipelineFlow):
         modes = [z.latent_dist.mode() if hasattr(z, "latent_dist") else z.latents for z in encoded]
         return self.from_autoencoder(torch.cat(modes))
 
+    def zeros_behind(self, text: Condition) -> Condition:
+        """Put zeros behind the parts of an empty prompt, where `null_like` puts what is made of the pictures."""
+        behind = self.condition_parts()[len(text) :]
+        return (*text, *(text[0].new_zeros(1, *part.shape) for part in behind))
+
     def from_autoencoder(self, modes: torch.Tensor) -> torch.Tensor:
         """Bring latents of the autoencoder to the scale of the flow's."""
         return from_autoencoder(modes, self.pipeline.vae.config)

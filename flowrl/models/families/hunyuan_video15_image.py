@@ -61,8 +61,7 @@ class HunyuanVideo15ImageToVideoFlow(PicturesFlow, HunyuanVideo15Flow):
 
     def encode_null(self) -> Condition:
         """Encode the empty prompt, with zeros where `null_like` puts what is made of the pictures."""
-        text = super().encode_prompts([""])
-        return (*text, *(text[0].new_zeros(1, *part.shape) for part in self.condition_parts()[-2:]))
+        return self.zeros_behind(super().encode_prompts([""]))
 
     def null_like(self, null: Condition, cond: Condition) -> Condition:
         """Give the empty prompt for every sample, with the sample's own picture."""

@@ -92,8 +92,7 @@ class WanImageToVideoFlow(PicturesFlow, WanFlow):
 
     def encode_null(self) -> Condition:
         """Encode the empty prompt, with zeros where `null_like` puts what is made of the pictures."""
-        text = self._text([""])
-        return (*text, *(text[0].new_zeros(1, *part.shape) for part in self.condition_parts()[1:]))
+        return self.zeros_behind(self._text([""]))
 
     def null_like(self, null: Condition, cond: Condition) -> Condition:
         """Give the empty prompt for every sample, with the sample's own picture."""
