@@ -205,7 +205,7 @@ def sd35_update(lab: Lab) -> Figures:
         lab.free()
     if lab.only_flowrl:
         return figures
-    if not lab.eager_only:
+    if not (lab.eager_only or lab.quick):
         with lab.guarded("bare, blocks compiled", figures):
             compile_blocks(bare.network)
             seconds |= lab.in_turn({"bare, blocks compiled": update}, lab.repeats(5))
