@@ -101,6 +101,28 @@ class Imagined(Ranks):
         self.rank, self.world_size = index, count
 
 
+def test_gradients_are_averaged_together_whatever_their_type_layout_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = (3, 2), (600, 600), (5,), (4, 3, 2, 2), ()
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters += [torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16)), torch.nn.Parameter(torch.zeros(2))]
+    for i, parameter in enumerate(parameters[:-1]):  # the last has none
+        parameter.grad = torch.full_like(parameter, i + 1.0)
+    parameters[3].grad = torch.arange(48.0).view(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    calls = []
+
+    def all_reduce_(ranks: Ranks, tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor.dtype)
+        return tensor.mul_(6)  # of another rank that has five times as much
+
+    monkeypatch.setattr(Imagined, "all_reduce_", all_reduce_)
+    Imagined(0, 2).average_gradients(parameters)
+    for i in (0, 1, 2, 4, 5):
+        assert (parameters[i].grad == 3 * (i + 1.0)).all()
+    assert torch.equal(parameters[3].grad, 3 * torch.arange(48.0).view(4, 3, 2, 2))
+    assert parameters[-1].grad is None
+    assert sorted(map(str, calls)) == ["torch.bfloat16", "torch.float32", "torch.float32"]  # the large one by itself
+
+
 @pytest.mark.parametrize(("n", "count", "group"), [(8, 2, 1), (7, 3, 1), (24, 3, 4), (10, 4, 2), (9, 2, 4)])
 def test_rows_are_divided_whole(n: int, count: int, group: int) -> None:
     rows = torch.arange(n)

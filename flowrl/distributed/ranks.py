@@ -124,11 +124,24 @@ class Ranks:
         everyones = bytes(self.gather_uneven(line).tolist()).splitlines()
         return dict(own[name] for name in in_all([dict.fromkeys(json.loads(part)) for part in everyones]))
 
-    def all_to_all(self, rows: torch.Tensor, given: list[int], received: list[int]) -> torch.Tensor:
-        """Send consecutive rows to the ranks, `given[i]` of them to rank i, and get `received[i]` from rank i."""
-        result = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(result, rows.contiguous(), received, given)
-        return result
+    def all_to_all(
+        self, named: Mapping[str, torch.Tensor], given: list[int], received: list[int]
+    ) -> dict[str, torch.Tensor]:
+        """Send consecutive rows to the ranks, `given[i]` of them to rank i, and get `received[i]` from rank i.
+
+        Args:
+            named: Rows (n, ...) of any types, by name; all are sent in one message.
+            given: Numbers of rows.
+            received: Numbers of rows.
+        """
+        sent = torch.cat([_bytes(rows.contiguous()) for rows in named.values()], dim=1)
+        found = {name: rows.new_empty(sum(received), *rows.shape[1:]) for name, rows in named.items()}
+        places = [_bytes(rows) for rows in found.values()]
+        result = sent.new_empty(sum(received), sent.shape[1])
+        dist.all_to_all_single(result, sent, received, given)
+        for place, part in zip(places, result.split([place.shape[1] for place in places], dim=1)):
+            place.copy_(part)
+        return found
 
     def main_first(self) -> AbstractContextManager[Any]:
         """Let the first rank of each machine through a context before the others: what it fetches is then there."""
@@ -171,10 +184,21 @@ class Ranks:
         return nullcontext() if self.world_size == 1 or self.is_sharded else self.accelerator.no_sync(network)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients over all ranks, after backward passes within `no_sync`."""
-        for parameter in parameters:
-            if parameter.grad is not None and not is_sharded(parameter.grad):
-                self.mean_(parameter.grad)
+        """Average gradients over all ranks, after backward passes within `no_sync`; many small ones in one call."""
+        if self.world_size == 1:
+            return
+        buckets: dict[torch.dtype, list[torch.Tensor]] = {}
+        for gradient in (parameter.grad for parameter in parameters):
+            if gradient is None or is_sharded(gradient):
+                continue
+            if gradient.nbytes > SMALL_GRADIENT:  # latency is nothing beside its transfer
+                self.mean_(gradient)
+            else:
+                buckets.setdefault(gradient.dtype, []).append(gradient)
+        for bucket in buckets.values():
+            means = self.mean_(torch.cat([gradient.flatten() for gradient in bucket]))
+            for gradient, mean in zip(bucket, means.split([gradient.numel() for gradient in bucket])):
+                gradient.copy_(mean.view_as(gradient))
 
     def leave(self) -> None:
         """Say good-bye to the others, at the end."""
@@ -183,6 +207,13 @@ class Ranks:
 
 
 SUPPORTED = ("MULTI_GPU", "MULTI_CPU", "FSDP")
+SMALL_GRADIENT = 2**20
+"""Bytes up to which gradients are averaged together."""
+
+
+def _bytes(rows: torch.Tensor) -> torch.Tensor:
+    """View contiguous rows (n, ...) as bytes (n, K)."""
+    return rows[:, None].flatten(1).view(torch.uint8)
 
 
 class SharedGenerator(torch.Generator):
