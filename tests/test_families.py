@@ -352,7 +352,7 @@ def test_memory_is_predicted(case: Case, folder: Path) -> None:
     from flowrl.training.memory_plan import predict_memory
 
     env = TextToImageEnv(source(case, folder), case.contexts, brightness)
-    settings = {"n_samples": 2, "group_size": 2, "batch_size": 2, "rollout_steps": 2, "lora_rank": 2}
+    settings = {"n_samples": 2, "group_size": 2, "batch_size": 2, "rollout_steps": 1, "lora_rank": 2}
     plan = predict_memory(flowrl.ORWCFMW2, flowrl.ORWCFMW2.configure(settings=settings), env)
     assert case.why_unpredictable in plan.missing
     assert bool(plan.missing) == bool(case.why_unpredictable)

@@ -47,12 +47,12 @@ def test_pictures_are_seeded() -> None:
 
 
 def test_true_pictures_are_read_right(ocr: OCRReward, drawn: torch.Tensor) -> None:
-    output = ocr(drawn, PROMPTS)
+    output = ocr(drawn[::3], PROMPTS[::3])
     assert output.components["exact"].mean() > 0.97
     next_word = PROMPTS[len(PAIRS) :] + PROMPTS[: len(PAIRS)]  # the same colours, another word
     other = ocr(drawn[::3], next_word[::3])
     assert other.components["exact"].max() == 0
-    assert (output.reward[::3] > other.reward).all()
+    assert (output.reward > other.reward).all()
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,9 @@ def test_autoencoder_keeps_letters(pipe: StableDiffusion3Pipeline, ocr: OCRRewar
 @pytest.mark.slow
 def test_draws_the_asked_word_in_part(ocr: OCRReward) -> None:
     model = flowrl.ORWCFMW2("FlowPolicy", "sd3-ocr", env_settings={"flow": "mini-words"}, seed=0, device="cpu")
-    images = model.policy.sample(torch.arange(len(PROMPTS)), steps=20)
-    assert 0.3 < ocr(images, PROMPTS).components["exact"].mean() < 0.7
+    ids = torch.arange(0, len(PROMPTS), 3)  # of words and of colours alike
+    images = model.policy.sample(ids, steps=20)
+    assert 0.3 < ocr(images, [PROMPTS[i] for i in ids]).components["exact"].mean() < 0.7
 
 
 def test_reading_takes_the_flow_that_draws_words() -> None:
