@@ -84,6 +84,32 @@ def test_minibatches_of_several_ranks_are_those_of_one(count, per_rank, batches,
             assert torch.equal(ours, torch.cat([share.extra[name] for share in shares])), name
 
 
+TYPES = torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool
+SHAPES = (), (0,), (1,), (2, 3)
+
+
+@few
+@given(st.data(), st.integers(2, 3), st.lists(st.tuples(st.sampled_from(TYPES), st.sampled_from(SHAPES)), min_size=1))
+def test_rows_of_all_types_are_exchanged_in_one_message(data, count, kinds) -> None:
+    meeting = Meeting(count)
+    given = [[data.draw(st.integers(0, 3)) for _ in range(count)] for _ in range(count)]
+    rows = [
+        {str(i): (100 * torch.randn(sum(given[rank]), *shape)).to(dtype) for i, (dtype, shape) in enumerate(kinds)}
+        for rank in range(count)
+    ]
+
+    def of(rank: int) -> dict[str, torch.Tensor]:
+        return Thread(rank, count, meeting).exchange(rows[rank], given[rank], [numbers[rank] for numbers in given])
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(of, range(count)))
+    for name in rows[0]:
+        for rank in range(count):
+            expected = torch.cat([rows[i][name].split(given[i])[rank] for i in range(count)])
+            assert found[rank][name].dtype == expected.dtype
+            assert torch.equal(found[rank][name], expected)
+
+
 @given(st.integers(0, 60), st.integers(1, 6), st.integers(1, 5))
 def test_rows_are_divided_among_ranks_in_whole_groups(n, count, group) -> None:
     parts = [Thread(i, count).shard(torch.arange(n), group) for i in range(count)]

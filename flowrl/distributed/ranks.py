@@ -124,22 +124,21 @@ class Ranks:
         everyones = bytes(self.gather_uneven(line).tolist()).splitlines()
         return dict(own[name] for name in in_all([dict.fromkeys(json.loads(part)) for part in everyones]))
 
-    def all_to_all(
+    def all_to_all(self, rows: torch.Tensor, given: list[int], received: list[int]) -> torch.Tensor:
+        """Send consecutive rows to the ranks, `given[i]` of them to rank i, and get `received[i]` from rank i."""
+        result = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(result, rows.contiguous(), received, given)
+        return result
+
+    def exchange(
         self, named: Mapping[str, torch.Tensor], given: list[int], received: list[int]
     ) -> dict[str, torch.Tensor]:
-        """Send consecutive rows to the ranks, `given[i]` of them to rank i, and get `received[i]` from rank i.
-
-        Args:
-            named: Rows (n, ...) of any types, by name; all are sent in one message.
-            given: Numbers of rows.
-            received: Numbers of rows.
-        """
-        sent = torch.cat([_bytes(rows.contiguous()) for rows in named.values()], dim=1)
-        found = {name: rows.new_empty(sum(received), *rows.shape[1:]) for name, rows in named.items()}
+        """Send rows (n, ...) of any types as `all_to_all` does, all names in one message."""
+        message = torch.cat([_bytes(rows.contiguous()) for rows in named.values()], dim=1)
+        answer, n = self.all_to_all(message, given, received), sum(received)
+        found = {name: rows.new_empty(n, *rows.shape[1:]) for name, rows in named.items()}
         places = [_bytes(rows) for rows in found.values()]
-        result = sent.new_empty(sum(received), sent.shape[1])
-        dist.all_to_all_single(result, sent, received, given)
-        for place, part in zip(places, result.split([place.shape[1] for place in places], dim=1)):
+        for place, part in zip(places, answer.split([place.shape[1] for place in places], dim=1)):
             place.copy_(part)
         return found
 

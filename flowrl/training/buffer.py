@@ -191,4 +191,4 @@ class RolloutBuffer:
         given, received = (torch.bincount(r, minlength=ranks.world_size).tolist() for r in (taker[here], wanted))
         place = wanted.argsort(stable=True).argsort().to(self.device)  # rows come ordered by owner
         own = self._read_local(entries[here].to(self.device))
-        return {name: rows[place] for name, rows in ranks.all_to_all(own, given, received).items()}
+        return {name: rows[place] for name, rows in ranks.exchange(own, given, received).items()}
