@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
 from families import flux_kontext, longcat_image_edit, ltx_image, qwen_image_edit, wan, wan_image
 from families.case import PROMPTS
 from families.flux_kontext import PICTURES
@@ -27,9 +26,10 @@ from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.evaluation.steering import Steering, steer
 from flowrl.models import pictures
 from flowrl.models.base import VelocityModel
+from flowrl.models.first_frame import FirstFrameFlow
 from flowrl.models.latent_scale import from_autoencoder, to_autoencoder
 from flowrl.models.loading import source_of
-from flowrl.models.pictures import read_picture
+from flowrl.models.pictures import PicturesFlow, read_picture
 from flowrl.models.pipeline import PipelineOptions
 from flowrl.run import main
 from flowrl.sample import main as sample
@@ -402,10 +402,14 @@ def test_first_latents_that_are_a_pictures_come_to_it_by_every_solver(tmp_path: 
         assert torch.equal(x_1[:, :, :1], picture)
 
 
-def test_wan_of_a_time_for_each_token_begins_with_no_picture(tmp_path: Path) -> None:
-    wan.wan(tmp_path, cls=WanImageToVideoPipeline, image_encoder=None, image_processor=None, expand_timesteps=True)
-    with pytest.raises(ConfigError, match=r"\(expand_timesteps\), .*: use it as a WanPipeline, without pictures"):
-        source_of(str(tmp_path), pipeline=wan.OPTIONS)
+def test_wan_of_a_time_for_each_token_begins_with_a_picture_in_its_place_if_it_is_to(tmp_path: Path) -> None:
+    """As a `WanPipeline`, as which it is published, it takes none."""
+    text = source_of(str(wan.wan(tmp_path / "text", expand_timesteps=True)), pipeline=wan.OPTIONS)
+    assert not isinstance(text.skeleton(), PicturesFlow)
+    folder = str(wan_image.build_first_frame(tmp_path / "picture"))
+    assert isinstance(source_of(folder, pipeline=wan.OPTIONS).skeleton(), FirstFrameFlow)
+    with pytest.raises(ConfigError, match="A WanImageToVideoPipeline goes on from a picture: frames must be more than"):
+        source_of(folder, pipeline=replace(wan.OPTIONS, frames=1))
 
 
 def test_wan_of_a_first_and_a_last_picture_is_refused(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def pipeline_source(location: str, description: str, name: str, options: Pipelin
     fetch, revision = _fetcher(location)
     what = f"pipeline '{name}'"
     index = read_json(fetch("model_index.json"), what)
-    adapter = declared(index.get("_class_name"), name)
+    adapter = declared(index.get("_class_name"), name).form(index)
     index = {part: _named(value, adapter) for part, value in index.items()}
     _check_libraries(index, name)
     _check_encoders(index, name, adapter, options)

@@ -155,6 +155,11 @@ class PipelineFlow(PromptedFlow):
     # what the configuration says
 
     @classmethod
+    def form(cls, index: Mapping[str, Any]) -> type[PipelineFlow]:
+        """Give the class for a pipeline with this `model_index.json`: another where it has a form of its own."""
+        return cls
+
+    @classmethod
     def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
         """Compute shapes from the configurations of the transformer and of the autoencoder."""
         scale = cls.reduction(vae)

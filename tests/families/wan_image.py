@@ -1,4 +1,5 @@
-"""Wan that begins with a picture: 2.1, whose network is given what an image encoder sees, and 2.2 with two networks."""
+"""Wan that begins with a picture: 2.1, whose network is given what an image encoder sees, 2.2 with two networks, and
+2.2 with the picture in the place of the first latents."""
 
 from __future__ import annotations
 
@@ -77,6 +78,13 @@ ONE = Case(
     context=context,
     same_network=True,
 )
+
+
+def build_first_frame(folder: Path) -> Path:
+    more = {"image_encoder": None, "image_processor": None}
+    return wan.wan(folder, cls=WanImageToVideoPipeline, expand_timesteps=True, **more)
+
+
 CASES = [
     ONE,
     replace(
@@ -86,4 +94,5 @@ CASES = [
         images=None,
         load_adapter=wan.load_both,
     ),
+    replace(ONE, name="wan-image-2.2-tokens", build=build_first_frame),
 ]

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 that begin a video with a picture."""
+"""Wan 2.1 and 2.2 that begin a video with a picture, which the network is given beside the latents."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from flowrl.errors import ConfigError
 from flowrl.models.families.wan import WanFlow
+from flowrl.models.families.wan_first_frame import WanFirstFrameFlow
 from flowrl.models.pictures import PicturesFlow, open_picture
-from flowrl.models.pipeline import Part, PipelineOptions, Shapes
+from flowrl.models.pipeline import Part, PipelineFlow, PipelineOptions, Shapes
 from flowrl.models.text_encoders import cleaned_by_ftfy
 from flowrl.types import Condition
 
@@ -31,13 +32,13 @@ class WanImageToVideoFlow(PicturesFlow, WanFlow):
         self.seen_shape = ((seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size) if seen else ()
 
     @classmethod
+    def form(cls, index: Mapping[str, Any]) -> type[PipelineFlow]:
+        """Give this class, or that of a picture in the place of the first latents."""
+        return WanFirstFrameFlow if index.get("expand_timesteps") else cls
+
+    @classmethod
     def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
         """Compute shapes."""
-        if transformer["in_channels"] == transformer["out_channels"]:
-            raise ConfigError(
-                "This Wan begins with the picture in the place of the first latents (expand_timesteps), which are "
-                "no part of a flow then: use it as a WanPipeline, without pictures."
-            )
         if transformer.get("pos_embed_seq_len"):
             raise ConfigError("This Wan goes from a first picture to a last one, of which a prompt has one.")
         return super().shapes(transformer, vae, options)
