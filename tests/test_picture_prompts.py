@@ -412,6 +412,14 @@ def test_wan_of_a_time_for_each_token_begins_with_a_picture_in_its_place_if_it_i
         source_of(folder, pipeline=replace(wan.OPTIONS, frames=1))
 
 
+def test_pictures_that_the_flow_is_not_given_are_told(tmp_path: Path) -> None:
+    flow = source_of(str(wan.wan(tmp_path)), pipeline=replace(wan.OPTIONS, resolution=16)).load()
+    with pytest.warns(
+        UserWarning, match='name pictures .field "image"., of which this flow is given none: only rewards'
+    ):
+        flow.encode([wan_image.context(PROMPTS[0])])
+
+
 def test_wan_of_a_first_and_a_last_picture_is_refused(tmp_path: Path) -> None:
     network = wan_image.build(tmp_path) / "transformer" / "config.json"
     network.write_text(json.dumps({**json.loads(network.read_text()), "pos_embed_seq_len": 10}))

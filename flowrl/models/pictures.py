@@ -92,6 +92,8 @@ def _unreadable(prompt: str, error: Exception) -> ConfigError:
 class PicturesFlow(PipelineFlow):
     """A pipeline that is given a picture with each prompt, resized to the samples' height and width."""
 
+    takes_pictures = True
+
     def encode(self, contexts: Contexts) -> Condition:
         """Encode prompts with their pictures; all of these are looked at first, in a dry run too."""
         for prompt in contexts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from zlib import crc32
 import torch
 from torch import nn
 
+from flowrl.envs.prompts import PICTURE, picture_of
 from flowrl.errors import ConfigError
 from flowrl.models.base import VelocityModel, in_one_type
 from flowrl.models.long_prompts import silenced, warn_of_cut
@@ -52,6 +54,8 @@ class PromptedFlow(VelocityModel):
     """Names of the parts that encode prompts, and that can be released after that."""
     SEQUENCE_LENGTH: ClassVar[int] = 512
     """Tokens of a prompt in the pipeline's own call."""
+    takes_pictures: ClassVar[bool] = False
+    """Whether it is given a picture with each prompt."""
     pipeline: Any
     max_sequence_length: int
     load_encoders: Callable[[], Any] | None
@@ -86,6 +90,12 @@ class PromptedFlow(VelocityModel):
         for prompt in contexts:
             if not isinstance(prompt, str):
                 raise ConfigError(f"A text-to-image flow takes prompts (str), not {prompt!r}.")
+        if not self.takes_pictures and any(picture_of(prompt) for prompt in contexts):
+            warnings.warn(
+                f'Prompts name pictures (field "{PICTURE}"), of which this flow is given none: only rewards see them. '
+                "Pipelines that edit a picture, or begin a video with it, are of other classes (docs/prompts.md).",
+                stacklevel=2,
+            )
         self._place_encoders()
         warn_of_cut(contexts, self.tokenizers(), "the flow's text encoders")
         chunks = [list(contexts[i : i + PROMPTS_AT_ONCE]) for i in range(0, len(contexts), PROMPTS_AT_ONCE)]
