@@ -24,8 +24,12 @@ import torch
 import flowrl
 from flowrl.distributed.ranks import join
 from flowrl.distributed.sharding import unsharded
+from flowrl.envs.base import GenerationEnv
 from flowrl.envs.rewards.count import count_components
+from flowrl.models.base import VelocityModel
+from flowrl.models.loading import source_of
 from flowrl.registry import ALGORITHMS
+from flowrl.types import Condition, Contexts, RewardOutput
 
 SMALL: dict[str, Any] = {
     "n_samples": 64,
@@ -45,6 +49,44 @@ That is rounding and no fault of how work is divided: in float64 every figure ag
 (but diversity, which is of each process's own pairs).
 """
 
+
+class PartlyUsed(torch.nn.Module):
+    """A network with weights that no velocity depends on, and with an attribute that its flow asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle, self.config = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2), {"scale": 0.5}
+        torch.nn.init.zeros_(self.used.weight)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        v: torch.Tensor = self.used(torch.cat([x_t, t[:, None]], dim=1))
+        return v
+
+
+class PartlyUsedFlow(VelocityModel):
+    """A flow that reads its network's configuration in every pass."""
+
+    latent_shape = sample_shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = PartlyUsed()
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        config: Any = self.network.config
+        return config["scale"] * self.network(x_t, t)
+
+
+class PartlyUsedEnv(GenerationEnv):
+    """The first number of a sample is its reward."""
+
+    def __init__(self) -> None:
+        super().__init__(source_of(PartlyUsedFlow, (2,)), [None], low=-99, high=99, name="partly-used")
+
+    def reward(self, samples: torch.Tensor, contexts: Contexts) -> RewardOutput:
+        return RewardOutput(samples[:, 0])
+
+
 OWN: dict[str, dict[str, Any]] = {
     "draft": {"rollout_batch_size": 0},  # each minibatch is drawn by itself
     "refl": {"rollout_batch_size": 0},
@@ -61,9 +103,9 @@ OUTSIDE: dict[str, dict[str, Any]] = {
 """Algorithms of tests/outside that are written otherwise than flowrl's own, and their settings."""
 
 
-def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """Algorithm, environment, its settings, and those of the algorithm, by name."""
-    found: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {}
+def cases() -> dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]]:
+    """Algorithm, environment (a name, or its class), its settings, and those of the algorithm, by name."""
+    found: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {}
     for name in ALGORITHMS:
         own = OWN.get(name, {})
         found[name] = (name, "gaussians-linear", {}, SMALL | own)
@@ -74,6 +116,7 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
     found["transport"] = ("orw_w2", "gaussians-linear", {}, SMALL | {"coupling": "ot", "target": "plain"})
     alike = {"coupling": "c2ot", "target": "plain", "context_weight": 0.1, "priority": 0.0}
     found["transport, contexts"] = ("orw_w2", "sd3-count", SMALLER, PICTURES | alike)
+    found["partly used"] = ("orw_w2", PartlyUsedEnv, {}, SMALL)
     found["own noise"] = ("nft", "gaussians-linear", {}, SMALL | {"coupling": "rectified", "noisings": 2})
     found["times"] = (
         "orw_w2",
@@ -134,6 +177,7 @@ THREE = (*RELOADED, *DIVIDED, "orw_w2", "held")
 def run(name: str, checkpoint: Path | None = None) -> dict[str, Any]:
     """Train a case for two or three iterations and evaluate it; before the third it may be saved and loaded."""
     algo, env, env_settings, settings = cases()[name]
+    env = env if isinstance(env, str) else env()
     model = flowrl.algorithm_class(algo)("FlowPolicy", env, seed=3, device="cpu", env_settings=env_settings, **settings)
     rows, saved = [], None
     for i in range(3 if name in THREE else 2):

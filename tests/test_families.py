@@ -23,6 +23,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 import flowrl
+from flowrl.distributed.ranks import seen_through
 from flowrl.envs.text_to_image import TextToImageEnv
 from flowrl.errors import ConfigError
 from flowrl.export import export
@@ -345,6 +346,16 @@ def test_the_cards_script_draws_what_flowrl_draws(
     theirs = torch.from_numpy(np.array(Image.open("image.png"))).permute(2, 0, 1) / 255
     assert (theirs - ours[0]).abs().max() <= 1 / 255
     assert (theirs - reference[0]).abs().max() > 5 / 255
+
+
+def test_a_network_that_several_processes_train_is_seen_through(case: Case, untouched: PipelineFlow) -> None:
+    """What wraps it, as DDP does, gives the attributes that the flow asks for in a pass."""
+    wrapper = seen_through(torch.nn.DataParallel(untouched.network).train(untouched.network.training))
+    wrapped = untouched.with_network(wrapper)
+    x, t = torch.randn(1, *untouched.latent_shape), torch.tensor([0.3])
+    with torch.no_grad():
+        cond = tuple(part.imitated(1, torch.float32, torch.device("cpu")) for part in untouched.condition_parts())
+        assert torch.equal(wrapped(x, t, cond), untouched(x, t, cond))
 
 
 def test_memory_is_predicted(case: Case, folder: Path) -> None:

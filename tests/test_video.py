@@ -77,6 +77,22 @@ def test_at_one_time_one_network_runs(time: float, used: str) -> None:
     }
 
 
+@pytest.mark.parametrize(("time", "idle"), [(100.0, "transformer"), (800.0, "transformer_2")])
+def test_a_network_that_does_not_run_gets_a_gradient_of_zero_as_on_several_ranks(time: float, idle: str) -> None:
+    """So the optimizer takes its step of the moments there are."""
+    both = ByTime(Counting(2.0), Counting(3.0), boundary=500.0)
+    times = torch.full((3,), time)
+    with torch.no_grad():
+        both(timestep=times, hidden_states=torch.randn(3, 2), return_dict=False)
+    assert both.parts()[idle].weight.grad is None
+    both.parts()[idle].weight.grad = torch.tensor(7.0)  # of another minibatch of the same step
+    both(timestep=times, hidden_states=torch.randn(3, 2), return_dict=False)
+    assert both.parts()[idle].weight.grad == 7
+    both.parts()[idle].weight.grad = None
+    both(timestep=times, hidden_states=torch.randn(3, 2), return_dict=False)
+    assert both.parts()[idle].weight.grad == 0
+
+
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_all_ranks_run_the_same_networks(with_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradients both; without, those that any rank needs. An idle one gives nothing, but a gradient of zero."""

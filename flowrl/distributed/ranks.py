@@ -176,7 +176,8 @@ class Ranks:
                 shard(self.accelerator, copied)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is not in all versions
-            return self.accelerator.prepare(network, optimizer)[0]
+            prepared: nn.Module = self.accelerator.prepare(network, optimizer)[0]
+        return prepared if prepared is network else seen_through(prepared)
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[Any]:
         """Make a context whose backward passes leave gradients to each rank."""
@@ -203,6 +204,21 @@ class Ranks:
         """Say good-bye to the others, at the end."""
         if self.world_size > 1:
             self.accelerator.end_training()
+
+
+def seen_through(wrapper: nn.Module) -> nn.Module:
+    """Let a wrapper, such as DDP's, give attributes of the network in it, such as `config`, as if they were its own."""
+    kind: Any = type(wrapper)
+
+    class SeenThrough(kind):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("module"), name)
+
+    wrapper.__class__ = SeenThrough
+    return wrapper
 
 
 SUPPORTED = ("MULTI_GPU", "MULTI_CPU", "FSDP")
@@ -257,7 +273,9 @@ def join(device: torch.device | str = "auto") -> Ranks:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
-        settings = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        settings = DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+        )
         on_cpu = kind == "cpu" or (kind == "auto" and not torch.accelerator.is_available())  # it joins none unasked
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[settings])
         if accelerator.num_processes == 1:  # each would train all of it by itself

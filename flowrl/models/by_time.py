@@ -46,7 +46,9 @@ class ByTime(nn.Module):
         noisy = timestep >= self.boundary
         used = self._used(noisy)
         if used != (True, True):
-            network = self.transformer if used[0] else self.transformer_2
+            network, other = self.parts().values() if used[0] else reversed(self.parts().values())
+            if torch.is_grad_enabled():
+                _leave_no_gradient(other)
             return network(timestep=timestep, **inputs)
         whole: torch.Tensor | None = None
         for network, index in zip(self.parts().values(), _rows(noisy)):
@@ -70,6 +72,13 @@ class ByTime(nn.Module):
             distributed.all_reduce(sides, distributed.ReduceOp.MAX)
         first, second = sides.bool().tolist()
         return first, second
+
+
+def _leave_no_gradient(network: nn.Module) -> None:
+    """Give trained weights that have no gradient one of 0, for which an optimizer takes a step, as on several ranks."""
+    for parameter in network.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _rows(noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
