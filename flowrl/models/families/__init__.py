@@ -34,6 +34,7 @@ from flowrl.models.families.qwen_image21 import QwenImage21Flow
 from flowrl.models.families.qwen_image_edit import QwenImageEditFlow, QwenImageEditPlusFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
+from flowrl.models.families.sana_image_to_video import SanaImageToVideoFlow
 from flowrl.models.families.sana_video import SanaVideoFlow
 from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.families.skyreels_v2 import SkyReelsV2Flow
@@ -78,6 +79,7 @@ for family in (
     QwenImageEditPlusFlow,
     QwenImageFlow,
     SanaFlow,
+    SanaImageToVideoFlow,
     SanaVideoFlow,
     SD3Flow,
     SkyReelsV2Flow,
