@@ -18,6 +18,7 @@ from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.hunyuan_video15 import HunyuanVideo15Flow
 from flowrl.models.families.hunyuan_video15_image import HunyuanVideo15ImageToVideoFlow
 from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
+from flowrl.models.families.kandinsky5_image_to_video import Kandinsky5ImageToVideoFlow
 from flowrl.models.families.kandinsky5_video import Kandinsky5VideoFlow
 from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
@@ -63,6 +64,7 @@ for family in (
     HunyuanVideo15ImageToVideoFlow,
     HunyuanVideoFlow,
     Kandinsky5ImageFlow,
+    Kandinsky5ImageToVideoFlow,
     Kandinsky5VideoFlow,
     Krea2Flow,
     LongCatImageEditFlow,
