@@ -15,7 +15,7 @@ import pytest
 import scipy.io.wavfile
 import torch
 import tyro
-from families import sana_image_to_video, sana_video, skyreels_v2
+from families import sana_image_to_video, sana_video, skyreels_v2, skyreels_v2_image
 from families.wan import OPTIONS, wan
 from PIL import Image
 from torch import nn
@@ -132,9 +132,11 @@ def test_networks_of_two_times_are_refused(kind: str) -> None:
         DECLARED[kind].shapes({"use_meanflow": True}, {}, PipelineOptions())
 
 
-def test_networks_of_diffusion_forcing_are_refused(tmp_path: Path) -> None:
-    skyreels_v2.build(tmp_path, inject_sample_info=True)
-    with pytest.raises(ConfigError, match=r"made for diffusion forcing \(inject_sample_info\)"):
+@pytest.mark.parametrize("family", [skyreels_v2, skyreels_v2_image])
+def test_networks_of_diffusion_forcing_are_refused(family: ModuleType, tmp_path: Path) -> None:
+    family.build(tmp_path, inject_sample_info=True)
+    kind = json.loads((tmp_path / "model_index.json").read_text())["_class_name"]
+    with pytest.raises(ConfigError, match=rf"made for diffusion forcing \(inject_sample_info\).* a {kind} does not"):
         source_of(str(tmp_path), pipeline=OPTIONS)
 
 

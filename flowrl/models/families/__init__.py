@@ -39,6 +39,7 @@ from flowrl.models.families.sana_image_to_video import SanaImageToVideoFlow
 from flowrl.models.families.sana_video import SanaVideoFlow
 from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.families.skyreels_v2 import SkyReelsV2Flow
+from flowrl.models.families.skyreels_v2_image import SkyReelsV2ImageToVideoFlow
 from flowrl.models.families.stable_audio3 import StableAudio3Flow
 from flowrl.models.families.wan import WanFlow
 from flowrl.models.families.wan_image import WanImageToVideoFlow
@@ -85,6 +86,7 @@ for family in (
     SanaVideoFlow,
     SD3Flow,
     SkyReelsV2Flow,
+    SkyReelsV2ImageToVideoFlow,
     StableAudio3Flow,
     WanFlow,
     WanImageToVideoFlow,
