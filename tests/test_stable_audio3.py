@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from families import stable_audio3
 
 from flowrl.errors import ConfigError, ModelLoadError
@@ -32,6 +34,18 @@ def test_prompts_of_other_lengths_are_told(tmp_path: Path) -> None:
     assert "pads prompts to 12 tokens" in loaded(20)
     with pytest.raises(ConfigError, match="at most 256"):
         loaded(300)
+
+
+def test_what_torch_says_of_the_autoencoders_layers_is_not_shown(tmp_path: Path) -> None:
+    """By loading and by a dry run: it is advice for who writes such layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        (case,) = stable_audio3.CASES
+        source = source_of(str(case.build(tmp_path)), pipeline=case.options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        source.load()
+        source.imitation(torch.float32, torch.float32)
 
 
 def test_its_own_call_makes_as_many_frames_of_every_duration() -> None:

@@ -15,7 +15,7 @@ import pytest
 import scipy.io.wavfile
 import torch
 import tyro
-from families import sana_video, skyreels_v2
+from families import sana_image_to_video, sana_video, skyreels_v2, skyreels_v2_image
 from families.wan import OPTIONS, wan
 from PIL import Image
 from torch import nn
@@ -148,9 +148,11 @@ def test_networks_of_two_times_are_refused(kind: str) -> None:
         DECLARED[kind].shapes({"use_meanflow": True}, {}, PipelineOptions())
 
 
-def test_networks_of_diffusion_forcing_are_refused(tmp_path: Path) -> None:
-    skyreels_v2.build(tmp_path, inject_sample_info=True)
-    with pytest.raises(ConfigError, match=r"made for diffusion forcing \(inject_sample_info\)"):
+@pytest.mark.parametrize("family", [skyreels_v2, skyreels_v2_image])
+def test_networks_of_diffusion_forcing_are_refused(family: ModuleType, tmp_path: Path) -> None:
+    family.build(tmp_path, inject_sample_info=True)
+    kind = json.loads((tmp_path / "model_index.json").read_text())["_class_name"]
+    with pytest.raises(ConfigError, match=rf"made for diffusion forcing \(inject_sample_info\).* a {kind} does not"):
         source_of(str(tmp_path), pipeline=OPTIONS)
 
 
@@ -168,6 +170,19 @@ def test_latents_come_to_an_autoencoder_that_holds_their_mean(tmp_path: Path) ->
         ours = flow.decode(case.call(flow, x_0, 1.0, 2))
     assert expected.std() > 0.01
     assert (ours - expected).abs().max() <= 1e-4
+
+
+def test_pictures_come_from_an_autoencoder_that_holds_the_mean_of_its_latents(tmp_path: Path) -> None:
+    """Sana that begins with them: its own call keeps them in the first frame of latents."""
+    (case,) = sana_image_to_video.CASES
+    folder = sana_image_to_video.build(tmp_path, of_ltx2=True)
+    flow = source_of(str(folder), pipeline=replace(case.options, resolution=32)).load()
+    flow.pipeline.set_progress_bar_config(disable=True)
+    pictures = flow.encode(case.contexts)[-1]
+    with torch.no_grad():
+        expected = case.call(flow, torch.randn(3, *flow.latent_shape), 1.0, 1)[:, :, :1]
+    assert (expected[0] - expected[1]).abs().max() > 0.01
+    assert (pictures - expected).abs().max() <= 1e-5
 
 
 def test_the_noise_levels_of_a_published_scheduler_are_taken(folder: Path, tmp_path: Path) -> None:

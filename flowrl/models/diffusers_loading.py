@@ -16,7 +16,7 @@ from flowrl.checks import is_whole, shown
 from flowrl.errors import ConfigError, ModelLoadError
 from flowrl.functional.solvers import time_grid
 from flowrl.models.base import VelocityModel
-from flowrl.models.diffusers_weights import hub_message, load_pipeline
+from flowrl.models.diffusers_weights import hub_message, load_pipeline, quiet
 from flowrl.models.families import declared
 from flowrl.models.imports import looked_up
 from flowrl.models.pipeline import PipelineFlow
@@ -226,7 +226,8 @@ def _unloaded(fetch: Callable[[str], Path], index: dict[str, Any], part: str, dt
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        module = _initialised(cls, config, library)
+        with quiet():
+            module = _initialised(cls, config, library)
     finally:
         torch.set_default_dtype(default)
     return module.eval().requires_grad_(False)

@@ -181,6 +181,7 @@ def quiet() -> Iterator[None]:
     levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older releases know no other
+        warnings.filterwarnings("ignore", message="`torch.nn.utils.weight_norm` is deprecated")  # autoencoders of sound
         for log, _ in levels:
             log.set_verbosity_error()
             log.disable_progress_bar()

@@ -18,6 +18,13 @@ def from_autoencoder(z: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor
     return (z - z.new_tensor(mean).view(shape)) / (z.new_tensor(std).view(shape) / scale)
 
 
+def by_weights(z: torch.Tensor, vae: Any) -> torch.Tensor:
+    """Bring latents (B, C, T', H', W') of an autoencoder to a mean and a deviation that are weights of it."""
+    mean, std = (weight.to(z).view(1, -1, 1, 1, 1) for weight in (vae.latents_mean, vae.latents_std))
+    scaled: torch.Tensor = (z - mean) / std
+    return scaled
+
+
 def to_autoencoder(x: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Bring latents (B, C, ...) of a flow to the scale of the autoencoder that decodes them.
 

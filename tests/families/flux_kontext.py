@@ -23,6 +23,11 @@ def context(prompt: str) -> Prompt:
     return Prompt(prompt, {"image": str(PICTURES / FILES.get(prompt, "stars.png"))})
 
 
+def shown(prompt: str, height: int, width: int) -> Image.Image:
+    """The picture of a prompt in this size."""
+    return Image.open(PICTURES / FILES[prompt]).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
 def build(folder: Path) -> Path:
     return small_pipelines.flux(folder, cls=FluxKontextPipeline)
 

@@ -19,10 +19,10 @@ from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 TOKENS = 24
 
 
-def build(folder: Path, **more: Any) -> Path:
+def build(folder: Path, kind: Any = Kandinsky5T2VPipeline, **more: Any) -> Path:
     torch.manual_seed(9)
     return parts.save(
-        Kandinsky5T2VPipeline,
+        kind,
         folder,
         transformer(encoders.WIDTH, **more),
         scheduler=parts.euler(shift=5.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLLTX2Video, SanaVideoPipeline, SanaVideoTransformer3DModel
@@ -41,7 +42,7 @@ def ltx2() -> AutoencoderKLLTX2Video:
     return vae
 
 
-def build(folder: Path, of_ltx2: bool = False) -> Path:
+def build(folder: Path, of_ltx2: bool = False, kind: Any = SanaVideoPipeline) -> Path:
     torch.manual_seed(18)
     transformer = SanaVideoTransformer3DModel(
         in_channels=4,
@@ -56,7 +57,7 @@ def build(folder: Path, of_ltx2: bool = False) -> Path:
         rope_max_seq_len=32,
     )
     return parts.save(
-        SanaVideoPipeline,
+        kind,
         folder,
         transformer,
         scheduler=parts.euler(),

@@ -18,24 +18,26 @@ if not hasattr(pipeline_skyreels_v2, "ftfy"):  # where it is not installed: prom
     pipeline_skyreels_v2.ftfy = SimpleNamespace(fix_text=str)  # type: ignore[attr-defined]
 
 
-def build(folder: Path, **settings: Any) -> Path:
-    torch.manual_seed(19)
-    transformer = SkyReelsV2Transformer3DModel(
+def transformer(**settings: Any) -> torch.nn.Module:
+    return SkyReelsV2Transformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
+        **{"in_channels": 4, **settings},
         out_channels=4,
         text_dim=small.T5_DIM,
         freq_dim=16,
         ffn_dim=32,
         num_layers=1,
         rope_max_seq_len=32,
-        **settings,
     )
+
+
+def build(folder: Path, **settings: Any) -> Path:
+    torch.manual_seed(19)
     return parts.save(
         SkyReelsV2Pipeline,
         folder,
-        transformer,
+        transformer(**settings),
         tokenizer=small.t5_tokenizer(),
         text_encoder=wan.text_encoder(),
         vae=wan.autoencoder(),

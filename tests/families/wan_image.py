@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import small_pipelines as small
 import torch
@@ -24,17 +25,26 @@ if not hasattr(pipeline_wan_i2v, "ftfy"):  # where it is not installed: prompts 
     pipeline_wan_i2v.ftfy = SimpleNamespace(fix_text=str)  # type: ignore[attr-defined]
 
 
-def build(folder: Path, two: bool = False) -> Path:
-    torch.manual_seed(4)
+SEEING = {"in_channels": 12, "image_dim": WIDTH, "added_kv_proj_dim": 24}
+
+
+def image_encoder(kind: Any = CLIPVisionModel) -> tuple[torch.nn.Module, CLIPImageProcessor]:
+    """What sees pictures, and what makes its input of them."""
     size = {"height": 28, "width": 28}
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": size["height"], "patch_size": 14}
-    encoder = CLIPVisionModel(CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=32, **sizes))
-    seeing = {"in_channels": 12, "image_dim": None if two else WIDTH, "added_kv_proj_dim": None if two else 24}
+    encoder = kind(CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=32, projection_dim=8, **sizes))
+    return encoder, CLIPImageProcessor(size=size, crop_size=size)
+
+
+def build(folder: Path, two: bool = False) -> Path:
+    torch.manual_seed(4)
+    encoder, processor = image_encoder()
+    seeing = {"in_channels": 12} if two else SEEING
     WanImageToVideoPipeline(
         tokenizer=small.t5_tokenizer(),
         text_encoder=wan.text_encoder(),
         image_encoder=None if two else encoder,
-        image_processor=None if two else CLIPImageProcessor(size=size, crop_size=size),
+        image_processor=None if two else processor,
         vae=wan.autoencoder(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=wan.transformer(**seeing),

@@ -18,6 +18,7 @@ from flowrl.models.families.hunyuan_video import HunyuanVideoFlow
 from flowrl.models.families.hunyuan_video15 import HunyuanVideo15Flow
 from flowrl.models.families.hunyuan_video15_image import HunyuanVideo15ImageToVideoFlow
 from flowrl.models.families.kandinsky5_image import Kandinsky5ImageFlow
+from flowrl.models.families.kandinsky5_image_to_video import Kandinsky5ImageToVideoFlow
 from flowrl.models.families.kandinsky5_video import Kandinsky5VideoFlow
 from flowrl.models.families.krea2 import Krea2Flow
 from flowrl.models.families.longcat_image import LongCatImageFlow
@@ -34,9 +35,11 @@ from flowrl.models.families.qwen_image21 import QwenImage21Flow
 from flowrl.models.families.qwen_image_edit import QwenImageEditFlow, QwenImageEditPlusFlow
 from flowrl.models.families.registry import DECLARED, NO_FLOWS, declared, register_pipeline
 from flowrl.models.families.sana import SanaFlow
+from flowrl.models.families.sana_image_to_video import SanaImageToVideoFlow
 from flowrl.models.families.sana_video import SanaVideoFlow
 from flowrl.models.families.sd3 import SD3Flow
 from flowrl.models.families.skyreels_v2 import SkyReelsV2Flow
+from flowrl.models.families.skyreels_v2_image import SkyReelsV2ImageToVideoFlow
 from flowrl.models.families.stable_audio3 import StableAudio3Flow
 from flowrl.models.families.wan import WanFlow
 from flowrl.models.families.wan_image import WanImageToVideoFlow
@@ -62,6 +65,7 @@ for family in (
     HunyuanVideo15ImageToVideoFlow,
     HunyuanVideoFlow,
     Kandinsky5ImageFlow,
+    Kandinsky5ImageToVideoFlow,
     Kandinsky5VideoFlow,
     Krea2Flow,
     LongCatImageEditFlow,
@@ -78,9 +82,11 @@ for family in (
     QwenImageEditPlusFlow,
     QwenImageFlow,
     SanaFlow,
+    SanaImageToVideoFlow,
     SanaVideoFlow,
     SD3Flow,
     SkyReelsV2Flow,
+    SkyReelsV2ImageToVideoFlow,
     StableAudio3Flow,
     WanFlow,
     WanImageToVideoFlow,

@@ -8,6 +8,7 @@ import torch
 
 from flowrl.models.families.ltx import LTXFlow
 from flowrl.models.first_frame import FirstFrameFlow
+from flowrl.models.latent_scale import by_weights
 from flowrl.models.pipeline import Part
 from flowrl.types import Condition
 
@@ -32,6 +33,4 @@ class LTXImageToVideoFlow(FirstFrameFlow, LTXFlow):
 
     def from_autoencoder(self, modes: torch.Tensor) -> torch.Tensor:
         """Bring latents of the autoencoder to the scale of the flow's, by a mean and deviation that it holds."""
-        vae, shape = self.pipeline.vae, (1, -1, 1, 1, 1)
-        scaled: torch.Tensor = (modes - vae.latents_mean.to(modes).view(shape)) / vae.latents_std.to(modes).view(shape)
-        return scaled
+        return by_weights(modes, self.pipeline.vae)

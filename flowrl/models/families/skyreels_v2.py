@@ -25,7 +25,7 @@ class SkyReelsV2Flow(WanFlow):
         if transformer["inject_sample_info"]:
             raise ConfigError(
                 "This SkyReels was made for diffusion forcing (inject_sample_info), where every frame has a time of "
-                "its own and is told frames per second, which a SkyReelsV2Pipeline does not give it."
+                f"its own and is told frames per second, which a {cls.PIPELINE} does not give it."
             )
         return super().shapes(transformer, vae, options)
 

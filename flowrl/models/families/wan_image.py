@@ -40,7 +40,7 @@ class WanImageToVideoFlow(PicturesFlow, WanFlow):
     def shapes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], options: PipelineOptions) -> Shapes:
         """Compute shapes."""
         if transformer.get("pos_embed_seq_len"):
-            raise ConfigError("This Wan goes from a first picture to a last one, of which a prompt has one.")
+            raise ConfigError(f"This {cls.PIPELINE} goes from a first picture to a last one; a prompt has one.")
         return super().shapes(transformer, vae, options)
 
     @classmethod
