@@ -297,6 +297,27 @@ def test_a_run_says_what_is_compiled(asked: dict[str, Any], said: list[str], tmp
     assert all(line.startswith(start) for line, start in zip(lines, said))
 
 
+def test_blocks_that_several_processes_gather_are_there() -> None:
+    """Of those that a network names, or one in it does; else those that it repeats."""
+    from flowrl.models.by_time import ByTime
+    from flowrl.models.compiling import gathered_blocks
+
+    class Block(torch.nn.Module):
+        pass
+
+    class Repeating(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Block(), Block()])
+
+    class Naming(Repeating):
+        _no_split_modules = ("Block", "OfAnotherForm")
+
+    assert gathered_blocks(Naming()) == gathered_blocks(Repeating()) == ["Block"]
+    assert gathered_blocks(ByTime(Naming(), Naming(), 1.0)) == ["Block"]
+    assert gathered_blocks(MLP(2)) == []
+
+
 def test_blocks_are_those_that_a_network_repeats(folder: Path) -> None:
     from flowrl.models.compiling import repeated_blocks
 

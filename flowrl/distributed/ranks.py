@@ -152,12 +152,17 @@ class Ranks:
         return self.world_size > 1 and self.accelerator.distributed_type.name == "FSDP"
 
     def prepare(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, copies: Iterable[nn.Module] = ()
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        copies: Iterable[nn.Module] = (),
+        blocks: Iterable[str] = (),
     ) -> nn.Module:
         """Wrap the network to train through: gradients of its backward pass are means over all ranks.
 
         With FSDP the network and its copies (further networks that are not trained) are sharded over the ranks, in
-        place; their parameters, and the optimizer's, are new objects then.
+        place; their parameters, and the optimizer's, are new objects then. A pass gathers a block of the classes of
+        these names at a time, unless accelerate was configured for others.
 
         Raises:
             ConfigError: accelerate was configured for a way of training that is not supported.
@@ -171,7 +176,10 @@ class Ranks:
                 "FSDP version 2. Give one of the files in docs/accelerate/ to `accelerate launch --config_file`."
             )
         if self.is_sharded:
-            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # every rank has read the weights
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.cpu_ram_efficient_loading = False  # every rank has read the weights
+            if "FSDP_TRANSFORMER_CLS_TO_WRAP" not in os.environ:
+                plugin.transformer_cls_names_to_wrap = list(blocks)
             for copied in copies:
                 shard(self.accelerator, copied)
         with warnings.catch_warnings():

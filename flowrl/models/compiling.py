@@ -49,6 +49,16 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     return blocks or [network]
 
 
+def gathered_blocks(network: nn.Module) -> list[str]:
+    """Name the classes of blocks whose weights a pass needs one after the other, where they are sharded over ranks.
+
+    They are those that the network, or a network in it, says not to split, as far as there are any; or that it repeats.
+    """
+    names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    there = {type(module).__name__ for module in network.modules()}
+    return sorted(names & there or {type(block).__name__ for block in repeated_blocks(network) if block is not network})
+
+
 def _listed(network: nn.Module) -> list[nn.Module]:
     blocks: list[nn.Module] = []
     for child in network.children():

@@ -15,7 +15,7 @@ from flowrl.config import FlowConfig
 from flowrl.envs.base import GenerationEnv, GenerationVecEnv
 from flowrl.envs.registration import make
 from flowrl.errors import ConfigError, DeviceError, RewardError, UnknownNameError
-from flowrl.models.compiling import default_compile
+from flowrl.models.compiling import default_compile, gathered_blocks
 from flowrl.registry import ALGORITHMS, algorithms_with
 from flowrl.training.optimizers import make_optimizer
 from flowrl.training.replay import Minibatches
@@ -368,7 +368,8 @@ def prepare_training(model: FlowAlgorithm) -> None:
         networks.compile(default_compile(networks.model.network, model.device))
     if ranks.is_sharded:
         check_sharded(model.name, model.unpredictable, config.optimizer)
-    trained = ranks.prepare(policy.model.network, policy.optimizer, networks.copies.values())
+    network = policy.model.network
+    trained = ranks.prepare(network, policy.optimizer, networks.copies.values(), gathered_blocks(network))
     networks.train_through(trained, ranks.is_sharded)
     policy.graphs.generators = [policy.generator, model.generator]
     policy.graphs.is_on &= ranks.world_size == 1
