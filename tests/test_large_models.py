@@ -316,6 +316,8 @@ def test_blocks_that_several_processes_gather_are_there() -> None:
     assert gathered_blocks(Naming()) == gathered_blocks(Repeating()) == ["Block"]
     assert gathered_blocks(ByTime(Naming(), Naming(), 1.0)) == ["Block"]
     assert gathered_blocks(MLP(2)) == []
+    adapted = flowrl.ORWCFMW2("FlowPolicy", "gaussians-linear", device="cpu", lora_rank=2).policy.model.network
+    assert gathered_blocks(adapted) == []
 
 
 def test_blocks_are_those_that_a_network_repeats(folder: Path) -> None:

@@ -56,7 +56,8 @@ def gathered_blocks(network: nn.Module) -> list[str]:
     """
     names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     there = {type(module).__name__ for module in network.modules()}
-    return sorted(names & there or {type(block).__name__ for block in repeated_blocks(network) if block is not network})
+    kinds = {type(block) for block in repeated_blocks(network) if block is not network}
+    return sorted(names & there or {kind.__name__ for kind in kinds if not kind.__module__.startswith("peft.")})
 
 
 def _listed(network: nn.Module) -> list[nn.Module]:
