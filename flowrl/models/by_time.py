@@ -13,9 +13,9 @@ from flowrl.types import has_values
 class ByTime(nn.Module):
     """Pair of networks, one for the noisy times and one for the others, as one network.
 
-    A batch of mixed times is split between them. At times of one side only its network runs; over several ranks both
-    run while gradients are made, and else what any rank needs, as ranks exchange weights and gradients network by
-    network.
+    A batch of mixed times is split between them. At times of one side only its network runs, and the other gets a
+    gradient of 0; over several ranks both run while gradients are made, and else what any rank needs, as ranks exchange
+    weights and gradients network by network.
 
     Args:
         transformer: Network for times from `boundary` on, counted by the noise.

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from diffusers import ClassifierFreeGuidance, HunyuanVideo15ImageToVideoPipeline
-from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from families.case import PROMPTS, Case
-from families.flux_kontext import FILES, PICTURES, context
+from families.flux_kontext import context, shown
 from families.hunyuan_video15 import hunyuan_video15
 from flowrl.models.pipeline import PipelineFlow, PipelineOptions
 
@@ -50,7 +49,7 @@ def call(flow: PipelineFlow, x_0: torch.Tensor, scale: float, steps: int, output
     options: dict[str, Any] = {"num_inference_steps": steps, "num_frames": frames, "output_type": output_type}
 
     def drawn(prompt: str, x: torch.Tensor) -> torch.Tensor:
-        picture = Image.open(PICTURES / FILES[prompt]).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        picture = shown(prompt, height, width)
         return pipe(picture, [prompt], latents=x[None], **options).frames
 
     with as_ours(flow):

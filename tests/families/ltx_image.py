@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from diffusers import LTXImageToVideoPipeline
-from PIL import Image
 
 from families import ltx
 from families.case import PROMPTS, Case
-from families.flux_kontext import FILES, PICTURES, context
+from families.flux_kontext import context, shown
 from flowrl.models.pipeline import PipelineFlow
 from flowrl.models.video import as_tokens
 
@@ -25,7 +24,7 @@ def begun(flow: PipelineFlow, x_0: torch.Tensor) -> torch.Tensor:
     pipe, (_, _, height, width) = flow.pipeline, flow.sample_shape
     found = x_0.clone()
     for prompt, x in zip(PROMPTS, found):
-        picture = Image.open(PICTURES / FILES[prompt]).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        picture = shown(prompt, height, width)
         given = pipe.video_processor.preprocess(picture, height=height, width=width)[:, :, None]
         mode = pipe.vae.encode(given).latent_dist.mode()
         x[:, :1] = pipe._normalize_latents(mode, pipe.vae.latents_mean, pipe.vae.latents_std)[0]

@@ -12,12 +12,11 @@ import small_pipelines as small
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from diffusers.pipelines.wan import pipeline_wan_i2v
-from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from families import wan
 from families.case import PROMPTS, Case
-from families.flux_kontext import FILES, PICTURES, context
+from families.flux_kontext import context, shown
 from flowrl.models.pipeline import PipelineFlow
 
 WIDTH = 16
@@ -60,7 +59,7 @@ def call(flow: PipelineFlow, x_0: torch.Tensor, scale: float, steps: int, output
     options = {"guidance_scale": scale, "num_inference_steps": steps, "height": height, "width": width}
 
     def drawn(prompt: str, x: torch.Tensor) -> torch.Tensor:
-        picture = Image.open(PICTURES / FILES[prompt]).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        picture = shown(prompt, height, width)
         return flow.pipeline(
             picture,
             prompt,
